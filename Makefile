@@ -1,0 +1,40 @@
+# make demo | test | bench | lint | sanitize: each sets up what it needs. PYTHON chooses the interpreter.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/ready
+SOURCES := pyproject.toml setup.py constraints.txt $(shell find csrc -name '*.h' -o -name '*.cpp')
+
+.PHONY: help demo test bench lint sanitize clean
+
+help:
+	@grep -E '^# make' Makefile
+
+# torch first and pinned: another version would bring gigabytes of CUDA libraries
+$(READY): $(SOURCES)
+	test -d $(VENV) || $(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --disable-pip-version-check -q -c constraints.txt torch
+	$(BIN)/pip install --disable-pip-version-check -q -c constraints.txt -e '.[dev]'
+	touch $@
+
+demo: $(READY)
+	$(BIN)/fused-warmup train --model gpt --out out/demo
+	$(BIN)/fused-warmup train --model digits --out out/demo
+
+test: $(READY)
+	$(BIN)/pytest --cov --cov-report=term:skip-covered
+
+bench: $(READY)
+	$(BIN)/python -m benchmarks
+
+lint: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/clang-format --dry-run --Werror $(shell find csrc tests -name '*.h' -o -name '*.cpp')
+
+sanitize: $(READY)
+	$(BIN)/python tests/sanitize.py
+
+clean:
+	rm -rf build out $(READY)

@@ -1,0 +1,243 @@
+// The CPU step: measure, decide and update in one parallel region over the chunks of all tensors.
+// Compiled once per instruction set with FW_ISA naming it. Everything but the exported table has internal
+// linkage, so that the linker can never put wide code where a narrow machine would run it.
+// No mathematics here: rules.h, schedules.h and reduce.h have it.
+// SPDX-License-Identifier: Apache-2.0
+#include "kernels.h"
+
+#include "../decide.h"
+#include "../dtypes.h"
+
+namespace fw {
+namespace {
+
+// elements that pass through a rule at a time: five float64 streams of them stay in the first-level cache
+constexpr int kBlock = 512;
+constexpr int kLanes = 16;
+
+// one chunk's share of the measure stage, fed block by block; the lanes fix the order of the sums
+struct NormLanes {
+  double l1[kLanes] = {}, l2_sq[kLanes] = {};
+  int64_t nonfinite = 0;
+
+  template <class C>
+  void add(const C* __restrict grad, int count) {
+    double a[kLanes], b[kLanes];
+    for (int lane = 0; lane < kLanes; ++lane) a[lane] = l1[lane], b[lane] = l2_sq[lane];
+    int whole = count - count % kLanes;
+    for (int i = 0; i < whole; i += kLanes)
+      for (int lane = 0; lane < kLanes; ++lane) accumulate_norms(a[lane], b[lane], grad[i + lane]);
+    for (int i = whole; i < count; ++i) accumulate_norms(a[i - whole], b[i - whole], grad[i]);
+    bool suspicious = false;
+    for (int lane = 0; lane < kLanes; ++lane) {
+      l1[lane] = a[lane], l2_sq[lane] = b[lane];
+      suspicious |= is_nonfinite(a[lane]);
+    }
+    // a finite sum has only finite terms, so the count is needed only where a sum is not finite
+    if (suspicious)
+      for (int i = 0; i < count; ++i) nonfinite += is_nonfinite(grad[i]);
+  }
+
+  Partial sum() const {
+    Partial total = {};
+    for (int lane = 0; lane < kLanes; ++lane) combine(total, Partial{l1[lane], l2_sq[lane], 0});
+    total.nonfinite = nonfinite;
+    return total;
+  }
+};
+
+template <class T, class C>
+void load_as(const T* __restrict from, C* __restrict to, int count) {
+  for (int i = 0; i < count; ++i) to[i] = static_cast<C>(widen(from[i]));
+}
+
+// a block of a column in the type of the arithmetic: the column itself, or a widened copy in scratch
+template <class C>
+C* load(uint64_t column, int32_t dtype, int64_t offset, int count, C* scratch) {
+  switch (dtype) {
+    case kFloat32:
+      if constexpr (sizeof(C) == sizeof(float)) return at<C>(column) + offset;
+      load_as(at<float>(column) + offset, scratch, count);
+      return scratch;
+    case kFloat64:
+      if constexpr (sizeof(C) == sizeof(double)) return at<C>(column) + offset;
+      load_as(at<double>(column) + offset, scratch, count);
+      return scratch;
+    case kBFloat16:
+      load_as(at<BFloat16>(column) + offset, scratch, count);
+      return scratch;
+    default:
+      load_as(at<Float16>(column) + offset, scratch, count);
+      return scratch;
+  }
+}
+
+template <class T>
+void narrow_all(const float* __restrict from, T* __restrict to, int count) {
+  for (int i = 0; i < count; ++i) narrow(from[i], to[i]);
+}
+
+// writes a widened block back; a column that was used in place needs nothing
+void store(float* block, uint64_t column, int32_t dtype, int64_t offset, int count) {
+  if (dtype == kBFloat16) narrow_all(block, at<BFloat16>(column) + offset, count);
+  if (dtype == kFloat16) narrow_all(block, at<Float16>(column) + offset, count);
+}
+void store(double*, uint64_t, int32_t, int64_t, int) {}
+
+template <class Rule, int kStates, class C>
+void update_block(C* __restrict param, const C* __restrict grad, C* __restrict state0, C* __restrict state1,
+                  C* __restrict state2, int count, const ScalarsOf<C>& scalars) {
+  // a copy that no store can alias keeps the scalars in registers
+  const ScalarsOf<C> s = scalars;
+  for (int i = 0; i < count; ++i) {
+    C state[kMaxStates] = {};
+    if constexpr (kStates > 0) state[0] = state0[i];
+    if constexpr (kStates > 1) state[1] = state1[i];
+    if constexpr (kStates > 2) state[2] = state2[i];
+    C value = param[i];
+    Rule::template update<kStates>(value, grad[i], state, s);
+    param[i] = value;
+    if constexpr (kStates > 0) state0[i] = state[0];
+    if constexpr (kStates > 1) state1[i] = state[1];
+    if constexpr (kStates > 2) state2[i] = state[2];
+  }
+}
+
+template <class C>
+void average_block(C* __restrict average, const C* __restrict param, int count, C weight) {
+  for (int i = 0; i < count; ++i) average_update(average[i], param[i], weight);
+}
+
+template <class C>
+Partial measure_chunk(const Row& row, uint64_t grad, const Chunk& chunk) {
+  NormLanes lanes;
+  alignas(64) C scratch[kBlock];
+  for (int32_t done = 0; done < chunk.count; done += kBlock) {
+    int count = chunk.count - done < kBlock ? chunk.count - done : kBlock;
+    lanes.add(load<C>(grad, row.grad_dtype, chunk.offset + done, count, scratch), count);
+  }
+  return lanes.sum();
+}
+
+template <class Rule, int kStates, class C>
+Partial update_chunk(const Step& step, const Verdict& verdict, const Chunk& chunk) {
+  const Row& row = at<Row>(step.rows)[chunk.row];
+  const uint64_t grads = at<uint64_t>(step.grads)[chunk.row];
+  const ScalarsOf<C> scalars(at<Scalars>(step.scalars)[chunk.row]);
+  const C weight = static_cast<C>(verdict.average_weight);
+  const bool accumulate = !step.measure && step.telemetry_capacity > 0 && grads;
+  alignas(64) C param_scratch[kBlock], grad_scratch[kBlock];
+  NormLanes lanes;
+  for (int32_t done = 0; done < chunk.count; done += kBlock) {
+    int64_t offset = chunk.offset + done;
+    int count = chunk.count - done < kBlock ? chunk.count - done : kBlock;
+    C* param = load<C>(row.param, row.dtype, offset, count, param_scratch);
+    if (grads) {
+      const C* grad = load<C>(grads, row.grad_dtype, offset, count, grad_scratch);
+      if (accumulate) lanes.add(grad, count);
+      update_block<Rule, kStates, C>(param, grad, at<C>(row.state0) + offset, at<C>(row.state1) + offset,
+                                     at<C>(row.state2) + offset, count, scalars);
+      store(param, row.param, row.dtype, offset, count);
+    }
+    if (row.average && weight > C(0)) {
+      // the average is of the parameter as it is stored, so a rounded one is read back
+      param = load<C>(row.param, row.dtype, offset, count, param_scratch);
+      average_block(at<C>(row.average) + offset, param, count, weight);
+    }
+  }
+  return lanes.sum();
+}
+
+template <class Rule, class C, int kStates>
+Partial update_states(const Step& step, const Verdict& verdict, const Chunk& chunk, int32_t n_states) {
+  if constexpr (kStates < Rule::kMaxStates)
+    if (n_states > kStates) return update_states<Rule, C, kStates + 1>(step, verdict, chunk, n_states);
+  return update_chunk<Rule, kStates, C>(step, verdict, chunk);
+}
+
+template <class Rule>
+void decide(const Step& step, const Verdict& verdict, double& rect) {
+  const uint64_t* grads = at<uint64_t>(step.grads);
+  for (int64_t group = 0; group < step.n_groups; ++group) set_rates(step, verdict, group);
+  if (verdict.skipped) return;
+  int64_t last = -1;
+  for (int64_t row = 0; row < step.n_rows; ++row) {
+    if (!grads[row]) continue;
+    *at<int64_t>(at<Row>(step.rows)[row].step) += 1;
+    if (last >= 0 && same_scalars(step, row, last)) {
+      at<Scalars>(step.scalars)[row] = at<Scalars>(step.scalars)[last];
+    } else {
+      set_scalars<Rule>(step, verdict, row);
+    }
+    if (last < 0) rect = at<Scalars>(step.scalars)[row].rect;
+    last = row;
+  }
+}
+
+template <class Rule>
+void run(const Step& step, int threads) {
+  const Row* rows = at<Row>(step.rows);
+  const Chunk* chunks = at<Chunk>(step.chunks);
+  const uint64_t* grads = at<uint64_t>(step.grads);
+  Partial* partials = at<Partial>(step.partials);
+  Verdict verdict;
+  double rect = NAN;
+#pragma omp parallel num_threads(threads)
+  {
+    if (step.measure) {
+#pragma omp for schedule(dynamic, 1)
+      for (int64_t i = 0; i < step.n_chunks; ++i) {
+        const Chunk& chunk = chunks[i];
+        const Row& row = rows[chunk.row];
+        if (!grads[chunk.row])
+          partials[i] = Partial{};
+        else if (row.dtype == kFloat64)
+          partials[i] = measure_chunk<double>(row, grads[chunk.row], chunk);
+        else
+          partials[i] = measure_chunk<float>(row, grads[chunk.row], chunk);
+      }
+    }
+#pragma omp single
+    {
+      verdict = judge(step, step.measure ? combine_all(partials, step.n_chunks) : Partial{});
+      decide<Rule>(step, verdict, rect);
+    }
+    if (!verdict.skipped) {
+      // last chunk first: the gradients measured last are still in the cache
+#pragma omp for schedule(dynamic, 1)
+      for (int64_t i = step.n_chunks - 1; i >= 0; --i) {
+        const Chunk& chunk = chunks[i];
+        const Row& row = rows[chunk.row];
+        Partial part = row.dtype == kFloat64
+                           ? update_states<Rule, double, Rule::kMinStates>(step, verdict, chunk, row.n_states)
+                           : update_states<Rule, float, Rule::kMinStates>(step, verdict, chunk, row.n_states);
+        if (!step.measure) partials[i] = part;
+      }
+    }
+  }
+  if (!step.measure) note_norms(verdict, combine_all(partials, step.n_chunks));
+  record(step, verdict, rect);
+}
+
+#define FW_ENTRY(Rule) run<Rule>,
+const StepFunction kSteps[] = {FW_RULES(FW_ENTRY)};
+#undef FW_ENTRY
+
+#define FW_IS_baseline() true
+#define FW_IS_avx2() (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("bmi2"))
+#define FW_IS_avx512()                                                        \
+  (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && \
+   __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl"))
+#define FW_JOIN_(a, b) a##b
+#define FW_JOIN(a, b) FW_JOIN_(a, b)
+#define FW_TEXT_(a) #a
+#define FW_TEXT(a) FW_TEXT_(a)
+
+bool supported() { return FW_JOIN(FW_IS_, FW_ISA)(); }
+
+}  // namespace
+
+extern const Kernels FW_JOIN(kernels_, FW_ISA);
+const Kernels FW_JOIN(kernels_, FW_ISA) = {FW_TEXT(FW_ISA), supported, kSteps};
+
+}  // namespace fw

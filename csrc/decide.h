@@ -1,0 +1,91 @@
+// The decide stage, between measure and update, once for the CPU and CUDA: clipping, the non-finite policy,
+// counters, learning rates, the scalars of every row, and the telemetry row. All of it in double.
+// reference/backend.py states the same in the same order.
+// SPDX-License-Identifier: Apache-2.0
+#pragma once
+#include "reduce.h"
+#include "rules.h"
+#include "schedules.h"
+
+namespace fw {
+
+struct Verdict {
+  int64_t t;         // updates made before this one: the index that schedules are evaluated at
+  double grad_norm;  // of the gradients as they came, before clipping; NaN when not measured yet
+  double grad_norm_l1;
+  double clip_coef;
+  double average_weight;
+  bool skipped;
+};
+
+FW_HD void note_norms(Verdict& verdict, const Partial& total) {
+  verdict.grad_norm = sqrt(total.l2_sq);
+  verdict.grad_norm_l1 = total.l1;
+}
+
+FW_HD Verdict judge(const Step& step, const Partial& total) {
+  Verdict verdict = {};
+  verdict.t = at<Counters>(step.counters)->step;
+  note_norms(verdict, total);
+  verdict.skipped = step.skip_nonfinite && total.nonfinite > 0;
+  double ratio = step.clip ? step.max_grad_norm / (verdict.grad_norm + 1e-6) : 1.0;
+  // a NaN ratio stays, as in torch.nn.utils.clip_grad_norm_
+  verdict.clip_coef = ratio >= 1.0 ? 1.0 : ratio;
+  verdict.average_weight = average_weight(step.average_kind, step.average_decay, step.average_start,
+                                          step.average_every, verdict.t + 1);
+  return verdict;
+}
+
+FW_HD void set_rates(const Step& step, const Verdict& verdict, int64_t group) {
+  const Hyper& h = at<Hyper>(step.hypers)[group];
+  const Segment* segments = at<Segment>(step.segments);
+  const double* values = at<double>(step.values);
+  Rates& rates = at<Rates>(step.rates)[group];
+  rates.lr = h.lr * multiplier(segments + h.lr_segment, h.lr_segments, values, verdict.t);
+  rates.weight_decay =
+      h.weight_decay * multiplier(segments + h.decay_segment, h.decay_segments, values, verdict.t);
+}
+
+// rows of one group at one step share their scalars, so a serial caller need not compute them again
+FW_HD bool same_scalars(const Step& step, int64_t row, int64_t other) {
+  const Row &a = at<Row>(step.rows)[row], &b = at<Row>(step.rows)[other];
+  return a.group == b.group && a.initialized == b.initialized && *at<int64_t>(a.step) == *at<int64_t>(b.step);
+}
+
+template <class Rule>
+FW_HD void set_scalars(const Step& step, const Verdict& verdict, int64_t row) {
+  const Row& r = at<Row>(step.rows)[row];
+  const Hyper& h = at<Hyper>(step.hypers)[r.group];
+  const Rates& rates = at<Rates>(step.rates)[r.group];
+  Scalars s = common_scalars(h, rates, verdict.clip_coef);
+  int64_t updates = *at<int64_t>(r.step);
+  Rule::scalars(h, rates.lr, updates, s);
+  if (updates == 1 && !r.initialized && h.init == kInitGrad) s.init_grad = h.init_scale;
+  if (updates == 1 && !r.initialized && h.init == kInitRandom) {
+    double norm = verdict.grad_norm * verdict.clip_coef;
+    s.init_state = h.init_scale * norm * norm / step.init_norm_sq;
+  }
+  at<Scalars>(step.scalars)[row] = s;
+}
+
+FW_HD void record(const Step& step, const Verdict& verdict, double rect) {
+  Counters& counters = *at<Counters>(step.counters);
+  Slots& slots = *at<Slots>(step.slots);
+  if (!verdict.skipped) counters.step = verdict.t + 1;
+  if (step.telemetry_capacity > 0) {
+    Telemetry& line = at<Telemetry>(step.telemetry)[counters.calls % step.telemetry_capacity];
+    line.step = static_cast<double>(counters.step);
+    line.lr = at<Rates>(step.rates)[0].lr;
+    line.grad_norm = verdict.grad_norm;
+    line.grad_norm_l1 = verdict.grad_norm_l1;
+    line.clip_coef = verdict.clip_coef;
+    line.rect = rect;
+    line.skipped = verdict.skipped ? 1.0 : 0.0;
+    line.loss = slots.loss;
+    line.sharpness = slots.sharpness;
+  }
+  slots.loss = slots.sharpness = NAN;
+  counters.calls += 1;
+}
+
+}  // namespace fw

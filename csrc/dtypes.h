@@ -1,0 +1,65 @@
+// Sixteen-bit storage types: widening to float, and rounding to nearest, ties to even, as torch does.
+// Integer arithmetic without branches, so that one text vectorises on every instruction set with the same
+// bits. SPDX-License-Identifier: Apache-2.0
+#pragma once
+#include "hd.h"
+
+namespace fw {
+
+struct BFloat16 {
+  uint16_t bits;
+};
+struct Float16 {
+  uint16_t bits;
+};
+
+FW_HD uint32_t bits_of(float value) {
+  uint32_t bits;
+  memcpy(&bits, &value, sizeof bits);
+  return bits;
+}
+
+FW_HD float float_of(uint32_t bits) {
+  float value;
+  memcpy(&value, &bits, sizeof value);
+  return value;
+}
+
+FW_HD float widen(BFloat16 x) { return float_of(static_cast<uint32_t>(x.bits) << 16); }
+
+FW_HD float widen(Float16 x) {
+  uint32_t sign = (x.bits & 0x8000u) << 16;
+  uint32_t magnitude = (x.bits & 0x7fffu) << 13;
+  // the multiplication moves the exponent bias from 15 to 127 and normalises subnormals on the way
+  uint32_t scaled = bits_of(float_of(magnitude) * 0x1p112f);
+  uint32_t special = magnitude >= 0x0f800000u ? 0x7f800000u : 0u;
+  return float_of(sign | scaled | special);
+}
+
+FW_HD float widen(float x) { return x; }
+FW_HD double widen(double x) { return x; }
+
+FW_HD void narrow(float x, BFloat16& out) {
+  uint32_t bits = bits_of(x);
+  uint32_t rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
+  bool is_nan = (bits & 0x7fffffffu) > 0x7f800000u;
+  out.bits = static_cast<uint16_t>(is_nan ? 0x7fc0u : rounded);
+}
+
+FW_HD void narrow(float x, Float16& out) {
+  uint32_t bits = bits_of(x);
+  uint32_t sign = bits & 0x80000000u;
+  uint32_t magnitude = bits ^ sign;
+  // adding 0.5 leaves a subnormal half in the low bits of the sum, rounded by the adder
+  uint32_t subnormal = bits_of(float_of(magnitude) + 0.5f) - 0x3f000000u;
+  uint32_t normal = (magnitude - 0x38000000u + 0xfffu + ((magnitude >> 13) & 1u)) >> 13;
+  uint32_t special = magnitude > 0x7f800000u ? 0x7e00u : 0x7c00u;
+  uint32_t finite = magnitude < 0x38800000u ? subnormal : normal;
+  uint32_t half = magnitude >= 0x47800000u ? special : finite;
+  out.bits = static_cast<uint16_t>(half | (sign >> 16));
+}
+
+FW_HD void narrow(float x, float& out) { out = x; }
+FW_HD void narrow(double x, double& out) { out = x; }
+
+}  // namespace fw

@@ -1,0 +1,160 @@
+// Every update rule, once for the CPU and CUDA. reference/rules.py states the same in the same order.
+// A rule has scalars(), run once per row and step in double, and update(), run per element.
+// Adam: Kingma & Ba 2015. Gradient initialisation: Kalra & Barkeshli 2024, arXiv:2406.09405.
+// RAdam: Liu et al. 2020, arXiv:1908.03265. SGD: heavy ball without dampening of the first step, as torch.
+// SPDX-License-Identifier: Apache-2.0
+#pragma once
+#include "table.h"
+
+// the names that the bindings and the launchers iterate over
+#define FW_RULES(X) X(Adam) X(RAdam) X(SGD)
+
+namespace fw {
+
+// the scalars of one row, rounded once to the type of the arithmetic
+template <class C>
+struct ScalarsOf {
+  C grad_scale, weight_decay, decay, one_minus_beta1, one_minus_beta2, step_size, denom_scale, eps, momentum,
+      one_minus_dampening, init_grad, init_state;
+  bool initialize, rectified, nesterov;
+
+  FW_HD explicit ScalarsOf(const Scalars& s)
+      : grad_scale(static_cast<C>(s.grad_scale)),
+        weight_decay(static_cast<C>(s.weight_decay)),
+        decay(static_cast<C>(s.decay)),
+        one_minus_beta1(static_cast<C>(s.one_minus_beta1)),
+        one_minus_beta2(static_cast<C>(s.one_minus_beta2)),
+        step_size(static_cast<C>(s.step_size)),
+        denom_scale(static_cast<C>(s.denom_scale)),
+        eps(static_cast<C>(s.eps)),
+        momentum(static_cast<C>(s.momentum)),
+        one_minus_dampening(static_cast<C>(s.one_minus_dampening)),
+        init_grad(static_cast<C>(s.init_grad)),
+        init_state(static_cast<C>(s.init_state)),
+        initialize(s.init_grad > 0.0),
+        rectified(s.rect > 0.0),
+        nesterov(s.nesterov != 0.0) {}
+};
+
+// 1 - beta^step without the cancellation that 1 - pow() has at the first steps
+FW_HD double bias_correction(double beta, int64_t step) {
+  return beta > 0.0 ? -expm1(static_cast<double>(step) * log(beta)) : 1.0;
+}
+
+// length of the simple moving average with the centre of mass of the exponential one (eq. 4 of RAdam)
+FW_HD double sma_length(double beta2, int64_t step) {
+  double bias_correction2 = bias_correction(beta2, step);
+  double rho_inf = 2.0 / (1.0 - beta2) - 1.0;
+  return rho_inf - 2.0 * static_cast<double>(step) * (1.0 - bias_correction2) / bias_correction2;
+}
+
+// ratio of the standard deviations of the adaptive rate, now and in the long run (eq. 5 of RAdam)
+FW_HD double rectification(double beta2, double rho) {
+  double rho_inf = 2.0 / (1.0 - beta2) - 1.0;
+  return sqrt((rho - 4.0) * (rho - 2.0) * rho_inf / ((rho_inf - 4.0) * (rho_inf - 2.0) * rho));
+}
+
+// what every rule shares: the order is clip, sign, then coupled or decoupled decay
+FW_HD Scalars common_scalars(const Hyper& h, const Rates& rates, double clip_coef) {
+  Scalars s = {};
+  s.grad_scale = h.maximize ? -clip_coef : clip_coef;
+  s.weight_decay = h.decoupled ? 0.0 : rates.weight_decay;
+  s.decay = h.decoupled ? rates.lr * rates.weight_decay : 0.0;
+  s.one_minus_beta1 = 1.0 - h.beta1;
+  s.one_minus_beta2 = 1.0 - h.beta2;
+  s.eps = h.eps;
+  s.rect = 1.0;
+  s.init_state = 1.0;
+  return s;
+}
+
+struct Adam {
+  static constexpr int kMinStates = 2;
+  static constexpr int kMaxStates = 3;
+
+  FW_HD static void scalars(const Hyper& h, double eta, int64_t step, Scalars& s) {
+    s.step_size = eta / bias_correction(h.beta1, step);
+    s.denom_scale = 1.0 / sqrt(bias_correction(h.beta2, step));
+  }
+
+  template <int kStates, class C>
+  FW_HD static void update(C& param, C grad, C* state, const ScalarsOf<C>& s) {
+    C exp_avg = state[0], exp_avg_sq = state[1];
+    grad = grad * s.grad_scale + s.weight_decay * param;
+    // v_0 = g_0^2 before the first step, or the prepared state scaled (eq. 6 of Kalra & Barkeshli)
+    exp_avg_sq = s.initialize ? s.init_grad * (grad * grad) : s.init_state * exp_avg_sq;
+    // as differences, so that rounding beta to the type of the arithmetic leaves no drift
+    exp_avg = exp_avg + s.one_minus_beta1 * (grad - exp_avg);
+    exp_avg_sq = exp_avg_sq + s.one_minus_beta2 * (grad * grad - exp_avg_sq);
+    state[0] = exp_avg, state[1] = exp_avg_sq;
+    if constexpr (kStates == 3) {
+      // the negated comparison keeps a NaN of exp_avg_sq, as torch.maximum does
+      C max_exp_avg_sq = state[2];
+      exp_avg_sq = !(exp_avg_sq <= max_exp_avg_sq) ? exp_avg_sq : max_exp_avg_sq;
+      state[2] = exp_avg_sq;
+    }
+    C denom = sqrt(exp_avg_sq) * s.denom_scale + s.eps;
+    // decay and step in one difference: the parameter is rounded once
+    param = param - (s.decay * param + s.step_size * exp_avg / denom);
+  }
+};
+
+struct RAdam {
+  static constexpr int kMinStates = 2;
+  static constexpr int kMaxStates = 2;
+
+  FW_HD static void scalars(const Hyper& h, double eta, int64_t step, Scalars& s) {
+    double bias_correction1 = bias_correction(h.beta1, step);
+    double rho = sma_length(h.beta2, step);
+    bool rectified = rho > h.rho_threshold;
+    double rect = rectified ? rectification(h.beta2, rho) : 0.0;
+    double fallback = h.skip_unrectified ? 0.0 : 1.0;
+    s.rect = rect;
+    s.step_size =
+        eta / bias_correction1 * (rectified ? rect * sqrt(bias_correction(h.beta2, step)) : fallback);
+    s.decay = rectified ? s.decay : s.decay * fallback;
+  }
+
+  template <int kStates, class C>
+  FW_HD static void update(C& param, C grad, C* state, const ScalarsOf<C>& s) {
+    C exp_avg = state[0], exp_avg_sq = state[1];
+    grad = grad * s.grad_scale + s.weight_decay * param;
+    exp_avg = exp_avg + s.one_minus_beta1 * (grad - exp_avg);
+    exp_avg_sq = exp_avg_sq + s.one_minus_beta2 * (grad * grad - exp_avg_sq);
+    state[0] = exp_avg, state[1] = exp_avg_sq;
+    C denom = s.rectified ? sqrt(exp_avg_sq) + s.eps : C(1);
+    param = param - (s.decay * param + s.step_size * exp_avg / denom);
+  }
+};
+
+struct SGD {
+  static constexpr int kMinStates = 0;
+  static constexpr int kMaxStates = 1;
+
+  FW_HD static void scalars(const Hyper& h, double eta, int64_t step, Scalars& s) {
+    s.step_size = eta;
+    s.momentum = h.momentum;
+    s.one_minus_dampening = step == 1 ? 1.0 : 1.0 - h.dampening;
+    s.nesterov = h.nesterov ? 1.0 : 0.0;
+  }
+
+  template <int kStates, class C>
+  FW_HD static void update(C& param, C grad, C* state, const ScalarsOf<C>& s) {
+    grad = grad * s.grad_scale + s.weight_decay * param;
+    if constexpr (kStates == 1) {
+      C momentum_buffer = s.momentum * state[0] + s.one_minus_dampening * grad;
+      state[0] = momentum_buffer;
+      grad = s.nesterov ? grad + s.momentum * momentum_buffer : momentum_buffer;
+    }
+    param = param - (s.decay * param + s.step_size * grad);
+  }
+};
+
+// weight averaging: average + weight * (param - average), written so that weight 1 gives the parameter itself
+template <class C>
+FW_HD void average_update(C& average, C param, C weight) {
+  C difference = param - average;
+  average = weight < C(0.5) ? average + weight * difference : param - difference * (C(1) - weight);
+}
+
+}  // namespace fw

@@ -1,0 +1,49 @@
+// Every schedule, evaluated from the int64 count of steps made, once for the CPU and CUDA.
+// reference/schedules.py states the same in the same order.
+// SPDX-License-Identifier: Apache-2.0
+#pragma once
+#include "table.h"
+
+namespace fw {
+
+// multiplier of one segment at its own step t, 0 <= t; the end value is held when the segment is over
+FW_HD double segment_value(const Segment& segment, const double* values, int64_t t) {
+  double start = segment.start, end = segment.end, shape = segment.shape;
+  if (segment.kind == kInverseSqrt) return start / sqrt(1.0 + static_cast<double>(t) / shape);
+  if (segment.kind == kWarmup) t = t + 1;
+  if (segment.steps > 0 && t >= segment.steps) return end;
+  double x = segment.steps > 0 ? static_cast<double>(t) / static_cast<double>(segment.steps) : 0.0;
+  switch (segment.kind) {
+    case kWarmup:
+    case kLinear:
+      return start + (end - start) * x;
+    case kCosine:
+      return start + (end - start) * (0.5 * (1.0 - cos(3.141592653589793 * x)));
+    case kExponential:
+      return start * pow(end / start, x);
+    case kPolynomial:
+      return start + (end - start) * (1.0 - pow(1.0 - x, shape));
+    case kTable:
+      return values[segment.first_value + t];
+    default:
+      return start;
+  }
+}
+
+// multiplier at step t of a chain of segments; an empty chain is the constant 1
+FW_HD double multiplier(const Segment* segments, int32_t count, const double* values, int64_t t) {
+  if (count == 0) return 1.0;
+  int32_t i = 0;
+  while (i + 1 < count && t >= segments[i + 1].begin) i = i + 1;
+  return segment_value(segments[i], values, t - segments[i].begin);
+}
+
+// weight of the parameters in their average after update number `step`; 0 when none is due
+FW_HD double average_weight(int32_t kind, double decay, int64_t start, int64_t every, int64_t step) {
+  if (kind == kAverageNone || step < start || (step - start) % every != 0) return 0.0;
+  int64_t averaged = (step - start) / every;
+  if (kind == kAverageSwa) return 1.0 / static_cast<double>(averaged + 1);
+  return averaged == 0 ? 1.0 : 1.0 - decay;
+}
+
+}  // namespace fw

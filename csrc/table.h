@@ -1,0 +1,195 @@
+// The plain structs that Python and the kernels share: fused_warmup/table.py mirrors them field by field.
+// Every struct is a list of (type, name, offset), so that the struct, the check of its offsets and the
+// layout that the tests compare with numpy come from one text. Addresses travel as uint64.
+// SPDX-License-Identifier: Apache-2.0
+#pragma once
+#include "hd.h"
+
+namespace fw {
+
+constexpr int kMaxStates = 3;
+
+enum DType : int32_t { kFloat32 = 0, kFloat64 = 1, kBFloat16 = 2, kFloat16 = 3 };
+enum InitKind : int32_t { kInitZeros = 0, kInitGrad = 1, kInitRandom = 2 };
+enum AverageKind : int32_t { kAverageNone = 0, kAverageEma = 1, kAverageSwa = 2 };
+enum SegmentKind : int32_t {
+  kWarmup = 0,
+  kConstant = 1,
+  kLinear = 2,
+  kCosine = 3,
+  kExponential = 4,
+  kPolynomial = 5,
+  kInverseSqrt = 6,
+  kTable = 7
+};
+
+// one tensor; states and average are float32, or float64 beside a float64 parameter
+#define FW_ROW(X)             \
+  X(uint64_t, param, 0)       \
+  X(uint64_t, state0, 8)      \
+  X(uint64_t, state1, 16)     \
+  X(uint64_t, state2, 24)     \
+  X(uint64_t, average, 32)    \
+  X(uint64_t, step, 40)       \
+  X(int64_t, numel, 48)       \
+  X(int32_t, group, 56)       \
+  X(int32_t, dtype, 60)       \
+  X(int32_t, grad_dtype, 64)  \
+  X(int32_t, n_states, 68)    \
+  X(int32_t, initialized, 72) \
+  X(int32_t, reserved, 76)
+
+// a piece of one row, small enough for 32-bit arithmetic inside it
+#define FW_CHUNK(X)     \
+  X(int64_t, offset, 0) \
+  X(int32_t, count, 8)  \
+  X(int32_t, row, 12)
+
+// one parameter group; rates are per step, before schedules
+#define FW_HYPER(X)                \
+  X(double, lr, 0)                 \
+  X(double, weight_decay, 8)       \
+  X(double, beta1, 16)             \
+  X(double, beta2, 24)             \
+  X(double, eps, 32)               \
+  X(double, momentum, 40)          \
+  X(double, dampening, 48)         \
+  X(double, rho_threshold, 56)     \
+  X(double, init_scale, 64)        \
+  X(int32_t, init, 72)             \
+  X(int32_t, decoupled, 76)        \
+  X(int32_t, maximize, 80)         \
+  X(int32_t, nesterov, 84)         \
+  X(int32_t, skip_unrectified, 88) \
+  X(int32_t, lr_segment, 92)       \
+  X(int32_t, lr_segments, 96)      \
+  X(int32_t, decay_segment, 100)   \
+  X(int32_t, decay_segments, 104)  \
+  X(int32_t, reserved, 108)
+
+// a stretch of a schedule: begin and steps count optimizer steps, steps = 0 has no end
+#define FW_SEGMENT(X)  \
+  X(int64_t, begin, 0) \
+  X(int64_t, steps, 8) \
+  X(double, start, 16) \
+  X(double, end, 24)   \
+  X(double, shape, 32) \
+  X(int32_t, kind, 40) \
+  X(int32_t, first_value, 44)
+
+// what the schedules give one group at this step
+#define FW_RATES(X) \
+  X(double, lr, 0)  \
+  X(double, weight_decay, 8)
+
+// what one row's update needs, computed once per step in double
+#define FW_SCALARS(X)                \
+  X(double, grad_scale, 0)           \
+  X(double, weight_decay, 8)         \
+  X(double, decay, 16)               \
+  X(double, one_minus_beta1, 24)     \
+  X(double, one_minus_beta2, 32)     \
+  X(double, step_size, 40)           \
+  X(double, denom_scale, 48)         \
+  X(double, eps, 56)                 \
+  X(double, momentum, 64)            \
+  X(double, one_minus_dampening, 72) \
+  X(double, rect, 80)                \
+  X(double, init_grad, 88)           \
+  X(double, init_state, 96)          \
+  X(double, nesterov, 104)
+
+// sums over one chunk, or over all of them
+#define FW_PARTIAL(X) \
+  X(double, l1, 0)    \
+  X(double, l2_sq, 8) \
+  X(int64_t, nonfinite, 16)
+
+// int64 counts that live on the device: updates made, calls of step()
+#define FW_COUNTERS(X) \
+  X(int64_t, step, 0)  \
+  X(int64_t, calls, 8)
+
+// what the host may leave for the next telemetry row; NaN when it left nothing
+#define FW_SLOTS(X)  \
+  X(double, loss, 0) \
+  X(double, sharpness, 8)
+
+#define FW_TELEMETRY(X)       \
+  X(double, step, 0)          \
+  X(double, lr, 8)            \
+  X(double, grad_norm, 16)    \
+  X(double, grad_norm_l1, 24) \
+  X(double, clip_coef, 32)    \
+  X(double, rect, 40)         \
+  X(double, skipped, 48)      \
+  X(double, loss, 56)         \
+  X(double, sharpness, 64)
+
+// one call of step(): addresses of the columns, their lengths, and the settings of the optimizer
+#define FW_STEP(X)                    \
+  X(uint64_t, rows, 0)                \
+  X(uint64_t, grads, 8)               \
+  X(uint64_t, chunks, 16)             \
+  X(uint64_t, hypers, 24)             \
+  X(uint64_t, segments, 32)           \
+  X(uint64_t, values, 40)             \
+  X(uint64_t, rates, 48)              \
+  X(uint64_t, scalars, 56)            \
+  X(uint64_t, partials, 64)           \
+  X(uint64_t, counters, 72)           \
+  X(uint64_t, slots, 80)              \
+  X(uint64_t, telemetry, 88)          \
+  X(int64_t, n_rows, 96)              \
+  X(int64_t, n_chunks, 104)           \
+  X(int64_t, n_groups, 112)           \
+  X(int64_t, telemetry_capacity, 120) \
+  X(double, max_grad_norm, 128)       \
+  X(double, init_norm_sq, 136)        \
+  X(double, average_decay, 144)       \
+  X(int64_t, average_start, 152)      \
+  X(int64_t, average_every, 160)      \
+  X(int32_t, average_kind, 168)       \
+  X(int32_t, skip_nonfinite, 172)     \
+  X(int32_t, measure, 176)            \
+  X(int32_t, clip, 180)
+
+#define FW_STRUCTS(X)        \
+  X(Row, FW_ROW)             \
+  X(Chunk, FW_CHUNK)         \
+  X(Hyper, FW_HYPER)         \
+  X(Segment, FW_SEGMENT)     \
+  X(Rates, FW_RATES)         \
+  X(Scalars, FW_SCALARS)     \
+  X(Partial, FW_PARTIAL)     \
+  X(Counters, FW_COUNTERS)   \
+  X(Slots, FW_SLOTS)         \
+  X(Telemetry, FW_TELEMETRY) \
+  X(Step, FW_STEP)
+
+#define FW_FIELD(type, name, offset) type name;
+#define FW_DECLARE(Struct, FIELDS) \
+  struct Struct {                  \
+    FIELDS(FW_FIELD)               \
+  };
+FW_STRUCTS(FW_DECLARE)
+#undef FW_DECLARE
+#undef FW_FIELD
+
+#define FW_FIELD(type, name, offset) static_assert(offsetof(Self, name) == offset, #name);
+#define FW_VERIFY(Struct, FIELDS) \
+  namespace layout_of_##Struct {  \
+    using Self = Struct;          \
+    FIELDS(FW_FIELD)              \
+  }
+FW_STRUCTS(FW_VERIFY)
+#undef FW_VERIFY
+#undef FW_FIELD
+
+// an address of the table as a typed pointer
+template <class T>
+FW_HD T* at(uint64_t address) {
+  return reinterpret_cast<T*>(address);
+}
+
+}  // namespace fw

@@ -1,0 +1,67 @@
+"""Checks of arguments: each returns the value or raises with owner, argument, condition and value."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection
+from typing import Any, NoReturn
+
+import torch
+
+
+def fail(
+    owner: str, name: str, condition: str, value: object, hint: str = "", error: type[Exception] = ValueError
+) -> NoReturn:
+    """Raise ``<owner>: <name> must <condition>, got <value>.``, and a hint where one helps."""
+    raise error(f"{owner}: {name} must {condition}, got {value!r}.{' ' + hint if hint else ''}")
+
+
+def number(
+    owner: str, name: str, value: Any, low: float = 0.0, high: float = math.inf, *, ends: str = "[)"
+) -> float:
+    """Return ``value`` as a float inside the interval with the brackets ``ends``; never infinity."""
+    if isinstance(value, torch.Tensor) and value.numel() == 1 and value.device.type == "cpu":
+        value = value.item()
+    if isinstance(value, bool) or not hasattr(value, "__float__") or isinstance(value, torch.Tensor):
+        fail(owner, name, "be a number", value, error=TypeError)
+    x = float(value)
+    above = x >= low if ends[0] == "[" else x > low
+    below = x <= high if ends[1] == "]" else x < high
+    if not (above and below and math.isfinite(x)):
+        if high != math.inf:
+            condition = f"lie in {ends[0]}{low:g}, {high:g}{ends[1]}"
+        else:
+            condition = f"be finite and {'>=' if ends[0] == '[' else '>'} {low:g}"
+        fail(owner, name, condition, value)
+    return x
+
+
+def whole(owner: str, name: str, value: Any, low: int = 0) -> int:
+    """Return ``value`` as an int of at least ``low``."""
+    if isinstance(value, bool) or not hasattr(value, "__index__"):
+        fail(owner, name, "be an integer", value, error=TypeError)
+    n = int(value.__index__())
+    if not low <= n < 2**62:
+        fail(owner, name, f"be >= {low}", value)
+    return n
+
+
+def flag(owner: str, name: str, value: Any) -> bool:
+    """Return ``value``, a bool."""
+    if not isinstance(value, bool):
+        fail(owner, name, "be True or False", value, error=TypeError)
+    return value
+
+
+def one_of(owner: str, name: str, value: Any, allowed: Collection[str]) -> str:
+    """Return ``value``, one of the allowed words."""
+    if not isinstance(value, str) or value not in allowed:
+        fail(owner, name, "be one of " + ", ".join(map(repr, allowed)), value)
+    return value
+
+
+def betas(owner: str, value: Any) -> tuple[float, float]:
+    """Return the two coefficients of the exponential averages, each in [0, 1)."""
+    if not isinstance(value, (tuple, list)) or len(value) != 2:
+        fail(owner, "betas", "be a pair of numbers", value, error=TypeError)
+    return number(owner, "betas[0]", value[0], 0.0, 1.0), number(owner, "betas[1]", value[1], 0.0, 1.0)

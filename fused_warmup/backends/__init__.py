@@ -1,0 +1,64 @@
+"""Which code makes the step, chosen by one word."""
+
+from __future__ import annotations
+
+import importlib
+
+import torch
+
+from .base import Backend
+
+BACKENDS = ("reference", "cpu", "triton", "cuda")
+
+_PREFERENCE = {"cpu": ("cpu", "reference"), "cuda": ("cuda", "triton", "reference")}
+
+
+def unavailable_reason(name: str) -> str | None:
+    """Return why a backend cannot be used in this process, or None if it can."""
+    if name == "reference":
+        return None
+    if name == "cpu":
+        try:
+            importlib.import_module("fused_warmup._cpu")
+        except ImportError as error:
+            return f"the extension fused_warmup._cpu does not load: {error}"
+        return None
+    return "this release does not have it yet"
+
+
+def available_backends() -> tuple[str, ...]:
+    """Return the names of the backends that this installation can run."""
+    return tuple(name for name in BACKENDS if unavailable_reason(name) is None)
+
+
+def resolve(name: str, device: torch.device) -> Backend:
+    """Return the backend for tensors on ``device``.
+
+    Args:
+        name: A backend, or ``"auto"`` for the fastest one that the device has.
+        device: Where the parameters are.
+
+    Returns:
+        The backend.
+
+    Raises:
+        RuntimeError: If the backend cannot be used here; the reason and the available ones are named.
+        ValueError: If the backend does not take tensors on this device.
+    """
+    usable = _PREFERENCE.get(device.type, ("reference",))
+    if name == "auto":
+        name = next(candidate for candidate in usable if unavailable_reason(candidate) is None)
+    reason = unavailable_reason(name)
+    if reason is not None:
+        raise RuntimeError(
+            f'backend="{name}" is unavailable: {reason}. Available: {", ".join(available_backends())}.'
+        )
+    if name != "reference" and name not in usable:
+        raise ValueError(f'backend="{name}" must get tensors that it can reach, got tensors on {device}.')
+    if name == "cpu":
+        from .native import CpuBackend
+
+        return CpuBackend()
+    from ..reference.backend import ReferenceBackend
+
+    return ReferenceBackend()

@@ -1,0 +1,404 @@
+"""What all optimizers share: the fused step, its options, its state and the average."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, ClassVar, TypedDict
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from . import _checks as check
+from . import plan as planning
+from .averaging import EMA, SWA, Average, swapped
+from .backends import BACKENDS, resolve
+from .backends.base import Backend
+from .plan import Plan, Row, Settings
+from .schedules import Schedule
+from .state import load_state, pack_state
+from .table import COUNTERS, Hyper
+from .telemetry import Telemetry
+
+if TYPE_CHECKING:
+    pass
+
+Params = Iterable[Tensor] | Iterable[dict[str, Any]] | Iterable[tuple[str, Tensor]]
+
+
+class Options(TypedDict, total=False):
+    """Keyword arguments that every optimizer takes; ``FusedOptimizer`` explains them."""
+
+    schedule: Schedule | None
+    weight_decay_schedule: Schedule | None
+    max_grad_norm: float | None
+    nonfinite: str
+    average: Average | None
+    backend: str
+    telemetry: bool
+    foreach: bool | None
+    fused: bool | None
+    capturable: bool
+    differentiable: bool
+
+
+class FusedOptimizer(Optimizer):
+    """What all optimizers share: the step, its options, state dicts and the average.
+
+    Args:
+        params: Parameters or parameter groups, as for ``torch.optim``; float32, float64, bfloat16 or float16
+            tensors of any shape, dense or strided, on one device.
+        defaults: Hyper-parameters of the rule.
+        schedule: Multiplier of ``lr`` over the steps; may be set per group. None is the constant 1.
+        weight_decay_schedule: Multiplier of ``weight_decay`` over the steps; may be set per group.
+        max_grad_norm: Clip the gradients of all groups together to this L2 norm, > 0, as
+            ``torch.nn.utils.clip_grad_norm_`` does, without changing ``.grad``. None does not clip.
+        nonfinite: ``"propagate"`` lets NaN and infinity through as torch does; ``"skip"`` leaves parameters,
+            states, averages and the step count as they were when any gradient element is not finite.
+        average: ``EMA`` or ``SWA`` of the parameters, written by the update itself.
+        backend: ``"auto"``, ``"reference"``, ``"cpu"``, ``"triton"`` or ``"cuda"``.
+        telemetry: Keep a row per step on the device.
+        foreach: Accepted and ignored, so that a swap-in needs one changed word.
+        fused: Accepted and ignored.
+        capturable: Accepted and ignored.
+        differentiable: Must be False.
+
+    Raises:
+        ValueError: If an argument is out of range; it is named with the condition and the value.
+        TypeError: If an argument has a wrong type or is unknown.
+    """
+
+    rule: ClassVar[str]
+
+    def __init__(
+        self,
+        params: Params,
+        defaults: dict[str, Any],
+        *,
+        schedule: Schedule | None = None,
+        weight_decay_schedule: Schedule | None = None,
+        max_grad_norm: float | None = None,
+        nonfinite: str = "propagate",
+        average: Average | None = None,
+        backend: str = "auto",
+        telemetry: bool = True,
+        foreach: bool | None = None,
+        fused: bool | None = None,
+        capturable: bool = False,
+        differentiable: bool = False,
+    ) -> None:
+        name = type(self).__name__
+        if differentiable:
+            check.fail(
+                name, "differentiable", "be False", differentiable, "torch.optim has the differentiable form."
+            )
+        if average is not None and not isinstance(average, (EMA, SWA)):
+            check.fail(name, "average", "be EMA, SWA or None", average, error=TypeError)
+        self.max_grad_norm = max_grad_norm
+        self.nonfinite = check.one_of(name, "nonfinite", nonfinite, ("propagate", "skip"))
+        self.backend = check.one_of(name, "backend", backend, ("auto", *BACKENDS))
+        self.average = average
+        self.telemetry = Telemetry(check.flag(name, "telemetry", telemetry))
+        self._check_max_grad_norm()
+        self._counters: Tensor | None = None
+        self._init_norm_sq = 0.0
+        self._swapped = False
+        self._backend: Backend | None = None
+        self._reset()
+        passed = {"foreach": foreach, "capturable": capturable, "differentiable": False, "fused": fused}
+        schedules = {"schedule": schedule, "weight_decay_schedule": weight_decay_schedule}
+        super().__init__(params, {**defaults, **schedules, **passed})
+        self._hyper_keys = tuple(key for key in self.defaults if key not in passed)
+
+    # what a rule declares
+
+    @staticmethod
+    def _state_names(group: Mapping[str, Any]) -> tuple[str, ...]:
+        """Return the names of the states of a group, in the order in which the rule takes them."""
+        raise TypeError("FusedOptimizer: a subclass must name its states.")
+
+    @staticmethod
+    def _hyper(owner: str, group: Mapping[str, Any]) -> Hyper:
+        """Return the validated hyper-parameters of the rule for a group."""
+        raise TypeError("FusedOptimizer: a subclass must name its hyper-parameters.")
+
+    # groups
+
+    def _make_hyper(self, group: Mapping[str, Any]) -> Hyper:
+        """Validate a group, its schedules included."""
+        name = type(self).__name__
+        hyper = self._hyper(name, group)
+        for key in ("schedule", "weight_decay_schedule"):
+            if group[key] is not None and not isinstance(group[key], Schedule):
+                hint = "Arbitrary functions of the step go to torch.optim.lr_scheduler.LambdaLR."
+                check.fail(name, key, "be a fused_warmup schedule or None", group[key], hint, TypeError)
+        hyper.schedule, hyper.weight_decay_schedule = group["schedule"], group["weight_decay_schedule"]
+        return hyper
+
+    def _check_max_grad_norm(self) -> None:
+        if self.max_grad_norm is not None:
+            check.number(type(self).__name__, "max_grad_norm", self.max_grad_norm, ends="()")
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group of parameters; its missing hyper-parameters are the defaults.
+
+        Args:
+            param_group: ``params`` and any hyper-parameter of the rule, ``schedule`` and
+                ``weight_decay_schedule`` included. Norm, clipping and averaging are common to all groups.
+
+        Raises:
+            ValueError: If a value is out of range, or a parameter is given twice.
+            TypeError: If a parameter is of a kind that no backend takes.
+        """
+        name = type(self).__name__
+        if isinstance(param_group, dict):
+            param_group = dict(param_group)
+            for key in ("max_grad_norm", "nonfinite", "average", "backend", "telemetry"):
+                if key in param_group:
+                    check.fail(name, key, "be given once for the whole optimizer", param_group[key])
+            params = param_group.get("params", ())
+            param_group["params"] = params = [params] if isinstance(params, Tensor) else params
+            if not isinstance(params, set):
+                param_group["params"] = params = list(params)
+                plain = [p[1] if isinstance(p, tuple) else p for p in params]
+                if len({id(p) for p in plain}) != len(plain):
+                    check.fail(name, "params", "hold each parameter once", f"{len(plain)} with duplicates")
+                self._check_params([p for p in plain if isinstance(p, Tensor)])
+            self._make_hyper({**self.defaults, **param_group})
+            if isinstance(param_group.get("lr", self.defaults["lr"]), Tensor):
+                # a tensor that two groups share would make every scheduler change both
+                param_group["lr"] = param_group.get("lr", self.defaults["lr"]).clone()
+        super().add_param_group(param_group)
+        self._reset()
+
+    def _check_params(self, params: list[Tensor]) -> None:
+        """Raise for parameters that no backend takes, before any state exists, and resolve the backend."""
+        known = [p for group in getattr(self, "param_groups", ()) for p in group["params"]]
+        for i, param in enumerate(params, len(known)):
+            # meta parameters may be materialised before the first step, which checks them again
+            if not param.is_meta:
+                local = planning.check_param(type(self).__name__, i, param, None)
+                self._backend = self._backend or resolve(self.backend, local.device)
+
+    def _reset(self) -> None:
+        """Forget the table; the next step builds it again."""
+        self._plan: Plan | None = None
+
+    # the step
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Make one step: norm, clipping, schedules, update and average, without waiting for the device.
+
+        Args:
+            closure: Clears the gradients, computes the loss, calls ``backward()`` and returns the loss.
+
+        Returns:
+            What the closure returned, or None.
+
+        Raises:
+            RuntimeError: If called inside ``averaged_parameters``.
+            TypeError: If a parameter or gradient is of a kind that no backend takes.
+            ValueError: If a parameter, gradient or hyper-parameter does not fit. Nothing is changed then.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        if self._swapped:
+            raise RuntimeError(
+                f"{type(self).__name__}: step() must not be called inside averaged_parameters()."
+            )
+        plan, backend = self._prepared_plan()
+        if isinstance(loss, (Tensor, float)):
+            self.record_loss(loss)
+        backend.step(plan)
+        plan.finish()
+        self.telemetry.advance()
+        self._random_pending = False
+        if plan.rows:
+            torch.autograd.graph.increment_version([row.local for row in plan.rows])
+        return loss
+
+    @torch.no_grad()
+    def _prepared_plan(self) -> tuple[Plan, Backend]:
+        """Return the table with the addresses and hyper-parameters of this step, and the backend."""
+        self._check_max_grad_norm()
+        plan, backend = self._plan, self._backend
+        if plan is None or backend is None or not plan.refresh():
+            plan, backend = self._build()
+            if not plan.refresh():
+                raise RuntimeError(f"{type(self).__name__}: parameters must stay in place while step() runs.")
+        if plan.refresh_groups(self.param_groups, self._hyper_keys, self._make_hyper) and plan.rows:
+            wanted = [len(self._state_names(self.param_groups[row.group])) for row in plan.rows]
+            if wanted != [len(row.states) for row in plan.rows]:
+                # an option that changes the states, amsgrad or momentum, was turned on or off
+                self._reset()
+                return self._prepared_plan()
+        measure = self.max_grad_norm is not None or self.nonfinite == "skip" or self._random_pending
+        plan.prepare(self.max_grad_norm, measure, self._init_norm_sq)
+        self._plan, self._backend = plan, backend
+        return plan, backend
+
+    def _build(self) -> tuple[Plan, Backend]:
+        """Check all tensors, then allocate missing states and lay out the table."""
+        name = type(self).__name__
+        hypers = [self._make_hyper(group) for group in self.param_groups]
+        members = [(i, p) for i, group in enumerate(self.param_groups) for p in group["params"]]
+        device: torch.device | None = None
+        known: list[tuple[int, int, Tensor, Tensor]] = []
+        waiting = []
+        for index, (g, param) in enumerate(members):
+            if param.grad is None and not self.state.get(param):
+                waiting.append(param)
+                continue
+            local = planning.check_param(name, index, param, device)
+            device = local.device
+            if param.grad is not None:
+                planning.check_grad(name, index, local, param.grad)
+            known.append((g, index, param, local))
+        planning.check_disjoint(name, [(index, local) for _, index, _, local in known])
+        device = device or torch.device("cpu")
+        backend = self._backend or resolve(self.backend, device)
+        if self._counters is None or self._counters.device != device:
+            fresh = torch.zeros(len(COUNTERS), dtype=torch.int64, device=device)
+            self._counters = fresh if self._counters is None else fresh.copy_(self._counters)
+        self.telemetry.allocate(device)
+        self._allocate([(g, p) for g, _, p, _ in known], hypers)
+        rows = [self._row(g, index, param, local) for g, index, param, local in known]
+        record = {"counters": self._counters, "slots": self.telemetry.slots, "page": self.telemetry.page}
+        settings = Settings(None, self.nonfinite == "skip", self.average, self.telemetry.enabled)
+        return Plan(name, self.rule, rows, waiting, settings, record), backend
+
+    def _allocate(self, members: list[tuple[int, Tensor]], hypers: list[Hyper]) -> None:
+        """Make the states that are missing; new step counts share one buffer."""
+        fresh = [param for _, param in members if "step" not in self.state[param]]
+        steps = iter(torch.zeros(len(fresh), dtype=torch.int64, device=fresh[0].device) if fresh else ())
+        drawn = 0.0
+        for g, param in members:
+            state, group = self.state[param], self.param_groups[g]
+            random = "step" not in state and hypers[g].init == "random"
+            if "step" not in state:
+                state["step"] = next(steps)
+            for state_name in self._state_names(group):
+                if not isinstance(state.get(state_name), Tensor):
+                    state[state_name] = planning.state_like(param)
+            if self.average is not None and "average" not in state:
+                state["average"] = planning.state_like(param).copy_(param)
+            if random:
+                # drawn on the host, so that its norm is known without a wait
+                noise = torch.randn(param.shape, dtype=torch.float64)
+                state["exp_avg_sq"].copy_(noise.square())
+                drawn += float(noise.square().sum())
+        if drawn:
+            others = sum(param.numel() for _, param in members) - sum(param.numel() for param in fresh)
+            self._init_norm_sq = drawn + others
+            self._random_pending = True
+
+    def _row(self, g: int, index: int, param: Tensor, local: Tensor) -> Row:
+        """Return the row of a parameter whose states exist."""
+        state = self.state[param]
+        states = [state[name] for name in self._state_names(self.param_groups[g])]
+        return planning.make_row(
+            param,
+            local,
+            states,
+            state.get("average") if self.average is not None else None,
+            state["step"],
+            group=g,
+            initialized=bool(state.get("initialized", False)),
+            index=index,
+        )
+
+    def record_loss(self, loss: Tensor | float) -> None:
+        """Put a loss into the telemetry row of the next step; nothing waits.
+
+        Args:
+            loss: 0-dim tensor or number. ``step(closure)`` records what the closure returned.
+
+        Raises:
+            ValueError: If a tensor has more than one element.
+        """
+        if isinstance(loss, Tensor) and loss.numel() != 1:
+            check.fail(type(self).__name__, "loss", "have one element", tuple(loss.shape))
+        if self.telemetry.slots is None:
+            device = next(
+                (p.device for group in self.param_groups for p in group["params"]), torch.device("cpu")
+            )
+            self.telemetry.allocate(device)
+        self.telemetry.record_loss(loss)
+
+    def get_last_lr(self) -> list[float]:
+        """Return the learning rate applied at the last step, one per group; waits for the device."""
+        if self._plan is None:
+            return [float(group["lr"]) for group in self.param_groups]
+        return [float(lr) for lr in self._plan.rates[:, 0].tolist()]
+
+    @contextmanager
+    def averaged_parameters(self) -> Iterator[None]:
+        """Evaluate with the averages in place of the parameters; restored exactly, also after an exception.
+
+        Buffers are not averaged: call ``torch.optim.swa_utils.update_bn`` inside the block for batch norms.
+
+        Raises:
+            RuntimeError: If the optimizer keeps no average, or the averages are in place already.
+        """
+        if self.average is None:
+            raise RuntimeError(
+                f"{type(self).__name__}: averaged_parameters() must have average= set, got None."
+            )
+        if self._swapped:
+            raise RuntimeError(f"{type(self).__name__}: averaged_parameters() must not be nested.")
+        pairs = [(p, state["average"]) for p, state in self.state.items() if "average" in state]
+        self._swapped = True
+        try:
+            with swapped(pairs):
+                yield
+        finally:
+            self._swapped = False
+
+    # state
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the state in torch's format, tensors and plain types only.
+
+        ``state`` and ``param_groups`` load into the ``torch.optim`` optimizer of the same name; the entry
+        ``fused_warmup`` holds counters and telemetry besides.
+        """
+        return pack_state(self, super().state_dict())
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load a state that this optimizer or the ``torch.optim`` one of the same name saved.
+
+        Values are copied into the buffers that exist, and states keep the dtype of the arithmetic.
+
+        Args:
+            state_dict: What ``state_dict`` returned.
+
+        Raises:
+            ValueError: If it is of another optimizer, version, or shape; nothing is changed then.
+        """
+        load_state(self, state_dict)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Return what pickle and deepcopy keep: everything but the table and hooks."""
+        keep = ("max_grad_norm", "nonfinite", "backend", "average", "telemetry", "_counters", "_init_norm_sq")
+        own = {name: self.__dict__[name] for name in (*keep, "_hyper_keys", "_random_pending")}
+        return {**super().__getstate__(), **own}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Take over a pickled state; the table is built at the next step."""
+        super().__setstate__(state)
+        self._swapped = False
+        self._backend = None
+        self._reset()
+
+    def __repr__(self) -> str:
+        """Name the class, the backend in use and the groups."""
+        resolved = self._backend.name if self._backend is not None else "not resolved yet"
+        head = f"backend: {self.backend} ({resolved}), max_grad_norm: {self.max_grad_norm}"
+        text = super().__repr__()
+        return text.replace("(", f"({head}, nonfinite: {self.nonfinite}, average: {self.average}", 1)
+
+    _random_pending: bool = False

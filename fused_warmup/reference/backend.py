@@ -1,0 +1,88 @@
+"""The step in plain PyTorch: measure, decide, update; the statements of ``csrc/decide.h``.
+
+It reads its counters on the host, so on an accelerator it waits; it is the truth, not the fast path.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .rules import RULES, average_update, common_scalars
+from .schedules import average_weight, multiplier
+
+
+class ReferenceBackend:
+    """Runs a plan with the rules of ``reference/rules.py`` on any device."""
+
+    name = "reference"
+
+    @torch.no_grad()
+    def step(self, plan: Any) -> None:
+        """Make one step.
+
+        Args:
+            plan: A refreshed ``fused_warmup.plan.Plan``.
+        """
+        rule = RULES[plan.rule]
+        counters, settings = plan.record["counters"], plan.settings
+        active = [(row, grad) for row, grad in zip(plan.rows, plan.grads, strict=True) if grad is not None]
+        t = int(counters[0])
+
+        grad_norm_l1, grad_norm = _norms([grad for _, grad in active])
+        nonfinite = (
+            any(not bool(grad.isfinite().all()) for _, grad in active) if settings.skip_nonfinite else False
+        )
+        clip_coef = 1.0
+        if settings.max_grad_norm is not None:
+            ratio = settings.max_grad_norm / (grad_norm + 1e-6)
+            clip_coef = 1.0 if ratio >= 1.0 else ratio
+        kind, decay, start, every = plan.average
+        weight = average_weight(kind, decay, start, every, t + 1)
+
+        for rates, h in zip(plan.rates, plan.hypers, strict=True):
+            rates[0] = h.lr * multiplier(h.schedule.segments if h.schedule else (), t)
+            decay_segments = h.weight_decay_schedule.segments if h.weight_decay_schedule else ()
+            rates[1] = h.weight_decay * multiplier(decay_segments, t)
+
+        rect = math.nan
+        for row, grad in active if not nonfinite else ():
+            row.step += 1
+            step, h = int(row.step), plan.hypers[row.group]
+            eta, weight_decay = plan.rates[row.group].tolist()
+            s = common_scalars(h, eta, weight_decay, clip_coef)
+            rule.scalars(h, eta, step, s)
+            if step == 1 and not row.initialized and h.init == "grad":
+                s.init_grad = h.init_scale
+            if step == 1 and not row.initialized and h.init == "random":
+                norm = grad_norm * clip_coef
+                s.init_state = h.init_scale * norm * norm / plan.init_norm_sq
+            rect = s.rect if math.isnan(rect) else rect
+            arithmetic = torch.float64 if row.work.dtype == torch.float64 else torch.float32
+            param, states = rule.update(row.work.to(arithmetic), grad.to(arithmetic), row.states, s)
+            row.work.copy_(param)
+            for state, new in zip(row.states, states, strict=True):
+                state.copy_(new)
+        for row in plan.rows if not nonfinite and weight > 0.0 else ():
+            if row.average is not None:
+                row.average.copy_(average_update(row.average, row.work.to(row.average.dtype), weight))
+
+        if not nonfinite:
+            counters[0] = t + 1
+        page, slots = plan.record["page"], plan.record["slots"]
+        if page is not None:
+            line = [float(counters[0]), float(plan.rates[0, 0]), grad_norm, grad_norm_l1, clip_coef, rect]
+            line += [float(nonfinite), *slots.tolist()]
+            page[int(counters[1]) % len(page)] = torch.tensor(line, dtype=torch.float64)
+        slots.fill_(math.nan)
+        counters[1] += 1
+
+
+def _norms(grads: list[Tensor]) -> tuple[float, float]:
+    """Return the L1 and L2 norm over all gradients, summed in double precision."""
+    l1 = sum((float(grad.to(torch.float64).abs().sum()) for grad in grads), 0.0)
+    l2_sq = sum((float(grad.to(torch.float64).square().sum()) for grad in grads), 0.0)
+    return l1, math.sqrt(l2_sq)

@@ -1,0 +1,219 @@
+"""Update rules as the papers state them; the statements of ``csrc/rules.h`` in the same order.
+
+A rule has ``scalars``, Python floats that are the same for every element, and ``update``, which takes
+tensors of one shape and dtype and returns the new parameter and the new states. Nothing is changed in place.
+
+Adam: Kingma & Ba 2015. Gradient initialisation: Kalra & Barkeshli 2024, arXiv:2406.09405.
+RAdam: Liu et al. 2020, arXiv:1908.03265. SGD: heavy ball, without dampening of the first step, as torch.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, Protocol
+
+import torch
+from torch import Tensor
+
+
+class Hyper(Protocol):
+    """Hyper-parameters of one group, as ``fused_warmup.plan.Hyper`` gives them."""
+
+    lr: float
+    weight_decay: float
+    beta1: float
+    beta2: float
+    eps: float
+    momentum: float
+    dampening: float
+    rho_threshold: float
+    init_scale: float
+    init: str
+    decoupled: bool
+    maximize: bool
+    nesterov: bool
+    skip_unrectified: bool
+
+
+@dataclass
+class Scalars:
+    """What the update of one tensor needs besides tensors; Python floats, that is double precision."""
+
+    grad_scale: float = 1.0
+    weight_decay: float = 0.0
+    decay: float = 0.0
+    one_minus_beta1: float = 0.0
+    one_minus_beta2: float = 0.0
+    step_size: float = 0.0
+    denom_scale: float = 0.0
+    eps: float = 0.0
+    momentum: float = 0.0
+    one_minus_dampening: float = 0.0
+    rect: float = 1.0
+    init_grad: float = 0.0
+    init_state: float = 1.0
+    nesterov: float = 0.0
+
+
+def bias_correction(beta: float, step: int) -> float:
+    """``1 - beta**step`` without the cancellation of the direct form at the first steps."""
+    return -math.expm1(step * math.log(beta)) if beta > 0.0 else 1.0
+
+
+def sma_length(beta2: float, step: int) -> float:
+    """Length rho_t of the simple moving average with the centre of mass of the exponential one."""
+    bias_correction2 = bias_correction(beta2, step)
+    rho_inf = 2.0 / (1.0 - beta2) - 1.0
+    return rho_inf - 2.0 * step * (1.0 - bias_correction2) / bias_correction2
+
+
+def rectification(beta2: float, rho: float) -> float:
+    """Ratio r_t of the standard deviations of the adaptive rate, in the long run and now."""
+    rho_inf = 2.0 / (1.0 - beta2) - 1.0
+    return math.sqrt((rho - 4.0) * (rho - 2.0) * rho_inf / ((rho_inf - 4.0) * (rho_inf - 2.0) * rho))
+
+
+def common_scalars(h: Hyper, eta: float, weight_decay: float, clip_coef: float) -> Scalars:
+    """What every rule shares: the order is clip, sign, then coupled or decoupled decay."""
+    s = Scalars()
+    s.grad_scale = -clip_coef if h.maximize else clip_coef
+    s.weight_decay = 0.0 if h.decoupled else weight_decay
+    s.decay = eta * weight_decay if h.decoupled else 0.0
+    s.one_minus_beta1 = 1.0 - h.beta1
+    s.one_minus_beta2 = 1.0 - h.beta2
+    s.eps = h.eps
+    s.rect = 1.0
+    s.init_state = 1.0
+    return s
+
+
+class Rule(Protocol):
+    """An update rule: scalars once per step, update per element."""
+
+    min_states: ClassVar[int]
+    max_states: ClassVar[int]
+
+    @staticmethod
+    def scalars(h: Any, eta: float, step: int, s: Scalars) -> None:
+        """Fill ``s`` for update number ``step`` (from 1) at learning rate ``eta``."""
+
+    @staticmethod
+    def update(
+        param: Tensor, grad: Tensor, state: Sequence[Tensor], s: Scalars
+    ) -> tuple[Tensor, list[Tensor]]:
+        """Return the new parameter and the new states."""
+
+
+class Adam:
+    """Adam, AdamW, AMSGrad and Adam with an initialised second moment."""
+
+    min_states: ClassVar[int] = 2
+    max_states: ClassVar[int] = 3
+
+    @staticmethod
+    def scalars(h: Hyper, eta: float, step: int, s: Scalars) -> None:
+        """Bias corrections of both moments."""
+        s.step_size = eta / bias_correction(h.beta1, step)
+        s.denom_scale = 1.0 / math.sqrt(bias_correction(h.beta2, step))
+
+    @staticmethod
+    def update(
+        param: Tensor, grad: Tensor, state: Sequence[Tensor], s: Scalars
+    ) -> tuple[Tensor, list[Tensor]]:
+        """One step of Adam; a third state makes it AMSGrad."""
+        exp_avg, exp_avg_sq = state[0], state[1]
+        grad = grad * s.grad_scale + s.weight_decay * param
+        # v_0 = g_0^2 before the first step, or the prepared state scaled (eq. 6 of Kalra & Barkeshli)
+        exp_avg_sq = s.init_grad * (grad * grad) if s.init_grad > 0.0 else s.init_state * exp_avg_sq
+        exp_avg = exp_avg + s.one_minus_beta1 * (grad - exp_avg)
+        exp_avg_sq = exp_avg_sq + s.one_minus_beta2 * (grad * grad - exp_avg_sq)
+        new_state = [exp_avg, exp_avg_sq]
+        if len(state) == 3:
+            exp_avg_sq = torch.maximum(exp_avg_sq, state[2])
+            new_state.append(exp_avg_sq)
+        denom = exp_avg_sq.sqrt() * s.denom_scale + s.eps
+        param = param - (s.decay * param + s.step_size * exp_avg / denom)
+        return param, new_state
+
+
+class RAdam:
+    """Adam with a rectified adaptive rate."""
+
+    min_states: ClassVar[int] = 2
+    max_states: ClassVar[int] = 2
+
+    @staticmethod
+    def scalars(h: Hyper, eta: float, step: int, s: Scalars) -> None:
+        """Rectified step size, or that of the fall-back while the variance is intractable."""
+        bias_correction1 = bias_correction(h.beta1, step)
+        rho = sma_length(h.beta2, step)
+        rectified = rho > h.rho_threshold
+        rect = rectification(h.beta2, rho) if rectified else 0.0
+        fallback = 0.0 if h.skip_unrectified else 1.0
+        s.rect = rect
+        s.step_size = (
+            eta
+            / bias_correction1
+            * (rect * math.sqrt(bias_correction(h.beta2, step)) if rectified else fallback)
+        )
+        s.decay = s.decay if rectified else s.decay * fallback
+
+    @staticmethod
+    def update(
+        param: Tensor, grad: Tensor, state: Sequence[Tensor], s: Scalars
+    ) -> tuple[Tensor, list[Tensor]]:
+        """One step of RAdam; momentum without a denominator while unrectified."""
+        exp_avg, exp_avg_sq = state[0], state[1]
+        grad = grad * s.grad_scale + s.weight_decay * param
+        exp_avg = exp_avg + s.one_minus_beta1 * (grad - exp_avg)
+        exp_avg_sq = exp_avg_sq + s.one_minus_beta2 * (grad * grad - exp_avg_sq)
+        denom = exp_avg_sq.sqrt() + s.eps if s.rect > 0.0 else torch.ones_like(exp_avg_sq)
+        param = param - (s.decay * param + s.step_size * exp_avg / denom)
+        return param, [exp_avg, exp_avg_sq]
+
+
+class SGD:
+    """Gradient descent with heavy-ball or Nesterov momentum."""
+
+    min_states: ClassVar[int] = 0
+    max_states: ClassVar[int] = 1
+
+    @staticmethod
+    def scalars(h: Hyper, eta: float, step: int, s: Scalars) -> None:
+        """The first gradient enters the buffer whole."""
+        s.step_size = eta
+        s.momentum = h.momentum
+        s.one_minus_dampening = 1.0 if step == 1 else 1.0 - h.dampening
+        s.nesterov = 1.0 if h.nesterov else 0.0
+
+    @staticmethod
+    def update(
+        param: Tensor, grad: Tensor, state: Sequence[Tensor], s: Scalars
+    ) -> tuple[Tensor, list[Tensor]]:
+        """One step of SGD; a state makes it use momentum."""
+        grad = grad * s.grad_scale + s.weight_decay * param
+        new_state = []
+        if len(state) == 1:
+            momentum_buffer = s.momentum * state[0] + s.one_minus_dampening * grad
+            new_state.append(momentum_buffer)
+            grad = grad + s.momentum * momentum_buffer if s.nesterov else momentum_buffer
+        param = param - (s.decay * param + s.step_size * grad)
+        return param, new_state
+
+
+def average_update(average: Tensor, param: Tensor, weight: float) -> Tensor:
+    """Move the average towards the parameter; weight 1 gives the parameter itself."""
+    difference = param - average
+    return average + weight * difference if weight < 0.5 else param - difference * (1.0 - weight)
+
+
+def init_exp_avg_sq(param: Tensor, grad: Tensor, h: Hyper, clip_coef: float) -> Tensor:
+    """Second moment before the first step: ``init_scale * g**2``, ``g`` as the rule would see it."""
+    s = common_scalars(h, h.lr, h.weight_decay, clip_coef)
+    grad = grad * s.grad_scale + s.weight_decay * param
+    return h.init_scale * (grad * grad)
+
+
+RULES: dict[str, type[Rule]] = {"Adam": Adam, "RAdam": RAdam, "SGD": SGD}

@@ -1,0 +1,205 @@
+"""The structs of ``csrc/table.h`` as numpy dtypes, field by field."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from .schedules import SEGMENT_KINDS, Schedule
+
+MAX_STATES = 3
+
+# codes of enum DType
+DTYPES: dict[torch.dtype, int] = {
+    torch.float32: 0,
+    torch.float64: 1,
+    torch.bfloat16: 2,
+    torch.float16: 3,
+}
+INIT_KINDS = {"zeros": 0, "grad": 1, "random": 2}
+# elements of one chunk: a hundred kilobytes or so of each stream, and enough chunks to share among threads
+CHUNK = 1 << 15
+
+_FIELDS: dict[str, list[tuple[str, str]]] = {
+    "Row": [
+        *((name, "u8") for name in ("param", "state0", "state1", "state2", "average", "step")),
+        ("numel", "i8"),
+        *((name, "i4") for name in ("group", "dtype", "grad_dtype", "n_states", "initialized", "reserved")),
+    ],
+    "Chunk": [("offset", "i8"), ("count", "i4"), ("row", "i4")],
+    "Hyper": [
+        *(
+            (name, "f8")
+            for name in (
+                "lr",
+                "weight_decay",
+                "beta1",
+                "beta2",
+                "eps",
+                "momentum",
+                "dampening",
+                "rho_threshold",
+                "init_scale",
+            )
+        ),
+        *(
+            (name, "i4")
+            for name in (
+                "init",
+                "decoupled",
+                "maximize",
+                "nesterov",
+                "skip_unrectified",
+                "lr_segment",
+                "lr_segments",
+                "decay_segment",
+                "decay_segments",
+                "reserved",
+            )
+        ),
+    ],
+    "Segment": [
+        ("begin", "i8"),
+        ("steps", "i8"),
+        ("start", "f8"),
+        ("end", "f8"),
+        ("shape", "f8"),
+        ("kind", "i4"),
+        ("first_value", "i4"),
+    ],
+    "Rates": [("lr", "f8"), ("weight_decay", "f8")],
+    "Scalars": [
+        (name, "f8")
+        for name in (
+            "grad_scale",
+            "weight_decay",
+            "decay",
+            "one_minus_beta1",
+            "one_minus_beta2",
+            "step_size",
+            "denom_scale",
+            "eps",
+            "momentum",
+            "one_minus_dampening",
+            "rect",
+            "init_grad",
+            "init_state",
+            "nesterov",
+        )
+    ],
+    "Partial": [("l1", "f8"), ("l2_sq", "f8"), ("nonfinite", "i8")],
+    "Counters": [("step", "i8"), ("calls", "i8")],
+    "Slots": [("loss", "f8"), ("sharpness", "f8")],
+    "Telemetry": [
+        (name, "f8")
+        for name in (
+            "step",
+            "lr",
+            "grad_norm",
+            "grad_norm_l1",
+            "clip_coef",
+            "rect",
+            "skipped",
+            "loss",
+            "sharpness",
+        )
+    ],
+    "Step": [
+        *(
+            (name, "u8")
+            for name in (
+                "rows",
+                "grads",
+                "chunks",
+                "hypers",
+                "segments",
+                "values",
+                "rates",
+                "scalars",
+                "partials",
+                "counters",
+                "slots",
+                "telemetry",
+            )
+        ),
+        *((name, "i8") for name in ("n_rows", "n_chunks", "n_groups", "telemetry_capacity")),
+        *((name, "f8") for name in ("max_grad_norm", "init_norm_sq", "average_decay")),
+        *((name, "i8") for name in ("average_start", "average_every")),
+        *((name, "i4") for name in ("average_kind", "skip_nonfinite", "measure", "clip")),
+    ],
+}
+
+STRUCTS: dict[str, np.dtype] = {name: np.dtype(fields) for name, fields in _FIELDS.items()}
+
+COUNTERS = STRUCTS["Counters"].names or ()
+SLOTS = STRUCTS["Slots"].names or ()
+RATES = STRUCTS["Rates"].names or ()
+TELEMETRY = STRUCTS["Telemetry"].names or ()
+
+
+@dataclass
+class Hyper:
+    """Hyper-parameters of one parameter group after validation; rates are per step, before schedules."""
+
+    lr: float
+    weight_decay: float = 0.0
+    beta1: float = 0.0
+    beta2: float = 0.0
+    eps: float = 0.0
+    momentum: float = 0.0
+    dampening: float = 0.0
+    rho_threshold: float = 0.0
+    init_scale: float = 1.0
+    init: str = "zeros"
+    decoupled: bool = False
+    maximize: bool = False
+    nesterov: bool = False
+    skip_unrectified: bool = False
+    schedule: Schedule | None = None
+    weight_decay_schedule: Schedule | None = None
+
+
+def pack_hypers(hypers: Sequence[Hyper]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Return the columns Hyper, Segment and values of the groups; each schedule is packed once."""
+    segments: list[tuple[float, ...]] = []
+    values: list[float] = []
+    places: dict[Schedule, tuple[int, int]] = {}
+
+    def place(schedule: Schedule | None) -> tuple[int, int]:
+        if schedule is None:
+            return 0, 0
+        if schedule not in places:
+            places[schedule] = len(segments), len(schedule.segments)
+            begin = 0
+            for s in schedule.segments:
+                kind = SEGMENT_KINDS.index(s.kind)
+                segments.append((begin, s.steps or 0, s.start, s.end, s.shape, kind, len(values)))
+                values.extend(s.values)
+                begin += s.steps or 0
+        return places[schedule]
+
+    table = np.zeros(len(hypers), STRUCTS["Hyper"])
+    plain = [
+        name for name in STRUCTS["Hyper"].names or () if name in Hyper.__dataclass_fields__ and name != "init"
+    ]
+    for packed, h in zip(table, hypers, strict=True):
+        for name in plain:
+            packed[name] = getattr(h, name)
+        packed["init"] = INIT_KINDS[h.init]
+        packed["lr_segment"], packed["lr_segments"] = place(h.schedule)
+        packed["decay_segment"], packed["decay_segments"] = place(h.weight_decay_schedule)
+    return table, np.array(segments, STRUCTS["Segment"]), np.array(values, np.float64)
+
+
+def chunks(sizes: Sequence[int]) -> np.ndarray:
+    """Return the column Chunk: rows of the given numbers of elements cut into pieces, in order."""
+    counts = [-(-size // CHUNK) for size in sizes]
+    column = np.zeros(sum(counts), STRUCTS["Chunk"])
+    column["row"] = np.repeat(np.arange(len(sizes)), counts)
+    first = np.repeat(np.cumsum([0, *counts[:-1]]) if counts else np.zeros(0, np.int64), counts)
+    column["offset"] = (np.arange(len(column)) - first) * CHUNK
+    column["count"] = np.minimum(np.repeat(np.asarray(sizes, np.int64), counts) - column["offset"], CHUNK)
+    return column
