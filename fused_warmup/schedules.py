@@ -106,7 +106,7 @@ class Schedule:
         last = self.segments[-1].steps
         if last is None:
             raise TypeError(
-                f"Schedule: len() must be asked of one that ends, got {self.segments[-1].kind} as its last segment."
+                f"Schedule: len() must be asked of one that ends, got {self.segments[-1].kind} as the last."
             )
         return sum(segment.steps or 0 for segment in self.segments)
 
