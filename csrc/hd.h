@@ -18,4 +18,8 @@ using std::int64_t;
 using std::uint16_t;
 using std::uint32_t;
 using std::uint64_t;
+
+// plain sqrt of <cmath> would widen a float to double
+FW_HD float root(float x) { return sqrtf(x); }
+FW_HD double root(double x) { return sqrt(x); }
 }  // namespace fw

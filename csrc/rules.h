@@ -93,7 +93,7 @@ struct Adam {
       exp_avg_sq = !(exp_avg_sq <= max_exp_avg_sq) ? exp_avg_sq : max_exp_avg_sq;
       state[2] = exp_avg_sq;
     }
-    C denom = sqrt(exp_avg_sq) * s.denom_scale + s.eps;
+    C denom = root(exp_avg_sq) * s.denom_scale + s.eps;
     // decay and step in one difference: the parameter is rounded once
     param = param - (s.decay * param + s.step_size * exp_avg / denom);
   }
@@ -122,7 +122,7 @@ struct RAdam {
     exp_avg = exp_avg + s.one_minus_beta1 * (grad - exp_avg);
     exp_avg_sq = exp_avg_sq + s.one_minus_beta2 * (grad * grad - exp_avg_sq);
     state[0] = exp_avg, state[1] = exp_avg_sq;
-    C denom = s.rectified ? sqrt(exp_avg_sq) + s.eps : C(1);
+    C denom = s.rectified ? root(exp_avg_sq) + s.eps : C(1);
     param = param - (s.decay * param + s.step_size * exp_avg / denom);
   }
 };
