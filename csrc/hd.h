@@ -22,4 +22,14 @@ using std::uint64_t;
 // plain sqrt of <cmath> would widen a float to double
 FW_HD float root(float x) { return sqrtf(x); }
 FW_HD double root(double x) { return sqrt(x); }
+
+// a * b + c rounded once where the machine has the instruction: written out, and contraction by the compiler
+// turned off, so that every machine that has it gives the same bits
+#if defined(__CUDA_ARCH__) || defined(__FMA__) || defined(__ARM_FEATURE_FMA)
+FW_HD float multiply_add(float a, float b, float c) { return fmaf(a, b, c); }
+FW_HD double multiply_add(double a, double b, double c) { return fma(a, b, c); }
+#else
+FW_HD float multiply_add(float a, float b, float c) { return a * b + c; }
+FW_HD double multiply_add(double a, double b, double c) { return a * b + c; }
+#endif
 }  // namespace fw

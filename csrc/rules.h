@@ -11,12 +11,12 @@
 
 namespace fw {
 
-// the scalars of one row, rounded once to the type of the arithmetic
+// the scalars of one row, rounded once to the type of the arithmetic; the rules compare them as numbers,
+// because gcc does not vectorise a choice by a bool that is the same for all elements
 template <class C>
 struct ScalarsOf {
   C grad_scale, weight_decay, decay, one_minus_beta1, one_minus_beta2, step_size, denom_scale, eps, momentum,
-      one_minus_dampening, init_grad, init_state;
-  bool initialize, rectified, nesterov;
+      one_minus_dampening, rect, init_grad, init_state, nesterov;
 
   FW_HD explicit ScalarsOf(const Scalars& s)
       : grad_scale(static_cast<C>(s.grad_scale)),
@@ -29,11 +29,10 @@ struct ScalarsOf {
         eps(static_cast<C>(s.eps)),
         momentum(static_cast<C>(s.momentum)),
         one_minus_dampening(static_cast<C>(s.one_minus_dampening)),
+        rect(static_cast<C>(s.rect)),
         init_grad(static_cast<C>(s.init_grad)),
         init_state(static_cast<C>(s.init_state)),
-        initialize(s.init_grad > 0.0),
-        rectified(s.rect > 0.0),
-        nesterov(s.nesterov != 0.0) {}
+        nesterov(static_cast<C>(s.nesterov)) {}
 };
 
 // 1 - beta^step without the cancellation that 1 - pow() has at the first steps
@@ -80,12 +79,12 @@ struct Adam {
   template <int kStates, class C>
   FW_HD static void update(C& param, C grad, C* state, const ScalarsOf<C>& s) {
     C exp_avg = state[0], exp_avg_sq = state[1];
-    grad = grad * s.grad_scale + s.weight_decay * param;
+    grad = multiply_add(s.weight_decay, param, grad * s.grad_scale);
     // v_0 = g_0^2 before the first step, or the prepared state scaled (eq. 6 of Kalra & Barkeshli)
-    exp_avg_sq = s.initialize ? s.init_grad * (grad * grad) : s.init_state * exp_avg_sq;
+    exp_avg_sq = s.init_grad > C(0) ? s.init_grad * (grad * grad) : s.init_state * exp_avg_sq;
     // as differences, so that rounding beta to the type of the arithmetic leaves no drift
-    exp_avg = exp_avg + s.one_minus_beta1 * (grad - exp_avg);
-    exp_avg_sq = exp_avg_sq + s.one_minus_beta2 * (grad * grad - exp_avg_sq);
+    exp_avg = multiply_add(s.one_minus_beta1, grad - exp_avg, exp_avg);
+    exp_avg_sq = multiply_add(s.one_minus_beta2, multiply_add(grad, grad, -exp_avg_sq), exp_avg_sq);
     state[0] = exp_avg, state[1] = exp_avg_sq;
     if constexpr (kStates == 3) {
       // the negated comparison keeps a NaN of exp_avg_sq, as torch.maximum does
@@ -93,9 +92,9 @@ struct Adam {
       exp_avg_sq = !(exp_avg_sq <= max_exp_avg_sq) ? exp_avg_sq : max_exp_avg_sq;
       state[2] = exp_avg_sq;
     }
-    C denom = root(exp_avg_sq) * s.denom_scale + s.eps;
+    C denom = multiply_add(root(exp_avg_sq), s.denom_scale, s.eps);
     // decay and step in one difference: the parameter is rounded once
-    param = param - (s.decay * param + s.step_size * exp_avg / denom);
+    param = param - multiply_add(s.decay, param, s.step_size * exp_avg / denom);
   }
 };
 
@@ -118,12 +117,12 @@ struct RAdam {
   template <int kStates, class C>
   FW_HD static void update(C& param, C grad, C* state, const ScalarsOf<C>& s) {
     C exp_avg = state[0], exp_avg_sq = state[1];
-    grad = grad * s.grad_scale + s.weight_decay * param;
-    exp_avg = exp_avg + s.one_minus_beta1 * (grad - exp_avg);
-    exp_avg_sq = exp_avg_sq + s.one_minus_beta2 * (grad * grad - exp_avg_sq);
+    grad = multiply_add(s.weight_decay, param, grad * s.grad_scale);
+    exp_avg = multiply_add(s.one_minus_beta1, grad - exp_avg, exp_avg);
+    exp_avg_sq = multiply_add(s.one_minus_beta2, multiply_add(grad, grad, -exp_avg_sq), exp_avg_sq);
     state[0] = exp_avg, state[1] = exp_avg_sq;
-    C denom = s.rectified ? root(exp_avg_sq) + s.eps : C(1);
-    param = param - (s.decay * param + s.step_size * exp_avg / denom);
+    C denom = s.rect > C(0) ? root(exp_avg_sq) + s.eps : C(1);
+    param = param - multiply_add(s.decay, param, s.step_size * exp_avg / denom);
   }
 };
 
@@ -140,13 +139,13 @@ struct SGD {
 
   template <int kStates, class C>
   FW_HD static void update(C& param, C grad, C* state, const ScalarsOf<C>& s) {
-    grad = grad * s.grad_scale + s.weight_decay * param;
+    grad = multiply_add(s.weight_decay, param, grad * s.grad_scale);
     if constexpr (kStates == 1) {
-      C momentum_buffer = s.momentum * state[0] + s.one_minus_dampening * grad;
+      C momentum_buffer = multiply_add(s.momentum, state[0], s.one_minus_dampening * grad);
       state[0] = momentum_buffer;
-      grad = s.nesterov ? grad + s.momentum * momentum_buffer : momentum_buffer;
+      grad = s.nesterov > C(0) ? multiply_add(s.momentum, momentum_buffer, grad) : momentum_buffer;
     }
-    param = param - (s.decay * param + s.step_size * grad);
+    param = multiply_add(-s.step_size, grad, param);
   }
 };
 
@@ -154,7 +153,8 @@ struct SGD {
 template <class C>
 FW_HD void average_update(C& average, C param, C weight) {
   C difference = param - average;
-  average = weight < C(0.5) ? average + weight * difference : param - difference * (C(1) - weight);
+  average = weight < C(0.5) ? multiply_add(weight, difference, average)
+                            : multiply_add(weight - C(1), difference, param);
 }
 
 }  // namespace fw

@@ -78,11 +78,11 @@ def swapped(pairs: Iterable[tuple[Tensor, Tensor]]) -> Iterator[None]:
         with torch.no_grad():
             for param, average in pairs:
                 dense = param.stride() == average.stride()
-                undo.append((param, param.data if dense else param.detach().clone(), dense))
+                undo.append((param, param.data if dense else param.data.clone(), dense))
                 if dense:
                     param.data = average.to(param.dtype)
                 else:
-                    param.copy_(average)
+                    param.data.copy_(average)
         yield
     finally:
         with torch.no_grad():
@@ -90,4 +90,4 @@ def swapped(pairs: Iterable[tuple[Tensor, Tensor]]) -> Iterator[None]:
                 if dense:
                     param.data = kept
                 else:
-                    param.copy_(kept)
+                    param.data.copy_(kept)

@@ -399,8 +399,9 @@ class Plan:
 
     def finish(self) -> None:
         """Write dense copies back to strided views and let go of the gradients."""
-        for row in self._strided:
-            row.local.copy_(row.work)
+        with torch.no_grad():
+            for row in self._strided:
+                row.local.copy_(row.work)
         self.grads = []
 
 

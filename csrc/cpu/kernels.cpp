@@ -229,10 +229,12 @@ const StepFunction kSteps[] = {FW_RULES(FW_ENTRY)};
 #undef FW_ENTRY
 
 #define FW_IS_baseline() true
-#define FW_IS_avx2() (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("bmi2"))
-#define FW_IS_avx512()                                                        \
-  (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && \
-   __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl"))
+#define FW_IS_avx2() \
+  (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi2"))
+#define FW_IS_avx512()                                                         \
+  (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("fma") &&       \
+   __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") && \
+   __builtin_cpu_supports("avx512vl"))
 #define FW_JOIN_(a, b) a##b
 #define FW_JOIN(a, b) FW_JOIN_(a, b)
 #define FW_TEXT_(a) #a

@@ -16,7 +16,7 @@ class CpuBackend:
 
     Args:
         instruction_set: One of ``_cpu.instruction_sets()``; None takes the widest. The results are the same
-            bit for bit.
+            bit for bit wherever products and sums round once, that is but for the baseline.
     """
 
     name = "cpu"

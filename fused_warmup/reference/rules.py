@@ -199,7 +199,7 @@ class SGD:
             momentum_buffer = s.momentum * state[0] + s.one_minus_dampening * grad
             new_state.append(momentum_buffer)
             grad = grad + s.momentum * momentum_buffer if s.nesterov else momentum_buffer
-        param = param - (s.decay * param + s.step_size * grad)
+        param = param - s.step_size * grad
         return param, new_state
 
 

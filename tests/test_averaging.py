@@ -1,0 +1,127 @@
+"""Averages written by the update: the numbers of swa_utils, and a swap that leaves no trace."""
+
+import copy
+
+import pytest
+import torch
+from cases import assert_close, assert_same_bits, make_params, set_grads
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn, update_bn
+
+import fused_warmup as fw
+
+
+@pytest.mark.parametrize("backend", fw.available_backends())
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize(
+    ("average", "due", "multi_avg_fn"),
+    [
+        (fw.EMA(0.9), lambda step: True, get_ema_multi_avg_fn(0.9)),
+        (fw.EMA(0.3), lambda step: True, get_ema_multi_avg_fn(0.3)),
+        (fw.EMA(0.9, every=3), lambda step: step % 3 == 0, get_ema_multi_avg_fn(0.9)),
+        (fw.SWA(1), lambda step: True, None),
+        (fw.SWA(4, every=2), lambda step: step >= 4 and step % 2 == 0, None),
+    ],
+    ids=["ema", "ema-fast", "ema-every3", "swa", "swa-4-every2"],
+)
+def test_same_as_swa_utils(average, due, multi_avg_fn, dtype, backend):
+    params = make_params(dtype, [(33,), (3, 5), ()])
+    opt = fw.Adam(params, lr=0.1, average=average, backend=backend)
+    model = torch.nn.ParameterList(params)
+    averaged = AveragedModel(model, multi_avg_fn=multi_avg_fn)
+    eps = 2.0**-23 if dtype == torch.float32 else 2.0**-52
+    for step in range(1, 15):
+        set_grads(params, step)
+        opt.step()
+        if due(step):
+            averaged.update_parameters(model)
+        if int(averaged.n_averaged):
+            with opt.averaged_parameters():
+                for p, q in zip(params, averaged.module, strict=True):
+                    assert_close(f"average at {step}", p, q, 4 * eps, 4 * eps)
+
+
+@pytest.mark.parametrize("backend", fw.available_backends())
+def test_swap_is_exact_also_when_the_body_raises(backend):
+    base = torch.randn(6, 8)
+    strided = torch.nn.Parameter(base[:, ::2])
+    half = torch.nn.Parameter(torch.randn(5).to(torch.bfloat16))
+    plain, frozen = torch.nn.Parameter(torch.randn(4, 3)), torch.nn.Parameter(torch.randn(2))
+    params = [strided, half, plain, frozen]
+    opt = fw.Adam(params, lr=0.5, average=fw.EMA(0.5), backend=backend)
+    for step in range(3):
+        set_grads(params[:3], step)
+        opt.step()
+    before = [p.detach().clone() for p in params]
+    addresses = [p.data_ptr() for p in params]
+    others = base[:, 1::2].clone()
+
+    def evaluate():
+        with opt.averaged_parameters():
+            assert not any(torch.equal(p, q) for p, q in zip(params[:3], before, strict=False))
+            assert torch.equal(frozen, before[3])
+            assert_same_bits("half", half, opt.state[half]["average"].to(torch.bfloat16))
+            # the storage is exchanged, not copied
+            assert plain.data_ptr() == opt.state[plain]["average"].data_ptr()
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        evaluate()
+    for p, q, address in zip(params, before, addresses, strict=True):
+        assert_same_bits("param", p, q)
+        assert p.data_ptr() == address
+    assert torch.equal(base[:, 1::2], others)
+    set_grads(params[:3], 4)
+    opt.step()
+    assert torch.equal(base[:, 1::2], others)
+
+
+def test_no_step_and_no_second_swap_inside():
+    params = make_params(torch.float32, [(3,)])
+    opt = fw.Adam(params, average=fw.EMA(0.5))
+    set_grads(params, 0)
+    opt.step()
+    with opt.averaged_parameters():
+        with pytest.raises(RuntimeError, match="inside averaged_parameters"):
+            opt.step()
+        with pytest.raises(RuntimeError, match="must not be nested"), opt.averaged_parameters():
+            pass
+    opt.step()
+    with pytest.raises(RuntimeError, match="must have average= set"), fw.Adam(params).averaged_parameters():
+        pass
+
+
+def test_parameter_without_gradient_is_still_averaged():
+    """As swa_utils does: its average moves on towards the value that stands still."""
+    a, b = make_params(torch.float32, [(4,), (4,)])
+    opt = fw.SGD([a, b], lr=1.0, average=fw.EMA(0.5))
+    model = torch.nn.ParameterList([a, b])
+    averaged = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.5))
+    for step in range(6):
+        set_grads([a, b], step)
+        if step in (2, 3):
+            b.grad = None
+        opt.step()
+        averaged.update_parameters(model)
+    with opt.averaged_parameters():
+        for p, q in zip((a, b), averaged.module, strict=True):
+            assert_close("average", p, q, 1e-6)
+
+
+def test_update_bn_works():
+    torch.manual_seed(1)
+    model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.BatchNorm1d(8), torch.nn.Linear(8, 1))
+    data = [torch.randn(16, 4) for _ in range(5)]
+    opt = fw.Adam(model.parameters(), lr=0.05, average=fw.EMA(0.8))
+    averaged = AveragedModel(copy.deepcopy(model), multi_avg_fn=get_ema_multi_avg_fn(0.8))
+    for x in data * 4:
+        opt.zero_grad()
+        model(x).square().mean().backward()
+        opt.step()
+        averaged.update_parameters(model)
+    update_bn(data, averaged)
+    with opt.averaged_parameters():
+        update_bn(data, model)
+        model.eval()
+        averaged.eval()
+        with torch.no_grad():
+            assert torch.allclose(model(data[0]), averaged(data[0]), atol=1e-6)
