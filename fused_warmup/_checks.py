@@ -24,7 +24,12 @@ def number(
         value = value.item()
     if isinstance(value, bool) or not hasattr(value, "__float__") or isinstance(value, torch.Tensor):
         fail(owner, name, "be a number", value, error=TypeError)
-    x = float(value)
+    try:
+        x = float(value)
+    except (TypeError, ValueError):
+        fail(owner, name, "be a number", value, error=TypeError)
+    except OverflowError:
+        x = math.inf
     above = x >= low if ends[0] == "[" else x > low
     below = x <= high if ends[1] == "]" else x < high
     if not (above and below and math.isfinite(x)):

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, ClassVar, TypedDict
+from typing import Any, ClassVar, TypedDict
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
 from . import _checks as check
+from . import layout
 from . import plan as planning
 from .averaging import EMA, SWA, Average, swapped
 from .backends import BACKENDS, resolve
@@ -20,9 +21,6 @@ from .schedules import Schedule
 from .state import load_state, pack_state
 from .table import COUNTERS, Hyper
 from .telemetry import Telemetry
-
-if TYPE_CHECKING:
-    pass
 
 Params = Iterable[Tensor] | Iterable[dict[str, Any]] | Iterable[tuple[str, Tensor]]
 
@@ -157,6 +155,10 @@ class FusedOptimizer(Optimizer):
             for key in ("max_grad_norm", "nonfinite", "average", "backend", "telemetry"):
                 if key in param_group:
                     check.fail(name, key, "be given once for the whole optimizer", param_group[key])
+            if param_group.get("differentiable"):
+                check.fail(
+                    name, "differentiable", "be False", True, "torch.optim has the differentiable form."
+                )
             params = param_group.get("params", ())
             param_group["params"] = params = [params] if isinstance(params, Tensor) else params
             if not isinstance(params, set):
@@ -178,7 +180,7 @@ class FusedOptimizer(Optimizer):
         for i, param in enumerate(params, len(known)):
             # meta parameters may be materialised before the first step, which checks them again
             if not param.is_meta:
-                local = planning.check_param(type(self).__name__, i, param, None)
+                local = layout.check_param(type(self).__name__, i, param, None)
                 self._backend = self._backend or resolve(self.backend, local.device)
 
     def _reset(self) -> None:
@@ -187,7 +189,6 @@ class FusedOptimizer(Optimizer):
 
     # the step
 
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Make one step: norm, clipping, schedules, update and average, without waiting for the device.
 
@@ -214,12 +215,15 @@ class FusedOptimizer(Optimizer):
         if isinstance(loss, (Tensor, float)):
             self.record_loss(loss)
         backend.step(plan)
-        plan.finish()
+        changed = plan.finish()
         self.telemetry.advance()
         self._random_pending = False
-        if plan.rows:
-            torch.autograd.graph.increment_version([row.local for row in plan.rows])
+        if changed:
+            torch.autograd.graph.increment_version(changed)
         return loss
+
+    # addresses mean nothing while a compiler traces: dynamo then leaves the call to Python
+    step._torchdynamo_disable = True  # type: ignore[attr-defined]
 
     @torch.no_grad()
     def _prepared_plan(self) -> tuple[Plan, Backend]:
@@ -253,10 +257,16 @@ class FusedOptimizer(Optimizer):
             if param.grad is None and not self.state.get(param):
                 waiting.append(param)
                 continue
-            local = planning.check_param(name, index, param, device)
+            local = layout.check_param(name, index, param, device)
             device = local.device
             if param.grad is not None:
-                planning.check_grad(name, index, local, param.grad)
+                layout.check_grad(name, index, local, param.grad)
+            for key, state in self.state.get(param, {}).items():
+                if isinstance(state, Tensor) and state.dim() and state.shape != param.shape:
+                    shape = tuple(state.shape)
+                    check.fail(
+                        name, f"parameter {index}", f"keep the shape {shape} of {key}", tuple(param.shape)
+                    )
             known.append((g, index, param, local))
         planning.check_disjoint(name, [(index, local) for _, index, _, local in known])
         device = device or torch.device("cpu")
@@ -265,34 +275,41 @@ class FusedOptimizer(Optimizer):
             fresh = torch.zeros(len(COUNTERS), dtype=torch.int64, device=device)
             self._counters = fresh if self._counters is None else fresh.copy_(self._counters)
         self.telemetry.allocate(device)
-        self._allocate([(g, p) for g, _, p, _ in known], hypers)
+        self._allocate([(g, p, local) for g, _, p, local in known], hypers)
         rows = [self._row(g, index, param, local) for g, index, param, local in known]
         record = {"counters": self._counters, "slots": self.telemetry.slots, "page": self.telemetry.page}
         settings = Settings(None, self.nonfinite == "skip", self.average, self.telemetry.enabled)
         return Plan(name, self.rule, rows, waiting, settings, record), backend
 
-    def _allocate(self, members: list[tuple[int, Tensor]], hypers: list[Hyper]) -> None:
+    def _allocate(self, members: list[tuple[int, Tensor, Tensor]], hypers: list[Hyper]) -> None:
         """Make the states that are missing; new step counts share one buffer."""
-        fresh = [param for _, param in members if "step" not in self.state[param]]
+        fresh = [param for _, param, _ in members if "step" not in self.state[param]]
         steps = iter(torch.zeros(len(fresh), dtype=torch.int64, device=fresh[0].device) if fresh else ())
         drawn = 0.0
-        for g, param in members:
+        for g, param, local in members:
             state, group = self.state[param], self.param_groups[g]
             random = "step" not in state and hypers[g].init == "random"
             if "step" not in state:
                 state["step"] = next(steps)
+            elif "momentum_buffer" in self._state_names(group) and state.get("momentum_buffer") is None:
+                # torch starts a buffer that comes late with the gradient itself, as at a first step
+                state["step"].zero_()
             for state_name in self._state_names(group):
                 if not isinstance(state.get(state_name), Tensor):
-                    state[state_name] = planning.state_like(param)
+                    state[state_name] = layout.state_like(param)
             if self.average is not None and "average" not in state:
-                state["average"] = planning.state_like(param).copy_(param)
+                state["average"] = layout.state_like(param).copy_(param)
+            for state_name, value in state.items():
+                if isinstance(value, Tensor) and state_name != "step" and not layout.fits(value, local):
+                    # the parameter got another dtype or layout since
+                    state[state_name] = layout.state_like(param).copy_(value)
             if random:
                 # drawn on the host, so that its norm is known without a wait
                 noise = torch.randn(param.shape, dtype=torch.float64)
                 state["exp_avg_sq"].copy_(noise.square())
                 drawn += float(noise.square().sum())
         if drawn:
-            others = sum(param.numel() for _, param in members) - sum(param.numel() for param in fresh)
+            others = sum(param.numel() for _, param, _ in members) - sum(param.numel() for param in fresh)
             self._init_norm_sq = drawn + others
             self._random_pending = True
 
@@ -350,7 +367,8 @@ class FusedOptimizer(Optimizer):
             )
         if self._swapped:
             raise RuntimeError(f"{type(self).__name__}: averaged_parameters() must not be nested.")
-        pairs = [(p, state["average"]) for p, state in self.state.items() if "average" in state]
+        local = layout.local_tensor
+        pairs = [(local(p), local(state["average"])) for p, state in self.state.items() if "average" in state]
         self._swapped = True
         try:
             with swapped(pairs):

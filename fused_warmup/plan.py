@@ -6,18 +6,20 @@ parameters, because a training loop may move either.
 
 from __future__ import annotations
 
-import itertools
+import ctypes
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from operator import itemgetter
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from . import _checks as check
 from . import averaging
 from .averaging import Average
+from .layout import check_grad, compute_dtype, describe, is_dense, local_tensor, same_layout
 from .table import DTYPES, MAX_STATES, RATES, STRUCTS, Hyper, chunks, pack_hypers
 
 
@@ -58,129 +60,94 @@ class Settings:
     telemetry: bool
 
 
-def compute_dtype(dtype: torch.dtype) -> torch.dtype:
-    """Return the dtype of arithmetic and states beside parameters of ``dtype``."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
-
-
-def describe(index: int, tensor: Tensor) -> str:
-    """Return how an error names a parameter."""
-    return f"parameter {index} (shape {tuple(tensor.shape)}, {tensor.dtype}, {tensor.device})"
-
-
-def local_tensor(tensor: Tensor) -> Tensor:
-    """Return the part of a tensor that lies in this process: the shard of a DTensor, else the tensor."""
-    return getattr(tensor, "_local_tensor", tensor) if type(tensor) is not Tensor else tensor
-
-
-def is_dense(tensor: Tensor) -> bool:
-    """Whether the elements fill one stretch of memory, in whatever order of dimensions."""
-    if tensor.is_contiguous():
-        return True
-    expected = 1
-    for stride, size in sorted((t, n) for t, n in zip(tensor.stride(), tensor.shape, strict=True) if n != 1):
-        if stride != expected:
-            return False
-        expected *= size
-    return True
-
-
-def overlaps_itself(tensor: Tensor) -> bool:
-    """Whether two elements may share memory."""
-    reach = 1
-    for stride, size in sorted((t, n) for t, n in zip(tensor.stride(), tensor.shape, strict=True) if n != 1):
-        if stride < reach:
-            return tensor.numel() > 1
-        reach = stride * (size - 1) + reach
-    return False
-
-
-def check_param(owner: str, index: int, param: Tensor, device: torch.device | None) -> Tensor:
-    """Return the local memory of a parameter that a backend can update.
-
-    Raises:
-        TypeError: If the parameter is fake, sparse, complex, quantised or of an integer dtype.
-        ValueError: If it has no memory, overlaps itself or lies on another device than ``device``.
-    """
-    name = f"{owner}: {describe(index, param)}"
-    local = local_tensor(param)
-    if _is_fake(local):
-        raise TypeError(
-            f"{name} must hold data, got a FakeTensor; keep step() out of torch.compile and export."
-        )
-    if local.layout != torch.strided:
-        raise TypeError(
-            f"{name} must be dense, got layout {local.layout}; torch.optim.SparseAdam takes sparse ones."
-        )
-    if local.dtype not in DTYPES:
-        hint = "; give torch.view_as_real of it." if local.is_complex() else "."
-        raise TypeError(f"{name} must be float32, float64, bfloat16 or float16, got {local.dtype}{hint}")
-    if local.is_meta:
-        raise ValueError(f"{name} must hold data, got a meta tensor; materialise the model first.")
-    if device is not None and local.device != device:
-        raise ValueError(
-            f"{name} must be on one device with the others, got {local.device}, expected {device}."
-        )
-    if overlaps_itself(local):
-        raise ValueError(f"{name} must not overlap itself, got strides {local.stride()}; clone it.")
-    if local.numel() and local.data_ptr() == 0:
-        raise ValueError(f"{name} must hold data, got a null address.")
-    return local
-
-
-def check_grad(owner: str, index: int, local: Tensor, grad: Tensor) -> Tensor:
-    """Return the local memory of a gradient that fits its parameter.
-
-    Raises:
-        TypeError: If the gradient is fake, sparse or of an unsupported dtype.
-        ValueError: If it has no memory, another shape or another device than its parameter.
-    """
-    name = f"{owner}: the gradient of {describe(index, local)}"
-    grad = local_tensor(grad)
-    if _is_fake(grad):
-        raise TypeError(
-            f"{name} must hold data, got a FakeTensor; keep step() out of torch.compile and export."
-        )
-    if grad.layout != torch.strided:
-        raise TypeError(
-            f"{name} must be dense, got layout {grad.layout}; torch.optim.SparseAdam takes sparse ones."
-        )
-    if grad.dtype not in DTYPES:
-        raise TypeError(f"{name} must be float32, float64, bfloat16 or float16, got {grad.dtype}.")
-    if grad.device != local.device:
-        raise ValueError(f"{name} must be on {local.device}, got {grad.device}.")
-    if grad.shape != local.shape:
-        raise ValueError(f"{name} must have its shape, got {tuple(grad.shape)}.")
-    if grad.numel() and grad.data_ptr() == 0:
-        raise ValueError(f"{name} must hold data, got a null address.")
-    return grad
-
-
 def check_disjoint(owner: str, indexed: Sequence[tuple[int, Tensor]]) -> None:
-    """Raise if two dense parameters share memory.
+    """Raise if two parameters share memory.
 
     Raises:
         ValueError: If they do; both are named.
     """
-    spans = sorted(
-        (t.data_ptr(), t.data_ptr() + t.numel() * t.element_size(), i)
-        for i, t in indexed
-        if t.numel() and is_dense(t)
-    )
-    for (_, end, i), (begin, _, j) in itertools.pairwise(spans):
-        if begin < end:
-            raise ValueError(
-                f"{owner}: parameters must not share memory, got {min(i, j)} and {max(i, j)} over the "
-                "same addresses; give the tensor that both are views of."
-            )
+    spans = sorted(((*_span(t), i, t) for i, t in indexed if t.numel()), key=lambda span: span[:3])
+    for k, (_, end, i, a) in enumerate(spans):
+        for begin, _, j, b in spans[k + 1 :]:
+            if begin >= end:
+                break
+            # strided views may interleave without meeting
+            if (is_dense(a) and is_dense(b)) or np.intersect1d(_bytes(a), _bytes(b)).size:
+                raise ValueError(
+                    f"{owner}: parameters must not share memory, got {min(i, j)} and {max(i, j)} over the "
+                    "same addresses; give the tensor that both are views of."
+                )
 
 
-def _is_fake(tensor: Tensor) -> bool:
-    if type(tensor) in (Tensor, torch.nn.Parameter):
-        return False
-    from torch._subclasses.fake_tensor import FakeTensor
+def _span(tensor: Tensor) -> tuple[int, int]:
+    """Return the first address of a tensor and the one after its last."""
+    reach = sum((n - 1) * stride for n, stride in zip(tensor.shape, tensor.stride(), strict=True)) + 1
+    return tensor.data_ptr(), tensor.data_ptr() + reach * tensor.element_size()
 
-    return isinstance(tensor, FakeTensor) or isinstance(getattr(tensor, "data", None), FakeTensor)
+
+def _bytes(tensor: Tensor) -> np.ndarray:
+    """Return the address of every byte of a tensor."""
+    offsets = np.zeros(1, np.int64)
+    for n, stride in zip(tensor.shape, tensor.stride(), strict=True):
+        offsets = np.add.outer(offsets, np.arange(n) * stride).ravel()
+    size = tensor.element_size()
+    return tensor.data_ptr() + np.add.outer(offsets * size, np.arange(size)).ravel()
+
+
+class Forms(Protocol):
+    """The forms of some tensors: type, dtype, device, shape and strides."""
+
+    def read(self, tensors: list[Any], out: int) -> list[int]:
+        """Write where tensors of these forms lie: 0 for None or another form, 1 for an empty tensor.
+
+        Args:
+            tensors: As many as the forms.
+            out: Address of as many uint64.
+
+        Returns:
+            Positions of the tensors whose form is another one.
+        """
+        ...
+
+
+class PythonForms:
+    """Forms without the extension, or for a torch without the DLPack exchange API."""
+
+    def __init__(self, tensors: list[Tensor]) -> None:
+        self._tensors = [torch.empty_like(t, device="meta", requires_grad=False) for t in tensors]
+        self._devices = [t.device for t in tensors]
+
+    def read(self, tensors: list[Any], out: int) -> list[int]:
+        """Write where tensors of these forms lie, see ``Forms``."""
+        addresses = np.ctypeslib.as_array(ctypes.cast(out, ctypes.POINTER(ctypes.c_uint64)), (len(tensors),))
+        odd = []
+        for i, (t, form, device) in enumerate(zip(tensors, self._tensors, self._devices, strict=True)):
+            addresses[i] = 0
+            if t is None:
+                continue
+            plain = type(t) in (Tensor, torch.nn.Parameter) and t.layout == torch.strided
+            if (
+                plain
+                and t.dtype == form.dtype
+                and t.device == device
+                and same_layout(t, form)
+                and not t.is_neg()
+            ):
+                addresses[i] = t.data_ptr() if t.numel() else 1
+            if not addresses[i]:
+                odd.append(i)
+        return odd
+
+
+def forms(tensors: list[Tensor]) -> Forms:
+    """Return the forms of tensors, read by the extension where torch lets it."""
+    if hasattr(Tensor, "__dlpack_c_exchange_api__"):
+        try:
+            from . import _cpu
+        except ImportError:
+            return PythonForms(tensors)
+        return _cpu.Forms(Tensor, torch.nn.Parameter, tensors)
+    return PythonForms(tensors)
 
 
 class Plan:
@@ -219,13 +186,13 @@ class Plan:
         self._waiting = waiting
         self._params = [row.param for row in rows]
         self._locals = [row.local for row in rows]
-        self._addresses = [t.data_ptr() for t in self._locals]
-        self._forms = [(row.work.stride(), row.work.dtype, row.work.numel()) for row in rows]
+        self._param_forms = forms(self._locals)
+        self._grad_forms = forms([row.work for row in rows])
+        self._now, self._addresses = np.zeros(len(rows), np.uint64), np.zeros(len(rows), np.uint64)
+        self._param_forms.read(self._locals, self._addresses.ctypes.data)
         self._strided = [row for row in rows if row.work is not row.local]
-        self._special = {i for i, row in enumerate(rows) if row.work is not row.param or not row.work.numel()}
-        self._grad_addresses: list[int] = []
         self._cast: list[int] = []
-        self._signatures: list[tuple[Any, ...]] = []
+        self._signatures: list[tuple[Any, ...] | None] = []
         self._pack_rows()
 
     # the packed side
@@ -235,11 +202,11 @@ class Plan:
         n = len(self.rows)
         table = np.zeros(n, STRUCTS["Row"])
         for packed, row in zip(table, self.rows, strict=True):
-            states = [state.data_ptr() for state in map(local_tensor, row.states)]
+            states = [state.data_ptr() for state in row.states]
             for name, address in zip(("state0", "state1", "state2"), states, strict=False):
                 packed[name] = address
             packed["param"] = row.work.data_ptr()
-            packed["average"] = 0 if row.average is None else local_tensor(row.average).data_ptr()
+            packed["average"] = 0 if row.average is None else row.average.data_ptr()
             packed["step"] = row.step.data_ptr()
             packed["numel"] = row.work.numel()
             packed["group"] = row.group
@@ -307,35 +274,27 @@ class Plan:
             TypeError: If a gradient has a kind or dtype that no backend takes.
             ValueError: If a gradient does not fit its parameter.
         """
-        if [t.data_ptr() for t in self._locals] != self._addresses:
+        if self._param_forms.read(self._locals, self._now.ctypes.data) or not np.array_equal(
+            self._now, self._addresses
+        ):
             return False
         for param in self._waiting:
             if param.grad is not None:
                 return False
-        grads = [param.grad for param in self._params]
-        addresses = []
-        odd = list(self._special)
-        for i, (grad, form) in enumerate(zip(grads, self._forms, strict=True)):
-            if grad is None:
-                addresses.append(0)
-            elif type(grad) is Tensor and (grad.stride(), grad.dtype, grad.numel()) == form:
-                addresses.append(grad.data_ptr())
-            else:
-                addresses.append(0)
-                odd.append(i)
+        grads: list[Tensor | None] = [param.grad for param in self._params]
+        odd = self._grad_forms.read(grads, self._grads.ctypes.data)
         for i in self._cast:
             self._table["grad_dtype"][i] = self._table["dtype"][i]
         adopted = [(i, self._adopt(i, grad)) for i in odd if (grad := grads[i]) is not None]
         for i, grad in adopted:
             grads[i] = grad
-            # an empty tensor has no address, but it has a gradient
-            addresses[i] = grad.data_ptr() or 1
+            self._grads[i] = grad.data_ptr() if grad.numel() else 1
+            if self._grads[i] == 0:
+                name = describe(self.rows[i].index, self.rows[i].local)
+                check.fail(self.owner, f"the gradient of {name}", "hold data", "a null address")
             self._table["grad_dtype"][i] = DTYPES[grad.dtype]
         self._cast = [i for i, grad in adopted if grad.dtype != self.rows[i].work.dtype]
         self.grads = grads
-        if addresses != self._grad_addresses:
-            self._grads[:] = addresses
-            self._grad_addresses = addresses
         for row in self._strided:
             row.work.copy_(row.local)
         return True
@@ -345,7 +304,7 @@ class Plan:
         row = self.rows[i]
         grad = check_grad(self.owner, row.index, row.local, grad)
         dtype = grad.dtype if grad.dtype in (row.work.dtype, torch.float32) else compute_dtype(row.work.dtype)
-        if grad.stride() == row.work.stride() and grad.dtype == dtype:
+        if same_layout(grad, row.work) and grad.dtype == dtype and not grad.is_neg():
             return grad
         return torch.empty_like(row.work, dtype=dtype).copy_(grad)
 
@@ -367,22 +326,33 @@ class Plan:
         """
         read = itemgetter(*keys)
         signatures = [read(group) for group in groups]
-        if signatures == self._signatures and not any(isinstance(s[0], Tensor) for s in signatures):
-            return False
-        old = self._signatures
-        hypers = [
-            self.hypers[i] if i < len(old) and old[i] == s and not isinstance(s[0], Tensor) else make(group)
-            for i, (s, group) in enumerate(zip(signatures, groups, strict=True))
-        ]
-        only_lr = len(old) == len(signatures) and all(
-            a[1:] == b[1:] for a, b in zip(old, signatures, strict=True)
-        )
-        self.hypers, self._signatures = hypers, signatures
-        if only_lr:
+        try:
+            if signatures == self._signatures:
+                return False
+            old = self._signatures if len(self._signatures) == len(groups) else [None] * len(groups)
+            same = [a == b for a, b in zip(signatures, old, strict=True)]
+            only_lr = [b is not None and a[1:] == b[1:] for a, b in zip(signatures, old, strict=True)]
+        except (RuntimeError, ValueError):
+            # somebody put a tensor or array of many elements there: make() will name it
+            same = only_lr = [False] * len(groups)
+        hypers = list(self.hypers) if len(self.hypers) == len(groups) else [Hyper(0.0)] * len(groups)
+        rates = {}
+        for i, group in enumerate(groups):
+            if only_lr[i] and not same[i]:
+                rates[i] = check.number(self.owner, "lr", group["lr"])
+            elif not same[i]:
+                hypers[i] = make(group)
+        # nothing is taken over before all of it is valid
+        for i, lr in rates.items():
+            hypers[i].lr = lr
+        self.hypers = hypers
+        # what can be written in place is read again at every step
+        self._signatures = [None if any(isinstance(v, (Tensor, list)) for v in s) else s for s in signatures]
+        if all(only_lr):
             self._hypers["lr"] = [h.lr for h in hypers]
         else:
             self._pack_hypers()
-        return not only_lr
+        return not all(only_lr)
 
     def prepare(self, max_grad_norm: float | None, measure: bool, init_norm_sq: float) -> None:
         """Set what may change from step to step without touching the table."""
@@ -397,12 +367,19 @@ class Plan:
                 init_norm_sq=init_norm_sq,
             )
 
-    def finish(self) -> None:
-        """Write dense copies back to strided views and let go of the gradients."""
-        with torch.no_grad():
-            for row in self._strided:
-                row.local.copy_(row.work)
+    def finish(self) -> list[Tensor]:
+        """Write dense copies back to strided views and let go of the gradients.
+
+        Returns:
+            The parameters that the step may have changed.
+        """
+        if self._strided:
+            with torch.no_grad():
+                for row in self._strided:
+                    row.local.copy_(row.work)
+        changed = [param for param, grad in zip(self._params, self.grads, strict=True) if grad is not None]
         self.grads = []
+        return changed
 
 
 def make_row(
@@ -419,11 +396,15 @@ def make_row(
     """Return the row of a parameter, with a dense copy to work on where the parameter is a strided view."""
     assert len(states) <= MAX_STATES
     work = local if is_dense(local) else torch.empty_like(local).copy_(local)
-    return Row(param, list(states), average, step, group, initialized, index, local, work)
-
-
-def state_like(param: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-    """Return zeros in the layout that the row of ``param`` has and in the dtype of its arithmetic."""
-    return torch.zeros_like(
-        param, dtype=dtype or compute_dtype(param.dtype), memory_format=torch.preserve_format
+    own = [local_tensor(state) for state in states]
+    return Row(
+        param,
+        own,
+        None if average is None else local_tensor(average),
+        step,
+        group,
+        initialized,
+        index,
+        local,
+        work,
     )

@@ -166,7 +166,7 @@ class Schedule:
 
     def to_dict(self) -> dict[str, Any]:
         """Return the schedule as plain types, which ``torch.load(weights_only=True)`` accepts."""
-        segments = [{**asdict(segment), "values": list(segment.values)} for segment in self.segments]
+        segments = [_plain(segment) for segment in self.segments]
         return {"format": _FORMAT, "version": _VERSION, "segments": segments}
 
     def to_json(self) -> str:
@@ -221,7 +221,10 @@ def from_json(text: str) -> Schedule:
 
     Raises:
         ValueError: If the text was cut short or altered; the line is named.
+        TypeError: If it is not a string.
     """
+    if not isinstance(text, str):
+        check.fail("from_json", "text", "be a string", text, error=TypeError)
     try:
         data = json.loads(text)
     except json.JSONDecodeError as error:
@@ -242,24 +245,35 @@ def _segment(item: Any, i: int) -> Schedule:
         check.fail("from_json", where, "have the keys " + ", ".join(keys), sorted(item))
     kind, steps, start, end, shape, values = (item[key] for key in keys)
     check.one_of("from_json", f"{where}.kind", kind, SEGMENT_KINDS)
+    if not isinstance(values, list):
+        check.fail("from_json", f"{where}.values", "be a list", values)
     try:
         match kind:
             case "warmup":
-                return warmup(steps, start)
+                schedule = warmup(steps, start)
             case "constant":
-                return constant(start, steps)
+                schedule = constant(start, steps)
             case "polynomial":
-                return polynomial(start, end, steps, shape)
+                schedule = polynomial(start, end, steps, shape)
             case "inverse_sqrt":
-                return inverse_sqrt(shape)
+                schedule = inverse_sqrt(shape)
             case "table":
-                return table(values)
+                schedule = table(values)
             case _:
-                return {"linear": linear, "cosine": cosine, "exponential": exponential}[kind](
+                schedule = {"linear": linear, "cosine": cosine, "exponential": exponential}[kind](
                     start, end, steps
                 )
     except (TypeError, ValueError) as error:
         raise ValueError(f"from_json: {where} must be a valid segment, got: {error}") from None
+    for key, value in _plain(schedule.segments[0]).items():
+        if item[key] != value:
+            check.fail("from_json", f"{where}.{key}", f"be {value!r} in a segment {kind}", item[key])
+    return schedule
+
+
+def _plain(segment: Segment) -> dict[str, Any]:
+    """Return a segment as plain types."""
+    return {**asdict(segment), "values": list(segment.values)}
 
 
 def warmup(steps: int, start: float = 0.0) -> Schedule:

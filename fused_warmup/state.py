@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from . import _checks as check
-from .plan import state_like
+from .layout import state_like
 from .schedules import Schedule, from_dict
 from .table import COUNTERS, TELEMETRY
 
@@ -72,7 +72,7 @@ def load_state(opt: FusedOptimizer, state_dict: dict[str, Any]) -> None:
     owner = type(opt).__name__
     own = _own_entry(owner, opt, state_dict)
     groups = _loaded_groups(owner, opt, state_dict)
-    states = _loaded_states(owner, opt, state_dict, own)
+    states = _loaded_states(owner, opt, state_dict, own, groups)
 
     for group, loaded in zip(opt.param_groups, groups, strict=True):
         group.update(loaded)
@@ -121,7 +121,11 @@ def _loaded_groups(owner: str, opt: FusedOptimizer, state_dict: Mapping[str, Any
 
 
 def _loaded_states(
-    owner: str, opt: FusedOptimizer, state_dict: Mapping[str, Any], own: Mapping[str, Any]
+    owner: str,
+    opt: FusedOptimizer,
+    state_dict: Mapping[str, Any],
+    own: Mapping[str, Any],
+    groups: list[dict[str, Any]],
 ) -> dict[Tensor, dict[str, Any]]:
     """Return the states to take over by parameter, checked; ``step`` is an int."""
     exact = dict(zip(own["step_ids"], own["steps"].tolist(), strict=True)) if own else {}
@@ -133,7 +137,7 @@ def _loaded_states(
         if not saved:
             continue
         name = f"state_dict['state'][{k!r}]"
-        required = opt._state_names(opt.param_groups[g])
+        required = opt._state_names({**opt.param_groups[g], **groups[g]})
         tensors = {key: saved[key] for key in (*_KNOWN, "average") if isinstance(saved.get(key), Tensor)}
         foreign = [key for key in tensors if key in _KNOWN and key not in (*required, "max_exp_avg_sq")]
         missing = [
@@ -162,7 +166,7 @@ def _loaded_states(
 def _step_count(owner: str, name: str, step: Any) -> int:
     """Return a step count from an int, a float or a tensor with one element."""
     count = float(step) if not isinstance(step, int) else step
-    if not count >= 0 or count != int(count):
+    if not 0 <= count < 2**62 or count != int(count):
         check.fail(owner, name, "be a whole number >= 0", step)
     return int(count)
 

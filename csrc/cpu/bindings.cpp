@@ -3,6 +3,7 @@
 #include <pybind11/pybind11.h>
 
 #include "../check.h"
+#include "../exchange.h"
 #include "../rules.h"
 #include "kernels.h"
 
@@ -65,6 +66,55 @@ py::dict layout() {
   return structs;
 }
 
+// The forms of some tensors, and where tensors of those forms lie now.
+class Forms {
+ public:
+  Forms(py::handle tensor_type, py::handle parameter_type, py::list tensors)
+      : tensor_type_(tensor_type.ptr()), parameter_type_(parameter_type.ptr()) {
+    py::object capsule = tensor_type.attr("__dlpack_c_exchange_api__");
+    exchange_ = static_cast<fw::DlExchange*>(PyCapsule_GetPointer(capsule.ptr(), "dlpack_exchange_api"));
+    while (exchange_ && exchange_->major != 1) exchange_ = exchange_->previous;
+    FW_CHECK(exchange_ && exchange_->describe,
+             "the exchange API must be of DLPack 1 with a describing function");
+    for (py::handle tensor : tensors) {
+      fw::DlTensor head;
+      if (exchange_->describe(tensor.ptr(), &head) != 0) throw py::error_already_set();
+      forms_.emplace_back(head);
+    }
+  }
+
+  // Writes the address of every tensor, 0 for None and 1 for an empty one; returns the positions of those
+  // that are of another type or form, whose address is 0.
+  py::list read(py::list tensors, std::uintptr_t out) const {
+    FW_CHECK(tensors.size() == forms_.size(), "tensors must be as many as the forms");
+    uint64_t* addresses = fw::at<uint64_t>(out);
+    py::list odd;
+    for (size_t i = 0; i < forms_.size(); ++i) {
+      PyObject* tensor = PyList_GET_ITEM(tensors.ptr(), i);
+      addresses[i] = 0;
+      if (tensor == Py_None) continue;
+      PyObject* type = reinterpret_cast<PyObject*>(Py_TYPE(tensor));
+      fw::DlTensor t;
+      bool known = type == tensor_type_ || type == parameter_type_;
+      if (!known || exchange_->describe(tensor, &t) != 0 || !forms_[i].fits(t)) {
+        PyErr_Clear();
+        odd.append(i);
+      } else {
+        uint64_t address = reinterpret_cast<uint64_t>(t.data) + t.byte_offset;
+        addresses[i] = forms_[i].empty() ? 1 : address;
+        if (address == 0 && !forms_[i].empty()) odd.append(i);
+      }
+    }
+    return odd;
+  }
+
+ private:
+  // torch keeps its two types for the life of the process
+  PyObject *tensor_type_, *parameter_type_;
+  fw::DlExchange* exchange_ = nullptr;
+  std::vector<fw::Form> forms_;
+};
+
 }  // namespace
 
 PYBIND11_MODULE(_cpu, m) {
@@ -73,4 +123,8 @@ PYBIND11_MODULE(_cpu, m) {
   m.def("rules", &rules);
   m.def("layout", &layout);
   m.def("step", &step, py::arg("isa"), py::arg("rule"), py::arg("address"), py::arg("threads"));
+  py::class_<Forms>(m, "Forms")
+      .def(py::init<py::handle, py::handle, py::list>(), py::arg("tensor_type"), py::arg("parameter_type"),
+           py::arg("tensors"))
+      .def("read", &Forms::read, py::arg("tensors"), py::arg("out"));
 }

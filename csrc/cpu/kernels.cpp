@@ -25,7 +25,7 @@ struct NormLanes {
   int64_t nonfinite = 0;
 
   template <class C>
-  void add(const C* __restrict grad, int count) {
+  FW_LEAF void add(const C* __restrict grad, int count) {
     double a[kLanes], b[kLanes];
     for (int lane = 0; lane < kLanes; ++lane) a[lane] = l1[lane], b[lane] = l2_sq[lane];
     int whole = count - count % kLanes;

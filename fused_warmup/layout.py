@@ -1,0 +1,133 @@
+"""Kinds and layouts of tensors: which ones a backend takes, and how a row lays them out."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .table import DTYPES
+
+
+def compute_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Return the dtype of arithmetic and states beside parameters of ``dtype``."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def describe(index: int, tensor: Tensor) -> str:
+    """Return how an error names a parameter."""
+    return f"parameter {index} (shape {tuple(tensor.shape)}, {tensor.dtype}, {tensor.device})"
+
+
+def local_tensor(tensor: Tensor) -> Tensor:
+    """Return the part of a tensor that lies in this process: the shard of a DTensor, else the tensor."""
+    return getattr(tensor, "_local_tensor", tensor) if type(tensor) is not Tensor else tensor
+
+
+def is_dense(tensor: Tensor) -> bool:
+    """Whether the elements fill one stretch of memory, in whatever order of dimensions."""
+    if tensor.is_contiguous():
+        return True
+    expected = 1
+    for stride, size in sorted((t, n) for t, n in zip(tensor.stride(), tensor.shape, strict=True) if n != 1):
+        if stride != expected:
+            return False
+        expected *= size
+    return True
+
+
+def work_layout(local: Tensor) -> Tensor:
+    """Return a meta tensor with the layout that the row of a parameter has: its own if that is dense."""
+    return torch.empty_like(local, device="meta", requires_grad=False)
+
+
+def same_layout(a: Tensor, b: Tensor) -> bool:
+    """Whether equal positions in memory hold equal elements; dimensions of one element do not count."""
+    pairs = zip(a.shape, b.shape, a.stride(), b.stride(), strict=False)
+    return a.dim() == b.dim() and all(m == n and (s == t or n == 1) for m, n, s, t in pairs)
+
+
+def overlaps_itself(tensor: Tensor) -> bool:
+    """Whether two elements may share memory."""
+    reach = 1
+    for stride, size in sorted((t, n) for t, n in zip(tensor.stride(), tensor.shape, strict=True) if n != 1):
+        if stride < reach:
+            return tensor.numel() > 1
+        reach = stride * (size - 1) + reach
+    return False
+
+
+def check_param(owner: str, index: int, param: Tensor, device: torch.device | None) -> Tensor:
+    """Return the local memory of a parameter that a backend can update.
+
+    Raises:
+        TypeError: If the parameter is fake, sparse, complex, quantised or of an integer dtype.
+        ValueError: If it has no memory, overlaps itself or lies on another device than ``device``.
+    """
+    name = f"{owner}: {describe(index, param)}"
+    local = local_tensor(param)
+    if _is_fake(local):
+        raise TypeError(
+            f"{name} must hold data, got a FakeTensor; keep step() out of torch.compile and export."
+        )
+    if local.layout != torch.strided:
+        raise TypeError(
+            f"{name} must be dense, got layout {local.layout}; torch.optim.SparseAdam takes sparse ones."
+        )
+    if local.dtype not in DTYPES:
+        hint = "; give torch.view_as_real of it." if local.is_complex() else "."
+        raise TypeError(f"{name} must be float32, float64, bfloat16 or float16, got {local.dtype}{hint}")
+    if local.is_meta:
+        raise ValueError(f"{name} must hold data, got a meta tensor; materialise the model first.")
+    if device is not None and local.device != device:
+        raise ValueError(
+            f"{name} must be on one device with the others, got {local.device}, expected {device}."
+        )
+    if overlaps_itself(local):
+        raise ValueError(f"{name} must not overlap itself, got strides {local.stride()}; clone it.")
+    return local
+
+
+def check_grad(owner: str, index: int, local: Tensor, grad: Tensor) -> Tensor:
+    """Return the local memory of a gradient that fits its parameter.
+
+    Raises:
+        TypeError: If the gradient is fake, sparse or of an unsupported dtype.
+        ValueError: If it has another shape or another device than its parameter.
+    """
+    name = f"{owner}: the gradient of {describe(index, local)}"
+    grad = local_tensor(grad)
+    if _is_fake(grad):
+        raise TypeError(
+            f"{name} must hold data, got a FakeTensor; keep step() out of torch.compile and export."
+        )
+    if grad.layout != torch.strided:
+        raise TypeError(
+            f"{name} must be dense, got layout {grad.layout}; torch.optim.SparseAdam takes sparse ones."
+        )
+    if grad.dtype not in DTYPES:
+        raise TypeError(f"{name} must be float32, float64, bfloat16 or float16, got {grad.dtype}.")
+    if grad.device != local.device:
+        raise ValueError(f"{name} must be on {local.device}, got {grad.device}.")
+    if grad.shape != local.shape:
+        raise ValueError(f"{name} must have its shape, got {tuple(grad.shape)}.")
+    return grad
+
+
+def _is_fake(tensor: Tensor) -> bool:
+    if type(tensor) in (Tensor, torch.nn.Parameter):
+        return False
+    from torch._subclasses.fake_tensor import FakeTensor
+
+    return isinstance(tensor, FakeTensor) or isinstance(getattr(tensor, "data", None), FakeTensor)
+
+
+def fits(state: Tensor, local: Tensor) -> bool:
+    """Whether a state has the dtype and layout that the row of a parameter needs."""
+    return state.dtype == compute_dtype(local.dtype) and same_layout(local_tensor(state), work_layout(local))
+
+
+def state_like(param: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """Return zeros in the layout that the row of ``param`` has and in the dtype of its arithmetic."""
+    return torch.zeros_like(
+        param, dtype=dtype or compute_dtype(param.dtype), memory_format=torch.preserve_format
+    )
