@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-CONTEXT = 64
+CONTEXT = 32
 _TEXT_BYTES = 3_000_000
 _VALIDATION_WINDOWS = 512
 

@@ -40,7 +40,7 @@ class GPT(nn.Module):
     """
 
     def __init__(
-        self, vocabulary: int, context: int = CONTEXT, width: int = 128, heads: int = 4, layers: int = 5
+        self, vocabulary: int, context: int = CONTEXT, width: int = 168, heads: int = 4, layers: int = 3
     ) -> None:
         super().__init__()
         self.token, self.position = nn.Embedding(vocabulary, width), nn.Embedding(context, width)
@@ -50,7 +50,9 @@ class GPT(nn.Module):
             if param.dim() > 1:
                 # what adds to the stream starts smaller, so that the sum over the layers has unit scale
                 adds = name.endswith(("out.weight", "down.weight"))
-                nn.init.normal_(param, std=0.02 / (2 * layers) ** 0.5 if adds else 0.02)
+                nn.init.normal_(param, std=(width * (2 * layers if adds else 1)) ** -0.5)
+        # logits near 0: the first loss is the logarithm of the vocabulary
+        nn.init.normal_(self.head.weight, std=0.02)
 
     def forward(self, tokens: Tensor) -> Tensor:
         """Return the logits ``[batch, time, vocabulary]`` for int64 tokens ``[batch, time]``."""

@@ -17,7 +17,7 @@ from .group import OneLineError
 FORMAT = "fused_warmup.train"
 VERSION = 1
 
-_INK, _OURS, _THEIRS, _GREY = "#1f2430", "#2a6fbb", "#e07b39", "#9aa3ad"
+_INK, _OURS, _PALE, _THEIRS, _GREY = "#1f2430", "#2a6fbb", "#9cc3ea", "#c8501e", "#9aa3ad"
 _COLUMNS = ("lr", "grad_norm", "clip_coef")
 
 
@@ -67,7 +67,7 @@ def present(path: Path, console: Console) -> None:
     """
     record, columns = read(path)
     try:
-        draw(record, columns).savefig(path.with_suffix(".png"), dpi=110)
+        draw(record, columns).savefig(path.with_suffix(".png"), dpi=100, pil_kwargs={"optimize": True})
         table, lines = table_of(record), caption(record)
     except (KeyError, TypeError) as error:
         raise ValueError(f"report: {path} must be complete, got {error!r}.") from None
@@ -142,17 +142,19 @@ def draw(record: dict[str, Any], columns: dict[str, list[float]]) -> Any:
 
     settings = record["settings"]
     steps = range(1, len(columns["lr"]) + 1)
-    figure = Figure(figsize=(8, 9), layout="constrained", facecolor="white")
+    figure = Figure(figsize=(7.2, 8.2), layout="constrained", facecolor="white")
     panels = figure.subplots(4, 1, sharex=True, height_ratios=(2.2, 1, 1, 1))
     loss, lr, norm, clip = panels
     marker = "." if len(steps) == 1 else ""
     ours, theirs = record["ours"], record["theirs"]
-    loss.plot(
-        steps, [_value(x) for x in ours["losses"]], color=_OURS, lw=2.4, marker=marker, label=ours["name"]
-    )
+    # ours is the wide pale line, so that theirs shows on top of it where the two agree
+    pale = {"color": _PALE, "lw": 3.4} if theirs is not None else {"color": _OURS, "lw": 1.6}
+    loss.plot(steps, [_value(x) for x in ours["losses"]], marker=marker, label=ours["name"], **pale)
     if theirs is not None:
-        dashes = {"lw": 1.0, "ls": (0, (4, 3)), "marker": marker}
-        loss.plot(steps, [_value(x) for x in theirs["losses"]], color=_THEIRS, label=theirs["name"], **dashes)
+        thin = {"color": _THEIRS, "lw": 0.9, "marker": marker}
+        loss.plot(steps, [_value(x) for x in theirs["losses"]], label=theirs["name"], **thin)
+    if all(x is not None and x > 0 for x in ours["losses"]) and 50 * min(ours["losses"]) < ours["losses"][0]:
+        _logarithmic(loss, ours["losses"])
     loss.legend(frameon=False, loc="upper right")
     loss.set_ylabel("training loss")
     lr.plot(steps, columns["lr"], color=_OURS, lw=1.8, marker=marker)
@@ -161,9 +163,7 @@ def draw(record: dict[str, Any], columns: dict[str, list[float]]) -> Any:
     lr.ticklabel_format(axis="y", style="sci", scilimits=(0, 0), useMathText=True)
     norm.plot(steps, columns["grad_norm"], color=_OURS, lw=1.2, marker=marker)
     norm.set_ylabel("gradient norm")
-    # nothing to draw on a logarithmic axis when every norm is 0 or NaN
-    if any(x > 0 for x in columns["grad_norm"] if math.isfinite(x)):
-        norm.set_yscale("log")
+    _logarithmic(norm, columns["grad_norm"])
     if settings["max_grad_norm"]:
         norm.axhline(settings["max_grad_norm"], color=_THEIRS, lw=1, ls=":", label="max_grad_norm")
         norm.legend(frameon=False, loc="upper right")
@@ -173,6 +173,20 @@ def draw(record: dict[str, Any], columns: dict[str, list[float]]) -> Any:
     _dress(panels, settings["warmup"])
     figure.suptitle(title_of(record), fontsize=11, color=_INK)
     return figure
+
+
+def _logarithmic(panel: Any, values: list[float]) -> None:
+    """Make the axis logarithmic, with plain numbers as labels, if there is anything above 0."""
+    from matplotlib.ticker import LogLocator, NullFormatter
+
+    positive = [x for x in values if 0 < x < math.inf]
+    if not positive:
+        return
+    panel.set_yscale("log")
+    subs = (1, 2, 5) if max(positive) < 50 * min(positive) else (1,)
+    panel.yaxis.set_major_locator(LogLocator(subs=subs))
+    panel.yaxis.set_major_formatter("{x:g}")
+    panel.yaxis.set_minor_formatter(NullFormatter())
 
 
 def _dress(panels: Any, warmup: int) -> None:

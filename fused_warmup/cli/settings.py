@@ -48,22 +48,22 @@ class Choice:
 
 
 OPTIMIZERS = {
-    "adam": Choice(fw.Adam, torch.optim.Adam, True, 3e-3),
-    "adamw": Choice(fw.AdamW, torch.optim.AdamW, True, 3e-3, 1e-2),
+    "adam": Choice(fw.Adam, torch.optim.Adam, True, 2e-3),
+    "adamw": Choice(fw.AdamW, torch.optim.AdamW, True, 2e-3, 1e-2),
     "giadam": Choice(
         fw.GIAdam,
         torch.optim.Adam,
         True,
-        3e-3,
+        2e-3,
         note="torch has no GIAdam: its column is Adam, so the losses differ",
     ),
-    "radam": Choice(fw.RAdam, torch.optim.RAdam, False, 3e-3),
+    "radam": Choice(fw.RAdam, torch.optim.RAdam, False, 2e-3),
     "sgd": Choice(fw.SGD, torch.optim.SGD, True, 0.1),
 }
 
 _DEFAULTS: dict[str, dict[str, Any]] = {
-    "gpt": {"steps": 300, "batch_size": 8},
-    "digits": {"steps": 400, "batch_size": 64},
+    "gpt": {"steps": 400, "batch_size": 16},
+    "digits": {"steps": 300, "batch_size": 64},
 }
 
 
