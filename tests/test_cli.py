@@ -9,6 +9,7 @@ from click.testing import CliRunner
 
 from fused_warmup import cli as package
 from fused_warmup.cli import data, doctor, group, machine, report, settings
+from fused_warmup.cli import train as training
 from fused_warmup.table import TELEMETRY
 
 FEW = ["--steps", "6", "--batch-size", "2", "--warmup", "2"]
@@ -156,6 +157,21 @@ def test_a_training_that_diverges_is_reported(tmp_path):
     assert record(tmp_path, "digits")["ours"]["losses"][-1] is None
     assert "nan" in result.output
     assert png_size(tmp_path / "digits.png") == (720, 820)
+
+
+def test_batch_norms_follow_the_averaged_weights(tmp_path, monkeypatch):
+    seen = []
+    real = training.update_bn
+    monkeypatch.setattr(
+        training, "update_bn", lambda batches, model: seen.append(model) or real(batches, model)
+    )
+    train(tmp_path, "--model", "digits")
+    assert [type(model).__name__ for model in seen] == ["Sequential", "AveragedModel"]
+    batch_norms = [[m for m in model.modules() if hasattr(m, "running_mean")] for model in seen]
+    for ours, theirs in zip(*batch_norms, strict=True):
+        # a cumulative mean over 1438 images in slices of 256
+        assert int(ours.num_batches_tracked) == int(theirs.num_batches_tracked) == 6
+        assert ours.running_mean.allclose(theirs.running_mean, atol=1e-4)
 
 
 def test_report_redraws(trained, tmp_path):

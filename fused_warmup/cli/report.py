@@ -145,34 +145,39 @@ def draw(record: dict[str, Any], columns: dict[str, list[float]]) -> Any:
     figure = Figure(figsize=(7.2, 8.2), layout="constrained", facecolor="white")
     panels = figure.subplots(4, 1, sharex=True, height_ratios=(2.2, 1, 1, 1))
     loss, lr, norm, clip = panels
-    marker = "." if len(steps) == 1 else ""
-    ours, theirs = record["ours"], record["theirs"]
-    # ours is the wide pale line, so that theirs shows on top of it where the two agree
-    pale = {"color": _PALE, "lw": 3.4} if theirs is not None else {"color": _OURS, "lw": 1.6}
-    loss.plot(steps, [_value(x) for x in ours["losses"]], marker=marker, label=ours["name"], **pale)
-    if theirs is not None:
-        thin = {"color": _THEIRS, "lw": 0.9, "marker": marker}
-        loss.plot(steps, [_value(x) for x in theirs["losses"]], label=theirs["name"], **thin)
-    if all(x is not None and x > 0 for x in ours["losses"]) and 50 * min(ours["losses"]) < ours["losses"][0]:
-        _logarithmic(loss, ours["losses"])
-    loss.legend(frameon=False, loc="upper right")
-    loss.set_ylabel("training loss")
-    lr.plot(steps, columns["lr"], color=_OURS, lw=1.8, marker=marker)
+    _draw_losses(loss, steps, record["ours"], record["theirs"])
+    lr.plot(steps, columns["lr"], color=_OURS, lw=1.8)
     lr.set_ylabel("learning rate")
     lr.set_ylim(bottom=0)
     lr.ticklabel_format(axis="y", style="sci", scilimits=(0, 0), useMathText=True)
-    norm.plot(steps, columns["grad_norm"], color=_OURS, lw=1.2, marker=marker)
+    norm.plot(steps, columns["grad_norm"], color=_OURS, lw=1.2)
     norm.set_ylabel("gradient norm")
     _logarithmic(norm, columns["grad_norm"])
     if settings["max_grad_norm"]:
         norm.axhline(settings["max_grad_norm"], color=_THEIRS, lw=1, ls=":", label="max_grad_norm")
         norm.legend(frameon=False, loc="upper right")
     clip.fill_between(steps, columns["clip_coef"], 1.0, color=_OURS, alpha=0.15, lw=0)
-    clip.plot(steps, columns["clip_coef"], color=_OURS, lw=1.2, marker=marker)
+    clip.plot(steps, columns["clip_coef"], color=_OURS, lw=1.2)
     clip.set(ylabel="clip coefficient", xlabel="step", ylim=(0, 1.05))
     _dress(panels, settings["warmup"])
     figure.suptitle(title_of(record), fontsize=11, color=_INK)
     return figure
+
+
+def _draw_losses(panel: Any, steps: range, ours: dict[str, Any], theirs: dict[str, Any] | None) -> None:
+    """Draw the losses of one run or both, on a logarithmic axis if they fall far."""
+    losses = [_value(x) for x in ours["losses"]]
+    # ours is the wide pale line, so that theirs shows on top of it where the two agree
+    pale = {"color": _PALE, "lw": 3.4} if theirs is not None else {"color": _OURS, "lw": 1.6}
+    panel.plot(steps, losses, label=ours["name"], **pale)
+    if theirs is not None:
+        thin = {"color": _THEIRS, "lw": 0.9}
+        panel.plot(steps, [_value(x) for x in theirs["losses"]], label=theirs["name"], **thin)
+    # false for NaN, too
+    if 0 < 50 * min(losses) < losses[0]:
+        _logarithmic(panel, losses)
+    panel.legend(frameon=False, loc="upper right")
+    panel.set_ylabel("training loss")
 
 
 def _logarithmic(panel: Any, values: list[float]) -> None:
