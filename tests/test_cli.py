@@ -133,12 +133,21 @@ def test_schedules_have_their_shapes():
     assert rates("cosine", 12)[-1] == 1.0
 
 
-def test_the_same_seed_gives_the_same_run(tmp_path):
-    losses = []
+def test_the_same_seed_gives_the_same_run(tmp_path, monkeypatch):
+    losses, weights = [], []
+    real = training.build
+
+    def build(*args):
+        model = real(*args)
+        weights.append([param.tolist() for param in model.parameters()])
+        return model
+
+    monkeypatch.setattr(training, "build", build)
     for name, seed in (("a", 3), ("b", 3), ("c", 4)):
         train(tmp_path / name, "--model", "digits", "--seed", seed, "--no-compare", "--backend", "reference")
         losses.append(record(tmp_path / name, "digits")["ours"]["losses"])
     assert losses[0] == losses[1] != losses[2]
+    assert weights[0] == weights[1] != weights[2]
     assert record(tmp_path / "a", "digits")["backend"] == "reference"
 
 
@@ -318,7 +327,10 @@ def test_text_is_split_by_file_and_shifted_by_one(tmp_path):
     # files 9 and 19 are for validation, and no window of the training holds them
     assert set(loaded.validation.inputs.unique().tolist()) == {9, 19}
     assert not {9, 19} & set(loaded.train.inputs.unique().tolist())
-    assert loaded.train.inputs[:, 1:].equal(loaded.train.targets[:, :-1])
+    for split in (loaded.train, loaded.validation):
+        assert split.inputs[:, 1:].equal(split.targets[:, :-1])
+    # the one window that spans two files: its last target is the first character of the next file
+    assert loaded.train.targets[300 - 8, -1] == 1
     with pytest.raises(ValueError, match="must hold the sources"):
         data.text(tmp_path / "nothing")
 

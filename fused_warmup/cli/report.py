@@ -85,13 +85,13 @@ def table_of(record: dict[str, Any]) -> Table:
     table.add_column("", no_wrap=True)
     for run in runs:
         table.add_column(run["name"].replace(" ", "\n"), justify="right", no_wrap=True)
-    table.add_column("torch\n/ ours" if len(runs) > 1 else "", justify="right", style="bold")
+    table.add_column("torch\n/ ours" if len(runs) > 1 else "", justify="right", style="bold", no_wrap=True)
 
     def add(label: str, values: list[str], ratio: str = "") -> None:
         table.add_row(label, *values, ratio)
 
     add("training loss, last tenth", [_fixed(run["train_loss"]) for run in runs])
-    for key, label in (("validation", ""), ("averaged", ", averaged weights")):
+    for key, label in (("validation", ""), ("averaged", ", averaged")):
         if runs[0][key] is not None:
             add(f"validation loss{label}", [_fixed(run[key]["loss"]) for run in runs])
             add(f"accuracy{label}", [f"{run[key]['accuracy']:.1%}" for run in runs])
