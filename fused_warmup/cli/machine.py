@@ -1,0 +1,33 @@
+"""What a measurement must name: versions and the machine."""
+
+from __future__ import annotations
+
+import platform
+from pathlib import Path
+
+import numpy
+import torch
+
+from .. import __version__
+
+
+def versions() -> dict[str, str]:
+    """Return the versions of everything that computes."""
+    return {
+        "fused_warmup": __version__,
+        "python": platform.python_version(),
+        "torch": str(torch.__version__),
+        "numpy": numpy.__version__,
+    }
+
+
+def cpu_model(cpuinfo: Path = Path("/proc/cpuinfo")) -> str:
+    """Return the name of the processor, as well as the system knows it."""
+    try:
+        for line in cpuinfo.read_text(encoding="utf-8").splitlines():
+            key, _, value = line.partition(":")
+            if key.strip() == "model name" and value.strip():
+                return value.strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine() or "unknown"

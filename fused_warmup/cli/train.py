@@ -1,0 +1,252 @@
+"""``fused-warmup train``: our step against the torch lines it replaces, on the same batches."""
+
+from __future__ import annotations
+
+import copy
+import json
+import math
+import platform
+import statistics
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from time import perf_counter
+from typing import Any
+
+import click
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.optim.swa_utils import update_bn
+
+from ..backends import resolve
+from . import settings as setup
+from .data import Data, Split, load
+from .group import OneLineError
+from .machine import cpu_model, versions
+from .models import build
+from .report import FORMAT, VERSION, present
+from .settings import Settings
+from .stages import Contestant, Ours, Theirs
+
+_SHOWN_EVERY = 10
+
+
+class Clock:
+    """A contestant, its losses and its times.
+
+    Args:
+        contestant: What is timed.
+    """
+
+    def __init__(self, contestant: Contestant) -> None:
+        self.contestant = contestant
+        self.losses: list[float] = []
+        self.stages: list[float] = []
+        self.steps: list[float] = []
+
+    def train_on(self, inputs: Tensor, targets: Tensor) -> float:
+        """Make one training step and return the loss; the optimizer stage alone is timed as such."""
+        begin = perf_counter()
+        model = self.contestant.model
+        loss = loss_of(model(inputs), targets)
+        loss.backward()  # type: ignore[no-untyped-call]
+        self.contestant.observe(loss)
+        before = perf_counter()
+        self.contestant.step()
+        after = perf_counter()
+        model.zero_grad()
+        self.steps.append(perf_counter() - begin)
+        self.stages.append(after - before)
+        self.losses.append(loss.item())
+        return self.losses[-1]
+
+    def result(self, data: Data, settings: Settings) -> dict[str, Any]:
+        """Return the numbers that the report shows; the model is evaluated here."""
+        last = self.losses[-max(1, len(self.losses) // 10) :]
+        validation = evaluate(self.contestant.model, data.validation)
+        averaged = None
+        if settings.ema:
+            with self.contestant.averaged() as model:
+                # averages have no batch statistics of their own; comes last, as it overwrites the model's
+                update_bn(_pieces(data.train.inputs, 256), model)
+                averaged = evaluate(model, data.validation)
+        return {
+            "name": self.contestant.name,
+            "train_loss": statistics.fmean(last),
+            "validation": validation,
+            "averaged": averaged,
+            "stage_seconds": sum(self.stages),
+            "stage_median": statistics.median(self.stages),
+            "step_seconds": sum(self.steps),
+            "losses": self.losses,
+        }
+
+
+def loss_of(logits: Tensor, targets: Tensor) -> Tensor:
+    """Return the mean cross entropy of logits ``[..., classes]``, in nats."""
+    return functional.cross_entropy(logits.flatten(0, -2), targets.flatten())
+
+
+def _pieces(x: Tensor, size: int = 64) -> tuple[Tensor, ...]:
+    """Return slices of ``size`` examples."""
+    return torch.split(x, size)
+
+
+@torch.no_grad()
+def evaluate(model: nn.Module, split: Split) -> dict[str, float]:
+    """Return loss and accuracy over all examples of a split."""
+    was_training = model.training
+    model.eval()
+    loss = hits = 0.0
+    for inputs, targets in zip(_pieces(split.inputs), _pieces(split.targets), strict=True):
+        logits = model(inputs)
+        loss += loss_of(logits, targets).item() * len(targets)
+        hits += (logits.argmax(-1) == targets).float().mean().item() * len(targets)
+    model.train(was_training)
+    return {"loss": loss / len(split.targets), "accuracy": hits / len(split.targets)}
+
+
+@contextmanager
+def _threads(count: int) -> Iterator[None]:
+    """Run with a number of threads and restore the one before."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def _progress(console: Console) -> Progress:
+    """Return a progress bar that draws only when told, so that no thread of it disturbs the timing."""
+    numbers = TextColumn(
+        "loss {task.fields[loss]:.3f}  lr {task.fields[lr]:.2e}  norm {task.fields[norm]:.2f}"
+    )
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        numbers,
+        TimeRemainingColumn(),
+    )
+    return Progress(*columns, console=console, auto_refresh=False)
+
+
+def train_all(clocks: list[Clock], data: Data, settings: Settings, console: Console) -> None:
+    """Train all contestants, turn by turn on the same batches."""
+    ours = clocks[0].contestant
+    assert isinstance(ours, Ours)
+    order = torch.Generator().manual_seed(settings.seed)
+    with _progress(console) as progress:
+        task = progress.add_task(
+            settings.model, total=settings.steps, loss=math.nan, lr=math.nan, norm=math.nan
+        )
+        for done in range(1, settings.steps + 1):
+            index = torch.randint(len(data.train.targets), (settings.batch_size,), generator=order)
+            inputs, targets = data.train.inputs[index], data.train.targets[index]
+            losses = [clock.train_on(inputs, targets) for clock in clocks]
+            if done % _SHOWN_EVERY == 0 or done == settings.steps:
+                row = ours.opt.telemetry.latest()
+                progress.update(task, completed=done, loss=losses[0], lr=row["lr"], norm=row["grad_norm"])
+                progress.refresh()
+
+
+def run(settings: Settings, console: Console) -> Path:
+    """Train, write ``<model>.csv`` and ``<model>.json``, and return the path of the latter."""
+    with _threads(settings.threads):
+        data = load(settings.model)
+        torch.manual_seed(settings.seed)
+        model = build(settings.model, data.classes)
+        numel = sum(param.numel() for param in model.parameters())
+        console.print(f"{settings.model}: {numel:,} parameters; {data.source}", highlight=False)
+        ours = Ours(model, settings)
+        rivals: list[Contestant] = [ours]
+        if settings.compare:
+            rivals.append(Theirs(copy.deepcopy(model), settings))
+        clocks = [Clock(contestant) for contestant in rivals]
+        train_all(clocks, data, settings, console)
+        results = [clock.result(data, settings) for clock in clocks]
+    folder = Path(settings.out)
+    folder.mkdir(parents=True, exist_ok=True)
+    ours.opt.telemetry.to_csv(folder / f"{settings.model}.csv")
+    path = folder / f"{settings.model}.json"
+    text = json.dumps(_plain(record(settings, data, numel, results)), allow_nan=False)
+    path.write_text(text + "\n", encoding="utf-8")
+    return path
+
+
+def record(settings: Settings, data: Data, numel: int, results: list[dict[str, Any]]) -> dict[str, Any]:
+    """Return everything that the report needs and a reader wants to know, as plain types."""
+    ours, theirs = results[0], results[1] if len(results) > 1 else None
+    difference = None
+    if theirs is not None:
+        difference = max(abs(a - b) for a, b in zip(ours["losses"], theirs["losses"], strict=True))
+    backend = resolve(settings.backend, torch.device("cpu")).name
+    machine = {"cpu": cpu_model(), "threads": settings.threads, "system": platform.system()}
+    return {
+        "format": FORMAT,
+        "version": VERSION,
+        "settings": asdict(settings),
+        "note": settings.choice.note if settings.compare else "",
+        "data": data.source,
+        "parameters": numel,
+        "backend": backend,
+        "ours": ours,
+        "theirs": theirs,
+        "max_loss_difference": difference,
+        "versions": versions(),
+        "machine": machine,
+    }
+
+
+def _plain(value: Any) -> Any:
+    """Return the value with null for what JSON cannot say: NaN and infinities of a training that diverged."""
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_plain(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+_OPTIONS: list[tuple[str, Any, Any, str]] = [
+    ("--model", str, "gpt", f"{' or '.join(setup.MODELS)}."),
+    ("--optimizer", str, "adamw", f"One of {', '.join(setup.OPTIMIZERS)}."),
+    ("--schedule", str, "cosine", f"After the warmup: one of {', '.join(setup.SCHEDULES)}."),
+    ("--lr", float, None, "Learning rate at the end of the warmup; by default one that suits the optimizer."),
+    ("--weight-decay", float, None, "By default that of the optimizer's class."),
+    ("--steps", int, None, "Optimizer steps; by default 400 for gpt, 300 for digits."),
+    ("--warmup", int, None, "Steps of linear warmup; by default a tenth of the steps."),
+    ("--batch-size", int, None, "Examples per step; by default 16 for gpt, 64 for digits."),
+    ("--max-grad-norm", float, 1.0, "Clip the gradients to this norm; 0 does not clip."),
+    ("--ema", float, 0.98, "Decay of the average of the weights; 0 keeps none."),
+    ("--seed", int, 0, "Seed of the model and of the order of the data."),
+    # one by default: two that share a busy core wait for each other, and the times say nothing
+    ("--threads", int, 1, "Threads of torch and of our kernels."),
+    ("--backend", str, "auto", "Backend of our step."),
+    ("--out", str, "out", "Folder for the chart, the telemetry and the numbers."),
+]
+
+
+def _with_options(command: Any) -> Any:
+    """Add the options to a command, in the order of the list."""
+    for name, kind, default, text in reversed(_OPTIONS):
+        shown = default is not None
+        command = click.option(name, type=kind, default=default, show_default=shown, help=text)(command)
+    return command
+
+
+@click.command()
+@_with_options
+@click.option("--compare/--no-compare", default=True, help="Train with the torch lines, too.")
+def train(**options: Any) -> None:
+    """Train a small model with our step and, on the same batches, with the torch lines it replaces."""
+    console = Console()
+    try:
+        path = run(setup.make(**options), console)
+    except (ValueError, TypeError, RuntimeError, OSError) as error:
+        raise OneLineError(str(error)) from None
+    present(path, console)
