@@ -15,7 +15,7 @@ def race(benchmark: BenchmarkFixture, case: Case, seconds: float) -> None:
     with case.watched():
         running = Race(*case.sides())
         rounds = running.warm_up(seconds)
-        benchmark.pedantic(running.ours, setup=running.others, rounds=rounds)
+        benchmark.pedantic(running.ours, setup=running.before_ours, rounds=rounds)
         row = case.row(running.result(benchmark.stats.stats.data))
     benchmark.extra_info.update(row=asdict(row), machine=machine())
     # optimizers hold cycles, and the next case needs the memory

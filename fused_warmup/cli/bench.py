@@ -113,7 +113,7 @@ class Race:
         self._times: dict[str, list[float]] = {name: [] for name in ("", *peers)}
         self._usage = _usage()
 
-    def others(self) -> None:
+    def before_ours(self) -> None:
         """Make all of a round but our own step."""
         for name, peer in self.peers.items():
             self._times[""].append(self.timed(self.between))
@@ -135,7 +135,7 @@ class Race:
         Returns:
             The number of rounds that fit.
         """
-        took = [self.timed(_in_order(self.others, self.ours)) for _ in range(_WARM_UP)]
+        took = [self.timed(_in_order(self.before_ours, self.ours)) for _ in range(_WARM_UP)]
         for times in self._times.values():
             times.clear()
         self._usage = _usage()
@@ -218,7 +218,7 @@ def interleaved(
     fitting = race.warm_up(seconds)
     times = []
     for _ in range(rounds or fitting):
-        race.others()
+        race.before_ours()
         times.append(race.timed(ours))
     return race.result(times)
 
