@@ -225,13 +225,13 @@ class FusedOptimizer(Optimizer):
     # addresses mean nothing while a compiler traces: dynamo then leaves the call to Python
     step._torchdynamo_disable = True  # type: ignore[attr-defined]
 
-    @torch.no_grad()
     def _prepared_plan(self) -> tuple[Plan, Backend]:
         """Return the table with the addresses and hyper-parameters of this step, and the backend."""
         self._check_max_grad_norm()
         plan, backend = self._plan, self._backend
         if plan is None or backend is None or not plan.refresh():
-            plan, backend = self._build()
+            with torch.no_grad():
+                plan, backend = self._build()
             if not plan.refresh():
                 raise RuntimeError(f"{type(self).__name__}: parameters must stay in place while step() runs.")
         if plan.refresh_groups(self.param_groups, self._hyper_keys, self._make_hyper) and plan.rows:

@@ -97,12 +97,13 @@ def _bytes(tensor: Tensor) -> np.ndarray:
 class Forms(Protocol):
     """The forms of some tensors: type, dtype, device, shape and strides."""
 
-    def read(self, tensors: list[Any], out: int) -> list[int]:
+    def read(self, tensors: list[Any], out: int, grads: bool = False) -> list[int]:
         """Write where tensors of these forms lie: 0 for None or another form, 1 for an empty tensor.
 
         Args:
             tensors: As many as the forms.
             out: Address of as many uint64.
+            grads: Read the gradients of the tensors instead.
 
         Returns:
             Positions of the tensors whose form is another one.
@@ -117,12 +118,13 @@ class PythonForms:
         self._tensors = [torch.empty_like(t, device="meta", requires_grad=False) for t in tensors]
         self._devices = [t.device for t in tensors]
 
-    def read(self, tensors: list[Any], out: int) -> list[int]:
+    def read(self, tensors: list[Any], out: int, grads: bool = False) -> list[int]:
         """Write where tensors of these forms lie, see ``Forms``."""
         addresses = np.ctypeslib.as_array(ctypes.cast(out, ctypes.POINTER(ctypes.c_uint64)), (len(tensors),))
         odd = []
         for i, (t, form, device) in enumerate(zip(tensors, self._tensors, self._devices, strict=True)):
             addresses[i] = 0
+            t = t.grad if grads else t
             if t is None:
                 continue
             plain = type(t) in (Tensor, torch.nn.Parameter) and t.layout == torch.strided
@@ -177,7 +179,6 @@ class Plan:
         self.owner, self.rule, self.rows, self.settings = owner, rule, rows, settings
         self.record = record
         self.hypers: list[Hyper] = []
-        self.grads: list[Tensor | None] = []
         self.rates = torch.empty(0)
         self.average = averaging.settings(settings.average)
         self.init_norm_sq = 1.0
@@ -191,7 +192,9 @@ class Plan:
         self._now, self._addresses = np.zeros(len(rows), np.uint64), np.zeros(len(rows), np.uint64)
         self._param_forms.read(self._locals, self._addresses.ctypes.data)
         self._strided = [row for row in rows if row.work is not row.local]
+        self._now_out = self._now.ctypes.data
         self._cast: list[int] = []
+        self._adopted: dict[int, Tensor] = {}
         self._signatures: list[tuple[Any, ...] | None] = []
         self._pack_rows()
 
@@ -215,6 +218,7 @@ class Plan:
             packed["initialized"] = row.initialized
         self._table = table
         self._grads = np.zeros(n, np.uint64)
+        self._grads_out = self._grads.ctypes.data
         self._chunks = chunks([row.work.numel() for row in self.rows])
         self._scalars = np.zeros(n, STRUCTS["Scalars"])
         self._partials = np.zeros(len(self._chunks), STRUCTS["Partial"])
@@ -274,35 +278,39 @@ class Plan:
             TypeError: If a gradient has a kind or dtype that no backend takes.
             ValueError: If a gradient does not fit its parameter.
         """
-        if self._param_forms.read(self._locals, self._now.ctypes.data) or not np.array_equal(
+        if self._param_forms.read(self._locals, self._now_out) or not np.array_equal(
             self._now, self._addresses
         ):
             return False
         for param in self._waiting:
             if param.grad is not None:
                 return False
-        grads: list[Tensor | None] = [param.grad for param in self._params]
-        odd = self._grad_forms.read(grads, self._grads.ctypes.data)
+        odd = self._grad_forms.read(self._params, self._grads_out, True)
         for i in self._cast:
             self._table["grad_dtype"][i] = self._table["dtype"][i]
-        adopted = [(i, self._adopt(i, grad)) for i in odd if (grad := grads[i]) is not None]
-        for i, grad in adopted:
-            grads[i] = grad
+        self._adopted = {i: self._adopt(i, self._params[i].grad) for i in odd}
+        for i, grad in self._adopted.items():
             self._grads[i] = grad.data_ptr() if grad.numel() else 1
             if self._grads[i] == 0:
                 name = describe(self.rows[i].index, self.rows[i].local)
                 check.fail(self.owner, f"the gradient of {name}", "hold data", "a null address")
             self._table["grad_dtype"][i] = DTYPES[grad.dtype]
-        self._cast = [i for i, grad in adopted if grad.dtype != self.rows[i].work.dtype]
-        self.grads = grads
+        self._cast = [i for i, grad in self._adopted.items() if grad.dtype != self.rows[i].work.dtype]
         for row in self._strided:
-            row.work.copy_(row.local)
+            row.work.copy_(row.local.detach())
         return True
 
-    def _adopt(self, i: int, grad: Tensor) -> Tensor:
+    @property
+    def grads(self) -> list[Tensor | None]:
+        """The gradients of this step in the layouts of the rows, or None."""
+        grads = [param.grad for param in self._params]
+        return [self._adopted.get(i, grad) for i, grad in enumerate(grads)]
+
+    def _adopt(self, i: int, grad: Tensor | None) -> Tensor:
         """Return a gradient of an unusual form in the layout of its row, copied where it must be."""
         row = self.rows[i]
-        grad = check_grad(self.owner, row.index, row.local, grad)
+        assert grad is not None
+        grad = check_grad(self.owner, row.index, row.local, grad).detach()
         dtype = grad.dtype if grad.dtype in (row.work.dtype, torch.float32) else compute_dtype(row.work.dtype)
         if same_layout(grad, row.work) and grad.dtype == dtype and not grad.is_neg():
             return grad
@@ -377,9 +385,10 @@ class Plan:
             with torch.no_grad():
                 for row in self._strided:
                     row.local.copy_(row.work)
-        changed = [param for param, grad in zip(self._params, self.grads, strict=True) if grad is not None]
-        self.grads = []
-        return changed
+        self._adopted = {}
+        if self._grads.all():
+            return self._params
+        return [param for param, address in zip(self._params, self._grads, strict=True) if address]
 
 
 def make_row(

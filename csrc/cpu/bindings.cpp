@@ -83,34 +83,39 @@ class Forms {
     }
   }
 
-  // Writes the address of every tensor, 0 for None and 1 for an empty one; returns the positions of those
-  // that are of another type or form, whose address is 0.
-  py::list read(py::list tensors, std::uintptr_t out) const {
+  // Writes the address of every tensor, or of its gradient: 0 for None and 1 for an empty one. Returns the
+  // positions of those that are of another type or form, whose address is 0.
+  py::list read(py::list tensors, std::uintptr_t out, bool grads) const {
     FW_CHECK(tensors.size() == forms_.size(), "tensors must be as many as the forms");
     uint64_t* addresses = fw::at<uint64_t>(out);
     py::list odd;
     for (size_t i = 0; i < forms_.size(); ++i) {
-      PyObject* tensor = PyList_GET_ITEM(tensors.ptr(), i);
-      addresses[i] = 0;
-      if (tensor == Py_None) continue;
-      PyObject* type = reinterpret_cast<PyObject*>(Py_TYPE(tensor));
-      fw::DlTensor t;
-      bool known = type == tensor_type_ || type == parameter_type_;
-      if (!known || exchange_->describe(tensor, &t) != 0 || !forms_[i].fits(t)) {
-        PyErr_Clear();
-        odd.append(i);
-      } else {
-        uint64_t address = reinterpret_cast<uint64_t>(t.data) + t.byte_offset;
-        addresses[i] = forms_[i].empty() ? 1 : address;
-        if (address == 0 && !forms_[i].empty()) odd.append(i);
-      }
+      py::object tensor = py::reinterpret_borrow<py::object>(PyList_GET_ITEM(tensors.ptr(), i));
+      if (grads) tensor = py::reinterpret_steal<py::object>(PyObject_GetAttr(tensor.ptr(), grad_name_.ptr()));
+      if (!tensor) throw py::error_already_set();
+      addresses[i] = tensor.is_none() ? 0 : address_of(tensor.ptr(), forms_[i]);
+      if (addresses[i] == 0 && !tensor.is_none()) odd.append(i);
     }
     return odd;
   }
 
  private:
+  // 0 for a tensor of another form, a null address included
+  uint64_t address_of(PyObject* tensor, const fw::Form& form) const {
+    PyObject* type = reinterpret_cast<PyObject*>(Py_TYPE(tensor));
+    if (type != tensor_type_ && type != parameter_type_) return 0;
+    fw::DlTensor t;
+    if (exchange_->describe(tensor, &t) != 0) {
+      PyErr_Clear();
+      return 0;
+    }
+    if (!form.fits(t)) return 0;
+    return form.empty() ? 1 : reinterpret_cast<uint64_t>(t.data) + t.byte_offset;
+  }
+
   // torch keeps its two types for the life of the process
   PyObject *tensor_type_, *parameter_type_;
+  py::str grad_name_{"grad"};
   fw::DlExchange* exchange_ = nullptr;
   std::vector<fw::Form> forms_;
 };
@@ -126,5 +131,5 @@ PYBIND11_MODULE(_cpu, m) {
   py::class_<Forms>(m, "Forms")
       .def(py::init<py::handle, py::handle, py::list>(), py::arg("tensor_type"), py::arg("parameter_type"),
            py::arg("tensors"))
-      .def("read", &Forms::read, py::arg("tensors"), py::arg("out"));
+      .def("read", &Forms::read, py::arg("tensors"), py::arg("out"), py::arg("grads") = false);
 }
