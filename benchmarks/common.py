@@ -7,7 +7,9 @@ from dataclasses import asdict
 
 from pytest_benchmark.fixture import BenchmarkFixture
 
-from fused_warmup.cli.bench import Case, Race, machine
+from fused_warmup.cli.machine import describe
+from fused_warmup.cli.race import Race
+from fused_warmup.cli.works import Case
 
 
 def race(benchmark: BenchmarkFixture, case: Case, seconds: float) -> None:
@@ -16,8 +18,8 @@ def race(benchmark: BenchmarkFixture, case: Case, seconds: float) -> None:
         running = Race(*case.sides())
         rounds = running.warm_up(seconds)
         benchmark.pedantic(running.ours, setup=running.before_ours, rounds=rounds)
-        row = case.row(running.result(benchmark.stats.stats.data))
-    benchmark.extra_info.update(row=asdict(row), machine=machine())
+        result = running.result(benchmark.stats.stats.data)
+    benchmark.extra_info.update(row=asdict(case.row(result)), machine=describe())
     # optimizers hold cycles, and the next case needs the memory
     del running
     gc.collect()

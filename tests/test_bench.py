@@ -1,14 +1,14 @@
 """The arithmetic of the benchmarks, not the times."""
 
-import importlib
 import json
+from dataclasses import asdict
 
 import pytest
+import torch
 from click.testing import CliRunner
 
 from fused_warmup import _cpu
-
-bench = importlib.import_module("fused_warmup.cli.bench")
+from fused_warmup.cli import bench, machine, race, works
 
 
 class Clock:
@@ -33,7 +33,7 @@ class Clock:
 
 def row(**changes):
     values = {"name": "Adam 10x2M", "peer": "torch", "ours_ms": 2.0, "peer_ms": 3.0, "ratio": 1.5}
-    return bench.Row(**{**values, "spread": (1.4, 1.6), **changes})
+    return works.Row(**{**values, "spread": (1.4, 1.6), **changes})
 
 
 WHERE = {"cpu": "X", "cores": 2, "threads": 2, "instruction_set": "avx2", "versions": {"torch": "2"}}
@@ -42,36 +42,39 @@ WHERE = {"cpu": "X", "cores": 2, "threads": 2, "instruction_set": "avx2", "versi
 def test_the_ratio_is_theirs_over_ours_by_medians():
     clock = Clock()
     peers = {"torch": clock.step("torch", 6.0, 6.0, 60.0)}
-    result = bench.interleaved(
-        clock.step("ours", 2.0), peers, clock.step("between", 1.0), rounds=9, clock=clock
+    # a round takes 9 seconds
+    result = race.interleaved(
+        clock.step("ours", 2.0), peers, clock.step("before", 0.5), seconds=81, clock=clock
     )
     assert result.ratio == pytest.approx(3.0)
-    assert (result.ours.median, result.theirs.median, result.between.median) == pytest.approx((2, 6, 1))
-    assert result.theirs.low <= result.theirs.median <= result.theirs.high
+    assert (result.ours, result.theirs) == pytest.approx((2.0, 6.0))
     assert result.spread == pytest.approx((3.0, 30.0))
-    assert len(result.rounds) == 9
+    assert result.rounds == pytest.approx([2.0] * 9)
 
 
 def test_the_fastest_peer_counts():
     clock = Clock()
     peers = {name: clock.step(name, seconds) for name, seconds in (("slow", 9.0), ("fast", 4.0))}
-    result = bench.interleaved(clock.step("ours", 8.0), peers, rounds=3, clock=clock)
+    result = race.interleaved(clock.step("ours", 8.0), peers, seconds=0.0, clock=clock)
     assert (result.peer, result.ratio) == ("fast", pytest.approx(0.5))
 
 
-def test_rounds_interleave_and_sweep_before_every_step():
+@pytest.mark.parametrize("prepared", [False, True])
+def test_rounds_interleave_and_only_what_a_step_needs_runs_between(prepared):
     clock = Clock()
-    steps = [clock.step(name, 1.0) for name in ("ours", "torch", "sweep")]
-    bench.interleaved(steps[0], {"torch": steps[1]}, steps[2], rounds=4, clock=clock)
-    assert clock.calls == ["sweep", "torch", "sweep", "ours"] * (len(clock.calls) // 4)
-    assert len(clock.calls) > 4 * 4
+    ours, theirs = clock.step("ours", 1.0), clock.step("theirs", 1.0)
+    before = [clock.step("before", 1.0)] if prepared else []
+    race.interleaved(ours, {"torch": theirs}, *before, seconds=0.0, clock=clock)
+    cycle = ["before", "theirs", "before", "ours"] if prepared else ["theirs", "ours"]
+    assert clock.calls == cycle * (len(clock.calls) // len(cycle))
+    assert clock.calls.count("ours") > 7
 
 
 @pytest.mark.parametrize(("seconds", "rounds"), [(0.0, 7), (100.0, 50), (1e9, 300)])
 def test_as_many_rounds_as_fit(seconds, rounds):
     clock = Clock()
-    race = bench.Race(clock.step("ours", 1.0), {"torch": clock.step("torch", 1.0)}, clock=clock)
-    assert race.warm_up(seconds) == rounds
+    running = race.Race(clock.step("ours", 1.0), {"torch": clock.step("torch", 1.0)}, clock=clock)
+    assert running.warm_up(seconds) == rounds
 
 
 @pytest.mark.parametrize(
@@ -87,12 +90,32 @@ def test_as_many_rounds_as_fit(seconds, rounds):
     ],
 )
 def test_bytes_moved(expected, states, options):
-    assert bench.bytes_moved(states, **options) == expected
+    assert works.bytes_moved(states, **options) == expected
 
 
 def test_the_ceiling_moves_the_bytes_asked_for():
-    sweep = bench.stream(800)
-    assert sweep().numel() * 8 == 800
+    assert race.stream(800)().numel() * 8 == 800
+    assert min(race.stream_seconds(800)) > 0
+
+
+def finished(peer):
+    return race.Comparison(ours=2.0, peer=peer, theirs=3.0, spread=(1.4, 1.6), rounds=(2.0, 2.0), others=None)
+
+
+@pytest.mark.parametrize(("work", "of_ceiling"), [("Adam", 4.5), ("Adam bytes/s", 1.5)])
+def test_the_ceiling_is_timed_around_the_race_or_is_the_peer(work, of_ceiling, monkeypatch):
+    monkeypatch.setattr(works, "SHAPES", {"10x2M": (2, 40)})
+    asked = []
+    monkeypatch.setattr(works, "stream_seconds", lambda n: asked.append(n) or [6.0 * len(asked)] * 2)
+    case = next(case for case in works.cases() if case.name == f"{work} 10x2M")
+    with case.watched():
+        assert asked == [28 * 80]
+    assert asked == [28 * 80] * 2
+    line = case.row(finished(*case.work.peers))
+    assert line.ratio == pytest.approx(1.5)
+    assert line.gb_per_s == pytest.approx(28 * 80 / 2e9)
+    # the median of two passes of 6 seconds before and two of 12 after
+    assert line.of_ceiling == pytest.approx(of_ceiling)
 
 
 @pytest.mark.parametrize(
@@ -128,45 +151,47 @@ def test_reports_keep_lost_rows():
 
 
 def test_a_row_survives_json():
-    entry = json.loads(json.dumps(bench.asdict(row(goal=2.0, others=0.0))))
-    assert bench.cells(bench.Row(**entry)) == bench.cells(row(goal=2.0, others=0.0))
+    entry = json.loads(json.dumps(asdict(row(goal=2.0, others=0.0))))
+    assert bench.cells(works.Row(**entry)) == bench.cells(row(goal=2.0, others=0.0))
 
 
 @pytest.mark.parametrize("fresh", [False, True])
 def test_host_time_is_part_of_the_step(fresh):
     inner = _cpu.step
-    line = bench.run_case(bench.HostCase(6, 3, fresh), seconds=0.0)
+    line = works.run_case(works.HostCase(6, 3, fresh), seconds=0.0)
     assert _cpu.step is inner
     assert 0 < line.host_us < line.ours_ms * 1e3 * 10
     assert "3 groups" in line.name
 
 
 def test_new_gradients_have_new_addresses():
-    params = bench.make_params(3, 64, bench.torch.float32)
+    params = works.make_params(3, 64, torch.float32)
     old = [(param.grad.clone(), param.grad.data_ptr()) for param in params]
-    bench._renew(params)
+    works.renew(params)
     for param, (grad, address) in zip(params, old, strict=True):
         assert param.grad.equal(grad)
         assert param.grad.data_ptr() != address
 
 
-@pytest.mark.parametrize("work", bench.WORKS, ids=lambda work: work.name)
+@pytest.mark.parametrize("work", works.WORKS, ids=lambda work: work.name)
 def test_every_work_runs(work, monkeypatch):
-    monkeypatch.setattr(bench, "SHAPES", {"10x2M": (2, 40)})
-    line = bench.run_case(bench.Case(work, "10x2M"), seconds=0.0)
+    monkeypatch.setattr(works, "SHAPES", {"10x2M": (2, 40)})
+    line = works.run_case(works.Case(work, "10x2M"), seconds=0.0)
     assert line.ratio > 0
     assert line.of_ceiling > 0
 
 
 def test_the_command_prints_and_writes(monkeypatch, tmp_path):
-    monkeypatch.setattr(bench, "SHAPES", {name: (2, 40) for name in bench.SHAPES})
+    monkeypatch.setattr(works, "SHAPES", dict.fromkeys(works.SHAPES, (2, 40)))
     path = tmp_path / "rows.json"
-    threads = bench.torch.get_num_threads()
+    threads = torch.get_num_threads()
     arguments = ["--quick", "--filter", "adam 10X2m", "--threads", str(threads), "--json", str(path)]
     result = CliRunner().invoke(bench.bench, arguments)
     assert result.exit_code == 0, result.output
     assert "Adam" in result.output
-    names = [entry["name"] for entry in json.loads(path.read_text())["rows"]]
+    data = json.loads(path.read_text())
+    assert data["machine"] == machine.describe()
+    names = [entry["name"] for entry in data["rows"]]
     assert names == ["Adam 10x2M", "clip+Adam 10x2M", "RAdam 10x2M"]
 
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import platform
 from pathlib import Path
+from typing import Any
 
 import numpy
 import torch
@@ -31,3 +33,16 @@ def cpu_model(cpuinfo: Path = Path("/proc/cpuinfo")) -> str:
     except OSError:
         pass
     return platform.processor() or platform.machine() or "unknown"
+
+
+def describe() -> dict[str, Any]:
+    """Return what timings depend on besides the code; the backend "cpu" must be built."""
+    from .. import _cpu
+
+    return {
+        "cpu": cpu_model(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "instruction_set": _cpu.instruction_sets()[-1],
+        "versions": versions(),
+    }
