@@ -35,7 +35,7 @@ struct ScalarsOf {
         nesterov(static_cast<C>(s.nesterov)) {}
 };
 
-// 1 - beta^step without the cancellation that 1 - pow() has at the first steps
+// 1 - beta^step without the cancellation of the direct form at the first steps
 FW_HD double bias_correction(double beta, int64_t step) {
   return beta > 0.0 ? -expm1(static_cast<double>(step) * log(beta)) : 1.0;
 }

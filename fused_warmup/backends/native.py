@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from .. import _checks as check
 from .. import _cpu
 from ..plan import Plan
 
@@ -23,7 +24,9 @@ class CpuBackend:
 
     def __init__(self, instruction_set: str | None = None) -> None:
         names = _cpu.instruction_sets()
-        self._isa = names.index(instruction_set) if instruction_set is not None else len(names) - 1
+        if instruction_set is None:
+            instruction_set = names[-1]
+        self._isa = names.index(check.one_of("CpuBackend", "instruction_set", instruction_set, names))
         self._rules = {name: i for i, name in enumerate(_cpu.rules())}
 
     def step(self, plan: Plan) -> None:

@@ -1,0 +1,88 @@
+"""Runs the kernels under AddressSanitizer and UndefinedBehaviorSanitizer: ``make sanitize``.
+
+The extension is built with both beside a copy of the package, and the tests that touch most memory run in an
+interpreter whose allocator is the sanitizer's, so that every tensor has red zones around it.
+"""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+BUILD = ROOT / "build" / "sanitize"
+FLAGS = "-g -O1 -fsanitize=address,undefined -fno-sanitize-recover=all -fno-omit-frame-pointer"
+# -O1 of the last flag wins over -O3: the loops stay readable in a report
+TESTS = [
+    ROOT / "tests" / "test_properties.py",
+    ROOT / "tests" / "test_bitwise.py",
+    ROOT / "tests" / "test_backends.py",
+]
+CHOICE = "not error_is_no_larger and not test_schedules and not float16"
+
+
+def build() -> None:
+    """Copy the package and compile its extension with the sanitizers."""
+    shutil.rmtree(BUILD, ignore_errors=True)
+    ignored = shutil.ignore_patterns("*.so", "__pycache__")
+    shutil.copytree(ROOT / "fused_warmup", BUILD / "fused_warmup", ignore=ignored)
+    command = [sys.executable, "setup.py", "-q", "build_ext", "-b", str(BUILD), "-t", str(BUILD / "objects")]
+    subprocess.run(command, cwd=ROOT, env={**os.environ, "FUSED_WARMUP_CXXFLAGS": FLAGS}, check=True)
+
+
+def library(name: str) -> str:
+    """Return the path of a runtime library of the compiler."""
+    command = [os.environ.get("CXX", "g++"), f"-print-file-name={name}"]
+    return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
+
+
+def environment() -> dict[str, str]:
+    """Return the environment in which the sanitizers see every allocation."""
+    return {
+        **os.environ,
+        "LD_PRELOAD": f"{library('libasan.so')}:{library('libubsan.so')}:{library('libstdc++.so')}",
+        # the interpreter and torch keep memory until exit
+        "ASAN_OPTIONS": "detect_leaks=0:abort_on_error=0:verify_asan_link_order=0",
+        "UBSAN_OPTIONS": "print_stacktrace=1",
+        "PYTHONMALLOC": "malloc",
+        "PYTHONPATH": str(BUILD),
+    }
+
+
+def main() -> int:
+    """Build, prove that an overflow is caught, and run the tests; return the exit code."""
+    build()
+    overflow = (
+        "import torch, fused_warmup as fw\n"
+        "x = torch.nn.Parameter(torch.ones(100)); x.grad = torch.ones(100)\n"
+        "opt = fw.Adam([x]); opt.step()\n"
+        "opt._plan._chunks['count'] += 64\n"
+        "opt.step()\n"
+    )
+    # the checkout must not be the working directory: Python would import the package from there
+    run = {"cwd": BUILD, "env": environment()}
+    caught = subprocess.run([sys.executable, "-c", overflow], capture_output=True, text=True, **run)
+    if caught.returncode == 0 or "heap-buffer-overflow" not in caught.stderr:
+        print(
+            f"sanitize: an overflow on purpose must be caught, got exit code {caught.returncode}\n{caught.stderr}"
+        )
+        return 1
+    print("sanitize: an overflow on purpose was caught")
+    options = [
+        "-q",
+        "-x",
+        "-p",
+        "no:cacheprovider",
+        "-c",
+        ROOT / "pyproject.toml",
+        "--rootdir",
+        ROOT,
+        "-k",
+        CHOICE,
+    ]
+    return subprocess.run([sys.executable, "-m", "pytest", *options, *TESTS], **run).returncode
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,42 @@
+"""The machine code: every instruction set is in the one binary, and the loops use its widest vectors."""
+
+import re
+import subprocess
+
+import pytest
+
+from fused_warmup import _cpu
+from fused_warmup.backends.native import CpuBackend
+
+
+@pytest.fixture(scope="module")
+def code():
+    """Disassembly by symbol and instruction set, told apart by the registers it uses."""
+    command = ["objdump", "-d", "-C", "--no-show-raw-insn", _cpu.__file__]
+    text = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    return [block for block in re.split(r"\n\n", text) if "update_block<" in block.split("\n", 1)[0]]
+
+
+def test_widest_is_chosen_and_unknown_is_refused():
+    names = _cpu.instruction_sets()
+    assert names[0] == "baseline"
+    assert set(names) <= {"baseline", "avx2", "avx512"}
+    assert CpuBackend()._isa == len(names) - 1
+    with pytest.raises(ValueError, match="avx9"):
+        CpuBackend("avx9")
+
+
+@pytest.mark.skipif(
+    "avx2" not in _cpu.instruction_sets(), reason="the binary has x86-64 kernels only on x86-64"
+)
+@pytest.mark.parametrize(("rule", "states"), [("Adam", 2), ("Adam", 3), ("RAdam", 2), ("SGD", 0), ("SGD", 1)])
+@pytest.mark.parametrize(
+    ("register", "dtype"), [("ymm", "float"), ("ymm", "double"), ("zmm", "float"), ("zmm", "double")]
+)
+def test_updates_are_vectors(code, rule, states, register, dtype):
+    """AVX-512 code is checked by its text, since a machine without it cannot run it."""
+    blocks = [b for b in code if f"update_block<fw::{rule}, {states}, {dtype}>" in b.split("\n", 1)[0]]
+    suffix = "ps" if dtype == "float" else "pd"
+    wanted = [rf"vfn?m(add|sub)\d+{suffix}.*%{register}", rf"vmovup{suffix[1]} +%{register}\d+,"]
+    wanted += [rf"vsqrt{suffix} .*%{register}", rf"vdiv{suffix} .*%{register}"] if rule != "SGD" else []
+    assert any(all(re.search(pattern, block) for pattern in wanted) for block in blocks), len(blocks)

@@ -1,0 +1,161 @@
+"""The laws of the house: what may be written where, checked on the text of the sources."""
+
+import ast
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import fused_warmup as fw
+from fused_warmup import _cpu, table
+from fused_warmup.reference import rules, schedules
+
+ROOT = Path(__file__).resolve().parent.parent
+PACKAGE = ROOT / "fused_warmup"
+CSRC = ROOT / "csrc"
+PYTHON = sorted(PACKAGE.rglob("*.py"))
+CPP = sorted(path for path in CSRC.rglob("*") if path.suffix in (".h", ".cpp"))
+
+
+def relative(paths, pattern, root):
+    found = re.compile(pattern)
+    return sorted(str(p.relative_to(root)) for p in paths if found.search(p.read_text()))
+
+
+def test_update_mathematics_stands_in_rules_only():
+    words = r"bias_correction|sma_length|rectification\("
+    assert relative(PYTHON, words, PACKAGE) == ["reference/rules.py"]
+    assert relative(CPP, words, CSRC) == ["rules.h"]
+    assert relative(CPP, r"\b(cos|pow)\(", CSRC) == ["schedules.h"]
+    assert relative(PYTHON, r"math\.(cos|pow)\(", PACKAGE) == ["reference/schedules.py"]
+
+
+def test_rules_and_schedules_have_the_same_names_in_the_same_order():
+    def functions(text, pattern):
+        return re.findall(pattern, text, re.M)
+
+    for stem, module in (("rules", rules), ("schedules", schedules)):
+        cpp = functions((CSRC / f"{stem}.h").read_text(), r"^(?:FW_HD \w+ (\w+)\(|struct (\w+) \{)")
+        names = [a or b for a, b in cpp if b != "ScalarsOf"]
+        python = [node.name for node in ast.parse(Path(module.__file__).read_text()).body
+                  if isinstance(node, (ast.FunctionDef, ast.ClassDef))]  # fmt: skip
+        assert [name for name in python if name in names] == names, stem
+        assert set(python) - set(names) <= {"Hyper", "Rule", "Scalars", "init_exp_avg_sq"}
+    assert tuple(rules.RULES) == _cpu.rules()
+
+
+def test_core_includes_no_torch_and_pybind11_only_in_bindings():
+    assert relative(CPP, r"#include *[<\"](torch|ATen|c10)", CSRC) == []
+    assert relative(CPP, r"pybind11", CSRC) == ["check.h", "cpu/bindings.cpp"]
+    assert relative(CPP, r"#include.*pybind11", CSRC) == ["cpu/bindings.cpp"]
+
+
+def test_extension_needs_no_symbol_of_torch():
+    symbols = subprocess.run(
+        ["nm", "-D", "-C", _cpu.__file__], check=True, capture_output=True, text=True
+    ).stdout
+    assert not re.search(r"\b(at|c10|torch)::", symbols)
+    exported = [
+        line.split(maxsplit=2)[2] for line in symbols.splitlines() if re.search(r"^[0-9a-f]+ [TDB] ", line)
+    ]
+    assert exported == ["PyInit__cpu"]
+
+
+def test_wide_kernels_stay_behind_their_table():
+    """No function compiled for AVX2 or AVX-512 may be one that the linker could call from elsewhere."""
+    symbols = subprocess.run(["nm", "-C", _cpu.__file__], check=True, capture_output=True, text=True).stdout
+    weak = [line for line in symbols.splitlines() if re.search(r" [WVu] .*fw::", line)]
+    assert weak == []
+
+
+def test_data_ptr_only_in_plan():
+    assert relative(PYTHON, r"data_ptr\(", PACKAGE) == ["plan.py"]
+
+
+def test_step_never_waits():
+    paths = [
+        PACKAGE / name for name in ("plan.py", "averaging.py", "backends/native.py", "backends/__init__.py")
+    ]
+    assert relative(paths, r"\.item\(|\.cpu\(|synchronize|float\(\w*(loss|grad)|\.tolist\(", PACKAGE) == []
+    tree = ast.parse((PACKAGE / "optimizer.py").read_text())
+    cls = next(node for node in tree.body if isinstance(node, ast.ClassDef) and node.name == "FusedOptimizer")
+    for function in cls.body:
+        if isinstance(function, ast.FunctionDef) and function.name in (
+            "step",
+            "_prepared_plan",
+            "record_loss",
+        ):
+            assert not re.search(r"\.item\(|\.cpu\(|synchronize|\.tolist\(|float\(", ast.unparse(function))
+
+
+def imports(path):
+    """Modules that a file imports when it is imported, relative ones by their path in the package."""
+    package = path.relative_to(PACKAGE.parent).with_suffix("").parts[:-1]
+    names = []
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names += [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            base = ".".join(package[: len(package) - node.level + 1]) if node.level else ""
+            names.append(".".join(filter(None, (base, node.module))))
+            names += [f"{names[-1]}.{alias.name}" for alias in node.names]
+    return names
+
+
+def test_reference_imports_only_torch_and_the_standard_library():
+    for path in sorted((PACKAGE / "reference").glob("*.py")):
+        for name in imports(path):
+            top = name.split(".")[0]
+            assert (
+                top in sys.stdlib_module_names or top == "torch" or name.startswith("fused_warmup.reference")
+            ), name
+
+
+def test_data_flows_one_way():
+    for path in sorted((PACKAGE / "backends").rglob("*.py")):
+        assert not [name for name in imports(path) if re.match(r"fused_warmup\.optimizers?$", name)], path
+    assert not [name for name in imports(PACKAGE / "plan.py") if name.startswith("fused_warmup.backends")]
+    assert not [
+        name for name in imports(PACKAGE / "plan.py") if re.match(r"fused_warmup\.optimizers?$", name)
+    ]
+
+
+def test_layout_of_the_shared_structs():
+    layout = _cpu.layout()
+    assert set(layout) == set(table.STRUCTS)
+    for name, dtype in table.STRUCTS.items():
+        fields = {field: (dtype.fields[field][1], dtype.fields[field][0].itemsize) for field in dtype.names}
+        assert fields | {"": (0, dtype.itemsize)} == layout[name], name
+
+
+def test_import_is_light():
+    """No extra is imported, and it takes under 100 ms beyond torch: the best of three processes counts."""
+    script = (
+        "import time, torch, numpy; t = time.perf_counter(); import fused_warmup, sys; "
+        "print(time.perf_counter() - t, *sorted(set(sys.modules) & "
+        "{'scipy', 'matplotlib', 'rich', 'click', 'sklearn', 'torch._dynamo', 'triton'}))"
+    )
+    runs = [
+        subprocess.run(
+            [sys.executable, "-c", script], check=True, capture_output=True, text=True
+        ).stdout.split()
+        for _ in range(3)
+    ]
+    assert all(len(words) == 1 for words in runs), runs
+    assert min(float(words[0]) for words in runs) < 0.1
+
+
+def test_public_names():
+    assert sorted(fw.__all__) == sorted(set(fw.__all__))
+    assert len(fw.__all__) <= 15
+    for name in fw.__all__:
+        assert hasattr(fw, name)
+
+
+def test_nothing_names_a_machine():
+    """No path of the machine that this was written on, in any file that git tracks."""
+    files = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True).stdout.split()
+    home = os.sep + "root" + os.sep
+    tracked = [ROOT / name for name in files if not name.endswith((".png", ".so"))]
+    assert relative([path for path in tracked if path.is_file()], re.escape(home) + r"|/tmp/", ROOT) == []
