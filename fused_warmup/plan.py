@@ -103,11 +103,15 @@ class Forms(Protocol):
         Args:
             tensors: As many as the forms.
             out: Address of as many uint64.
-            grads: Read the gradients of the tensors instead.
+            grads: Read the gradients of the tensors instead, and keep them alive until ``release``.
 
         Returns:
             Positions of the tensors whose form is another one.
         """
+        ...
+
+    def release(self) -> None:
+        """Let go of the gradients."""
         ...
 
 
@@ -117,6 +121,7 @@ class PythonForms:
     def __init__(self, tensors: list[Tensor]) -> None:
         self._tensors = [torch.empty_like(t, device="meta", requires_grad=False) for t in tensors]
         self._devices = [t.device for t in tensors]
+        self._kept: list[Tensor] = []
 
     def read(self, tensors: list[Any], out: int, grads: bool = False) -> list[int]:
         """Write where tensors of these forms lie, see ``Forms``."""
@@ -128,17 +133,17 @@ class PythonForms:
             if t is None:
                 continue
             plain = type(t) in (Tensor, torch.nn.Parameter) and t.layout == torch.strided
-            if (
-                plain
-                and t.dtype == form.dtype
-                and t.device == device
-                and same_layout(t, form)
-                and not t.is_neg()
-            ):
+            if plain and t.dtype == form.dtype and t.device == device and same_layout(t, form):
                 addresses[i] = t.data_ptr() if t.numel() else 1
             if not addresses[i]:
                 odd.append(i)
+            elif grads:
+                self._kept.append(t)
         return odd
+
+    def release(self) -> None:
+        """Let go of the gradients."""
+        self._kept = []
 
 
 def forms(tensors: list[Tensor]) -> Forms:
@@ -312,7 +317,7 @@ class Plan:
         assert grad is not None
         grad = check_grad(self.owner, row.index, row.local, grad).detach()
         dtype = grad.dtype if grad.dtype in (row.work.dtype, torch.float32) else compute_dtype(row.work.dtype)
-        if same_layout(grad, row.work) and grad.dtype == dtype and not grad.is_neg():
+        if same_layout(grad, row.work) and grad.dtype == dtype:
             return grad
         return torch.empty_like(row.work, dtype=dtype).copy_(grad)
 
@@ -386,6 +391,7 @@ class Plan:
                 for row in self._strided:
                     row.local.copy_(row.work)
         self._adopted = {}
+        self._grad_forms.release()
         if self._grads.all():
             return self._params
         return [param for param, address in zip(self._params, self._grads, strict=True) if address]

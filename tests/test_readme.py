@@ -29,7 +29,5 @@ def test_doctest_of_the_schedules():
 
     import fused_warmup.schedules
 
-    assert (
-        doctest.testmod(fused_warmup.schedules) == (3, 0)[::-1]
-        or doctest.testmod(fused_warmup.schedules).failed == 0
-    )
+    assert doctest.testmod(fused_warmup.schedules).failed == 0
+    assert doctest.testmod(fused_warmup.schedules).attempted == 3

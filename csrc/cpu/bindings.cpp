@@ -84,20 +84,25 @@ class Forms {
   }
 
   // Writes the address of every tensor, or of its gradient: 0 for None and 1 for an empty one. Returns the
-  // positions of those that are of another type or form, whose address is 0.
-  py::list read(py::list tensors, std::uintptr_t out, bool grads) const {
+  // positions of those that are of another type or form, whose address is 0. Gradients are kept alive until
+  // release(), because another thread may replace them while a step reads them without the GIL.
+  py::list read(py::list tensors, std::uintptr_t out, bool grads) {
     FW_CHECK(tensors.size() == forms_.size(), "tensors must be as many as the forms");
     uint64_t* addresses = fw::at<uint64_t>(out);
     py::list odd;
+    release();
     for (size_t i = 0; i < forms_.size(); ++i) {
       py::object tensor = py::reinterpret_borrow<py::object>(PyList_GET_ITEM(tensors.ptr(), i));
       if (grads) tensor = py::reinterpret_steal<py::object>(PyObject_GetAttr(tensor.ptr(), grad_name_.ptr()));
       if (!tensor) throw py::error_already_set();
       addresses[i] = tensor.is_none() ? 0 : address_of(tensor.ptr(), forms_[i]);
       if (addresses[i] == 0 && !tensor.is_none()) odd.append(i);
+      if (grads && addresses[i] != 0) kept_.push_back(std::move(tensor));
     }
     return odd;
   }
+
+  void release() { kept_.clear(); }
 
  private:
   // 0 for a tensor of another form, a null address included
@@ -118,6 +123,7 @@ class Forms {
   py::str grad_name_{"grad"};
   fw::DlExchange* exchange_ = nullptr;
   std::vector<fw::Form> forms_;
+  std::vector<py::object> kept_;
 };
 
 }  // namespace
@@ -131,5 +137,6 @@ PYBIND11_MODULE(_cpu, m) {
   py::class_<Forms>(m, "Forms")
       .def(py::init<py::handle, py::handle, py::list>(), py::arg("tensor_type"), py::arg("parameter_type"),
            py::arg("tensors"))
-      .def("read", &Forms::read, py::arg("tensors"), py::arg("out"), py::arg("grads") = false);
+      .def("read", &Forms::read, py::arg("tensors"), py::arg("out"), py::arg("grads") = false)
+      .def("release", &Forms::release);
 }

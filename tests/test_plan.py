@@ -1,0 +1,156 @@
+"""The table: addresses and forms, chunks, and what it holds on to."""
+
+import gc
+import weakref
+
+import numpy as np
+import pytest
+import torch
+from cases import assert_same_bits, make_params, set_grads
+
+import fused_warmup as fw
+from fused_warmup import _cpu, table
+from fused_warmup import plan as planning
+
+
+def odd_tensors():
+    base = torch.arange(24.0).reshape(4, 6)
+    return {
+        "same": torch.zeros(4, 6),
+        "none": None,
+        "other shape": torch.zeros(6, 4),
+        "transposed": torch.zeros(6, 4).t(),
+        "strided": torch.zeros(4, 12)[:, ::2],
+        "offset": torch.zeros(25)[1:].reshape(4, 6),
+        "float64": torch.zeros(4, 6, dtype=torch.float64),
+        "more dimensions": torch.zeros(1, 4, 6),
+        "sparse": base.to_sparse(),
+        "meta": torch.zeros(4, 6, device="meta"),
+        "subclass": torch.nn.Buffer(torch.zeros(4, 6)),
+    }
+
+
+needs_exchange = pytest.mark.skipif(
+    not hasattr(torch.Tensor, "__dlpack_c_exchange_api__"), reason="this torch has no DLPack exchange API"
+)
+
+
+def read_both(tensors, grads):
+    """What the compiled and the Python reader say of the same tensors, with the form of a contiguous one."""
+    likes = [torch.zeros(4, 6) for _ in tensors]
+    found = []
+    for reader in (_cpu.Forms(torch.Tensor, torch.nn.Parameter, likes), planning.PythonForms(likes)):
+        out = np.full(len(tensors), 7, np.uint64)
+        found.append((reader.read(tensors, out.ctypes.data, grads), out.tolist()))
+        reader.release()
+    return found
+
+
+@needs_exchange
+@pytest.mark.parametrize("grads", [False, True], ids=["tensors", "gradients"])
+def test_both_readers_agree(grads):
+    tensors = odd_tensors()
+    asked = list(tensors.values())
+    if grads:
+        # torch refuses gradients of another shape, dtype or device
+        tensors = {
+            name: tensors[name] for name in ("same", "none", "transposed", "strided", "offset", "sparse")
+        }
+        asked = [torch.nn.Parameter(torch.zeros(4, 6)) for _ in tensors]
+        for owner, grad in zip(asked, tensors.values(), strict=True):
+            owner.grad = grad
+    compiled, python = read_both(asked, grads)
+    assert compiled == python
+    odd, addresses = compiled
+    names = list(tensors)
+    fits = {
+        name: address for i, (name, address) in enumerate(zip(names, addresses, strict=True)) if i not in odd
+    }
+    expected = {
+        name: tensors[name].data_ptr() if name != "none" else 0 for name in ("same", "none", "offset")
+    }
+    assert fits == expected
+    assert all(addresses[i] == 0 for i in odd)
+
+
+@needs_exchange
+def test_dimensions_of_one_element_have_any_stride():
+    """Gradients of 1x1 convolutions often come so; they must not be copied at every step."""
+    like = torch.zeros(8, 3, 1, 1)
+    other = torch.zeros(8, 3, 1, 1).as_strided((8, 3, 1, 1), (3, 1, 7, 9))
+    for reader in (_cpu.Forms(torch.Tensor, torch.nn.Parameter, [like]), planning.PythonForms([like])):
+        out = np.zeros(1, np.uint64)
+        assert reader.read([other], out.ctypes.data) == []
+        assert out[0] == other.data_ptr()
+
+
+def test_without_the_exchange_api_the_numbers_are_the_same(monkeypatch):
+    a, b = make_params(torch.float32), make_params(torch.float32)
+    fast = fw.Adam(a, max_grad_norm=1.0)
+    monkeypatch.setattr(planning, "forms", planning.PythonForms)
+    slow = fw.Adam(b, max_grad_norm=1.0)
+    for step in range(4):
+        for params, opt in ((a, fast), (b, slow)):
+            set_grads(params, step)
+            if step == 2:
+                params[4].grad = params[4].grad.clone().transpose(0, 2).contiguous().transpose(0, 2)
+                params[5].grad = None
+            opt.step()
+    assert isinstance(slow._plan._grad_forms, planning.PythonForms)
+    for p, q in zip(a, b, strict=True):
+        assert_same_bits("param", p, q)
+
+
+@pytest.mark.parametrize("backend", fw.available_backends())
+def test_nothing_keeps_a_gradient_alive(backend):
+    """``zero_grad`` frees the memory before the next backward pass, odd layouts and unusual dtypes included."""
+    params = make_params(torch.float32, [(4, 5), (3,)])
+    opt = fw.Adam(params, backend=backend)
+    for step in range(3):
+        set_grads(params, step)
+        params[0].grad = params[0].grad.t().contiguous().t()
+        opt.step()
+        alive = [weakref.ref(p.grad) for p in params]
+        opt.zero_grad()
+        gc.collect()
+        assert [ref() for ref in alive] == [None, None]
+
+
+def test_parameters_that_left_are_freed():
+    params = make_params(torch.float32, [(4,), (3,)])
+    opt = fw.Adam(params)
+    set_grads(params, 0)
+    opt.step()
+    storage = weakref.ref(params[0].data.untyped_storage())
+    params[0].data = torch.zeros(4)
+    opt.step()
+    gc.collect()
+    assert storage() is None
+
+
+@pytest.mark.parametrize(
+    "sizes", [[], [0], [1], [table.CHUNK], [table.CHUNK + 1, 0, 3, 2 * table.CHUNK], [0, 5, 0]]
+)
+def test_chunks_cover_every_element_once(sizes):
+    column = table.chunks(sizes)
+    seen = [(int(c["row"]), int(c["offset"]) + i) for c in column for i in range(0, int(c["count"]), 1)]
+    assert seen == [(row, i) for row, size in enumerate(sizes) for i in range(size)]
+    assert all(0 < int(c["count"]) <= table.CHUNK for c in column)
+
+
+def test_one_region_of_chunks_for_all_groups():
+    """The order of the table is that of the groups, whichever gradient came first."""
+    params = make_params(torch.float32, [(3,), (4,), (5,)])
+    opt = fw.Adam([{"params": [p], "lr": 0.1 * (i + 1)} for i, p in enumerate(params)])
+    params[2].grad = torch.ones(5)
+    opt.step()
+    assert [row.index for row in opt._plan.rows] == [2]
+    params[0].grad = torch.ones(3)
+    opt.step()
+    assert [row.index for row in opt._plan.rows] == [0, 2]
+    assert opt._plan._chunks["count"].tolist() == [3, 5]
+
+
+def test_repr_shows_the_backend():
+    opt = fw.Adam(make_params(torch.float32, [(3,)]))
+    assert repr(opt).startswith("Adam (backend: auto (cpu)")
