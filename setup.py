@@ -41,13 +41,19 @@ def find_ninja() -> str:
         return found
 
 
+def escaped(path: Path) -> str:
+    """Return a path as a build line of ninja wants it."""
+    return str(path).replace("$", "$$").replace(" ", "$ ").replace(":", "$:")
+
+
 def ninja_file(target: Path) -> str:
     """Return the text of a build file that makes the CPU extension."""
     import pybind11
 
     cxx = os.environ.get("CXX", "g++")
     extra = os.environ.get("FUSED_WARMUP_CXXFLAGS", "")
-    includes = " ".join(f"-I{path}" for path in (pybind11.get_include(), sysconfig.get_paths()["include"]))
+    paths = (pybind11.get_include(), sysconfig.get_paths()["include"])
+    includes = " ".join(shlex.quote(f"-I{path}") for path in paths)
     lines = [
         f"cxxflags = {CXXFLAGS} {includes} {extra}",
         "rule cxx",
@@ -56,14 +62,14 @@ def ninja_file(target: Path) -> str:
         "  deps = gcc",
         "rule link",
         f"  command = {cxx} -shared -fopenmp {extra} $in -o $out",
-        f"build bindings.o: cxx {ROOT / 'csrc/cpu/bindings.cpp'}",
+        f"build bindings.o: cxx {escaped(ROOT / 'csrc/cpu/bindings.cpp')}",
     ]
     objects = ["bindings.o"]
     for isa, flags in ISA_FLAGS.items():
         objects.append(f"kernels_{isa}.o")
-        lines.append(f"build {objects[-1]}: cxx {ROOT / 'csrc/cpu/kernels.cpp'}")
+        lines.append(f"build {objects[-1]}: cxx {escaped(ROOT / 'csrc/cpu/kernels.cpp')}")
         lines.append(f"  isa = -DFW_ISA={isa} {flags}")
-    lines.append(f"build {target}: link {' '.join(objects)}")
+    lines.append(f"build {escaped(target)}: link {' '.join(objects)}")
     return "\n".join(lines) + "\n"
 
 

@@ -28,29 +28,46 @@ struct DlExchange {
 
 // what must stay as it was for a row of the table to describe a tensor: everything but the address
 struct Form {
-  DlTensor head;
-  std::vector<int64_t> shape, strides;
+  int32_t device_type, device_id, ndim;
+  uint8_t dtype_code, dtype_bits;
+  uint16_t dtype_lanes;
+  bool empty;
+};
 
-  explicit Form(const DlTensor& t) : head(t), shape(t.shape, t.shape + t.ndim), strides(t.ndim) {
-    for (int32_t d = 0; d < t.ndim; ++d) strides[d] = t.strides[d];
+// the forms of many tensors, with all their shapes and strides in one stretch of memory
+class FormList {
+ public:
+  void add(const DlTensor& t) {
+    Form form{t.device_type, t.device_id, t.ndim, t.dtype_code, t.dtype_bits, t.dtype_lanes, false};
+    first_.push_back(dims_.size());
+    for (int32_t d = 0; d < t.ndim; ++d) {
+      form.empty = form.empty || t.shape[d] == 0;
+      dims_.push_back(t.shape[d]);
+      dims_.push_back(t.strides[d]);
+    }
+    forms_.push_back(form);
   }
 
-  bool fits(const DlTensor& t) const {
-    if (t.ndim != head.ndim || t.dtype_code != head.dtype_code || t.dtype_bits != head.dtype_bits ||
-        t.dtype_lanes != head.dtype_lanes || t.device_type != head.device_type ||
-        t.device_id != head.device_id)
-      return false;
+  // the address of a tensor that has form i: 1 if it is empty, 0 if it has another form
+  uint64_t address(size_t i, const DlTensor& t) const {
+    const Form& form = forms_[i];
+    if (t.ndim != form.ndim || t.dtype_code != form.dtype_code || t.dtype_bits != form.dtype_bits ||
+        t.dtype_lanes != form.dtype_lanes || t.device_type != form.device_type ||
+        t.device_id != form.device_id)
+      return 0;
+    const int64_t* dims = dims_.data() + first_[i];
     // the stride of a dimension of one element says nothing
     for (int32_t d = 0; d < t.ndim; ++d)
-      if (t.shape[d] != shape[d] || (shape[d] != 1 && t.strides[d] != strides[d])) return false;
-    return true;
+      if (t.shape[d] != dims[2 * d] || (t.shape[d] != 1 && t.strides[d] != dims[2 * d + 1])) return 0;
+    return form.empty ? 1 : reinterpret_cast<uint64_t>(t.data) + t.byte_offset;
   }
 
-  bool empty() const {
-    for (int64_t n : shape)
-      if (n == 0) return true;
-    return false;
-  }
+  size_t size() const { return forms_.size(); }
+
+ private:
+  std::vector<Form> forms_;
+  std::vector<size_t> first_;
+  std::vector<int64_t> dims_;
 };
 
 }  // namespace fw

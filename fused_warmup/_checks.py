@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from typing import Any, NoReturn
 
 import torch
@@ -67,6 +67,6 @@ def one_of(owner: str, name: str, value: Any, allowed: Collection[str]) -> str:
 
 def betas(owner: str, value: Any) -> tuple[float, float]:
     """Return the two coefficients of the exponential averages, each in [0, 1)."""
-    if not isinstance(value, (tuple, list)) or len(value) != 2:
+    if isinstance(value, (str, bytes)) or not isinstance(value, Sequence) or len(value) != 2:
         fail(owner, "betas", "be a pair of numbers", value, error=TypeError)
     return number(owner, "betas[0]", value[0], 0.0, 1.0), number(owner, "betas[1]", value[1], 0.0, 1.0)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -21,6 +24,27 @@ def describe(index: int, tensor: Tensor) -> str:
 def local_tensor(tensor: Tensor) -> Tensor:
     """Return the part of a tensor that lies in this process: the shard of a DTensor, else the tensor."""
     return getattr(tensor, "_local_tensor", tensor) if type(tensor) is not Tensor else tensor
+
+
+def is_sharded(tensor: Tensor) -> bool:
+    """Whether other processes hold other parts of a tensor: the norm of the local part is not its norm."""
+    placements = getattr(tensor, "placements", ())
+    return any(p.is_shard() for p in placements) and getattr(tensor, "device_mesh").size() > 1  # noqa: B009
+
+
+def check_placement(owner: str, index: int, param: Tensor, grad: Tensor) -> None:
+    """Raise if the parts of a distributed gradient are not those of its parameter.
+
+    Raises:
+        ValueError: If the placements differ and there is more than one process.
+    """
+    wanted, got = (getattr(t, "placements", None) for t in (param, grad))
+    mesh = getattr(param, "device_mesh", None)
+    if wanted != got and mesh is not None and mesh.size() > 1:
+        raise ValueError(
+            f"{owner}: the gradient of parameter {index} must be placed as {wanted}, got {got}. "
+            "Redistribute it first."
+        )
 
 
 def is_dense(tensor: Tensor) -> bool:
@@ -131,3 +155,44 @@ def state_like(param: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     return torch.zeros_like(
         param, dtype=dtype or compute_dtype(param.dtype), memory_format=torch.preserve_format
     )
+
+
+def check_disjoint(owner: str, indexed: Sequence[tuple[int, Tensor, int]]) -> None:
+    """Raise if two parameters share memory.
+
+    Args:
+        owner: Name of the optimizer class.
+        indexed: Position, tensor and address of each.
+
+    Raises:
+        ValueError: If they do; both are named.
+    """
+    spans = sorted(
+        ((address, address + _reach(t), i, t) for i, t, address in indexed if t.numel()),
+        key=lambda span: span[:3],
+    )
+    for k, (start, end, i, a) in enumerate(spans):
+        for begin, _, j, b in spans[k + 1 :]:
+            if begin >= end:
+                break
+            # strided views may interleave without meeting
+            if (is_dense(a) and is_dense(b)) or np.intersect1d(start + _bytes(a), begin + _bytes(b)).size:
+                raise ValueError(
+                    f"{owner}: parameters must not share memory, got {min(i, j)} and {max(i, j)} over the "
+                    "same addresses; give the tensor that both are views of."
+                )
+
+
+def _reach(tensor: Tensor) -> int:
+    """Return the bytes from the first element of a tensor to the end of its last."""
+    strides = zip(tensor.shape, tensor.stride(), strict=True)
+    return (sum((n - 1) * stride for n, stride in strides) + 1) * tensor.element_size()
+
+
+def _bytes(tensor: Tensor) -> np.ndarray:
+    """Return the offset of every byte of a tensor."""
+    offsets = np.zeros(1, np.int64)
+    for n, stride in zip(tensor.shape, tensor.stride(), strict=True):
+        offsets = np.add.outer(offsets, np.arange(n) * stride).ravel()
+    size = tensor.element_size()
+    return np.add.outer(offsets * size, np.arange(size)).ravel()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, ClassVar, TypedDict
@@ -16,10 +17,10 @@ from . import plan as planning
 from .averaging import EMA, SWA, Average, swapped
 from .backends import BACKENDS, resolve
 from .backends.base import Backend
-from .plan import Plan, Row, Settings
+from .plan import Plan
 from .schedules import Schedule
 from .state import load_state, pack_state
-from .table import COUNTERS, Hyper
+from .table import COUNTERS, RATES, Hyper, Settings
 from .telemetry import Telemetry
 
 Params = Iterable[Tensor] | Iterable[dict[str, Any]] | Iterable[tuple[str, Tensor]]
@@ -91,14 +92,12 @@ class FusedOptimizer(Optimizer):
             check.fail(
                 name, "differentiable", "be False", differentiable, "torch.optim has the differentiable form."
             )
-        if average is not None and not isinstance(average, (EMA, SWA)):
-            check.fail(name, "average", "be EMA, SWA or None", average, error=TypeError)
         self.max_grad_norm = max_grad_norm
-        self.nonfinite = check.one_of(name, "nonfinite", nonfinite, ("propagate", "skip"))
+        self.nonfinite = nonfinite
         self.backend = check.one_of(name, "backend", backend, ("auto", *BACKENDS))
         self.average = average
         self.telemetry = Telemetry(check.flag(name, "telemetry", telemetry))
-        self._check_max_grad_norm()
+        self._check_settings()
         self._counters: Tensor | None = None
         self._init_norm_sq = 0.0
         self._swapped = False
@@ -108,6 +107,21 @@ class FusedOptimizer(Optimizer):
         schedules = {"schedule": schedule, "weight_decay_schedule": weight_decay_schedule}
         super().__init__(params, {**defaults, **schedules, **passed})
         self._hyper_keys = tuple(key for key in self.defaults if key not in passed)
+
+    @property
+    def state(self) -> defaultdict[Tensor, Any]:
+        """State by parameter, as torch keeps it.
+
+        Whoever has seen it may replace or move its tensors, so from then on each step checks them all: about
+        a quarter of a microsecond per parameter.
+        """
+        self._exposed = True
+        return self._state
+
+    @state.setter
+    def state(self, state: defaultdict[Tensor, Any]) -> None:
+        self._state = state
+        self._reset()
 
     # what a rule declares
 
@@ -134,9 +148,13 @@ class FusedOptimizer(Optimizer):
         hyper.schedule, hyper.weight_decay_schedule = group["schedule"], group["weight_decay_schedule"]
         return hyper
 
-    def _check_max_grad_norm(self) -> None:
+    def _check_settings(self) -> None:
+        name = type(self).__name__
+        check.one_of(name, "nonfinite", self.nonfinite, ("propagate", "skip"))
+        if self.average is not None and not isinstance(self.average, (EMA, SWA)):
+            check.fail(name, "average", "be EMA, SWA or None", self.average, error=TypeError)
         if self.max_grad_norm is not None:
-            check.number(type(self).__name__, "max_grad_norm", self.max_grad_norm, ends="()")
+            check.number(name, "max_grad_norm", self.max_grad_norm, ends="()")
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group of parameters; its missing hyper-parameters are the defaults.
@@ -186,9 +204,12 @@ class FusedOptimizer(Optimizer):
     def _reset(self) -> None:
         """Forget the table; the next step builds it again."""
         self._plan: Plan | None = None
+        self._planned_average: Average | None = None
 
     # the step
 
+    # addresses mean nothing while a compiler traces; unlike torch.compiler.disable, this imports none
+    @torch._disable_dynamo  # type: ignore[attr-defined]
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Make one step: norm, clipping, schedules, update and average, without waiting for the device.
 
@@ -215,6 +236,7 @@ class FusedOptimizer(Optimizer):
         if isinstance(loss, (Tensor, float)):
             self.record_loss(loss)
         backend.step(plan)
+        self._last_rates = plan.rates
         changed = plan.finish()
         self.telemetry.advance()
         self._random_pending = False
@@ -222,17 +244,20 @@ class FusedOptimizer(Optimizer):
             torch.autograd.graph.increment_version(changed)
         return loss
 
-    # addresses mean nothing while a compiler traces: dynamo then leaves the call to Python
-    step._torchdynamo_disable = True  # type: ignore[attr-defined]
-
     def _prepared_plan(self) -> tuple[Plan, Backend]:
         """Return the table with the addresses and hyper-parameters of this step, and the backend."""
-        self._check_max_grad_norm()
+        self._check_settings()
         plan, backend = self._plan, self._backend
-        if plan is None or backend is None or not plan.refresh():
+        if (
+            plan is None
+            or backend is None
+            or self.average != self._planned_average
+            or not plan.refresh(self._exposed)
+        ):
             with torch.no_grad():
                 plan, backend = self._build()
-            if not plan.refresh():
+            self._planned_average = self.average
+            if not plan.refresh(exposed=True):
                 raise RuntimeError(f"{type(self).__name__}: parameters must stay in place while step() runs.")
         if plan.refresh_groups(self.param_groups, self._hyper_keys, self._make_hyper) and plan.rows:
             wanted = [len(self._state_names(self.param_groups[row.group])) for row in plan.rows]
@@ -241,7 +266,7 @@ class FusedOptimizer(Optimizer):
                 self._reset()
                 return self._prepared_plan()
         measure = self.max_grad_norm is not None or self.nonfinite == "skip" or self._random_pending
-        plan.prepare(self.max_grad_norm, measure, self._init_norm_sq)
+        plan.prepare(Settings(self.max_grad_norm, self.nonfinite == "skip", measure, self._init_norm_sq))
         self._plan, self._backend = plan, backend
         return plan, backend
 
@@ -252,17 +277,22 @@ class FusedOptimizer(Optimizer):
         members = [(i, p) for i, group in enumerate(self.param_groups) for p in group["params"]]
         device: torch.device | None = None
         known: list[tuple[int, int, Tensor, Tensor]] = []
-        waiting = []
         for index, (g, param) in enumerate(members):
-            if param.grad is None and not self.state.get(param):
-                waiting.append(param)
+            if param.grad is None and "step" not in self._state.get(param, {}):
                 continue
             local = layout.check_param(name, index, param, device)
             device = local.device
             if param.grad is not None:
                 layout.check_grad(name, index, local, param.grad)
-            for key, state in self.state.get(param, {}).items():
-                if isinstance(state, Tensor) and state.dim() and state.shape != param.shape:
+                layout.check_placement(name, index, param, param.grad)
+            if layout.is_sharded(param) and (self.max_grad_norm is not None or self.nonfinite == "skip"):
+                hint = "A process sees its part of the norm only; clip with torch.nn.utils.clip_grad_norm_."
+                value = (self.max_grad_norm, self.nonfinite)
+                condition = "be (None, 'propagate') beside sharded parameters"
+                check.fail(name, "(max_grad_norm, nonfinite)", condition, value, hint)
+            for key in (*self._state_names(self.param_groups[g]), "average"):
+                state = self._state.get(param, {}).get(key)
+                if isinstance(state, Tensor) and state.shape != param.shape:
                     shape = tuple(state.shape)
                     check.fail(
                         name, f"parameter {index}", f"keep the shape {shape} of {key}", tuple(param.shape)
@@ -270,24 +300,28 @@ class FusedOptimizer(Optimizer):
             known.append((g, index, param, local))
         planning.check_disjoint(name, [(index, local) for _, index, _, local in known])
         device = device or torch.device("cpu")
-        backend = self._backend or resolve(self.backend, device)
+        backend = resolve(self.backend, device)
         if self._counters is None or self._counters.device != device:
             fresh = torch.zeros(len(COUNTERS), dtype=torch.int64, device=device)
             self._counters = fresh if self._counters is None else fresh.copy_(self._counters)
         self.telemetry.allocate(device)
         self._allocate([(g, p, local) for g, _, p, local in known], hypers)
-        rows = [self._row(g, index, param, local) for g, index, param, local in known]
+        names = [self._state_names(group) for group in self.param_groups]
+        averaged = self.average is not None
+        rows = [
+            planning.make_row(p, local, self._state[p], names[g], averaged=averaged, group=g, index=index)
+            for g, index, p, local in known
+        ]
         record = {"counters": self._counters, "slots": self.telemetry.slots, "page": self.telemetry.page}
-        settings = Settings(None, self.nonfinite == "skip", self.average, self.telemetry.enabled)
-        return Plan(name, self.rule, rows, waiting, settings, record), backend
+        return Plan(name, self.rule, rows, self.param_groups, self._state, self.average, record), backend
 
     def _allocate(self, members: list[tuple[int, Tensor, Tensor]], hypers: list[Hyper]) -> None:
         """Make the states that are missing; new step counts share one buffer."""
-        fresh = [param for _, param, _ in members if "step" not in self.state[param]]
+        fresh = [param for _, param, _ in members if "step" not in self._state[param]]
         steps = iter(torch.zeros(len(fresh), dtype=torch.int64, device=fresh[0].device) if fresh else ())
         drawn = 0.0
         for g, param, local in members:
-            state, group = self.state[param], self.param_groups[g]
+            state, group = self._state[param], self.param_groups[g]
             random = "step" not in state and hypers[g].init == "random"
             if "step" not in state:
                 state["step"] = next(steps)
@@ -299,34 +333,19 @@ class FusedOptimizer(Optimizer):
                     state[state_name] = layout.state_like(param)
             if self.average is not None and "average" not in state:
                 state["average"] = layout.state_like(param).copy_(param)
-            for state_name, value in state.items():
-                if isinstance(value, Tensor) and state_name != "step" and not layout.fits(value, local):
+            for key in (*self._state_names(group), *(["average"] if self.average is not None else [])):
+                if not layout.fits(state[key], local):
                     # the parameter got another dtype or layout since
-                    state[state_name] = layout.state_like(param).copy_(value)
+                    state[key] = layout.state_like(param).copy_(state[key])
             if random:
                 # drawn on the host, so that its norm is known without a wait
-                noise = torch.randn(param.shape, dtype=torch.float64)
+                noise = torch.randn(param.shape, dtype=torch.float64, device="cpu")
                 state["exp_avg_sq"].copy_(noise.square())
                 drawn += float(noise.square().sum())
         if drawn:
             others = sum(param.numel() for _, param, _ in members) - sum(param.numel() for param in fresh)
             self._init_norm_sq = drawn + others
             self._random_pending = True
-
-    def _row(self, g: int, index: int, param: Tensor, local: Tensor) -> Row:
-        """Return the row of a parameter whose states exist."""
-        state = self.state[param]
-        states = [state[name] for name in self._state_names(self.param_groups[g])]
-        return planning.make_row(
-            param,
-            local,
-            states,
-            state.get("average") if self.average is not None else None,
-            state["step"],
-            group=g,
-            initialized=bool(state.get("initialized", False)),
-            index=index,
-        )
 
     def record_loss(self, loss: Tensor | float) -> None:
         """Put a loss into the telemetry row of the next step; nothing waits.
@@ -348,9 +367,9 @@ class FusedOptimizer(Optimizer):
 
     def get_last_lr(self) -> list[float]:
         """Return the learning rate applied at the last step, one per group; waits for the device."""
-        if self._plan is None:
+        if self._last_rates is None:
             return [float(group["lr"]) for group in self.param_groups]
-        return [float(lr) for lr in self._plan.rates[:, 0].tolist()]
+        return [float(lr) for lr in self._last_rates[:, RATES.index("lr")].tolist()]
 
     @contextmanager
     def averaged_parameters(self) -> Iterator[None]:
@@ -368,7 +387,9 @@ class FusedOptimizer(Optimizer):
         if self._swapped:
             raise RuntimeError(f"{type(self).__name__}: averaged_parameters() must not be nested.")
         local = layout.local_tensor
-        pairs = [(local(p), local(state["average"])) for p, state in self.state.items() if "average" in state]
+        pairs = [
+            (local(p), local(state["average"])) for p, state in self._state.items() if "average" in state
+        ]
         self._swapped = True
         try:
             with swapped(pairs):
@@ -384,7 +405,17 @@ class FusedOptimizer(Optimizer):
         ``state`` and ``param_groups`` load into the ``torch.optim`` optimizer of the same name; the entry
         ``fused_warmup`` holds counters and telemetry besides.
         """
-        return pack_state(self, super().state_dict())
+        # hooks see what is returned, so they run after the packing
+        hooks = self._optimizer_state_dict_post_hooks
+        self._optimizer_state_dict_post_hooks = OrderedDict()
+        try:
+            packed = pack_state(self, super().state_dict())
+        finally:
+            self._optimizer_state_dict_post_hooks = hooks
+        for hook in hooks.values():
+            replaced = hook(self, packed)
+            packed = packed if replaced is None else replaced
+        return packed
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a state that this optimizer or the ``torch.optim`` one of the same name saved.
@@ -407,7 +438,9 @@ class FusedOptimizer(Optimizer):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Take over a pickled state; the table is built at the next step."""
-        super().__setstate__(state)
+        kept = dict(state)
+        self.state = kept.pop("state")
+        super().__setstate__(kept)
         self._swapped = False
         self._backend = None
         self._reset()
@@ -419,4 +452,6 @@ class FusedOptimizer(Optimizer):
         text = super().__repr__()
         return text.replace("(", f"({head}, nonfinite: {self.nonfinite}, average: {self.average}", 1)
 
+    _exposed: bool = False
     _random_pending: bool = False
+    _last_rates: Tensor | None = None

@@ -125,8 +125,10 @@ class Adam(FusedOptimizer):
         for row, grad in active:
             exp_avg_sq = row.states[1]
             param, grad = row.work.to(exp_avg_sq.dtype), grad.to(exp_avg_sq.dtype)
-            exp_avg_sq.copy_(init_exp_avg_sq(param, grad, plan.hypers[row.group], clip_coef))
-            self.state[row.param]["initialized"] = True
+            h = plan.hypers[row.group]
+            weight_decay = h.weight_decay * (h.weight_decay_schedule(0) if h.weight_decay_schedule else 1.0)
+            exp_avg_sq.copy_(init_exp_avg_sq(param, grad, h, weight_decay, clip_coef))
+            self._state[row.param]["initialized"] = True
         plan.finish()
         self._reset()
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from operator import itemgetter
 from typing import Any, Protocol
 
@@ -17,10 +18,11 @@ import torch
 from torch import Tensor
 
 from . import _checks as check
-from . import averaging
+from . import averaging, layout
 from .averaging import Average
 from .layout import check_grad, compute_dtype, describe, is_dense, local_tensor, same_layout
-from .table import DTYPES, MAX_STATES, RATES, STRUCTS, Hyper, chunks, pack_hypers
+from .schedules import Schedule
+from .table import DTYPES, MAX_STATES, RATES, STRUCTS, Hyper, Settings, chunks, pack_hypers
 
 
 @dataclass
@@ -29,6 +31,7 @@ class Row:
 
     Attributes:
         param: The parameter as the user gave it.
+        state: What ``optimizer.state`` holds for it: the entries that the step writes, by name.
         states: What the rule keeps, in the order in which it takes them; laid out like the parameter.
         average: Weight average, or None.
         step: 0-dim int64, the number of updates this parameter has had.
@@ -40,6 +43,7 @@ class Row:
     """
 
     param: Tensor
+    state: dict[str, Tensor]
     states: list[Tensor]
     average: Tensor | None
     step: Tensor
@@ -50,48 +54,11 @@ class Row:
     work: Tensor
 
 
-@dataclass
-class Settings:
-    """What is set once for the whole optimizer."""
-
-    max_grad_norm: float | None
-    skip_nonfinite: bool
-    average: Average | None
-    telemetry: bool
-
-
-def check_disjoint(owner: str, indexed: Sequence[tuple[int, Tensor]]) -> None:
-    """Raise if two parameters share memory.
-
-    Raises:
-        ValueError: If they do; both are named.
-    """
-    spans = sorted(((*_span(t), i, t) for i, t in indexed if t.numel()), key=lambda span: span[:3])
-    for k, (_, end, i, a) in enumerate(spans):
-        for begin, _, j, b in spans[k + 1 :]:
-            if begin >= end:
-                break
-            # strided views may interleave without meeting
-            if (is_dense(a) and is_dense(b)) or np.intersect1d(_bytes(a), _bytes(b)).size:
-                raise ValueError(
-                    f"{owner}: parameters must not share memory, got {min(i, j)} and {max(i, j)} over the "
-                    "same addresses; give the tensor that both are views of."
-                )
-
-
-def _span(tensor: Tensor) -> tuple[int, int]:
-    """Return the first address of a tensor and the one after its last."""
-    reach = sum((n - 1) * stride for n, stride in zip(tensor.shape, tensor.stride(), strict=True)) + 1
-    return tensor.data_ptr(), tensor.data_ptr() + reach * tensor.element_size()
-
-
-def _bytes(tensor: Tensor) -> np.ndarray:
-    """Return the address of every byte of a tensor."""
-    offsets = np.zeros(1, np.int64)
-    for n, stride in zip(tensor.shape, tensor.stride(), strict=True):
-        offsets = np.add.outer(offsets, np.arange(n) * stride).ravel()
-    size = tensor.element_size()
-    return tensor.data_ptr() + np.add.outer(offsets * size, np.arange(size)).ravel()
+def _is_frozen(value: Any) -> bool:
+    """Whether a hyper-parameter can change only by being replaced."""
+    if isinstance(value, tuple):
+        return all(map(_is_frozen, value))
+    return value is None or isinstance(value, (bool, int, float, str, Schedule))
 
 
 class Forms(Protocol):
@@ -120,20 +87,21 @@ class PythonForms:
 
     def __init__(self, tensors: list[Tensor]) -> None:
         self._tensors = [torch.empty_like(t, device="meta", requires_grad=False) for t in tensors]
-        self._devices = [t.device for t in tensors]
+        self._kinds = [(t.dtype, t.device, t.layout) for t in tensors]
+        self._types = [(Tensor, type(t)) for t in tensors]
         self._kept: list[Tensor] = []
 
     def read(self, tensors: list[Any], out: int, grads: bool = False) -> list[int]:
         """Write where tensors of these forms lie, see ``Forms``."""
         addresses = np.ctypeslib.as_array(ctypes.cast(out, ctypes.POINTER(ctypes.c_uint64)), (len(tensors),))
         odd = []
-        for i, (t, form, device) in enumerate(zip(tensors, self._tensors, self._devices, strict=True)):
+        for i, (t, form) in enumerate(zip(tensors, self._tensors, strict=True)):
             addresses[i] = 0
             t = t.grad if grads else t
             if t is None:
                 continue
-            plain = type(t) in (Tensor, torch.nn.Parameter) and t.layout == torch.strided
-            if plain and t.dtype == form.dtype and t.device == device and same_layout(t, form):
+            known = type(t) in self._types[i] and (t.dtype, t.device, t.layout) == self._kinds[i]
+            if known and same_layout(t, form):
                 addresses[i] = t.data_ptr() if t.numel() else 1
             if not addresses[i]:
                 odd.append(i)
@@ -146,15 +114,47 @@ class PythonForms:
         self._kept = []
 
 
-def forms(tensors: list[Tensor]) -> Forms:
-    """Return the forms of tensors, read by the extension where torch lets it."""
-    if hasattr(Tensor, "__dlpack_c_exchange_api__"):
-        try:
-            from . import _cpu
-        except ImportError:
-            return PythonForms(tensors)
-        return _cpu.Forms(Tensor, torch.nn.Parameter, tensors)
-    return PythonForms(tensors)
+class Watch:
+    """Tensors whose addresses are in the table.
+
+    Args:
+        make_forms: Makes ``Forms``.
+        tensors: The tensors.
+    """
+
+    def __init__(self, make_forms: Callable[..., Forms], tensors: list[Tensor]) -> None:
+        self._tensors, self._forms = tensors, make_forms(tensors)
+        self._addresses, self._now = (np.zeros(len(tensors), np.uint64) for _ in range(2))
+        self._out = self._now.ctypes.data
+        self._forms.read(tensors, self._addresses.ctypes.data)
+
+    def in_place(self) -> bool:
+        """Whether all of them are where they were, in the form that they had."""
+        return not self._forms.read(self._tensors, self._out) and bool((self._now == self._addresses).all())
+
+
+def same_members(groups: Sequence[Mapping[str, Any]], members: Sequence[Sequence[Tensor]]) -> bool:
+    """Whether the groups hold the very parameters they held."""
+    now = [group["params"] for group in groups]
+    return [len(a) for a in now] == [len(b) for b in members] and all(
+        p is q for a, b in zip(now, members, strict=True) for p, q in zip(a, b, strict=True)
+    )
+
+
+def same_entries(dicts: Sequence[Mapping[str, Any]], names: Sequence[str], objects: Sequence[Tensor]) -> bool:
+    """Whether each dictionary still holds its object under its name."""
+    return all(d.get(name) is value for d, name, value in zip(dicts, names, objects, strict=True))
+
+
+def watch() -> tuple[Callable[..., Any], Callable[..., bool], Callable[..., bool]]:
+    """Return ``Forms``, ``same_members`` and ``same_entries``, compiled where that is possible."""
+    try:
+        from . import _cpu
+    except ImportError:
+        return PythonForms, same_members, same_entries
+    exchange = hasattr(Tensor, "__dlpack_c_exchange_api__")
+    forms = partial(_cpu.Forms, Tensor) if exchange else PythonForms
+    return forms, _cpu.same_members, _cpu.same_entries
 
 
 class Plan:
@@ -167,8 +167,9 @@ class Plan:
         owner: Name of the optimizer class, for messages.
         rule: Name of the update rule.
         rows: Parameters that have a state, in the order of the groups.
-        waiting: Parameters that have none yet, because no gradient of theirs was seen.
-        settings: What is set once for the whole optimizer.
+        groups: Parameter groups of the optimizer.
+        state: State of the optimizer by parameter.
+        average: What average the rows keep, or None.
         record: Device tensors ``counters``, ``slots`` and ``page`` (or None).
     """
 
@@ -177,27 +178,32 @@ class Plan:
         owner: str,
         rule: str,
         rows: list[Row],
-        waiting: list[Tensor],
-        settings: Settings,
+        groups: list[dict[str, Any]],
+        state: Mapping[Tensor, dict[str, Any]],
+        average: Average | None,
         record: Mapping[str, Tensor | None],
     ) -> None:
-        self.owner, self.rule, self.rows, self.settings = owner, rule, rows, settings
+        self.owner, self.rule, self.rows = owner, rule, rows
+        self.settings = Settings()
         self.record = record
         self.hypers: list[Hyper] = []
-        self.rates = torch.empty(0)
-        self.average = averaging.settings(settings.average)
-        self.init_norm_sq = 1.0
-        self.measure = False
+        self.rates = torch.empty(0, device="cpu")
+        self.average = averaging.settings(average)
         self.numel = sum(row.work.numel() for row in rows)
-        self._waiting = waiting
+        self._groups, self._state, self._n_states = groups, state, len(state)
+        self._members = [list(group["params"]) for group in groups]
         self._params = [row.param for row in rows]
-        self._locals = [row.local for row in rows]
-        self._param_forms = forms(self._locals)
-        self._grad_forms = forms([row.work for row in rows])
-        self._now, self._addresses = np.zeros(len(rows), np.uint64), np.zeros(len(rows), np.uint64)
-        self._param_forms.read(self._locals, self._addresses.ctypes.data)
+        known = set(map(id, self._params))
+        self._waiting = [p for members in self._members for p in members if id(p) not in known]
+        self._shards = [row for row in rows if row.local is not row.param]
+        self._dicts = [state[row.param] for row in rows for _ in row.state]
+        self._names = [name for row in rows for name in row.state]
+        self._objects = [value for row in rows for value in row.state.values()]
+        forms, self._same_members, self._same_entries = watch()
+        self._param_watch = Watch(forms, [row.local for row in rows])
+        self._state_watch = Watch(forms, [local_tensor(t) for t in self._objects])
+        self._grad_forms: Forms = forms([row.work for row in rows])
         self._strided = [row for row in rows if row.work is not row.local]
-        self._now_out = self._now.ctypes.data
         self._cast: list[int] = []
         self._adopted: dict[int, Tensor] = {}
         self._signatures: list[tuple[Any, ...] | None] = []
@@ -246,7 +252,6 @@ class Plan:
             average_decay=decay,
             average_start=start,
             average_every=every,
-            skip_nonfinite=self.settings.skip_nonfinite,
         )
         self.address: int = self._step.ctypes.data
 
@@ -262,7 +267,7 @@ class Plan:
     def _pack_hypers(self) -> None:
         """Fill the columns of the groups and the segments of their schedules."""
         self._hypers, self._segments, self._values = pack_hypers(self.hypers)
-        self.rates = torch.zeros(len(self.hypers), len(RATES), dtype=torch.float64)
+        self.rates = torch.zeros(len(self.hypers), len(RATES), dtype=torch.float64, device="cpu")
         self._set(
             hypers=self._hypers,
             segments=self._segments,
@@ -273,8 +278,11 @@ class Plan:
 
     # once per step
 
-    def refresh(self) -> bool:
+    def refresh(self, exposed: bool) -> bool:
         """Read the addresses of parameters and gradients again.
+
+        Args:
+            exposed: Whether somebody else may have the states, which must then be looked at too.
 
         Returns:
             False if the table no longer describes the parameters and must be built again.
@@ -283,13 +291,8 @@ class Plan:
             TypeError: If a gradient has a kind or dtype that no backend takes.
             ValueError: If a gradient does not fit its parameter.
         """
-        if self._param_forms.read(self._locals, self._now_out) or not np.array_equal(
-            self._now, self._addresses
-        ):
+        if not self._holds(exposed):
             return False
-        for param in self._waiting:
-            if param.grad is not None:
-                return False
         odd = self._grad_forms.read(self._params, self._grads_out, True)
         for i in self._cast:
             self._table["grad_dtype"][i] = self._table["dtype"][i]
@@ -304,6 +307,21 @@ class Plan:
         for row in self._strided:
             row.work.copy_(row.local.detach())
         return True
+
+    def _holds(self, exposed: bool) -> bool:
+        """Whether groups, states and addresses are still those that the table was built from."""
+        states = not exposed or (
+            len(self._state) == self._n_states
+            and self._same_entries(self._dicts, self._names, self._objects)
+            and self._state_watch.in_place()
+        )
+        return (
+            states
+            and self._same_members(self._groups, self._members)
+            and all(local_tensor(row.param) is row.local for row in self._shards)
+            and self._param_watch.in_place()
+            and all(param.grad is None for param in self._waiting)
+        )
 
     @property
     def grads(self) -> list[Tensor | None]:
@@ -360,25 +378,30 @@ class Plan:
             hypers[i].lr = lr
         self.hypers = hypers
         # what can be written in place is read again at every step
-        self._signatures = [None if any(isinstance(v, (Tensor, list)) for v in s) else s for s in signatures]
+        self._signatures = [s if all(map(_is_frozen, s)) else None for s in signatures]
         if all(only_lr):
             self._hypers["lr"] = [h.lr for h in hypers]
         else:
             self._pack_hypers()
         return not all(only_lr)
 
-    def prepare(self, max_grad_norm: float | None, measure: bool, init_norm_sq: float) -> None:
-        """Set what may change from step to step without touching the table."""
-        self.settings.max_grad_norm, self.measure, self.init_norm_sq = max_grad_norm, measure, init_norm_sq
-        now = (max_grad_norm, measure, init_norm_sq)
-        if now != getattr(self, "_prepared", None):
-            self._prepared = now
-            self._set(
-                clip=max_grad_norm is not None,
-                max_grad_norm=max_grad_norm or 0.0,
-                measure=measure,
-                init_norm_sq=init_norm_sq,
-            )
+    def prepare(self, settings: Settings) -> None:
+        """Take over what may change from step to step without touching the table."""
+        if settings == self.settings:
+            return
+        self.settings = settings
+        self._set(
+            clip=settings.max_grad_norm is not None,
+            max_grad_norm=settings.max_grad_norm or 0.0,
+            skip_nonfinite=settings.skip_nonfinite,
+            measure=settings.measure,
+            init_norm_sq=settings.init_norm_sq,
+        )
+
+    def release(self) -> None:
+        """Let go of the gradients."""
+        self._adopted = {}
+        self._grad_forms.release()
 
     def finish(self) -> list[Tensor]:
         """Write dense copies back to strided views and let go of the gradients.
@@ -390,36 +413,39 @@ class Plan:
             with torch.no_grad():
                 for row in self._strided:
                     row.local.copy_(row.work)
-        self._adopted = {}
-        self._grad_forms.release()
+        self.release()
         if self._grads.all():
             return self._params
         return [param for param, address in zip(self._params, self._grads, strict=True) if address]
 
 
+def check_disjoint(owner: str, indexed: Sequence[tuple[int, Tensor]]) -> None:
+    """Raise ``ValueError`` if two parameters share memory."""
+    layout.check_disjoint(owner, [(index, t, t.data_ptr()) for index, t in indexed])
+
+
 def make_row(
     param: Tensor,
     local: Tensor,
-    states: Sequence[Tensor],
-    average: Tensor | None,
-    step: Tensor,
+    state: Mapping[str, Any],
+    names: Sequence[str],
     *,
+    averaged: bool,
     group: int,
-    initialized: bool,
     index: int,
 ) -> Row:
     """Return the row of a parameter, with a dense copy to work on where the parameter is a strided view."""
-    assert len(states) <= MAX_STATES
-    work = local if is_dense(local) else torch.empty_like(local).copy_(local)
-    own = [local_tensor(state) for state in states]
+    assert len(names) <= MAX_STATES
+    written = {name: state[name] for name in (*names, "step", *(["average"] if averaged else []))}
     return Row(
-        param,
-        own,
-        None if average is None else local_tensor(average),
-        step,
-        group,
-        initialized,
-        index,
-        local,
-        work,
+        param=param,
+        state=written,
+        states=[local_tensor(state[name]) for name in names],
+        average=local_tensor(state["average"]) if averaged else None,
+        step=state["step"],
+        group=group,
+        initialized=bool(state.get("initialized", False)),
+        index=index,
+        local=local,
+        work=local if is_dense(local) else torch.empty_like(local).copy_(local),
     )

@@ -18,6 +18,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
+import torch
 
 from . import _checks as check
 from .reference.schedules import multiplier
@@ -57,7 +58,7 @@ class Segment:
     """One stretch of a schedule.
 
     Attributes:
-        kind: Name of the shape, a key of ``SEGMENT_KINDS``.
+        kind: Name of the shape, one of ``SEGMENT_KINDS``.
         steps: Length in optimizer steps, or None for one that never ends.
         start: Multiplier at the beginning.
         end: Multiplier at the end, held afterwards when nothing follows.
@@ -172,6 +173,10 @@ class Schedule:
     def to_json(self) -> str:
         """Return the schedule as JSON text; ``from_json`` reads it back exactly."""
         return json.dumps(self.to_dict(), indent=2)
+
+
+# LambdaLR keeps a schedule in its own state dict, which torch.load must then accept
+torch.serialization.add_safe_globals([Schedule, Segment])
 
 
 def from_dict(data: Any) -> Schedule:

@@ -40,9 +40,13 @@ def pack_state(opt: FusedOptimizer, state_dict: dict[str, Any]) -> dict[str, Any
                 group[key] = group[key].to_dict()
     counted = [k for k, state in states.items() if "step" in state]
     steps = (
-        torch.stack([states[k]["step"] for k in counted]) if counted else torch.zeros(0, dtype=torch.int64)
+        torch.stack([states[k]["step"] for k in counted])
+        if counted
+        else torch.zeros(0, dtype=torch.int64, device="cpu")
     )
-    packed = {k: {**state, "step": state["step"].to(torch.float32)} for k, state in states.items() if state}
+    packed = {k: dict(state) for k, state in states.items() if state}
+    for k in counted:
+        packed[k]["step"] = states[k]["step"].to(torch.float32)
     own = {
         "version": _VERSION,
         "rule": opt.rule,
@@ -96,6 +100,10 @@ def _own_entry(owner: str, opt: FusedOptimizer, state_dict: Mapping[str, Any]) -
         check.fail(owner, "state_dict['fused_warmup']['version']", f"be {_VERSION}", own.get("version"), hint)
     if own and own.get("rule") != opt.rule:
         check.fail(owner, "state_dict", f"be that of a {opt.rule} rule", own.get("rule"))
+    rows = own.get("telemetry")
+    if rows is not None and (rows.dim() != 2 or rows.shape[1] != len(TELEMETRY)):
+        name = "state_dict['fused_warmup']['telemetry']"
+        check.fail(owner, name, f"have the shape [steps, {len(TELEMETRY)}]", tuple(rows.shape))
     return own
 
 
@@ -174,14 +182,16 @@ def _step_count(owner: str, name: str, step: Any) -> int:
 def _fill(opt: FusedOptimizer, param: Tensor, loaded: Mapping[str, Any] | None) -> None:
     """Copy loaded values into the buffers of a parameter; buffers that are missing are made."""
     if loaded is None:
-        opt.state.pop(param, None)
+        opt._state.pop(param, None)
         return
-    state = opt.state[param]
+    state = opt._state[param]
     keep = {key: value for key, value in loaded.items() if isinstance(value, Tensor)}
     if opt.average is None:
         keep.pop("average", None)
     elif "average" not in keep:
         keep["average"] = param
+    for key in set(state) & {*_KNOWN, "average"} - set(keep):
+        del state[key]
     for key, value in keep.items():
         if not isinstance(state.get(key), Tensor):
             state[key] = state_like(param)
@@ -204,7 +214,7 @@ def _load_counters(
     rows = own.get("telemetry")
     if opt.telemetry.enabled:
         opt.telemetry.load_rows(
-            rows if rows is not None else torch.empty(0, len(TELEMETRY), dtype=torch.float64)
+            rows if rows is not None else torch.empty(0, len(TELEMETRY), dtype=torch.float64, device="cpu")
         )
     if saved is not None:
         step = int(saved[COUNTERS.index("step")])
@@ -212,5 +222,5 @@ def _load_counters(
         step = max((state["step"] for state in states.values() if state["counted"]), default=0)
     if opt._counters is None:
         opt._counters = torch.zeros(len(COUNTERS), dtype=torch.int64, device=device)
-    opt._counters.copy_(torch.tensor([step, len(opt.telemetry)], dtype=torch.int64))
+    opt._counters.copy_(torch.tensor([step, len(opt.telemetry)], dtype=torch.int64, device="cpu"))
     opt._init_norm_sq = float(own.get("init_norm_sq", 0.0))

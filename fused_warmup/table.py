@@ -162,6 +162,23 @@ class Hyper:
     weight_decay_schedule: Schedule | None = None
 
 
+@dataclass(frozen=True)
+class Settings:
+    """What holds for the whole optimizer at one step.
+
+    Attributes:
+        max_grad_norm: Norm to clip to, or None.
+        skip_nonfinite: Leave everything as it is when a gradient is not finite.
+        measure: Whether the update must know the norms beforehand.
+        init_norm_sq: Squared norm of the random start of the second moments.
+    """
+
+    max_grad_norm: float | None = None
+    skip_nonfinite: bool = False
+    measure: bool = False
+    init_norm_sq: float = 0.0
+
+
 def pack_hypers(hypers: Sequence[Hyper]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Return the columns Hyper, Segment and values of the groups; each schedule is packed once."""
     segments: list[tuple[float, ...]] = []

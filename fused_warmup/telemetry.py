@@ -54,7 +54,7 @@ class Telemetry:
         self._rows += 1
         if self._rows % _PAGE == 0:
             pinned = self.page.is_cuda
-            copy = torch.empty(self.page.shape, dtype=self.page.dtype, pin_memory=pinned)
+            copy = torch.empty(self.page.shape, dtype=self.page.dtype, device="cpu", pin_memory=pinned)
             self._pages.append(copy.copy_(self.page, non_blocking=pinned))
 
     def record_loss(self, loss: Tensor | float) -> None:
@@ -119,5 +119,5 @@ class Telemetry:
     def _tail(self) -> Tensor:
         """Return the rows that no finished page holds yet, where they are."""
         if self.page is None:
-            return torch.empty(0, len(TELEMETRY), dtype=torch.float64)
+            return torch.empty(0, len(TELEMETRY), dtype=torch.float64, device="cpu")
         return self.page[: self._rows % _PAGE]

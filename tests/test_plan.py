@@ -1,6 +1,8 @@
 """The table: addresses and forms, chunks, and what it holds on to."""
 
+import collections
 import gc
+import threading
 import weakref
 
 import numpy as np
@@ -26,7 +28,7 @@ def odd_tensors():
         "more dimensions": torch.zeros(1, 4, 6),
         "sparse": base.to_sparse(),
         "meta": torch.zeros(4, 6, device="meta"),
-        "subclass": torch.nn.Buffer(torch.zeros(4, 6)),
+        "subclass": torch.zeros(4, 6).as_subclass(type("Labelled", (torch.Tensor,), {})),
     }
 
 
@@ -39,7 +41,7 @@ def read_both(tensors, grads):
     """What the compiled and the Python reader say of the same tensors, with the form of a contiguous one."""
     likes = [torch.zeros(4, 6) for _ in tensors]
     found = []
-    for reader in (_cpu.Forms(torch.Tensor, torch.nn.Parameter, likes), planning.PythonForms(likes)):
+    for reader in (_cpu.Forms(torch.Tensor, likes), planning.PythonForms(likes)):
         out = np.full(len(tensors), 7, np.uint64)
         found.append((reader.read(tensors, out.ctypes.data, grads), out.tolist()))
         reader.release()
@@ -78,7 +80,7 @@ def test_dimensions_of_one_element_have_any_stride():
     """Gradients of 1x1 convolutions often come so; they must not be copied at every step."""
     like = torch.zeros(8, 3, 1, 1)
     other = torch.zeros(8, 3, 1, 1).as_strided((8, 3, 1, 1), (3, 1, 7, 9))
-    for reader in (_cpu.Forms(torch.Tensor, torch.nn.Parameter, [like]), planning.PythonForms([like])):
+    for reader in (_cpu.Forms(torch.Tensor, [like]), planning.PythonForms([like])):
         out = np.zeros(1, np.uint64)
         assert reader.read([other], out.ctypes.data) == []
         assert out[0] == other.data_ptr()
@@ -87,7 +89,9 @@ def test_dimensions_of_one_element_have_any_stride():
 def test_without_the_exchange_api_the_numbers_are_the_same(monkeypatch):
     a, b = make_params(torch.float32), make_params(torch.float32)
     fast = fw.Adam(a, max_grad_norm=1.0)
-    monkeypatch.setattr(planning, "forms", planning.PythonForms)
+    monkeypatch.setattr(
+        planning, "watch", lambda: (planning.PythonForms, planning.same_members, planning.same_entries)
+    )
     slow = fw.Adam(b, max_grad_norm=1.0)
     for step in range(4):
         for params, opt in ((a, fast), (b, slow)):
@@ -154,3 +158,160 @@ def test_one_region_of_chunks_for_all_groups():
 def test_repr_shows_the_backend():
     opt = fw.Adam(make_params(torch.float32, [(3,)]))
     assert repr(opt).startswith("Adam (backend: auto (cpu)")
+
+
+def sgd(n=3, **options):
+    """A parameter of zeros whose gradient is one, so that plain steps of rate 0.1 are visible by eye."""
+    x = torch.nn.Parameter(torch.zeros(n))
+    x.grad = torch.ones(n)
+    return x, fw.SGD([x], lr=0.1, **options)
+
+
+def moved(x, opt):
+    before = x.detach().clone()
+    opt.step()
+    return round(float((before - x.detach())[0]), 5)
+
+
+def test_states_that_move_are_followed():
+    """In shared memory, under another storage, replaced, or gone; the kernel must never write where they were."""
+    x, opt = sgd(1 << 16, momentum=0.5)
+    assert moved(x, opt) == 0.1
+    opt.state[x]["momentum_buffer"].share_memory_()
+    assert moved(x, opt) == 0.15
+    held = opt.state[x]["momentum_buffer"]
+    opt.step()
+    held.data = torch.zeros(1 << 16)
+    assert moved(x, opt) == 0.1
+    opt.state[x]["momentum_buffer"] = torch.full((1 << 16,), 2.0)
+    assert moved(x, opt) == 0.2
+    opt.state[x]["step"] = torch.tensor(7)
+    opt.step()
+    assert opt.state[x]["step"] == 8
+    opt.state.clear()
+    assert moved(x, opt) == 0.1
+    assert opt.state_dict()["state"][0]["step"] == 1
+
+
+def test_groups_that_change_are_followed():
+    x, opt = sgd()
+    y, z = (torch.nn.Parameter(torch.zeros(3)) for _ in range(2))
+    y.grad, z.grad = torch.ones(3), torch.ones(3)
+    opt.add_param_group({"params": [y], "lr": 0.5})
+    opt.step()
+    opt.param_groups[0]["params"][0] = z
+    x.grad = None
+    assert moved(z, opt) == 0.1
+    opt.param_groups[1]["params"].append(opt.param_groups[0]["params"].pop())
+    assert moved(z, opt) == 0.5
+    opt.param_groups.reverse()
+    assert moved(z, opt) == 0.5
+    del opt.param_groups[1]
+    assert moved(z, opt) == 0.5
+
+
+def test_gradients_replaced_by_another_thread_during_the_step():
+    """The kernels run without the GIL: the plan holds the gradients that they read."""
+    x = torch.nn.Parameter(torch.zeros(1 << 21))
+    opt = fw.SGD([x], lr=1.0)
+    stop = threading.Event()
+
+    def thief():
+        while not stop.is_set():
+            x.grad = None
+            stop.wait(0.0005)
+
+    thread = threading.Thread(target=thief)
+    thread.start()
+    for _ in range(100):
+        x.grad = torch.ones(1 << 21)
+        opt.step()
+    stop.set()
+    thread.join()
+    assert (x == x[0]).all()
+
+
+def test_default_device_does_not_matter():
+    x, opt = sgd(average=fw.EMA(0.5))
+    with torch.device("meta"):
+        for _ in range(1030):
+            opt.step()
+        saved = opt.state_dict()
+        opt.load_state_dict(saved)
+    assert opt.telemetry.history()["step"].tolist() == list(range(1, 1031))
+    assert fw.Adam([x], exp_avg_sq_init="random").step() is None
+
+
+def test_settings_changed_later_take_effect():
+    x, opt = sgd()
+    opt.step()
+    opt.nonfinite = "skip"
+    x.grad[1] = torch.nan
+    assert moved(x, opt) == 0.0
+    x.grad = torch.ones(3)
+    opt.average = fw.EMA(0.5)
+    opt.step()
+    with opt.averaged_parameters():
+        assert opt.state[x]["average"][0] == x[0]
+    opt.nonfinite = "sometimes"
+    with pytest.raises(ValueError, match="nonfinite must be one of"):
+        opt.step()
+
+
+def test_compiled_training_step():
+    """A cold optimizer inside torch.compile: the step runs in Python between the compiled pieces."""
+    model = torch.nn.Linear(3, 1)
+    opt = fw.Adam(model.parameters(), lr=0.1)
+    data = torch.randn(8, 3)
+
+    @torch.compile(backend="eager")
+    def step_and_double(x):
+        opt.step()
+        return 2 * x
+
+    losses = []
+    for _ in range(5):
+        loss = model(data).square().mean()
+        loss.backward()
+        losses.append(float(step_and_double(loss.detach())) / 2)
+        opt.zero_grad()
+    assert losses[-1] < losses[0]
+    assert opt.telemetry.latest()["step"] == 5
+
+
+def test_subclass_of_parameter():
+    class Labelled(torch.nn.Parameter):
+        pass
+
+    x = Labelled(torch.zeros(3))
+    x.grad = torch.ones(3)
+    opt = fw.SGD([x], lr=0.1)
+    assert [moved(x, opt), moved(x, opt)] == [0.1, 0.1]
+
+
+def test_betas_of_any_sequence_written_in_place():
+    x = torch.nn.Parameter(torch.zeros(1))
+    opt = fw.Adam([x], betas=collections.UserList([0.9, 0.999]))
+    x.grad = torch.ones(1)
+    opt.step()
+    opt.param_groups[0]["betas"][0] = 0.0
+    x.grad = torch.full((1,), 3.0)
+    opt.step()
+    assert opt.state[x]["exp_avg"] == 3.0
+
+
+def test_last_rate_survives_a_rebuilt_table():
+    x = torch.nn.Parameter(torch.zeros(1))
+    opt = fw.SGD([x], lr=1.0, schedule=fw.schedules.warmup(10))
+    opt.step()
+    opt.load_state_dict(opt.state_dict())
+    assert opt.get_last_lr() == [0.1]
+
+
+def test_weight_decay_schedule_counts_in_the_initialisation():
+    x = torch.nn.Parameter(torch.full((1,), 10.0))
+    options = {"weight_decay": 0.1, "weight_decay_schedule": fw.schedules.warmup(10)}
+    opt = fw.GIAdam([x], **options)
+    x.grad = torch.ones(1)
+    opt.init_from_gradients()
+    assert opt.state[x]["exp_avg_sq"].item() == pytest.approx(1.1**2, rel=1e-6)

@@ -207,6 +207,68 @@ def test_average_starts_from_the_parameters_when_the_file_has_none():
     assert_same_bits("average", opt.state[params[0]]["average"], params[0].detach())
 
 
+def test_load_drops_buffers_that_the_file_lacks():
+    x = torch.nn.Parameter(torch.zeros(1))
+    opt = fw.SGD([x], lr=0.1, momentum=0.9)
+    x.grad = torch.ones(1)
+    opt.step()
+    saved = opt.state_dict()
+    saved["state"] = {0: {"momentum_buffer": None}}
+    opt.load_state_dict(saved)
+    before = x.item()
+    opt.step()
+    assert before - x.item() == pytest.approx(0.1, rel=1e-5)
+
+
+def test_hooks_see_what_is_returned():
+    params = make_params(torch.float32, [(3,)])
+    opt = fw.Adam(params)
+    run(params, opt, range(2))
+    seen = []
+    opt.register_state_dict_post_hook(lambda o, saved: seen.append(saved["state"][0]["step"].dtype))
+    opt.register_state_dict_post_hook(lambda o, saved: {**saved, "mine": 1})
+    saved = opt.state_dict()
+    assert saved["mine"] == 1
+    assert seen == [torch.float32]
+
+
+def test_entries_of_the_user_are_kept():
+    """Somebody's own entry beside ours, of any shape and dtype, before the first step and after a rebuild."""
+    params = make_params(torch.float32, [(3,), (2,)])
+    opt = fw.Adam(params)
+    mask = torch.tensor([True, False])
+    opt.state[params[0]]["mask"] = mask
+    assert opt.state_dict()["state"][0]["mask"] is mask
+    run(params, opt, range(2))
+    opt.add_param_group({"params": make_params(torch.float32, [(4,)])})
+    run(params, opt, range(2, 3))
+    assert opt.state[params[0]]["mask"] is mask
+
+
+def test_scheduler_with_our_schedule_is_saved_and_loaded():
+    """LambdaLR stores the schedule itself; torch.load(weights_only=True) must accept it."""
+    params = make_params(torch.float32, [(3,)])
+    opt = fw.Adam(params, lr=0.1)
+    scheduler = torch.optim.lr_scheduler.LambdaLR(opt, SCHEDULES["warmup_linear"])
+    buffer = io.BytesIO()
+    torch.save(scheduler.state_dict(), buffer)
+    buffer.seek(0)
+    scheduler.load_state_dict(torch.load(buffer, weights_only=True))
+    assert scheduler.lr_lambdas[0] == SCHEDULES["warmup_linear"]
+
+
+def test_telemetry_of_another_shape_is_refused_before_anything_changes():
+    params = make_params(torch.float32, [(3,)])
+    opt = fw.Adam(params, lr=0.1)
+    run(params, opt, range(2))
+    saved = opt.state_dict()
+    saved["param_groups"][0]["lr"] = 5.0
+    saved["fused_warmup"]["telemetry"] = torch.zeros(2, 3)
+    with pytest.raises(ValueError, match="must have the shape"):
+        opt.load_state_dict(saved)
+    assert opt.param_groups[0]["lr"] == 0.1
+
+
 def test_state_of_a_group_added_after_loading():
     a = make_params(torch.float32, [(4,), (3,)])
     opt = fw.Adam(a[:1])

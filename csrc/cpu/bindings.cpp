@@ -1,4 +1,5 @@
-// Python module fused_warmup._cpu: addresses in, nothing out. The GIL is released while the kernels run.
+// Python module fused_warmup._cpu: the step, which takes an address and runs without the GIL, and the checks
+// that the addresses in the table are still those of the tensors.
 // SPDX-License-Identifier: Apache-2.0
 #include <pybind11/pybind11.h>
 
@@ -66,20 +67,45 @@ py::dict layout() {
   return structs;
 }
 
+// Whether the groups hold the very parameters they held: the same lists of the same objects.
+bool same_members(py::list groups, py::list members) {
+  if (groups.size() != members.size()) return false;
+  for (size_t i = 0; i < members.size(); ++i) {
+    py::list now = py::cast<py::dict>(groups[i])["params"], then = members[i];
+    if (now.size() != then.size()) return false;
+    for (size_t k = 0; k < now.size(); ++k)
+      if (PyList_GET_ITEM(now.ptr(), k) != PyList_GET_ITEM(then.ptr(), k)) return false;
+  }
+  return true;
+}
+
+// Whether dictionary i still holds object i under name i.
+bool same_entries(py::list dicts, py::list names, py::list objects) {
+  FW_CHECK(dicts.size() == objects.size() && names.size() == objects.size(),
+           "the lists must be equally long");
+  for (size_t i = 0; i < objects.size(); ++i) {
+    PyObject* dict = PyList_GET_ITEM(dicts.ptr(), i);
+    PyObject* now = PyDict_GetItemWithError(dict, PyList_GET_ITEM(names.ptr(), i));
+    if (now != PyList_GET_ITEM(objects.ptr(), i)) return false;
+  }
+  return true;
+}
+
 // The forms of some tensors, and where tensors of those forms lie now.
 class Forms {
  public:
-  Forms(py::handle tensor_type, py::handle parameter_type, py::list tensors)
-      : tensor_type_(tensor_type.ptr()), parameter_type_(parameter_type.ptr()) {
+  Forms(py::handle tensor_type, py::list tensors) : tensor_type_(tensor_type.ptr()) {
     py::object capsule = tensor_type.attr("__dlpack_c_exchange_api__");
     exchange_ = static_cast<fw::DlExchange*>(PyCapsule_GetPointer(capsule.ptr(), "dlpack_exchange_api"));
+    if (!exchange_) throw py::error_already_set();
     while (exchange_ && exchange_->major != 1) exchange_ = exchange_->previous;
     FW_CHECK(exchange_ && exchange_->describe,
              "the exchange API must be of DLPack 1 with a describing function");
     for (py::handle tensor : tensors) {
       fw::DlTensor head;
       if (exchange_->describe(tensor.ptr(), &head) != 0) throw py::error_already_set();
-      forms_.emplace_back(head);
+      forms_.add(head);
+      types_.push_back(reinterpret_cast<PyObject*>(Py_TYPE(tensor.ptr())));
     }
   }
 
@@ -92,38 +118,45 @@ class Forms {
     py::list odd;
     release();
     for (size_t i = 0; i < forms_.size(); ++i) {
-      py::object tensor = py::reinterpret_borrow<py::object>(PyList_GET_ITEM(tensors.ptr(), i));
-      if (grads) tensor = py::reinterpret_steal<py::object>(PyObject_GetAttr(tensor.ptr(), grad_name_.ptr()));
-      if (!tensor) throw py::error_already_set();
-      addresses[i] = tensor.is_none() ? 0 : address_of(tensor.ptr(), forms_[i]);
-      if (addresses[i] == 0 && !tensor.is_none()) odd.append(i);
-      if (grads && addresses[i] != 0) kept_.push_back(std::move(tensor));
+      PyObject* tensor = PyList_GET_ITEM(tensors.ptr(), i);
+      if (grads) {
+        tensor = PyObject_GetAttr(tensor, grad_name_.ptr());
+        if (!tensor) throw py::error_already_set();
+        kept_.push_back(tensor);
+      }
+      addresses[i] = tensor == Py_None ? 0 : address_of(tensor, i);
+      if (addresses[i] == 0 && tensor != Py_None) odd.append(i);
     }
     return odd;
   }
 
-  void release() { kept_.clear(); }
+  void release() {
+    for (PyObject* tensor : kept_) Py_DECREF(tensor);
+    kept_.clear();
+  }
+  ~Forms() { release(); }
+  Forms(const Forms&) = delete;
 
  private:
-  // 0 for a tensor of another form, a null address included
-  uint64_t address_of(PyObject* tensor, const fw::Form& form) const {
+  // 0 for a tensor of another type or form, a null address included
+  uint64_t address_of(PyObject* tensor, size_t i) const {
     PyObject* type = reinterpret_cast<PyObject*>(Py_TYPE(tensor));
-    if (type != tensor_type_ && type != parameter_type_) return 0;
+    if (type != tensor_type_ && type != types_[i]) return 0;
     fw::DlTensor t;
     if (exchange_->describe(tensor, &t) != 0) {
       PyErr_Clear();
       return 0;
     }
-    if (!form.fits(t)) return 0;
-    return form.empty() ? 1 : reinterpret_cast<uint64_t>(t.data) + t.byte_offset;
+    return forms_.address(i, t);
   }
 
-  // torch keeps its two types for the life of the process
-  PyObject *tensor_type_, *parameter_type_;
+  // types outlive their instances, which the plan holds
+  PyObject* tensor_type_;
   py::str grad_name_{"grad"};
   fw::DlExchange* exchange_ = nullptr;
-  std::vector<fw::Form> forms_;
-  std::vector<py::object> kept_;
+  fw::FormList forms_;
+  std::vector<PyObject*> types_;
+  std::vector<PyObject*> kept_;
 };
 
 }  // namespace
@@ -134,9 +167,10 @@ PYBIND11_MODULE(_cpu, m) {
   m.def("rules", &rules);
   m.def("layout", &layout);
   m.def("step", &step, py::arg("isa"), py::arg("rule"), py::arg("address"), py::arg("threads"));
+  m.def("same_members", &same_members, py::arg("groups"), py::arg("members"));
+  m.def("same_entries", &same_entries, py::arg("dicts"), py::arg("names"), py::arg("objects"));
   py::class_<Forms>(m, "Forms")
-      .def(py::init<py::handle, py::handle, py::list>(), py::arg("tensor_type"), py::arg("parameter_type"),
-           py::arg("tensors"))
+      .def(py::init<py::handle, py::list>(), py::arg("tensor_type"), py::arg("tensors"))
       .def("read", &Forms::read, py::arg("tensors"), py::arg("out"), py::arg("grads") = false)
       .def("release", &Forms::release);
 }

@@ -59,7 +59,7 @@ class ReferenceBackend:
                 s.init_grad = h.init_scale
             if step == 1 and not row.initialized and h.init == "random":
                 norm = grad_norm * clip_coef
-                s.init_state = h.init_scale * norm * norm / plan.init_norm_sq
+                s.init_state = h.init_scale * norm * norm / settings.init_norm_sq
             rect = s.rect if math.isnan(rect) else rect
             arithmetic = torch.float64 if row.work.dtype == torch.float64 else torch.float32
             param, states = rule.update(row.work.to(arithmetic), grad.to(arithmetic), row.states, s)
@@ -76,7 +76,7 @@ class ReferenceBackend:
         if page is not None:
             line = [float(counters[0]), float(plan.rates[0, 0]), grad_norm, grad_norm_l1, clip_coef, rect]
             line += [float(nonfinite), *slots.tolist()]
-            page[int(counters[1]) % len(page)] = torch.tensor(line, dtype=torch.float64)
+            page[int(counters[1]) % len(page)] = torch.tensor(line, dtype=torch.float64, device=page.device)
         slots.fill_(math.nan)
         counters[1] += 1
 

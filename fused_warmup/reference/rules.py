@@ -19,7 +19,7 @@ from torch import Tensor
 
 
 class Hyper(Protocol):
-    """Hyper-parameters of one group, as ``fused_warmup.plan.Hyper`` gives them."""
+    """Hyper-parameters of one group, as ``fused_warmup.table.Hyper`` gives them."""
 
     lr: float
     weight_decay: float
@@ -209,9 +209,9 @@ def average_update(average: Tensor, param: Tensor, weight: float) -> Tensor:
     return average + weight * difference if weight < 0.5 else param - difference * (1.0 - weight)
 
 
-def init_exp_avg_sq(param: Tensor, grad: Tensor, h: Hyper, clip_coef: float) -> Tensor:
+def init_exp_avg_sq(param: Tensor, grad: Tensor, h: Hyper, weight_decay: float, clip_coef: float) -> Tensor:
     """Second moment before the first step: ``init_scale * g**2``, ``g`` as the rule would see it."""
-    s = common_scalars(h, h.lr, h.weight_decay, clip_coef)
+    s = common_scalars(h, h.lr, weight_decay, clip_coef)
     grad = grad * s.grad_scale + s.weight_decay * param
     return h.init_scale * (grad * grad)
 
