@@ -199,7 +199,13 @@ class FusedOptimizer(Optimizer):
             # meta parameters may be materialised before the first step, which checks them again
             if not param.is_meta:
                 local = layout.check_param(type(self).__name__, i, param, None)
-                self._backend = self._backend or resolve(self.backend, local.device)
+                self._resolve(local.device)
+
+    def _resolve(self, device: torch.device) -> Backend:
+        """Return the backend; another one only if the parameters have moved to another kind of device."""
+        if self._backend is None or self._backend_device != device.type:
+            self._backend, self._backend_device = resolve(self.backend, device), device.type
+        return self._backend
 
     def _reset(self) -> None:
         """Forget the table; the next step builds it again."""
@@ -300,7 +306,7 @@ class FusedOptimizer(Optimizer):
             known.append((g, index, param, local))
         planning.check_disjoint(name, [(index, local) for _, index, _, local in known])
         device = device or torch.device("cpu")
-        backend = resolve(self.backend, device)
+        backend = self._resolve(device)
         if self._counters is None or self._counters.device != device:
             fresh = torch.zeros(len(COUNTERS), dtype=torch.int64, device=device)
             self._counters = fresh if self._counters is None else fresh.copy_(self._counters)
@@ -452,6 +458,7 @@ class FusedOptimizer(Optimizer):
         text = super().__repr__()
         return text.replace("(", f"({head}, nonfinite: {self.nonfinite}, average: {self.average}", 1)
 
+    _backend_device: str = ""
     _exposed: bool = False
     _random_pending: bool = False
     _last_rates: Tensor | None = None

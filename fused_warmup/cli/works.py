@@ -152,6 +152,13 @@ WORKS = (
         {"10x2M": 1.7, "300x6667": 8.0},
     ),
     Work(
+        "Adam, no telemetry",
+        ours(fw.Adam, telemetry=False),
+        {"Adam(fused=True)": _ADAM},
+        bytes_moved(2),
+        _NO_GOAL,
+    ),
+    Work(
         "AdamW",
         ours(fw.AdamW),
         {"AdamW(fused=True)": torch_step(torch.optim.AdamW, fused=True)},
