@@ -19,9 +19,11 @@ using std::uint16_t;
 using std::uint32_t;
 using std::uint64_t;
 
-// plain sqrt of <cmath> would widen a float to double
+// plain sqrt and fabs of <cmath> would widen a float to double
 FW_HD float root(float x) { return sqrtf(x); }
 FW_HD double root(double x) { return sqrt(x); }
+FW_HD float magnitude(float x) { return fabsf(x); }
+FW_HD double magnitude(double x) { return fabs(x); }
 
 // a * b + c rounded once where the machine has the instruction: written out, and contraction by the compiler
 // turned off, so that every machine that has it gives the same bits

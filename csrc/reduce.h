@@ -1,16 +1,22 @@
 // Norms of the gradients: the statement per element, and the combination of chunk sums in a fixed order.
-// Sums run in double, so no finite float32 gradient overflows them; no float atomics anywhere.
+// Sums end in double, so no finite float32 gradient overflows them; no float atomics anywhere.
 // SPDX-License-Identifier: Apache-2.0
 #pragma once
 #include "table.h"
 
 namespace fw {
 
+// the squares decide about clipping and are summed in double; magnitudes are only reported, so that a short
+// run of them may be summed in the type of the arithmetic
 template <class C>
-FW_HD void accumulate_norms(double& l1, double& l2_sq, C grad) {
+FW_HD void accumulate_l2(double& l2_sq, C grad) {
   double x = static_cast<double>(grad);
-  l1 += fabs(x);
-  l2_sq += x * x;
+  l2_sq = multiply_add(x, x, l2_sq);
+}
+
+template <class C>
+FW_HD void accumulate_l1(C& l1, C grad) {
+  l1 += magnitude(grad);
 }
 
 template <class C>

@@ -17,6 +17,8 @@ EPS = {
     torch.bfloat16: 2.0**-7,
     torch.float16: 2.0**-10,
 }
+# a lane adds the magnitudes of at most 128 float32 gradients before it goes on in double
+L1_RTOL = 128 * 2.0**-24
 CHECKED = (1, 5, 6, 7, 100)
 
 
@@ -56,7 +58,8 @@ def check_pair(step, ours, opt, truth, ref, dtype):
     line, expected_line = opt.telemetry.latest(), ref.telemetry.latest()
     assert tuple(line) == TELEMETRY
     for name in TELEMETRY:
-        assert line[name] == pytest.approx(expected_line[name], rel=1e-12, nan_ok=True), name
+        rel = 1e-12 if name != "grad_norm_l1" or dtype == torch.float64 else L1_RTOL
+        assert line[name] == pytest.approx(expected_line[name], rel=rel, nan_ok=True), name
     assert opt.get_last_lr() == pytest.approx(ref.get_last_lr(), rel=1e-15)
 
 

@@ -32,6 +32,8 @@ COMMON = settings(
 ULPS = {torch.float32: 4.0, torch.float64: 4.0, torch.bfloat16: 1.0, torch.float16: 1.0}
 # sums of at most 1e5 doubles, in two orders
 NORM_RTOL = 1e-12
+# but for the magnitudes, of which a lane adds at most 128 in float32 before it goes on in double
+L1_RTOL = 128 * 2.0**-24
 MARGIN = 64
 SENTINEL = 0xA5
 
@@ -258,7 +260,12 @@ def assert_same_training(problem: Problem) -> None:
     assert actual.history.keys() == expected.history.keys()
     for key, value in expected.history.items():
         torch.testing.assert_close(
-            actual.history[key], value, rtol=NORM_RTOL, atol=0.0, equal_nan=True, msg=key
+            actual.history[key],
+            value,
+            rtol=L1_RTOL if key == "grad_norm_l1" else NORM_RTOL,
+            atol=0.0,
+            equal_nan=True,
+            msg=key,
         )
 
 

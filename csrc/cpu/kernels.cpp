@@ -15,9 +15,15 @@ namespace fw {
 namespace {
 
 // elements that pass through a rule at a time: a gradient block read for its norm is still in the first-level
-// cache when the update reads it, and so is a parameter block when its average does
-constexpr int kBlock = 2048;
+// cache when the update reads it, and so is a parameter block when its average does. Short, so that adding
+// norms, which asks little of the memory, and updating, which asks much, overlap in the processor.
+constexpr int kBlock = 256;
 constexpr int kLanes = 16;
+
+// what the update is about to read besides the gradient: fetched while the norms are added
+struct Ahead {
+  uint64_t param, state0, state1;
+};
 
 // one chunk's share of the measure stage, fed block by block; the lanes fix the order of the sums
 struct NormLanes {
@@ -25,21 +31,41 @@ struct NormLanes {
   int64_t nonfinite = 0;
 
   template <class C>
-  FW_LEAF void add(const C* __restrict grad, int count) {
-    double a[kLanes], b[kLanes];
-    for (int lane = 0; lane < kLanes; ++lane) a[lane] = l1[lane], b[lane] = l2_sq[lane];
+  FW_LEAF void add(const C* __restrict grad, int count, const Ahead& ahead) {
+    C a[kLanes] = {};
+    double b[kLanes];
+    for (int lane = 0; lane < kLanes; ++lane) b[lane] = l2_sq[lane];
     int whole = count - count % kLanes;
-    for (int i = 0; i < whole; i += kLanes)
-      for (int lane = 0; lane < kLanes; ++lane) accumulate_norms(a[lane], b[lane], grad[i + lane]);
-    for (int i = whole; i < count; ++i) accumulate_norms(a[i - whole], b[i - whole], grad[i]);
-    double sum = 0.0;
+    for (int i = 0; i < whole; i += kLanes) {
+      __builtin_prefetch(at<const void>(ahead.param + i * sizeof(C)), 1);
+      __builtin_prefetch(at<const void>(ahead.state0 + i * sizeof(C)), 1);
+      __builtin_prefetch(at<const void>(ahead.state1 + i * sizeof(C)), 1);
+      for (int lane = 0; lane < kLanes; ++lane) accumulate_l1(a[lane], grad[i + lane]);
+      for (int lane = 0; lane < kLanes; ++lane) accumulate_l2(b[lane], grad[i + lane]);
+    }
+    for (int i = whole; i < count; ++i) {
+      accumulate_l1(a[i - whole], grad[i]);
+      accumulate_l2(b[i - whole], grad[i]);
+    }
+    C sum = 0;
     for (int lane = 0; lane < kLanes; ++lane) {
-      l1[lane] = a[lane], l2_sq[lane] = b[lane];
+      l2_sq[lane] = b[lane];
       sum += a[lane];
     }
-    // a finite sum of magnitudes has only finite terms, so the count is needed only where it is not finite
-    if (is_nonfinite(sum))
-      for (int i = 0; i < count; ++i) nonfinite += is_nonfinite(grad[i]);
+    if (is_nonfinite(sum)) {
+      add_slowly(grad, count);
+      return;
+    }
+    for (int lane = 0; lane < kLanes; ++lane) l1[lane] += static_cast<double>(a[lane]);
+  }
+
+  // a block whose magnitudes do not sum to a finite number: count what is not finite, sum in double
+  template <class C>
+  FW_LEAF void add_slowly(const C* __restrict grad, int count) {
+    for (int i = 0; i < count; ++i) {
+      nonfinite += is_nonfinite(grad[i]);
+      accumulate_l1(l1[i % kLanes], static_cast<double>(grad[i]));
+    }
   }
 
   Partial sum() const {
@@ -119,7 +145,9 @@ Partial measure_chunk(const Row& row, uint64_t grad, const Chunk& chunk) {
   alignas(64) C scratch[kBlock];
   for (int32_t done = 0; done < chunk.count; done += kBlock) {
     int count = chunk.count - done < kBlock ? chunk.count - done : kBlock;
-    lanes.add(load<C>(grad, row.grad_dtype, chunk.offset + done, count, scratch), count);
+    const C* block = load<C>(grad, row.grad_dtype, chunk.offset + done, count, scratch);
+    const uint64_t here = reinterpret_cast<uint64_t>(block);
+    lanes.add(block, count, Ahead{here, here, here});
   }
   return lanes.sum();
 }
@@ -139,7 +167,13 @@ Partial update_chunk(const Step& step, const Verdict& verdict, const Chunk& chun
     C* param = load<C>(row.param, row.dtype, offset, count, param_scratch);
     if (grads) {
       const C* grad = load<C>(grads, row.grad_dtype, offset, count, grad_scratch);
-      if (accumulate) lanes.add(grad, count);
+      if (accumulate) {
+        const uint64_t here = reinterpret_cast<uint64_t>(param), skip = offset * sizeof(C);
+        // a stream that the rule does not have must not be fetched from nowhere
+        lanes.add(
+            grad, count,
+            Ahead{here, kStates > 0 ? row.state0 + skip : here, kStates > 1 ? row.state1 + skip : here});
+      }
       update_block<Rule, kStates, C>(param, grad, at<C>(row.state0) + offset, at<C>(row.state1) + offset,
                                      at<C>(row.state2) + offset, count, scalars);
       store(param, row.param, row.dtype, offset, count);
