@@ -727,6 +727,10 @@ def test_skip_is_as_if_the_step_had_not_been_called(case: str, backend: str) -> 
     assert finals[0] == finals[1]
 
 
+# a lane adds the magnitudes of at most 128 float32 gradients before it goes on in double
+L1_RTOL = 128 * 2.0**-24
+
+
 @pytest.mark.skipif("cpu" not in BACKENDS, reason="the extension fused_warmup._cpu is not built")
 @pytest.mark.parametrize("clip", [None, 0.5], ids=["unclipped", "clipped"])
 @pytest.mark.parametrize("at", [0, 2, STEPS - 1], ids=["first", "middle", "last"])
@@ -747,7 +751,12 @@ def test_propagate_is_what_the_reference_does(case: str, poison: str, at: int, c
     assert actual.telemetry.history()["skipped"].tolist() == [0.0] * STEPS
     for key, value in expected.telemetry.history().items():
         torch.testing.assert_close(
-            actual.telemetry.history()[key], value, rtol=1e-12, atol=0.0, equal_nan=True, msg=key
+            actual.telemetry.history()[key],
+            value,
+            rtol=L1_RTOL if key == "grad_norm_l1" else 1e-12,
+            atol=0.0,
+            equal_nan=True,
+            msg=key,
         )
 
 
