@@ -80,6 +80,21 @@ def overlaps_itself(tensor: Tensor) -> bool:
     return False
 
 
+def _check_kind(name: str, tensor: Tensor) -> None:
+    """Raise ``TypeError`` unless a tensor is real memory of a layout and dtype that kernels read."""
+    if _is_fake(tensor):
+        raise TypeError(
+            f"{name} must hold data, got a FakeTensor; keep step() out of torch.compile and export."
+        )
+    if tensor.layout != torch.strided:
+        raise TypeError(
+            f"{name} must be dense, got layout {tensor.layout}; torch.optim.SparseAdam takes sparse ones."
+        )
+    if tensor.dtype not in DTYPES:
+        hint = "; give torch.view_as_real of it." if tensor.is_complex() else "."
+        raise TypeError(f"{name} must be float32, float64, bfloat16 or float16, got {tensor.dtype}{hint}")
+
+
 def check_param(owner: str, index: int, param: Tensor, device: torch.device | None) -> Tensor:
     """Return the local memory of a parameter that a backend can update.
 
@@ -89,17 +104,7 @@ def check_param(owner: str, index: int, param: Tensor, device: torch.device | No
     """
     name = f"{owner}: {describe(index, param)}"
     local = local_tensor(param)
-    if _is_fake(local):
-        raise TypeError(
-            f"{name} must hold data, got a FakeTensor; keep step() out of torch.compile and export."
-        )
-    if local.layout != torch.strided:
-        raise TypeError(
-            f"{name} must be dense, got layout {local.layout}; torch.optim.SparseAdam takes sparse ones."
-        )
-    if local.dtype not in DTYPES:
-        hint = "; give torch.view_as_real of it." if local.is_complex() else "."
-        raise TypeError(f"{name} must be float32, float64, bfloat16 or float16, got {local.dtype}{hint}")
+    _check_kind(name, local)
     if local.is_meta:
         raise ValueError(f"{name} must hold data, got a meta tensor; materialise the model first.")
     if device is not None and local.device != device:
@@ -120,16 +125,7 @@ def check_grad(owner: str, index: int, local: Tensor, grad: Tensor) -> Tensor:
     """
     name = f"{owner}: the gradient of {describe(index, local)}"
     grad = local_tensor(grad)
-    if _is_fake(grad):
-        raise TypeError(
-            f"{name} must hold data, got a FakeTensor; keep step() out of torch.compile and export."
-        )
-    if grad.layout != torch.strided:
-        raise TypeError(
-            f"{name} must be dense, got layout {grad.layout}; torch.optim.SparseAdam takes sparse ones."
-        )
-    if grad.dtype not in DTYPES:
-        raise TypeError(f"{name} must be float32, float64, bfloat16 or float16, got {grad.dtype}.")
+    _check_kind(name, grad)
     if grad.device != local.device:
         raise ValueError(f"{name} must be on {local.device}, got {grad.device}.")
     if grad.shape != local.shape:
