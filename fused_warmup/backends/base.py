@@ -16,6 +16,9 @@ class Backend(Protocol):
 
     name: str
 
+    def prepare(self, plan: Plan) -> None:
+        """Load what the steps of a new plan need, which a CUDA graph could not record."""
+
     def step(self, plan: Plan) -> None:
         """Make one step.
 

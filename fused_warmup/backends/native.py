@@ -29,6 +29,9 @@ class CpuBackend:
         self._isa = names.index(check.one_of("CpuBackend", "instruction_set", instruction_set, names))
         self._rules = {name: i for i, name in enumerate(_cpu.rules())}
 
+    def prepare(self, plan: Plan) -> None:
+        """Nothing to load."""
+
     def step(self, plan: Plan) -> None:
         """Make one step; returns when it is done, with the same bits for any number of threads."""
         threads = max(1, min(torch.get_num_threads(), plan.numel // _ELEMENTS_PER_THREAD))
