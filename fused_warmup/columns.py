@@ -12,6 +12,11 @@ def is_capturing(device: torch.device) -> bool:
     return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
 
+def is_mirrored(device: torch.device) -> bool:
+    """Whether kernels on ``device`` need a copy of what the host packs."""
+    return device.type != "cpu"
+
+
 class Columns:
     """Columns of the table by name, as byte tensors on one device.
 
@@ -19,12 +24,13 @@ class Columns:
     fresh pinned memory, which torch's allocator keeps until the copy is over.
 
     Attributes:
+        mirrored: Whether columns are copies.
         tensors: The columns, uint8 of shape ``[bytes]``.
         captured: Whether a graph was recorded that reads them: what is replaced then stays in memory.
     """
 
     def __init__(self, device: torch.device) -> None:
-        self.device = device
+        self.device, self.mirrored = device, is_mirrored(device)
         self.tensors: dict[str, Tensor] = {}
         self.captured = False
         self._replaced: list[Tensor] = []
@@ -32,10 +38,10 @@ class Columns:
 
     def put(self, name: str, array: np.ndarray) -> Tensor:
         """Make a column of an array; one of the same size keeps its address, for captured graphs read it."""
-        data = torch.from_numpy(array.reshape(-1).view(np.uint8))
+        data = _bytes(array)
         held = self.tensors.get(name)
         self._arrays[name] = array
-        if self.device.type == "cpu":
+        if not self.mirrored:
             self.tensors[name] = data
         elif held is not None and len(held) == len(data):
             self.push(name)
@@ -47,12 +53,28 @@ class Columns:
         return self.tensors[name]
 
     def push(self, name: str) -> None:
-        """Send an array that was changed in place."""
-        if self.device.type != "cpu" and self._arrays[name].size:
-            data = torch.from_numpy(self._arrays[name].reshape(-1).view(np.uint8))
-            self.tensors[name].copy_(data.pin_memory(), non_blocking=True)
+        """Send an array that was changed in place.
+
+        Raises:
+            RuntimeError: If a graph is captured: each replay would send what lies there by then.
+        """
+        if not self.mirrored or not self._arrays[name].size:
+            return
+        if is_capturing(self.device):
+            raise RuntimeError(
+                f"fused_warmup: the table must stay as it is while a graph is captured, got other {name}. "
+                "Make one more step with the same settings before the capture."
+            )
+        data = _bytes(self._arrays[name])
+        pinned = self.device.type == "cuda"
+        self.tensors[name].copy_(data.pin_memory() if pinned else data, non_blocking=pinned)
 
     def scratch(self, name: str, dtype: np.dtype, count: int) -> Tensor:
         """Make a column that only the kernels write and read."""
         self.tensors[name] = torch.zeros(count * dtype.itemsize, dtype=torch.uint8, device=self.device)
         return self.tensors[name]
+
+
+def _bytes(array: np.ndarray) -> Tensor:
+    """Return the memory of an array as a tensor of bytes."""
+    return torch.from_numpy(array.reshape(-1).view(np.uint8))

@@ -23,6 +23,7 @@ from .schedules import Schedule
 from .state import load_state, pack_state
 from .table import COUNTERS, RATES, Hyper, Settings
 from .telemetry import Telemetry
+from .traffic import Traffic, traffic
 
 Params = Iterable[Tensor] | Iterable[dict[str, Any]] | Iterable[tuple[str, Tensor]]
 
@@ -245,7 +246,10 @@ class FusedOptimizer(Optimizer):
         plan, backend = self._prepared_plan()
         if isinstance(loss, (Tensor, float)):
             self.record_loss(loss)
+        if plan.fresh_grads and len(plan.rows) > backend.carries:
+            plan.push_grads()
         backend.step(plan)
+        plan.sent_grads()
         self._last_rates = plan.rates
         changed = plan.finish()
         if is_capturing(plan.device):
@@ -269,6 +273,7 @@ class FusedOptimizer(Optimizer):
         """
         self._reset()
         plan, backend = self._prepared_plan(every=True)
+        plan.push_grads()
         backend.prepare(plan)
         plan.release()
 
@@ -408,6 +413,12 @@ class FusedOptimizer(Optimizer):
             others = sum(param.numel() for _, param, _ in members) - sum(param.numel() for param in fresh)
             self._init_norm_sq = drawn + others
             self._random_pending = True
+
+    def traffic(self) -> Traffic:
+        """Return launches and bytes of the next step, for the gradients now in ``.grad``; nothing is run."""
+        plan, _ = self._prepared_plan()
+        plan.release()
+        return traffic(plan)
 
     def record_loss(self, loss: Tensor | float) -> None:
         """Put a loss into the telemetry row of the next step; nothing waits.

@@ -214,7 +214,7 @@ class Plan:
         self._state_watch = Watch(forms, [local_tensor(t) for t in self._objects])
         self._grad_forms: Forms = forms([row.work for row in rows])
         self._strided = [row for row in rows if row.work is not row.local]
-        self._cast: list[int] = []
+        self._cast: dict[int, torch.dtype] = {}
         self._adopted: dict[int, Tensor] = {}
         self.scaling: tuple[Tensor | None, Tensor | None] = (None, None)
         self._signatures: list[tuple[Any, ...] | None] = []
@@ -296,6 +296,11 @@ class Plan:
             self._stale_step = False
         return self.columns.tensors["step"]
 
+    @property
+    def grads_address(self) -> int:
+        """Address of the addresses of the gradients on the host, uint64 of ``[rows]``."""
+        return self._grads_out
+
     def push_grads(self) -> None:
         """Send the addresses of the gradients to the device."""
         self.columns.push("grads")
@@ -303,8 +308,9 @@ class Plan:
 
     def sent_grads(self) -> None:
         """Note that the device has the addresses of the gradients."""
-        self._sent_grads[:] = self._grads
-        self.fresh_grads = False
+        if self.fresh_grads:
+            self._sent_grads[:] = self._grads
+            self.fresh_grads = False
 
     # once per step
 
@@ -324,21 +330,20 @@ class Plan:
         if not self._holds(exposed):
             return False
         odd = self._grad_forms.read(self._params, self._grads_out, True)
-        before = self._table["grad_dtype"][self._cast].tolist() if self._cast else []
-        for i in self._cast:
-            self._table["grad_dtype"][i] = self._table["dtype"][i]
         self._adopted = {i: self._adopt(i, self._params[i].grad) for i in odd}
         for i, grad in self._adopted.items():
             self._grads[i] = grad.data_ptr() if grad.numel() else 1
             if self._grads[i] == 0:
                 name = describe(self.rows[i].index, self.rows[i].local)
                 check.fail(self.owner, f"the gradient of {name}", "hold data", "a null address")
-            self._table["grad_dtype"][i] = DTYPES[grad.dtype]
-        cast = [i for i, grad in self._adopted.items() if grad.dtype != self.rows[i].work.dtype]
-        after = self._table["grad_dtype"][cast].tolist() if cast else []
-        recast = (self._cast, before) != (cast, after)
-        self._cast = cast
-        if self.device.type != "cpu" and not self._place_grads(recast):
+        kinds = {i: g.dtype for i, g in self._adopted.items() if g.dtype != self.rows[i].work.dtype}
+        recast = kinds != self._cast
+        if recast:
+            self._table["grad_dtype"] = self._table["dtype"]
+            for i, dtype in kinds.items():
+                self._table["grad_dtype"][i] = DTYPES[dtype]
+            self._cast = kinds
+        if self.columns.mirrored and not self._place_grads(recast):
             self.release()
             return False
         for row in self._strided:
@@ -395,6 +400,10 @@ class Plan:
         grads = [param.grad for param in self._params]
         return [self._adopted.get(i, grad) for i, grad in enumerate(grads)]
 
+    def grad_sizes(self) -> list[int]:
+        """Return the bytes of a gradient element, row by row, as the kernels read it."""
+        return [self._cast.get(i, row.work.dtype).itemsize for i, row in enumerate(self.rows)]
+
     def _adopt(self, i: int, grad: Tensor | None) -> Tensor:
         """Return a gradient of an unusual form in the layout of its row, copied where it must be."""
         row = self.rows[i]
@@ -429,17 +438,17 @@ class Plan:
         try:
             if signatures == self._signatures:
                 return False
-            if is_capturing(self.device) and self._signatures:
-                raise RuntimeError(
-                    f"{self.owner}: hyper-parameters must stay as they were at the step before while a graph "
-                    "is captured, got other ones. A schedule moves on the device."
-                )
             old = self._signatures if len(self._signatures) == len(groups) else [None] * len(groups)
             same = [a == b for a, b in zip(signatures, old, strict=True)]
             only_lr = [b is not None and a[1:] == b[1:] for a, b in zip(signatures, old, strict=True)]
         except (RuntimeError, ValueError):
             # somebody put a tensor or array of many elements there: make() will name it
             same = only_lr = [False] * len(groups)
+        if is_capturing(self.device) and self._signatures:
+            raise RuntimeError(
+                f"{self.owner}: hyper-parameters must stay as they were at the step before while a graph is "
+                "captured, got other ones. A schedule moves on the device."
+            )
         hypers = list(self.hypers) if len(self.hypers) == len(groups) else [Hyper(0.0)] * len(groups)
         rates = {}
         for i, group in enumerate(groups):

@@ -294,6 +294,17 @@ def test_doctor_names_versions_machine_and_backends(monkeypatch):
         assert f"backend {name}" in result.output
 
 
+def test_doctor_shows_the_ledger():
+    result = invoke("doctor", "--traffic")
+    assert result.exit_code == 0
+    rows = [[cell.strip() for cell in line.split("│")[1:-1]] for line in result.output.splitlines()]
+    totals = {(name, options): (launches, total) for name, options, launches, *_, total in filter(None, rows)}
+    assert totals["Adam, AdamW, GIAdam", "none"] == ("2", "28")
+    assert totals["Adam, AdamW, GIAdam", "clip"] == ("3", "32")
+    assert totals["RAdam", "clip"] == ("3", "32")
+    assert totals["RAdam", "EMA"] == ("2", "36")
+
+
 def test_doctor_fails_when_a_step_does(monkeypatch):
     monkeypatch.setenv("COLUMNS", "200")
     from fused_warmup.reference.backend import ReferenceBackend

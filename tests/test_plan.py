@@ -211,24 +211,47 @@ def test_groups_that_change_are_followed():
 
 
 def test_gradients_replaced_by_another_thread_during_the_step():
-    """The kernels run without the GIL: the plan holds the gradients that they read."""
+    """The kernels run without the GIL: the plan holds the gradients that they read.
+
+    The thief waits for the step to begin and the step for the thief, because torch itself must not read
+    ``.grad`` in one thread while another sets it: freeing the old tensor gives up the GIL half way.
+    """
     x = torch.nn.Parameter(torch.zeros(1 << 21))
     opt = fw.SGD([x], lr=1.0)
-    stop = threading.Event()
+    x.grad = torch.ones(1 << 21)
+    opt.step()
+    begun, stolen, stop = threading.Event(), threading.Event(), threading.Event()
+    alive = []
+
+    class Backend:
+        name, carries = "cpu", 0
+
+        def step(self, plan, inner=opt._backend):
+            begun.set()
+            inner.step(plan)
+            stolen.wait()
+            alive.append(gradient() is not None)
 
     def thief():
-        while not stop.is_set():
+        while begun.wait() and not stop.is_set():
+            begun.clear()
             x.grad = None
-            stop.wait(0.0005)
+            stolen.set()
 
+    opt._backend = Backend()
     thread = threading.Thread(target=thief)
     thread.start()
     for _ in range(100):
         x.grad = torch.ones(1 << 21)
+        gradient = weakref.ref(x.grad)
+        stolen.clear()
         opt.step()
     stop.set()
+    begun.set()
     thread.join()
-    assert (x == x[0]).all()
+    assert alive == [True] * 100
+    assert gradient() is None
+    assert (x == -101.0).all()
 
 
 def test_default_device_does_not_matter():

@@ -21,6 +21,7 @@ class CpuBackend:
     """
 
     name = "cpu"
+    carries = 0
 
     def __init__(self, instruction_set: str | None = None) -> None:
         names = _cpu.instruction_sets()

@@ -19,6 +19,7 @@ class ReferenceBackend:
     """Runs a plan with the rules of ``reference/rules.py`` on any device."""
 
     name = "reference"
+    carries = 0
 
     def prepare(self, plan: Any) -> None:
         """Nothing to load."""
