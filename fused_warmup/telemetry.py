@@ -83,7 +83,9 @@ class Telemetry:
         that without a reading in between, the older rows are gone.
         """
         self._collect()
-        self._rows = [torch.cat([torch.empty(0, len(TELEMETRY), dtype=torch.float64, device="cpu"), *self._rows])]
+        self._rows = [
+            torch.cat([torch.empty(0, len(TELEMETRY), dtype=torch.float64, device="cpu"), *self._rows])
+        ]
         return self._rows[0].clone()
 
     def _collect(self) -> None:

@@ -204,7 +204,7 @@ def test_a_captured_table_outlives_eager_steps(capture):
 
 
 def test_hyper_parameters_reach_a_captured_table(capture):
-    params, opt = made(2)
+    _, opt = made(2)
     with capture:
         opt.step()
     column = opt._plan.columns.tensors["hypers"]
@@ -218,18 +218,20 @@ def test_hyper_parameters_reach_a_captured_table(capture):
 
 def test_nothing_is_sent_while_a_graph_is_captured(capture):
     """Kernels that take the settings by address would read memory that is long gone."""
-    params, opt = made(2)
+    _, opt = made(2)
     opt._plan.step_column()
     opt.max_grad_norm = 1.0
     with capture:
         opt._prepared_plan()
-        with pytest.raises(RuntimeError, match="table must stay as it is while a graph is captured, got other step"):
+        with pytest.raises(
+            RuntimeError, match="table must stay as it is while a graph is captured, got other step"
+        ):
             opt._plan.step_column()
 
 
 def test_a_longer_schedule_leaves_the_old_one_in_memory(capture):
     """A graph that was captured before still reads it."""
-    params, opt = made(2, schedule=fw.schedules.constant(0.5))
+    _, opt = made(2, schedule=fw.schedules.constant(0.5))
     with capture:
         opt.step()
     column = opt._plan.columns.tensors["segments"]
@@ -298,6 +300,6 @@ def test_of_many_replays_the_page_is_left():
 
 def test_pages_are_copied_while_steps_go_on():
     """More steps than two pages hold, without one reading."""
-    params, opt = made(2500)
+    _, opt = made(2500)
     assert opt.telemetry.history()["step"].tolist() == list(range(1, 2501))
     assert len(opt.telemetry) == 2500

@@ -20,13 +20,12 @@ from typing import Any
 
 import pytest
 import torch
-from cases import assert_same_bits
+from cases import BACKENDS, assert_same_bits
 from torch import Tensor
 from torch.optim import lr_scheduler
 
 import fused_warmup as fw
 
-BACKENDS = [name for name in ("reference", "cpu") if name in fw.available_backends()]
 each_backend = pytest.mark.parametrize("backend", BACKENDS)
 
 CASES: dict[str, tuple[str, dict[str, Any]]] = {

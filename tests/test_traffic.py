@@ -91,4 +91,6 @@ def test_the_benchmark_counts_the_same_bytes():
     for clip in (False, True):
         for average in (False, True):
             options = {"max_grad_norm": 1.0 if clip else None, "average": fw.EMA(0.9) if average else None}
-            assert works.bytes_moved(2, clip=clip, average=average) == ledger(fw.Adam, **options).per_parameter
+            assert (
+                works.bytes_moved(2, clip=clip, average=average) == ledger(fw.Adam, **options).per_parameter
+            )
