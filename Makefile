@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/ready
-SOURCES := pyproject.toml setup.py constraints.txt $(shell find csrc -name '*.h' -o -name '*.cpp')
+SOURCES := pyproject.toml setup.py constraints.txt $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu')
 
 .PHONY: help demo test bench gpu lint sanitize clean
 
@@ -38,7 +38,7 @@ lint: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/clang-format --dry-run --Werror $(shell find csrc tests -name '*.h' -o -name '*.cpp')
+	$(BIN)/clang-format --dry-run --Werror $(shell find csrc tests -name '*.h' -o -name '*.cpp' -o -name '*.cu')
 
 sanitize: $(READY)
 	$(BIN)/python tests/sanitize.py

@@ -127,15 +127,15 @@ enum SegmentKind : int32_t {
   X(double, sharpness, 64)
 
 // what the decide stage finds out for all rows of one step; the update reads it
-#define FW_VERDICT(X)            \
-  X(int64_t, t, 0)               \
-  X(double, grad_norm, 8)        \
-  X(double, grad_norm_l1, 16)    \
-  X(double, clip_coef, 24)       \
-  X(double, unscale, 32)         \
-  X(double, average_weight, 40)  \
-  X(double, rect, 48)            \
-  X(int32_t, skipped, 56)        \
+#define FW_VERDICT(X)           \
+  X(int64_t, t, 0)              \
+  X(double, grad_norm, 8)       \
+  X(double, grad_norm_l1, 16)   \
+  X(double, clip_coef, 24)      \
+  X(double, unscale, 32)        \
+  X(double, average_weight, 40) \
+  X(double, rect, 48)           \
+  X(int32_t, skipped, 56)       \
   X(int32_t, finished_blocks, 60)
 
 // one call of step(): addresses of the columns, their lengths, and the settings of the optimizer
@@ -205,7 +205,7 @@ FW_STRUCTS(FW_VERIFY)
 // an address of the table as a typed pointer
 template <class T>
 FW_HD T* at(uint64_t address) {
-  return reinterpret_cast<T*>(address);
+  return global(reinterpret_cast<T*>(address));
 }
 
 }  // namespace fw

@@ -178,6 +178,7 @@ class Plan:
     Attributes:
         scaling: ``grad_scale`` and ``found_inf`` of a ``GradScaler``, or None each.
         fresh_grads: Whether addresses of gradients changed since they were last sent to the device.
+        has_float64: Whether any parameter is float64.
     """
 
     def __init__(
@@ -200,6 +201,7 @@ class Plan:
         self.rates = torch.empty(0, device=device)
         self.average = averaging.settings(average)
         self.numel = sum(row.work.numel() for row in rows)
+        self.has_float64 = any(row.work.dtype == torch.float64 for row in rows)
         self._groups, self._state, self._n_states = groups, state, len(state)
         self._members = [list(group["params"]) for group in groups]
         self._params = [row.param for row in rows]

@@ -15,7 +15,7 @@ ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "fused_warmup"
 CSRC = ROOT / "csrc"
 PYTHON = sorted(PACKAGE.rglob("*.py"))
-CPP = sorted(path for path in CSRC.rglob("*") if path.suffix in (".h", ".cpp"))
+CPP = sorted(path for path in CSRC.rglob("*") if path.suffix in (".h", ".cpp", ".cu"))
 
 
 def relative(paths, pattern, root):
@@ -27,7 +27,8 @@ def test_update_mathematics_stands_in_rules_only():
     words = r"bias_correction|sma_length|rectification\("
     assert relative(PYTHON, words, PACKAGE) == ["reference/rules.py"]
     assert relative(CPP, words, CSRC) == ["rules.h"]
-    assert relative(CPP, r"\b(cos|pow)\(", CSRC) == ["schedules.h"]
+    # hd.h has the cosine that each machine does best
+    assert relative(CPP, r"\b(cos|cospi|pow)\(", CSRC) == ["hd.h", "schedules.h"]
     assert relative(PYTHON, r"math\.(cos|pow)\(", PACKAGE) == ["reference/schedules.py"]
 
 
@@ -43,12 +44,14 @@ def test_rules_and_schedules_have_the_same_names_in_the_same_order():
         assert [name for name in python if name in names] == names, stem
         assert set(python) - set(names) <= {"Hyper", "Rule", "Scalars", "init_exp_avg_sq"}
     assert tuple(rules.RULES) == _cpu.rules()
+    text = (ROOT / "setup.py").read_text()
+    assert f"RULES = {_cpu.rules()}" == re.search(r"^RULES = .*$", text, re.M).group().replace('"', "'")
 
 
 def test_core_includes_no_torch_and_pybind11_only_in_bindings():
     assert relative(CPP, r"#include *[<\"](torch|ATen|c10)", CSRC) == []
-    assert relative(CPP, r"pybind11", CSRC) == ["check.h", "cpu/bindings.cpp"]
-    assert relative(CPP, r"#include.*pybind11", CSRC) == ["cpu/bindings.cpp"]
+    assert relative(CPP, r"pybind11", CSRC) == ["check.h", "cpu/bindings.cpp", "cuda/bindings.cpp"]
+    assert relative(CPP, r"#include.*pybind11", CSRC) == ["cpu/bindings.cpp", "cuda/bindings.cpp"]
 
 
 def test_extension_needs_no_symbol_of_torch():

@@ -17,11 +17,13 @@ def unavailable_reason(name: str) -> str | None:
     """Return why a backend cannot be used in this process, or None if it can."""
     if name == "reference":
         return None
-    if name == "cpu":
+    if name in ("cpu", "cuda"):
         try:
-            importlib.import_module("fused_warmup._cpu")
+            importlib.import_module(f"fused_warmup._{name}")
         except ImportError as error:
-            return f"the extension fused_warmup._cpu does not load: {error}"
+            return f"the extension fused_warmup._{name} does not load: {error}"
+        if name == "cuda" and not torch.cuda.is_available():
+            return "torch finds no CUDA device"
         return None
     return "this release does not have it yet"
 
@@ -59,6 +61,10 @@ def resolve(name: str, device: torch.device) -> Backend:
         from .native import CpuBackend
 
         return CpuBackend()
+    if name == "cuda":
+        from .native import CudaBackend
+
+        return CudaBackend()
     from ..reference.backend import ReferenceBackend
 
     return ReferenceBackend()
