@@ -56,20 +56,22 @@ def escaped(path: Path) -> str:
 
 
 def find_nvcc() -> str | None:
-    """Return the nvcc to use, or None if the CUDA kernels are to be left out."""
-    wanted = os.environ.get("FUSED_WARMUP_CUDA", "auto")
-    if wanted not in ("0", "1", "auto"):
-        raise SystemExit(f"fused_warmup: FUSED_WARMUP_CUDA must be 0, 1 or auto, got {wanted}.")
-    found = None if wanted == "0" else shutil.which("nvcc")
-    if found is None and wanted == "1":
+    """Return the nvcc to use, or None if the CUDA kernels are left out."""
+    return None if WANTED == "0" else shutil.which("nvcc")
+
+
+def explain_missing_nvcc() -> None:
+    """Say why there will be no CUDA kernels, or stop if they must be there."""
+    if WANTED not in ("0", "1", "auto"):
+        raise SystemExit(f"fused_warmup: FUSED_WARMUP_CUDA must be 0, 1 or auto, got {WANTED}.")
+    if NVCC is None and WANTED == "1":
         raise SystemExit("fused_warmup: nvcc must be on PATH for FUSED_WARMUP_CUDA=1, got none.")
-    if found is None and wanted == "auto":
+    if NVCC is None and WANTED == "auto":
         print(
             "fused_warmup: building without CUDA: nvcc not found on PATH "
             "(FUSED_WARMUP_CUDA=1 makes this an error)",
             flush=True,
         )
-    return found
 
 
 def compiler_lines() -> list[str]:
@@ -141,6 +143,11 @@ def cuda_lines(target: Path, nvcc: str) -> list[str]:
 class NinjaBuild(build_ext):
     """Compiles one source once per instruction set or rule, which a plain Extension cannot say."""
 
+    def run(self) -> None:
+        """Build what this machine can."""
+        explain_missing_nvcc()
+        super().run()
+
     def build_extension(self, ext: Extension) -> None:
         """Write the build file and run ninja."""
         target = Path(self.get_ext_fullpath(ext.name)).resolve()
@@ -167,6 +174,7 @@ NEEDED = {
     CUDA: f"an nvcc that knows the devices {CUDA_ARCHS} is needed, or fewer in FUSED_WARMUP_CUDA_ARCHS, "
     "or FUSED_WARMUP_CUDA=0",
 }
+WANTED = os.environ.get("FUSED_WARMUP_CUDA", "auto")
 NVCC = find_nvcc()
 
 setup(

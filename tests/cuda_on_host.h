@@ -187,7 +187,11 @@ struct cudaLaunchConfig_t {
 };
 enum cudaDeviceAttr { cudaDevAttrMultiProcessorCount = 16 };
 
-inline int cuda_on_host_device = 0;
+// for the tests to read
+extern "C" {
+__attribute__((visibility("default"))) inline int cuda_on_host_device = 0;
+__attribute__((visibility("default"))) inline int cuda_on_host_launches = 0;
+}
 inline cudaError_t cudaGetDevice(int* device) {
   *device = cuda_on_host_device;
   return cudaSuccess;
@@ -213,6 +217,7 @@ cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessor(int* blocks, Kernel, i
 template <class... Parameters, class... Arguments>
 cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(Parameters...),
                                const Arguments&... arguments) {
+  cuda_on_host_launches += 1;
   cuda_on_host::launch(config->gridDim, config->blockDim, [&] { kernel(arguments...); });
   return cudaSuccess;
 }

@@ -1,4 +1,7 @@
-"""Builds csrc/cuda for the host: the very kernels as a Python module that needs no GPU."""
+"""Builds csrc/cuda for the host: the very kernels as a Python module that needs no GPU.
+
+CUDA_ON_HOST_FLAGS adds flags of the compiler, for example a sanitizer.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +22,7 @@ ROOT = Path(__file__).resolve().parent.parent
 FLAGS = "-std=c++17 -O2 -g1 -march=native -ffp-contract=off -fno-math-errno -fPIC -fvisibility=hidden -Wall -Wextra"
 
 
-def compile_all(folder: Path, extra: str = "") -> Path:
+def compile_all(folder: Path, extra: str) -> Path:
     """Compile the kernels once per rule, and link them with the bindings."""
     folder.mkdir(parents=True, exist_ok=True)
     cxx = [os.environ.get("CXX", "g++"), *FLAGS.split(), *extra.split()]
@@ -51,8 +54,9 @@ def load(path: Path) -> ModuleType:
     return module
 
 
-def cached(extra: str = "") -> ModuleType:
+def cached() -> ModuleType:
     """Build unless sources and flags are those of an earlier build, and import."""
+    extra = os.environ.get("CUDA_ON_HOST_FLAGS", "")
     sources = [*(ROOT / "csrc").rglob("*"), ROOT / "tests" / "cuda_on_host.h", Path(__file__)]
     text = b"".join(path.read_bytes() for path in sorted(sources) if path.is_file())
     digest = hashlib.sha256(

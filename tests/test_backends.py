@@ -22,6 +22,11 @@ L1_RTOL = 16 * 2.0**-24
 CHECKED = (1, 5, 6, 7, 100)
 
 
+@pytest.fixture(params=BACKENDS)
+def backend(request):
+    return request.param
+
+
 def run_pair(case, backend, dtype, shapes, **options):
     """Yield both optimizers with their parameters after each checked step; the reference runs in float64."""
     ours, truth = make_params(dtype, shapes), make_params(torch.float64, shapes)
@@ -63,7 +68,6 @@ def check_pair(step, ours, opt, truth, ref, dtype):
     assert opt.get_last_lr() == pytest.approx(ref.get_last_lr(), rel=1e-15)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_trajectory(case, dtype, backend):
@@ -72,7 +76,6 @@ def test_trajectory(case, dtype, backend):
         check_pair(*state, dtype)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("schedule", SCHEDULES, ids=str)
 @pytest.mark.parametrize(
     "case", [c for c in CASES if c.name in ("adamw", "radam-l2", "sgd-nesterov")], ids=lambda c: c.name
@@ -88,7 +91,6 @@ def test_schedules(case, schedule, backend):
         check_pair(*state, torch.float32)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("dtype", list(EPS), ids=str)
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_one_step_from_the_same_state(case, dtype, backend):
@@ -116,7 +118,6 @@ def test_one_step_from_the_same_state(case, dtype, backend):
                 assert_close(f"{name} {i} at {step}", states_of(opt, a)[name], value, loose, loose)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("case", TORCH_CASES, ids=lambda case: case.name)
 def test_error_is_no_larger_than_that_of_torch(case, backend):
     """Root mean square over 20,000 elements after 100 steps, against the same rule in float64.

@@ -395,7 +395,7 @@ FW_DEVICE void set_rows(const Step& step, const Carry<kSize>& carry, Verdict& ve
 }
 
 template <class Rule, int kSize>
-__global__ void __launch_bounds__(kDecideThreads)
+__global__ void __launch_bounds__(kDecideThreads, 1)
     decide_kernel(const __grid_constant__ Step step, const __grid_constant__ Carry<kSize> carry) {
   __shared__ Verdict verdict;
   keep(step, carry);
