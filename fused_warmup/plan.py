@@ -309,8 +309,8 @@ class Plan:
     def kinds(self) -> tuple[tuple[int, int, int], ...]:
         """Combinations of dtype, dtype of the gradient and number of states that rows of the table have."""
         if self._kinds is None:
-            columns = (self._table[name].tolist() for name in ("dtype", "grad_dtype", "n_states"))
-            self._kinds = tuple(sorted(set(zip(*columns, strict=True))))
+            found = np.unique(self._table[["dtype", "grad_dtype", "n_states"]])
+            self._kinds = tuple((int(a), int(b), int(c)) for a, b, c in found)
         return self._kinds
 
     def step_column(self) -> Tensor:

@@ -22,19 +22,19 @@ L1_RTOL = 16 * 2.0**-24
 CHECKED = (1, 5, 6, 7, 100)
 
 
-def run_pair(case, backend, dtype, shapes, **options):
+def run_pair(case, backend, dtype, shapes, checked=CHECKED, **options):
     """Yield both optimizers with their parameters after each checked step; the reference runs in float64."""
     ours, truth = make_params(dtype, shapes), make_params(torch.float64, shapes)
     opt = case.make(ours, backend=backend, **options)
     ref = case.make(truth, backend="reference", **options)
-    for step in range(max(CHECKED)):
+    for step in range(max(checked)):
         set_grads(ours, step)
         set_grads(truth, step)
         opt.record_loss(torch.tensor(float(step)))
         ref.record_loss(float(step))
         opt.step()
         ref.step()
-        if step + 1 in CHECKED:
+        if step + 1 in checked:
             yield step + 1, ours, opt, truth, ref
 
 
@@ -88,17 +88,13 @@ def test_schedules(case, schedule, backend):
         check_pair(*state, torch.float32)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("dtype", list(EPS), ids=str)
-@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
-def test_one_step_from_the_same_state(case, dtype, backend):
-    """The sharp test, for 16-bit parameters too: half a unit for storing the parameter, little else."""
-    ours, truth = make_params(dtype), make_params(torch.float64)
-    opt, ref = (
-        case.make(p, backend=b, average=fw.EMA(0.9)) for p, b in ((ours, backend), (truth, "reference"))
-    )
+def check_single_steps(case, backend, ours, steps, **options):
+    """Each step starts from the same state: half a unit for storing the parameter, little else."""
+    truth = [torch.nn.Parameter(p.detach().double().clone()) for p in ours]
+    opt, ref = (case.make(p, backend=b, **options) for p, b in ((ours, backend), (truth, "reference")))
+    dtype = ours[0].dtype
     unit, state_unit = EPS[dtype], EPS[torch.float64 if dtype == torch.float64 else torch.float32]
-    for step in range(8):
+    for step in range(steps):
         set_grads(ours, step)
         set_grads(truth, step)
         for a, b in zip(ours, truth, strict=True):
@@ -114,6 +110,14 @@ def test_one_step_from_the_same_state(case, dtype, backend):
                 # the average is of the stored parameter
                 loose = 0.51 * unit + 4 * state_unit if name == "average" else 4 * state_unit
                 assert_close(f"{name} {i} at {step}", states_of(opt, a)[name], value, loose, loose)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", list(EPS), ids=str)
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_one_step_from_the_same_state(case, dtype, backend):
+    """The sharp test, for 16-bit parameters too."""
+    check_single_steps(case, backend, make_params(dtype), 8, average=fw.EMA(0.9))
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -39,8 +39,6 @@ from .schedules import average_weight, multiplier
 
 INIT_GRAD = tl.constexpr(INIT_KINDS["grad"])
 INIT_RANDOM = tl.constexpr(INIT_KINDS["random"])
-NAN = tl.constexpr(float("nan"))
-INF = tl.constexpr(float("inf"))
 
 # norms: the statements of csrc/reduce.h
 
@@ -72,7 +70,7 @@ def accumulate(sums, grad):
     return Partial(
         l1=sums.l1 + in_fours(tl.abs(x)),
         l2_sq=sums.l2_sq + in_fours(x * x),
-        nonfinite=sums.nonfinite + in_fours(tl.where(tl.abs(x) < INF, 0, 1)),
+        nonfinite=sums.nonfinite + in_fours(tl.where(tl.abs(x) < float("inf"), 0, 1)),
     )
 
 
@@ -146,7 +144,7 @@ def judge(step, t, part):
     found_inf = tl.load(step.found_inf.to(tl.pointer_type(tl.float32)), step.found_inf != 0, 0.0)
     unscale = 1.0 / grad_scale.to(tl.float64)
     measured = step.measure != 0
-    grad_norm = tl.where(measured, tl.sqrt(part.l2_sq) * unscale, NAN)
+    grad_norm = tl.where(measured, tl.sqrt(part.l2_sq) * unscale, float("nan"))
     skipped = (found_inf != 0.0) | ((step.skip_nonfinite != 0) & (part.nonfinite > 0))
     # a NaN ratio stays, as in torch.nn.utils.clip_grad_norm_
     ratio = tl.where(step.clip != 0, step.max_grad_norm / (grad_norm + 1e-6), 1.0)
@@ -156,7 +154,7 @@ def judge(step, t, part):
     return Verdict(
         t=t,
         grad_norm=grad_norm,
-        grad_norm_l1=tl.where(measured, part.l1 * unscale, NAN),
+        grad_norm_l1=tl.where(measured, part.l1 * unscale, float("nan")),
         clip_coef=tl.where(ratio >= 1.0, 1.0, ratio),
         unscale=unscale,
         average_weight=weight,
@@ -182,7 +180,7 @@ def set_rates(step, t, LANES: tl.constexpr):
 @triton.jit
 def set_scalars(step, verdict, SCALARS: tl.constexpr, LANES: tl.constexpr):
     """Count the update of every row that has a gradient, and prepare it; returns the first rectification."""
-    first = verdict.grad_norm * NAN
+    first = verdict.grad_norm * float("nan")
     for start in range(0, step.n_rows, LANES):
         i = start + tl.arange(0, LANES)
         known = i < step.n_rows
@@ -232,7 +230,7 @@ def record(step, verdict):
         )
         place = counters.calls % step.telemetry_capacity
         store_struct(step.telemetry, place, line, Telemetry)
-    store_struct(step.slots, 0, Slots(loss=NAN, sharpness=NAN), Slots)
+    store_struct(step.slots, 0, Slots(loss=float("nan"), sharpness=float("nan")), Slots)
     store_struct(step.counters, 0, Counters(step=made, calls=counters.calls + 1), Counters)
 
 
@@ -247,7 +245,7 @@ def decide_kernel(step, SCALARS: tl.constexpr, LANES: tl.constexpr):
     set_rates(step, verdict.t, LANES)
     # the rates of a group are read by other threads than wrote them
     tl.debug_barrier()
-    rect = verdict.grad_norm * NAN
+    rect = verdict.grad_norm * float("nan")
     if verdict.skipped == 0:
         rect = set_scalars(step, verdict, SCALARS, LANES)
     verdict = Verdict(verdict, rect=rect)
@@ -347,9 +345,12 @@ def update_kernel(
             addresses = row.param | grad | row.state0 | row.state1 | row.state2 | row.average
             whole = tl.where(addresses % VECTOR == 0, chunk.count // BLOCK * BLOCK, 0)
             part = no_part()
+            wanted = grad != 0
+            if AVERAGE:
+                wanted = wanted | (verdict.average_weight > 0.0)
             for k in tl.static_range(len(KINDS)):
                 kind = (row.dtype == KINDS[k][0]) & (row.n_states == KINDS[k][2])
-                if kind & (row.grad_dtype == KINDS[k][1]):
+                if wanted & kind & (row.grad_dtype == KINDS[k][1]):
                     s = scalars_of(all_scalars, arithmetic(KINDS[k][0]))
                     weight = verdict.average_weight.to(arithmetic(KINDS[k][0]))
                     part = update_blocks(

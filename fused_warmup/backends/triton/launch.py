@@ -21,8 +21,6 @@ TAIL = 512
 # rows, groups or partial sums that are taken at a time, one a thread
 LANES = 256
 NUM_WARPS = 8
-# what lets two programs that add up norms share a multiprocessor
-MAX_REGISTERS = 128
 # more programs than run at a time, so that the device evens out who is done first
 PROGRAMS_PER_MULTIPROCESSOR = 16
 
@@ -36,12 +34,14 @@ Kinds = tuple[tuple[int, int, int], ...]
 def measure_constants(kinds: Kinds) -> dict[str, Any]:
     """Return constants and options of ``measure_kernel`` for ``Plan.kinds``."""
     dtypes = tuple(sorted({grad_dtype for _, grad_dtype, _ in kinds}))
-    return {"GRAD_DTYPES": dtypes, "BLOCK": BLOCK, "TAIL": TAIL, **_OPTIONS}
+    registers = 64 if len(dtypes) == 1 and DTYPES[torch.float64] not in dtypes else 128
+    return {"GRAD_DTYPES": dtypes, "BLOCK": BLOCK, "TAIL": TAIL, "maxnreg": registers, **_OPTIONS}
 
 
 def decide_constants(rule: str) -> dict[str, Any]:
     """Return constants and options of ``decide_kernel`` for the rule of a name."""
-    return {"SCALARS": RULES[rule].scalars, "LANES": LANES, **_OPTIONS}
+    # the only program: it may have all registers
+    return {"SCALARS": RULES[rule].scalars, "LANES": LANES, "maxnreg": 255, **_OPTIONS}
 
 
 def update_constants(rule: str, kinds: Kinds, *, accumulate: bool, average: bool) -> dict[str, Any]:
@@ -56,7 +56,6 @@ def update_constants(rule: str, kinds: Kinds, *, accumulate: bool, average: bool
     Returns:
         Arguments by keyword.
     """
-    double = any(dtype == DTYPES[torch.float64] for dtype, _, _ in kinds)
     return {
         "UPDATE": RULES[rule].update,
         "KINDS": kinds,
@@ -65,9 +64,22 @@ def update_constants(rule: str, kinds: Kinds, *, accumulate: bool, average: bool
         "BLOCK": BLOCK,
         "TAIL": TAIL,
         "LANES": LANES,
-        "maxnreg": MAX_REGISTERS if accumulate and not double else None,
+        "maxnreg": _registers(kinds, accumulate),
         **_OPTIONS,
     }
+
+
+def _registers(kinds: Kinds, accumulate: bool) -> int:
+    """Registers a thread may have: as few as it does with without spilling, so that more programs fit.
+
+    Left to itself, ptxas spills a few to save others.
+    """
+    double = any(dtype == DTYPES[torch.float64] for dtype, _, _ in kinds)
+    most_states = max((n_states for _, _, n_states in kinds), default=0)
+    streams = most_states + len(kinds)
+    if double or (accumulate and streams > 4):
+        return 255
+    return 128 if accumulate or streams > 3 else 80
 
 
 @functools.cache
