@@ -23,7 +23,17 @@ from .averaging import Average
 from .columns import Columns, is_capturing
 from .layout import check_grad, compute_dtype, describe, is_dense, local_tensor, same_layout
 from .schedules import Schedule
-from .table import DTYPES, MAX_STATES, RATES, STRUCTS, Hyper, Settings, chunks, pack_hypers
+from .table import (
+    AVERAGE_KINDS,
+    DTYPES,
+    MAX_STATES,
+    RATES,
+    STRUCTS,
+    Hyper,
+    Settings,
+    chunks,
+    pack_hypers,
+)
 
 
 @dataclass
@@ -241,6 +251,7 @@ class Plan:
             packed["n_states"] = len(states)
             packed["initialized"] = row.initialized
         self._table = table
+        self._kinds: tuple[tuple[int, int, int], ...] | None = None
         self._grads = np.zeros(n, np.uint64)
         self._grads_out = self._grads.ctypes.data
         # what the device has, where that is another copy
@@ -263,7 +274,7 @@ class Plan:
             n_rows=n,
             n_chunks=len(self._chunks),
             telemetry_capacity=0 if page is None else len(page),
-            average_kind={None: 0, "EMA": 1, "SWA": 2}[kind],
+            average_kind=AVERAGE_KINDS[kind],
             average_decay=decay,
             average_start=start,
             average_every=every,
@@ -290,6 +301,19 @@ class Plan:
             rates=self.rates,
             n_groups=len(self.hypers),
         )
+
+    @property
+    def n_chunks(self) -> int:
+        """Number of chunks of all tensors."""
+        return len(self._chunks)
+
+    @property
+    def kinds(self) -> tuple[tuple[int, int, int], ...]:
+        """Combinations of dtype, dtype of the gradient and number of states that rows of the table have."""
+        if self._kinds is None:
+            found = np.unique(self._table[["dtype", "grad_dtype", "n_states"]])
+            self._kinds = tuple((int(a), int(b), int(c)) for a, b, c in found)
+        return self._kinds
 
     def step_column(self) -> Tensor:
         """Return the Step struct on the device, for kernels that take its address."""
@@ -344,7 +368,7 @@ class Plan:
             self._table["grad_dtype"] = self._table["dtype"]
             for i, dtype in kinds.items():
                 self._table["grad_dtype"][i] = DTYPES[dtype]
-            self._cast = kinds
+            self._cast, self._kinds = kinds, None
         if self.columns.mirrored and not self._place_grads(recast):
             self.release()
             return False

@@ -20,6 +20,7 @@ DTYPES: dict[torch.dtype, int] = {
     torch.float16: 3,
 }
 INIT_KINDS = {"zeros": 0, "grad": 1, "random": 2}
+AVERAGE_KINDS = {None: 0, "EMA": 1, "SWA": 2}
 # elements of one chunk: a hundred kilobytes or so of each stream, and enough chunks to share among threads
 CHUNK = 1 << 15
 

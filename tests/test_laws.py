@@ -14,6 +14,7 @@ from fused_warmup.reference import rules, schedules
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "fused_warmup"
 CSRC = ROOT / "csrc"
+TRITON = PACKAGE / "backends" / "triton"
 PYTHON = sorted(PACKAGE.rglob("*.py"))
 CPP = sorted(path for path in CSRC.rglob("*") if path.suffix in (".h", ".cpp", ".cu"))
 
@@ -25,27 +26,65 @@ def relative(paths, pattern, root):
 
 def test_update_mathematics_stands_in_rules_only():
     words = r"bias_correction|sma_length|rectification\("
-    assert relative(PYTHON, words, PACKAGE) == ["reference/rules.py"]
+    assert relative(PYTHON, words, PACKAGE) == ["backends/triton/rules.py", "reference/rules.py"]
     assert relative(CPP, words, CSRC) == ["rules.h"]
     # hd.h has the cosine that each machine does best
     assert relative(CPP, r"\b(cos|cospi|pow)\(", CSRC) == ["hd.h", "schedules.h"]
     assert relative(PYTHON, r"math\.(cos|pow)\(", PACKAGE) == ["reference/schedules.py"]
+    assert relative(PYTHON, r"tl\.cos\(|power\(", PACKAGE) == ["backends/triton/schedules.py"]
+    # the norms are the only roots outside the rules and schedules
+    words = r"tl\.(fma|exp|log|sqrt_rn|div_rn)\("
+    assert relative(PYTHON, words, PACKAGE) == ["backends/triton/rules.py", "backends/triton/schedules.py"]
 
 
 def test_rules_and_schedules_have_the_same_names_in_the_same_order():
     def functions(text, pattern):
         return re.findall(pattern, text, re.M)
 
+    # what Python and Triton need beside the statements
+    extra = {"Hyper", "Rule", "Scalars", "init_exp_avg_sq", "root", "divide", "expm1", "power"}
     for stem, module in (("rules", rules), ("schedules", schedules)):
         cpp = functions((CSRC / f"{stem}.h").read_text(), r"^(?:FW_HD \w+ (\w+)\(|struct (\w+) \{)")
         names = [a or b for a, b in cpp if b != "ScalarsOf"]
-        python = [node.name for node in ast.parse(Path(module.__file__).read_text()).body
-                  if isinstance(node, (ast.FunctionDef, ast.ClassDef))]  # fmt: skip
-        assert [name for name in python if name in names] == names, stem
-        assert set(python) - set(names) <= {"Hyper", "Rule", "Scalars", "init_exp_avg_sq"}
+        for path in (Path(module.__file__), TRITON / f"{stem}.py"):
+            python = [node.name for node in ast.parse(path.read_text()).body
+                      if isinstance(node, (ast.FunctionDef, ast.ClassDef))]  # fmt: skip
+            assert [name for name in python if name in names] == names, path
+            assert set(python) - set(names) <= extra, path
     assert tuple(rules.RULES) == _cpu.rules()
     text = (ROOT / "setup.py").read_text()
     assert f"RULES = {_cpu.rules()}" == re.search(r"^RULES = .*$", text, re.M).group().replace('"', "'")
+
+
+def assigned(function):
+    """Names that a function assigns to, in order, fields of the scalars included."""
+    found = []
+    for node in ast.walk(function):
+        if isinstance(node, ast.Assign):
+            targets = [t for target in node.targets for t in getattr(target, "elts", [target])]
+            found += [(node.lineno, t.attr if isinstance(t, ast.Attribute) else t.id) for t in targets]
+        elif isinstance(node, ast.Call) and getattr(node.func, "id", "") == "Scalars":
+            found += [(keyword.lineno, keyword.arg) for keyword in node.keywords if keyword.arg]
+    return [name for _, name in sorted(found)]
+
+
+def test_rules_of_triton_assign_what_the_reference_assigns():
+    """A diff of the two reads as a translation: the same local names in the same order."""
+    # where the two languages differ: a choice must be computed on both sides, and fields are set at the end
+    free = {"s", "beta2", "adaptive", "nesterov", "decoupled", "positive", "small", "new_state"}
+    trees = [ast.parse(path.read_text()) for path in (Path(rules.__file__), TRITON / "rules.py")]
+    functions = [
+        {
+            f"{getattr(outer, 'name', '')}.{node.name}": assigned(node)
+            for outer in tree.body
+            for node in ([outer] if isinstance(outer, ast.FunctionDef) else getattr(outer, "body", []))
+            if isinstance(node, ast.FunctionDef)
+        }
+        for tree in trees
+    ]
+    for name in set(functions[0]) & set(functions[1]):
+        a, b = ([n for n in found[name] if n not in free] for found in functions)
+        assert a == b, name
 
 
 def test_core_includes_no_torch_and_pybind11_only_in_bindings():
@@ -78,7 +117,14 @@ def test_data_ptr_only_in_plan():
 
 def test_step_never_waits():
     paths = [
-        PACKAGE / name for name in ("plan.py", "averaging.py", "backends/native.py", "backends/__init__.py")
+        PACKAGE / name
+        for name in (
+            "plan.py",
+            "averaging.py",
+            "backends/native.py",
+            "backends/triton/launch.py",
+            "backends/__init__.py",
+        )
     ]
     assert relative(paths, r"\.item\(|\.cpu\(|synchronize|float\(\w*(loss|grad)|\.tolist\(", PACKAGE) == []
     tree = ast.parse((PACKAGE / "optimizer.py").read_text())

@@ -66,20 +66,15 @@ class CudaBackend:
 
     def step(self, plan: Plan) -> None:
         """Queue one step on the current stream; returns before it is done."""
-        carried = len(plan.rows) if plan.fresh_grads else 0
-        if carried > self.carries:
-            plan.push_grads()
-            carried = 0
         on_gpu = plan.device.type == "cuda"
         stream = torch.cuda.current_stream(plan.device).cuda_stream if on_gpu else 0
         self._cuda.step(
             self._rules[plan.rule],
             plan.address,
             plan.grads_address,
-            carried,
+            len(plan.rows) if plan.fresh_grads else 0,
             plan.has_float64,
             plan.device.index or 0,
             stream,
             self._max_blocks,
         )
-        plan.sent_grads()
