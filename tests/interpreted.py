@@ -211,6 +211,16 @@ def test_grad_scaler(clip):
         assert_close(name, histories[0][name], histories[1][name], 0.0, 1e-12)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_the_average_is_of_the_parameter_as_it_is_stored(dtype):
+    params = make_params(dtype, [(63,), (2100,)])
+    opt = fw.SGD(params, lr=0.1, backend="triton", average=fw.SWA(1, every=1))
+    set_grads(params, 0)
+    opt.step()
+    for p in params:
+        assert_same_bits("average", opt.state[p]["average"], p.detach().float())
+
+
 @pytest.mark.parametrize("init", ["grad", "random"])
 def test_second_moments_that_do_not_start_at_zero(init):
     pairs = []
@@ -265,7 +275,8 @@ def multiplier_kernel(segments, values, first, count, t, out, N: tl.constexpr):
 
 def test_schedules():
     """Every chain at every step of a hundred, and long after, in one block."""
-    chains = [s for s in SCHEDULES.values() if s is not None]
+    # a table that nothing follows must not read on when it is over
+    chains = [*(s for s in SCHEDULES.values() if s is not None), fw.schedules.table([0.3, 0.7])]
     hypers, segments, values = pack_hypers([Hyper(1.0, schedule=s) for s in (None, *chains)])
     steps = [*range(100), 10**6, 2**40]
     table = [(h["lr_segment"], h["lr_segments"], t) for h in hypers for t in steps]
@@ -327,9 +338,11 @@ def round_kernel(x, out, back, DTYPE: tl.constexpr, N: tl.constexpr):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_rounding(dtype):
-    """Every number of the type, those half-way between two, NaN, infinities, overflow and subnormals."""
+    """Every number of the type, those half-way to the next and beside it, overflow and tiny ones."""
     every = torch.arange(2**16, dtype=torch.int32).to(torch.int16).view(dtype).float()
-    x = torch.cat([every, every * (1 + 2.0**-9), every * (1 + 2.0**-12), torch.randn(2**16) * 1e-7])
+    half = {torch.bfloat16: 1 << 15, torch.float16: 1 << 12}[dtype]
+    between = [(every.view(torch.int32) + half + d).view(torch.float32) for d in (-1, 0, 1)]
+    x = torch.cat([every, *between, *(torch.randn(2**16) * s for s in (1e-7, 1e-5, 1e5, 1e38))])
     out, back = torch.zeros(len(x), dtype=dtype), torch.zeros(len(x))
     round_kernel[(1,)](x, out.view(torch.uint8), back, DTYPE=DTYPES[dtype], N=len(x))
     expected = x.to(dtype)

@@ -56,6 +56,15 @@ def test_why_it_is_unavailable(monkeypatch):
 
 
 @needs_triton
+def test_an_old_triton_is_named(monkeypatch):
+    import triton
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.delattr(triton, "constexpr_function")
+    assert f"triton {triton.__version__} is too old" in str(backends.unavailable_reason("triton"))
+
+
+@needs_triton
 def test_which_tensors_it_takes(monkeypatch):
     """The interpreter reads the memory of the host, the kernels that of the device."""
     cpu, cuda = torch.device("cpu"), torch.device("cuda")

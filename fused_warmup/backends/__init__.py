@@ -31,6 +31,9 @@ def unavailable_reason(name: str) -> str | None:
         return "the package triton is not installed"
     if not _interpreted() and not torch.cuda.is_available():
         return "there is no CUDA device, and TRITON_INTERPRET is not 1"
+    triton = importlib.import_module("triton")
+    if not hasattr(triton, "constexpr_function"):
+        return f"triton {triton.__version__} is too old, it has no constexpr_function"
     return None
 
 

@@ -19,17 +19,19 @@ LAYOUT = tl.constexpr({
     name: (dtype.itemsize, [(field[1], field[0].str[1:]) for field in (dtype.fields or {}).values()])
     for name, dtype in STRUCTS.items()
 })
-FLOAT32 = tl.constexpr(DTYPES[torch.float32])
-FLOAT64 = tl.constexpr(DTYPES[torch.float64])
 BFLOAT16 = tl.constexpr(DTYPES[torch.bfloat16])
-FLOAT16 = tl.constexpr(DTYPES[torch.float16])
 # bytes that one access of a thread moves at most
 VECTOR = tl.constexpr(16)
 
 # addresses are added to as signed integers
 _FIELD_TYPES = {"u8": tl.int64, "i8": tl.int64, "i4": tl.int32, "f8": tl.float64}
 # a bfloat16 is the upper half of a float32: moved and rounded as an integer, which the interpreter does right
-_STORAGE = {0: tl.float32, 1: tl.float64, 2: tl.uint16, 3: tl.float16}
+_STORAGE = {
+    DTYPES[torch.float32]: tl.float32,
+    DTYPES[torch.float64]: tl.float64,
+    DTYPES[torch.bfloat16]: tl.uint16,
+    DTYPES[torch.float16]: tl.float16,
+}
 
 
 def _struct(name: str) -> Any:
@@ -89,7 +91,7 @@ def item_size(dtype: int) -> int:
 @triton.constexpr_function
 def arithmetic(dtype: int) -> Any:
     """Type that an update of such parameters computes in, and that their states have."""
-    return _STORAGE[DTYPES[torch.float64 if dtype == DTYPES[torch.float64] else torch.float32]]
+    return tl.float64 if dtype == DTYPES[torch.float64] else tl.float32
 
 
 @triton.constexpr_function
