@@ -7,6 +7,7 @@ restricts them to some devices, for example "80 90"; FUSED_WARMUP_NVCCFLAGS adds
 
 import os
 import platform
+import re
 import shlex
 import shutil
 import subprocess
@@ -28,7 +29,10 @@ if platform.machine() in ("x86_64", "AMD64"):
     CXXFLAGS += " -DFW_X86_64"
     ISA_FLAGS["avx2"] = "-mavx2 -mfma -mbmi2"
     ISA_FLAGS["avx512"] = "-mavx512f -mavx512bw -mavx512dq -mavx512vl -mfma -mbmi2 -mprefer-vector-width=512"
-RULES = ("Adam", "RAdam", "SGD")
+# one object per rule of the list that all kernels iterate over
+RULES = re.findall(
+    r"\bX\((\w+)\)", re.search("define FW_RULES.*", (ROOT / "csrc/rules.h").read_text(encoding="utf-8"))[0]
+)
 CUDA_ARCHS = "75 80 86 89 90 100 120"
 # -fmad: contraction off here too. The rest of the first line are defaults that the results depend on.
 NVCCFLAGS = (

@@ -11,10 +11,11 @@ from pathlib import Path
 
 import pytest
 
+from fused_warmup import _cpu
 from fused_warmup.backends import unavailable_reason
 
 ROOT = Path(__file__).resolve().parent.parent
-RULES = ("Adam", "RAdam", "SGD")
+RULES = _cpu.rules()
 ARCHS = os.environ.get(
     "FUSED_WARMUP_CUDA_ARCHS", re.search(r'CUDA_ARCHS = "(.*)"', (ROOT / "setup.py").read_text()).group(1)
 ).split()
