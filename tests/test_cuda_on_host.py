@@ -266,13 +266,15 @@ def test_magnitudes_beyond_float32_still_add_up():
 def test_no_gradients_and_no_elements():
     params = make_params(torch.float32, [(4,), (0,)])
     opt = fw.Adam(params, average=fw.EMA(0.5))
-    set_grads(params, 0)
-    opt.step()
+    for step in range(2):
+        set_grads(params, step)
+        opt.step()
     average = opt.state[params[0]]["average"].clone()
     opt.zero_grad()
     opt.step()
     assert opt.telemetry.latest()["grad_norm"] == 0.0
-    assert int(opt.state[params[0]]["step"]) == 1
+    assert int(opt.state[params[0]]["step"]) == 2
+    assert not torch.equal(average, params[0])
     # the average goes on towards a parameter that rests
     assert_close("average", opt.state[params[0]]["average"], (average + params[0]) / 2, 1e-6)
 

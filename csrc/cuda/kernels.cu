@@ -22,7 +22,7 @@ constexpr int kThreads = 128;
 constexpr int kBlocksPerProcessor = 5;
 // float64 needs more registers for as many bytes
 constexpr int kBlocksPerProcessorOfDoubles = 4;
-// the arithmetic of this one block is in double and takes some 60 registers
+// the arithmetic of this one block is in double and takes up to 80 registers
 constexpr int kDecideThreads = 512;
 constexpr int kWarp = 32;
 constexpr int kVectorBytes = 16;
