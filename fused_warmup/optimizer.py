@@ -407,8 +407,9 @@ class FusedOptimizer(Optimizer):
             if random:
                 # drawn on the host, so that its norm is known without a wait
                 noise = torch.randn(param.shape, dtype=torch.float64, device="cpu")
-                state["exp_avg_sq"].copy_(noise.square())
                 drawn += float(noise.square().sum())
+                noise = noise.square().pin_memory() if param.is_cuda else noise.square()
+                state["exp_avg_sq"].copy_(noise, non_blocking=True)
         if drawn:
             others = sum(param.numel() for _, param, _ in members) - sum(param.numel() for param in fresh)
             self._init_norm_sq = drawn + others

@@ -7,7 +7,6 @@ from typing import Any
 import torch
 
 from .. import _checks as check
-from .. import _cpu
 from ..plan import Plan
 
 # below so many elements a thread costs more than it saves
@@ -26,6 +25,9 @@ class CpuBackend:
     carries = 0
 
     def __init__(self, instruction_set: str | None = None) -> None:
+        from .. import _cpu
+
+        self._cpu = _cpu
         names = _cpu.instruction_sets()
         if instruction_set is None:
             instruction_set = names[-1]
@@ -38,7 +40,7 @@ class CpuBackend:
     def step(self, plan: Plan) -> None:
         """Make one step; returns when it is done, with the same bits for any number of threads."""
         threads = max(1, min(torch.get_num_threads(), plan.numel // _ELEMENTS_PER_THREAD))
-        _cpu.step(self._isa, self._rules[plan.rule], plan.address, threads)
+        self._cpu.step(self._isa, self._rules[plan.rule], plan.address, threads)
 
 
 class CudaBackend:
