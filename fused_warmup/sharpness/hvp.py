@@ -21,7 +21,7 @@ class Hessian:
     fused attention, compiled models, custom operators. ``"autograd"`` differentiates twice and keeps the
     graph of one evaluation.
 
-    The step is ``2**-12 (1 + |params|)`` in float32, ``2**-9`` in 16 bits, ``2**-18`` in float64, along the
+    The step is ``2**-12 (1 + |params|)`` in float32, ``2**-8`` in 16 bits, ``2**-18`` in float64, along the
     unit direction in which the parameters move.
 
     Args:
@@ -39,10 +39,15 @@ class Hessian:
     ) -> None:
         self.keeper, self.sign, self.stretch, self.products = keeper, sign, stretch, 0
         self.method = check.one_of(keeper.owner, "method", method, METHODS)
-        self._rounds = any(p.dtype.itemsize == 2 for p in keeper.params)
+        self._narrow = any(p.dtype.itemsize == 2 for p in keeper.params)
         norms = [dot(p.to(keeper.dtype), p.to(keeper.dtype)) for p in keeper.snapshot]
         self._length = torch.stack(norms).sum().sqrt()
         self._gradient: list[Tensor | None] = []
+
+    @property
+    def in_16_bits(self) -> bool:
+        """Whether parameters or the forward pass are rounded to 16 bits, which then is the error of a step."""
+        return self._narrow or self.keeper.autocast
 
     def gradient(self) -> Tensor:
         """Return the gradient of the loss at the parameters, ``[n]``; ``sign`` does not count."""
@@ -83,7 +88,7 @@ class Hessian:
             if step != self._relative_step():
                 # the closure turned out to compute in 16 bits
                 return self._two_gradients(way, times)
-            moved = keeper.flat(keeper.params) if self._rounds else None
+            moved = keeper.flat(keeper.params) if self._narrow else None
             perturb(keeper.params, keeper.snapshot, parts, -size)
             difference = plus - self._flat_gradient()
             moved = None if moved is None else moved - keeper.flat(keeper.params)
@@ -93,8 +98,8 @@ class Hessian:
         return difference, size, moved
 
     def _relative_step(self) -> float:
-        if self._rounds or self.keeper.autocast:
-            return 2.0**-9
+        if self.in_16_bits:
+            return 2.0**-8
         return 2.0**-18 if all(p.dtype == torch.float64 for p in self.keeper.params) else 2.0**-12
 
     def _flat_gradient(self) -> Tensor:

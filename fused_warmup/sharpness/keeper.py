@@ -90,13 +90,9 @@ class Keeper:
         self.evaluations += 1
         # casts of parameters that have moved since
         torch.clear_autocast_cache()
-        hook = register_module_forward_pre_hook(self._hook)
-        try:
-            with warnings.catch_warnings():
-                warnings.filterwarnings("ignore", message=r"Using `torch.compile\(module\)` when there are")
-                loss = self._loss_fn()
-        finally:
-            hook.remove()
+        # what the first evaluation does not run, the others do not either
+        with contextlib.nullcontext() if self.evaluations > 1 else _watched(self._hook):
+            loss = self._loss_fn()
         if not isinstance(loss, Tensor):
             check.fail(self.owner, "loss_fn", "return a tensor", loss, error=TypeError)
         if loss.numel() != 1:
@@ -117,13 +113,12 @@ class Keeper:
         """Return views of a vector of ``[n]`` in the shapes of the parameters."""
         return [v.view(p.shape) for v, p in zip(torch.split(vector, self.sizes), self.params, strict=True)]
 
-    def _hook(self, module: torch.nn.Module, _: Any) -> None:
-        # a compiler that traces this must find nothing in it
-        if not torch.compiler.is_compiling():
-            kind = self.device.type
-            if torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind).itemsize == 2:
-                self.autocast = True
-            self._see(module)
+    def _hook(self, module: torch.nn.Module) -> None:
+        """Note a module before it runs."""
+        kind = self.device.type
+        if torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind).itemsize == 2:
+            self.autocast = True
+        self._see(module)
 
     def _see(self, module: torch.nn.Module) -> None:
         """Remember the buffers of a module and of those inside it; nothing for one that is known."""
@@ -147,6 +142,38 @@ class Keeper:
                 module._buffers.update(objects)
         set_random_state(self._random)
         torch.clear_autocast_cache()
+
+
+_watchers: list[Callable[[torch.nn.Module], None]] = []
+_handles: list[Any] = []
+
+
+def _tell_watcher(module: torch.nn.Module, _: Any) -> None:
+    # a compiler that traces this must find nothing in it
+    if not torch.compiler.is_compiling() and _watchers:
+        _watchers[-1](module)
+
+
+@contextlib.contextmanager
+def _watched(watcher: Callable[[torch.nn.Module], None]) -> Iterator[None]:
+    """Call ``watcher`` with each module before it runs.
+
+    Compiled code is guarded by the keys of the global hooks: it is the same hook under the same key each time,
+    so that a compiled model is compiled once more and not at every measurement.
+    """
+    if not _handles:
+        _handles.append(register_module_forward_pre_hook(_tell_watcher))
+    handle = _handles[0]
+    handle.hooks_dict_ref()[handle.id] = _tell_watcher
+    _watchers.append(watcher)
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=r"Using `torch.compile\(module\)` when there are")
+            yield
+    finally:
+        _watchers.pop()
+        if not _watchers:
+            handle.remove()
 
 
 def check_params(owner: str, params: Sequence[Tensor]) -> list[Tensor]:

@@ -151,7 +151,7 @@ class SharpnessProbe:
             plain, locked = self._search(0, pair.plain, keeper, audit)
             folded = None if pair.folded is None else self._search(1, pair.folded, keeper, audit)[0]
             if cold or audit or self._relative_error is None:
-                self._calibrate(pair.plain, plain)
+                self._calibrate(pair.plain, plain, shorten=not hessian.in_16_bits)
             assert self._relative_error is not None
             err_fd = self._relative_error * plain.largest.abs()
             err_batch = self._batch_error(plain, cold)
@@ -189,15 +189,15 @@ class SharpnessProbe:
         self._vectors[which] = torch.where(fine, spectrum.vector, kept)
         return spectrum, locked
 
-    def _calibrate(self, operator: Operator, spectrum: Spectrum) -> None:
-        """Measure the error of finite differences and choose the step for the next measurements."""
+    def _calibrate(self, operator: Operator, spectrum: Spectrum, shorten: bool) -> None:
+        """Measure the error of finite differences; a shorter step then follows one that is too long."""
         error = operator.difference_error(spectrum) / spectrum.largest.abs()
         error = torch.where(spectrum.largest == 0.0, 0.0, error)
         fine = error.isfinite()
         old = error if self._relative_error is None else self._relative_error
         self._relative_error = torch.where(fine, error, old)
-        stretch = torch.where(fine & (error > 1e-2), 0.5, 1.0) * self._stretch
-        self._stretch = stretch.clamp(2.0**-4, 1.0)
+        stretch = torch.where(fine & (error > 1e-2), 0.5 if shorten else 1.0, 1.0) * self._stretch
+        self._stretch = stretch.clamp(min=2.0**-4)
 
     def _batch_error(self, spectrum: Spectrum, cold: bool) -> Tensor:
         """Return how far batches differ, smoothed; NaN until a warm measurement."""

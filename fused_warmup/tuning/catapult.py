@@ -86,7 +86,7 @@ class PersistentCatapult:
         """
         if self.done:
             return self.lr
-        value = float(loss)
+        value = float(loss.detach() if isinstance(loss, torch.Tensor) else loss)
         if value < self.best or not self.searches:
             self._search(loss_fn)
             self.best = value if math.isfinite(value) else self.best
