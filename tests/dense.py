@@ -1,5 +1,7 @@
 """Hessians written out, for tests of products that never form them."""
 
+import itertools
+
 import torch
 
 
@@ -15,13 +17,22 @@ def dense_hessian(loss_fn, params):
     """The Hessian over all parameters, float64 of ``[n, n]``, one row of double backward at a time."""
     params = list(params)
     grads = torch.autograd.grad(loss_fn(), params, create_graph=True, allow_unused=True)
-    flat = torch.cat(
-        [(torch.zeros_like(p) if g is None else g).reshape(-1) for g, p in zip(grads, params, strict=True)]
-    )
+    flat = torch.cat([
+        (torch.zeros_like(p) if g is None else g).reshape(-1) for g, p in zip(grads, params, strict=True)
+    ])
     rows = []
     for entry in flat:
-        row = torch.autograd.grad(entry, params, retain_graph=True, allow_unused=True) if entry.requires_grad else [None] * len(params)
-        rows.append(torch.cat([(torch.zeros_like(p) if g is None else g).reshape(-1) for g, p in zip(row, params, strict=True)]))
+        row = (
+            torch.autograd.grad(entry, params, retain_graph=True, allow_unused=True)
+            if entry.requires_grad
+            else [None] * len(params)
+        )
+        rows.append(
+            torch.cat([
+                (torch.zeros_like(p) if g is None else g).reshape(-1)
+                for g, p in zip(row, params, strict=True)
+            ])
+        )
     return torch.stack(rows).double()
 
 
@@ -29,7 +40,7 @@ def tanh_model(dtype=torch.float64, seed=0, sizes=(8, 16, 12, 4)):
     """A tanh MLP with fewer than 500 parameters, its data and its cross-entropy loss."""
     torch.manual_seed(seed)
     layers = []
-    for a, b in zip(sizes, sizes[1:], strict=False):
+    for a, b in itertools.pairwise(sizes):
         layers += [torch.nn.Linear(a, b), torch.nn.Tanh()]
     model = torch.nn.Sequential(*layers[:-1]).to(dtype)
     x, y = torch.randn(64, sizes[0]).to(dtype), torch.randint(sizes[-1], (64,))

@@ -29,7 +29,9 @@ def quadratic_of(matrix):
 def test_crossing_is_recovered(seed):
     """An eigenvalue of 5 + 0.1 t passes 10 at t = 50: the warm start leaves the old vector within 30 readings."""
     n = 100
-    q = torch.linalg.qr(torch.randn(n, n, dtype=torch.float64, generator=torch.Generator().manual_seed(seed)))[0]
+    q = torch.linalg.qr(
+        torch.randn(n, n, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+    )[0]
     bulk = torch.linspace(0, 1, n, dtype=torch.float64)
     p = torch.zeros(n, dtype=torch.float64, requires_grad=True)
     values = bulk.clone()
@@ -59,7 +61,9 @@ def test_warm_start_alone_locks_in(monkeypatch):
     monkeypatch.setattr("fused_warmup.sharpness.probe._AUDIT_EVERY", 10**6)
     values = torch.cat([torch.tensor([10.0, 5.0]), torch.linspace(0, 1, 98)]).double()
     p = torch.zeros(100, dtype=torch.float64, requires_grad=True)
-    probe = fw.SharpnessProbe(torch.optim.SGD([p], lr=0.1), lambda: 0.5 * (values * p * p).sum(), every=1, method="autograd")
+    probe = fw.SharpnessProbe(
+        torch.optim.SGD([p], lr=0.1), lambda: 0.5 * (values * p * p).sum(), every=1, method="autograd"
+    )
     probe.measure()
     probe._vectors[0] = torch.eye(100, dtype=torch.float64)[0]
     values[1] = 20.0
@@ -70,7 +74,9 @@ def test_warm_start_alone_locks_in(monkeypatch):
     assert last.value.item() == pytest.approx(10.0, abs=1e-6)
 
 
-@pytest.mark.parametrize("make", [lambda p: fw.Adam(p, lr=3e-3), lambda p: torch.optim.SGD(p, lr=0.5, momentum=0.9)])
+@pytest.mark.parametrize(
+    "make", [lambda p: fw.Adam(p, lr=3e-3), lambda p: torch.optim.SGD(p, lr=0.5, momentum=0.9)]
+)
 def test_tracks_the_dense_hessian(make):
     """Every 10 steps of a tanh MLP: median error under 1e-2, and never above the truth."""
     model, loss = tanh_model(sizes=(6, 12, 3))
@@ -118,7 +124,11 @@ def test_training_does_not_notice(cls):
                 probe.measure(loss)
             opt.step()
             losses.append(value.detach())
-        runs.append([*model.state_dict().values(), *(v for s in opt.state.values() for v in s.values()), *losses])
+        runs.append([
+            *model.state_dict().values(),
+            *(v for s in opt.state.values() for v in s.values()),
+            *losses,
+        ])
         assert (probe.poll() is not None) == on
     for a, b in zip(*runs, strict=True):
         assert_same_bits("training", a, b)
@@ -231,5 +241,7 @@ def test_errors():
         fw.SharpnessProbe(opt, budget=1.5)
     with pytest.raises(TypeError, match=r"SharpnessProbe: optimizer must be one whose rule is known"):
         fw.SharpnessProbe(torch.optim.Rprop([p]))
-    with pytest.raises(TypeError, match=r"SharpnessProbe: loss_fn must be given here or to the probe, got None"):
+    with pytest.raises(
+        TypeError, match=r"SharpnessProbe: loss_fn must be given here or to the probe, got None"
+    ):
         fw.SharpnessProbe(opt).measure()

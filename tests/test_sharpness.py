@@ -112,7 +112,7 @@ def test_linear_regression():
 
 
 @pytest.mark.parametrize(("dtype", "method", "rtol"), [
-    (torch.float64, "difference", 1e-7), (torch.float32, "difference", 5e-4), (torch.float32, "autograd", 1e-5)
+    (torch.float64, "difference", 1e-4), (torch.float32, "difference", 5e-4), (torch.float32, "autograd", 1e-5)
 ])  # fmt: skip
 def test_logistic_regression(dtype, method, rtol):
     torch.manual_seed(2)
@@ -128,7 +128,7 @@ def test_logistic_regression(dtype, method, rtol):
 
 @pytest.mark.parametrize(("dtype", "method", "iterations", "rtol"), [
     (torch.float64, "autograd", 20, 1e-6),
-    (torch.float64, "difference", 20, 1e-6),
+    (torch.float64, "difference", 20, 5e-4),
     (torch.float64, "autograd", 10, 1e-2),
     (torch.float32, "difference", 20, 5e-4),
     (torch.bfloat16, "difference", 20, 8e-2),
@@ -242,7 +242,11 @@ def test_preconditioner_against_dense(kind, steps):
     state_of_adam(model, loss, opt, steps)
     t = steps + 1
     grads = [p.grad.double() for g in opt.param_groups for p in g["params"]]
-    clip = min(1.0, 0.05 / (torch.cat([g.flatten() for g in grads]).norm().item() + 1e-6)) if kind == "fw.clip" else 1.0
+    clip = (
+        min(1.0, 0.05 / (torch.cat([g.flatten() for g in grads]).norm().item() + 1e-6))
+        if kind == "fw.clip"
+        else 1.0
+    )
     weights, rates, decays = [], [], []
     for group in opt.param_groups:
         (b1, b2), eps, wd = group["betas"], group["eps"], group["weight_decay"]
@@ -262,7 +266,9 @@ def test_preconditioner_against_dense(kind, steps):
             else:
                 inverse = 1 / ((1 - b1**t) * ((v / (1 - b2**t)).sqrt() + eps))
             weights.append(inverse.flatten())
-            rates.append(torch.full((p.numel(),), group["lr"] / (2 * (1 + b1) / (1 - b1)), dtype=torch.float64))
+            rates.append(
+                torch.full((p.numel(),), group["lr"] / (2 * (1 + b1) / (1 - b1)), dtype=torch.float64)
+            )
             decays.append(torch.full((p.numel(),), float(wd), dtype=torch.float64))
     h = dense_hessian(loss, model.parameters()) + torch.diag(torch.cat(decays))
     c = torch.cat(weights).sqrt()
@@ -272,7 +278,9 @@ def test_preconditioner_against_dense(kind, steps):
     reading = preconditioned(loss, opt, iterations=40, method="autograd")
     assert unsymmetric.item() == pytest.approx(exact[-1].item(), rel=1e-6)
     assert reading.value.item() == pytest.approx(exact[-1].item(), rel=1e-5)
-    assert reading.edge_ratio.item() == pytest.approx(torch.linalg.eigvalsh(d[:, None] * h * d)[-1].item(), rel=1e-5)
+    assert reading.edge_ratio.item() == pytest.approx(
+        torch.linalg.eigvalsh(d[:, None] * h * d)[-1].item(), rel=1e-5
+    )
     assert int(reading.step) == steps
     model.zero_grad()
     again = preconditioned(loss, opt, iterations=40, method="autograd")
@@ -402,7 +410,9 @@ def test_early_thresholds():
 
 def test_errors():
     p, loss = quadratic([1.0, 2.0])
-    with pytest.raises(TypeError, match=r"top_eigenvalue: loss_fn must be a function that returns the loss, got 3\."):
+    with pytest.raises(
+        TypeError, match=r"top_eigenvalue: loss_fn must be a function that returns the loss, got 3\."
+    ):
         top_eigenvalue(3, [p])
     with pytest.raises(ValueError, match=r"top_eigenvalue: params must hold at least one element"):
         top_eigenvalue(loss, [])
@@ -422,7 +432,9 @@ def test_errors():
         top_eigenvalue(loss, [torch.zeros(3, dtype=torch.complex64, requires_grad=True)])
     with pytest.raises(ValueError, match="return a loss with a gradient"):
         top_eigenvalue(lambda: torch.ones(()), [p])
-    with pytest.raises(TypeError, match=r"preconditioned: optimizer must be one whose rule is known, got 'Rprop'"):
+    with pytest.raises(
+        TypeError, match=r"preconditioned: optimizer must be one whose rule is known, got 'Rprop'"
+    ):
         preconditioned(loss, torch.optim.Rprop([p]))
     with pytest.raises(ValueError, match=r"threshold: phase must be one of 'late', 'early', got 'middle'"):
         threshold(fw.SGD([p]), phase="middle")
@@ -440,9 +452,48 @@ def test_against_curvlinops():
     from scipy.sparse.linalg import eigsh
 
     model, loss = tanh_model(torch.float64)
-    x, y = (cell.cell_contents for name, cell in zip(loss.__code__.co_freevars, loss.__closure__, strict=True) if name in "xy")
+    x, y = (
+        cell.cell_contents
+        for name, cell in zip(loss.__code__.co_freevars, loss.__closure__, strict=True)
+        if name in "xy"
+    )
     params = dict(model.named_parameters())
-    operator = curvlinops.HessianLinearOperator(model, torch.nn.CrossEntropyLoss(), list(params.values()), [(x, y)], check_deterministic=False)
+    operator = curvlinops.HessianLinearOperator(
+        model, torch.nn.CrossEntropyLoss(), list(params.values()), [(x, y)], check_deterministic=False
+    )
     top = eigsh(operator.to_scipy(dtype="float64"), k=1, which="LA", return_eigenvectors=False)[0]
     for method in ("difference", "autograd"):
-        assert top_eigenvalue(loss, params.values(), method=method, iterations=20).value.item() == pytest.approx(top, rel=1e-4)
+        assert top_eigenvalue(
+            loss, params.values(), method=method, iterations=20
+        ).value.item() == pytest.approx(top, rel=1e-4)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_kinks_are_seen_or_said(dtype):
+    """ReLU: the default agrees with double backward to 5 %; a step too small to average kinks shows as noise."""
+    from fused_warmup.sharpness.operators import Operator, make_reading, random_vector
+
+    torch.manual_seed(0)
+    layers = [
+        torch.nn.Linear(10, 64),
+        torch.nn.ReLU(),
+        torch.nn.Linear(64, 64),
+        torch.nn.ReLU(),
+        torch.nn.Linear(64, 3),
+    ]
+    model = torch.nn.Sequential(*layers).to(dtype)
+    x, y = torch.randn(500, 10).to(dtype), torch.randn(500, 3).to(dtype)
+    loss = lambda: F.mse_loss(model(x), y)  # noqa: E731
+    exact = top_eigenvalue(loss, model.parameters(), method="autograd").value.item()
+    found = top_eigenvalue(loss, model.parameters())
+    print(f"{dtype}: off by {found.value.item() / exact - 1:.1e}, err_fd {found.err_fd.item() / exact:.1e}")
+    assert found.value.item() == pytest.approx(exact, rel=5e-2)
+    with Keeper("test", loss, list(model.parameters())) as keeper:
+        hessian = Hessian(keeper, stretch=2.0**-9 if dtype == torch.float64 else 2.0**-7)
+        spectrum = lanczos(Operator(hessian, None, None).product, random_vector(keeper, 0), 10)
+        zero = torch.zeros_like(spectrum.largest)
+        small = make_reading(spectrum, zero, zero, zero, hessian, 0)
+    print(
+        f"{dtype}, small step: off by {small.value.item() / exact - 1:.1e}, err_fd {small.err_fd.item() / exact:.1e}"
+    )
+    assert small.err_fd.item() > 10 * found.err_fd.item()

@@ -36,7 +36,9 @@ class Replacing(nn.Module):
 
 def noisy_model():
     torch.manual_seed(3)
-    model = nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8), nn.Dropout(0.3), nn.Tanh(), Replacing(), nn.Linear(8, 3))
+    model = nn.Sequential(
+        nn.Linear(6, 8), nn.BatchNorm1d(8), nn.Dropout(0.3), nn.Tanh(), Replacing(), nn.Linear(8, 3)
+    )
     x, y = torch.randn(32, 6), torch.randint(3, (32,))
 
     def loss():
@@ -52,12 +54,21 @@ def record(model, opt, scaler=None):
     values = {k: v.clone() for k, v in model.state_dict().items()}
     values |= {f"grad{i}": p.grad.clone() for i, p in enumerate(params) if p.grad is not None}
     for i, p in enumerate(params):
-        values |= {f"state{i}.{k}": v.clone() for k, v in opt.state.get(p, {}).items() if isinstance(v, torch.Tensor)}
+        values |= {
+            f"state{i}.{k}": v.clone() for k, v in opt.state.get(p, {}).items() if isinstance(v, torch.Tensor)
+        }
     values["torch"] = torch.get_rng_state()
     objects = [id(t) for t in (*params, *(p.grad for p in params), *model.buffers())]
     versions = [p._version for p in params]
     numpy = np.random.get_state()
-    return values, (objects, versions, random.getstate(), numpy[1].tolist(), numpy[2:], scaler and scaler.state_dict())
+    return values, (
+        objects,
+        versions,
+        random.getstate(),
+        numpy[1].tolist(),
+        numpy[2:],
+        scaler and scaler.state_dict(),
+    )
 
 
 def assert_unchanged(before, after):

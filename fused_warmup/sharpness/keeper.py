@@ -158,8 +158,8 @@ def _tell_watcher(module: torch.nn.Module, _: Any) -> None:
 def _watched(watcher: Callable[[torch.nn.Module], None]) -> Iterator[None]:
     """Call ``watcher`` with each module before it runs.
 
-    Compiled code is guarded by the keys of the global hooks: it is the same hook under the same key each time,
-    so that a compiled model is compiled once more and not at every measurement.
+    Compiled code is guarded by the keys of the global hooks: it is the same hook under the same key each
+    time, so that a compiled model is compiled once more and not at every measurement.
     """
     if not _handles:
         _handles.append(register_module_forward_pre_hook(_tell_watcher))

@@ -22,6 +22,8 @@ class Spectrum:
         smallest: Smallest Ritz value.
         residual: Distance from ``largest`` within which there is an eigenvalue, not always the largest one.
         first: Rayleigh quotient of the start vector.
+        asymmetry: By how much products of basis vectors were not symmetric, which those of a Hessian are: the
+            noise of its products.
         vector: Ritz vector of ``largest``, of unit length, ``[n]``.
     """
 
@@ -29,6 +31,7 @@ class Spectrum:
     smallest: Tensor
     residual: Tensor
     first: Tensor
+    asymmetry: Tensor
     vector: Tensor
 
 
@@ -45,17 +48,21 @@ def lanczos(product: Callable[[Tensor], tuple[Tensor, Tensor]], start: Tensor, s
         made in vain leave no trace.
     """
     steps = min(steps, start.numel())
-    _, norm = orthogonalise(start, [])
+    _, norm, _ = orthogonalise(start, [])
     v = start / norm.to(start.dtype)
     alive = torch.ones((), dtype=torch.bool, device=start.device)
     basis, diagonal, below, lives = [], [], [], []
-    size = torch.zeros((), dtype=torch.float64, device=start.device)
+    size = noise = torch.zeros((), dtype=torch.float64, device=start.device)
     for _ in range(steps):
         basis.append(v)
         lives.append(alive)
         w, alpha = product(v)
         diagonal.append(alpha)
-        w, beta = orthogonalise(w, basis)
+        w, beta, overlaps = orthogonalise(w, basis)
+        if below:
+            *far, near = overlaps[:-1]
+            odd = torch.stack([near - below[-1], *far]).norm()
+            noise = torch.maximum(noise, torch.where(alive, odd, 0.0))
         size = torch.maximum(size, torch.maximum(alpha.abs(), beta))
         # NaN compares false and so goes on, to be seen in the result
         alive = alive & ~(beta <= 16.0 * torch.finfo(start.dtype).eps * size)
@@ -75,6 +82,7 @@ def lanczos(product: Callable[[Tensor], tuple[Tensor, Tensor]], start: Tensor, s
         smallest=torch.where(finite, values.gather(0, (~live).sum()[None])[0], nan),
         residual=torch.where(finite, below[-1] * weights[-1].abs(), nan),
         first=diagonal[0],
+        asymmetry=torch.where(finite, noise, nan),
         vector=combine(basis, weights),
     )
 

@@ -16,6 +16,9 @@ from .preview import Member, Preview
 from .reading import SharpnessReading, bracket
 from .vectors import dot
 
+# differences that miss by more than this fraction are worth a flag
+_ROUGH = 0.1
+
 
 def top_eigenvalue(
     loss_fn: Loss,
@@ -158,7 +161,8 @@ class Operator:
         """Return the error of finite differences at the Ritz vector, 0-dim; 0 for double backward.
 
         The error of a step grows with its square, so a step twice as large shows three times the error. The
-        top vector sees far more of it than the vectors of the search do, hence the second term.
+        top vector sees far more of it than the vectors of the search do, hence the second term. Kinks, as of
+        ReLU, make products noisy instead, which shows in their asymmetry; that is not in here.
         """
         if self._hessian.method == "autograd":
             return torch.zeros_like(spectrum.largest)
@@ -216,6 +220,8 @@ def make_reading(
     # a converged residual is below the rounding of the products
     floor = 16.0 * torch.finfo(spectrum.vector.dtype).eps * spectrum.largest.abs()
     err_krylov = torch.maximum(spectrum.residual, floor)
+    if hessian.method == "difference":
+        err_fd = err_fd + spectrum.asymmetry
     lo, hi = bracket(spectrum.largest, err_krylov, err_fd, err_batch)
     return SharpnessReading(
         value=spectrum.largest,
@@ -229,7 +235,11 @@ def make_reading(
         hvps=hessian.products,
         cost=hessian.keeper.evaluations,
         step=step,
-        flags={"nonfinite": ~spectrum.largest.isfinite(), **flags},
+        flags={
+            "nonfinite": ~spectrum.largest.isfinite(),
+            "rough": err_fd > _ROUGH * spectrum.largest.abs(),
+            **flags,
+        },
     )
 
 

@@ -219,6 +219,7 @@ def _larger(a: Spectrum, b: Spectrum) -> Spectrum:
         smallest=torch.minimum(a.smallest, b.smallest),
         residual=torch.where(better, a.residual, b.residual),
         first=b.first,
+        asymmetry=torch.where(better, a.asymmetry, b.asymmetry),
         vector=torch.where(better, a.vector, b.vector),
     )
 

@@ -29,13 +29,15 @@ class SharpnessReading:
             and its inverse is the factor by which the learning rate may grow. NaN without an optimizer.
         lambda_min: Smallest Ritz value.
         err_krylov: Residual: within it of ``value`` there is an eigenvalue.
-        err_fd: Error of the finite differences, from steps of two sizes; 0 for double backward.
+        err_fd: Error of the finite differences, from steps of two sizes and from the asymmetry of products; 0
+            for double backward.
         err_batch: Distance from the sharpness of other batches, from Rayleigh quotients of earlier vectors on
             fresh ones; NaN while one batch is all there was. ``lo`` and ``hi`` are then about that batch.
         hvps: Products with the Hessian.
         cost: Gradients of the closure that were computed.
         step: Updates made before the measurement.
-        flags: Names with 0-dim bools: ``nonfinite``; from a probe also ``cold``, ``audit`` and ``locked``,
+        flags: Names with 0-dim bools: ``nonfinite``; ``rough`` where ``err_fd`` is above a tenth, as for
+            networks of ReLU, whose kinks differences see and double backward does not; from a probe also ``cold``, ``audit`` and ``locked``,
             a warm start that had stayed at an eigenvalue which is no longer the largest.
     """
 

@@ -50,12 +50,19 @@ def finish(
     return product if scale is None else scale * product, dot(moved, difference) * ratio
 
 
-def orthogonalise(w: Tensor, basis: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-    """Return ``w`` without its parts along the orthonormal basis, taken off twice, and its norm."""
+def orthogonalise(w: Tensor, basis: Sequence[Tensor]) -> tuple[Tensor, Tensor, list[Tensor]]:
+    """Take the parts along an orthonormal basis off a vector, twice.
+
+    Returns:
+        What is left of ``w``, its norm, and the products of ``w`` with the basis as it came.
+    """
+    overlaps: list[Tensor] = []
     for _ in range(2):
-        for v, c in zip(basis, [dot(v, w) for v in basis], strict=True):
+        parts = [dot(v, w) for v in basis]
+        overlaps = overlaps or parts
+        for v, c in zip(basis, parts, strict=True):
             w = w - c.to(w.dtype) * v
-    return w, dot(w, w).sqrt()
+    return w, dot(w, w).sqrt(), overlaps
 
 
 def combine(basis: Sequence[Tensor], coefficients: Tensor) -> Tensor:
