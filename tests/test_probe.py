@@ -25,9 +25,12 @@ def quadratic_of(matrix):
     return p, lambda: 0.5 * p @ matrix @ p
 
 
+@pytest.mark.parametrize("audited", [True, False])
 @pytest.mark.parametrize("seed", [0, 1, 2])
-def test_crossing_is_recovered(seed):
-    """An eigenvalue of 5 + 0.1 t passes 10 at t = 50: the warm start leaves the old vector within 30 readings."""
+def test_crossing_is_recovered(seed, audited, monkeypatch):
+    """An eigenvalue of 5 + 0.1 t passes 10 at t = 50: the warm start leaves the old vector within 16 readings."""
+    if not audited:
+        monkeypatch.setattr("fused_warmup.sharpness.probe._AUDIT_EVERY", 10**6)
     n = 100
     q = torch.linalg.qr(
         torch.randn(n, n, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
@@ -37,7 +40,8 @@ def test_crossing_is_recovered(seed):
     values = bulk.clone()
     loss = lambda: 0.5 * ((q.T @ p) ** 2 * values).sum()  # noqa: E731
     opt = torch.optim.SGD([p], lr=0.1)
-    probe = fw.SharpnessProbe(opt, every=1, seed=seed)
+    # differences would do some of the mixing by their noise
+    probe = fw.SharpnessProbe(opt, every=1, seed=seed, method="autograd")
     late, audits = [], 0
     for t in range(100):
         values[0], values[1] = 10.0, 5.0 + 0.1 * t
@@ -49,15 +53,16 @@ def test_crossing_is_recovered(seed):
         assert error >= -1e-6
         if t > 50 and error > 0.01 and "audit" not in reading["flags"]:
             late.append(t - 50)
-    assert audits == 4
-    print(f"crossing, seed {seed}: readings off by more than 1 %: {late}")
-    assert len(late) <= 30
-    assert max(late, default=0) <= 30
+    assert audits == (4 if audited else 0)
+    print(f"crossing, seed {seed}, audited {audited}: readings off by more than 1 %: {late}")
+    assert max(late) <= 16
 
 
-def test_warm_start_alone_locks_in(monkeypatch):
-    """What the admixture and the audits are for: without them the old eigenvalue stays."""
-    monkeypatch.setattr("fused_warmup.sharpness.probe._ADMIXTURE", 0.0)
+@pytest.mark.parametrize(("admixture", "expected"), [(0.0, 10.0), (None, 20.0)])
+def test_warm_start_alone_locks_in(monkeypatch, admixture, expected):
+    """What the admixture is for: without it an exact eigenvector stays, though another eigenvalue is twice its own."""
+    if admixture is not None:
+        monkeypatch.setattr("fused_warmup.sharpness.probe._ADMIXTURE", admixture)
     monkeypatch.setattr("fused_warmup.sharpness.probe._AUDIT_EVERY", 10**6)
     values = torch.cat([torch.tensor([10.0, 5.0]), torch.linspace(0, 1, 98)]).double()
     p = torch.zeros(100, dtype=torch.float64, requires_grad=True)
@@ -71,7 +76,7 @@ def test_warm_start_alone_locks_in(monkeypatch):
         probe.measure()
     while (reading := probe.poll()) is not None:
         last = reading
-    assert last.value.item() == pytest.approx(10.0, abs=1e-6)
+    assert last.value.item() == pytest.approx(expected, rel=1e-4)
 
 
 @pytest.mark.parametrize(

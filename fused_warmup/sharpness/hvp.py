@@ -21,9 +21,9 @@ class Hessian:
     fused attention, compiled models, custom operators. ``"autograd"`` differentiates twice and keeps the
     graph of one evaluation.
 
-    The step is ``2**-12 (1 + |params|)`` along the unit direction in which the parameters move, ``2**-8`` where
-    parameters or the forward pass have 16 bits. Float64 would bear a smaller one, but the kinks of a ReLU
-    network that lie within a step then are too few to average: its sharpness came out up to twice too large.
+    The step along the unit direction in which the parameters move is ``2**-12 (1 + |params|)``, and ``2**-8``
+    where parameters or the forward pass have 16 bits. Float64 would bear a smaller one, but then too few
+    kinks of a ReLU network lie within a step to average: its sharpness came out up to twice too large.
 
     Args:
         keeper: An entered ``Keeper``.

@@ -76,6 +76,7 @@ class Keeper:
         for param, value, grad in zip(self.params, self.snapshot, self._grads, strict=True):
             param.data.copy_(value)
             param.grad = grad
+        torch.clear_autocast_cache()
         self._rewind()
 
     def evaluate(self) -> Tensor:
@@ -141,7 +142,6 @@ class Keeper:
             if any(module._buffers.get(k) is not b for k, b in objects.items()):
                 module._buffers.update(objects)
         set_random_state(self._random)
-        torch.clear_autocast_cache()
 
 
 _watchers: list[Callable[[torch.nn.Module], None]] = []

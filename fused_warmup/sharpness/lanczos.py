@@ -51,7 +51,10 @@ def lanczos(product: Callable[[Tensor], tuple[Tensor, Tensor]], start: Tensor, s
     _, norm, _ = orthogonalise(start, [])
     v = start / norm.to(start.dtype)
     alive = torch.ones((), dtype=torch.bool, device=start.device)
-    basis, diagonal, below, lives = [], [], [], []
+    basis: list[Tensor] = []
+    diagonal: list[Tensor] = []
+    below: list[Tensor] = []
+    lives: list[Tensor] = []
     size = noise = torch.zeros((), dtype=torch.float64, device=start.device)
     for _ in range(steps):
         basis.append(v)

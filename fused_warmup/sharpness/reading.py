@@ -37,8 +37,9 @@ class SharpnessReading:
         cost: Gradients of the closure that were computed.
         step: Updates made before the measurement.
         flags: Names with 0-dim bools: ``nonfinite``; ``rough`` where ``err_fd`` is above a tenth, as for
-            networks of ReLU, whose kinks differences see and double backward does not; from a probe also ``cold``, ``audit`` and ``locked``,
-            a warm start that had stayed at an eigenvalue which is no longer the largest.
+            networks of ReLU, whose kinks differences see and double backward does not; from a probe also
+            ``cold``, ``audit`` and ``locked``: a warm start had stayed at an eigenvalue that is no longer the
+            largest.
     """
 
     value: Scalar
