@@ -430,14 +430,28 @@ class FusedOptimizer(Optimizer):
         Raises:
             ValueError: If a tensor has more than one element.
         """
-        if isinstance(loss, Tensor) and loss.numel() != 1:
-            check.fail(type(self).__name__, "loss", "have one element", tuple(loss.shape))
+        self._record("loss", loss)
+
+    def record_sharpness(self, sharpness: Tensor | float) -> None:
+        """Put a sharpness into the telemetry row of the next step; nothing waits.
+
+        Args:
+            sharpness: 0-dim tensor or number. A ``SharpnessProbe`` calls this.
+
+        Raises:
+            ValueError: If a tensor has more than one element.
+        """
+        self._record("sharpness", sharpness)
+
+    def _record(self, name: str, value: Tensor | float) -> None:
+        if isinstance(value, Tensor) and value.numel() != 1:
+            check.fail(type(self).__name__, name, "have one element", tuple(value.shape))
         if self.telemetry.slots is None:
             device = next(
                 (p.device for group in self.param_groups for p in group["params"]), torch.device("cpu")
             )
             self.telemetry.allocate(device)
-        self.telemetry.record_loss(loss)
+        self.telemetry.record(name, value)
 
     def get_last_lr(self) -> list[float]:
         """Return the learning rate applied at the last step, one per group; waits for the device."""

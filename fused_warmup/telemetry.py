@@ -29,7 +29,8 @@ class Telemetry:
       rectified, 1 for rules without one, NaN when nothing was updated.
     * ``skipped``: 1 if a non-finite gradient made the step do nothing.
     * ``loss``: what ``record_loss`` was given since the step before; NaN without one.
-    * ``sharpness``: the last sharpness reading; NaN without one.
+    * ``sharpness``: what ``record_sharpness`` was given since the step before, as a ``SharpnessProbe`` does;
+      NaN without one.
     """
 
     def __init__(self, enabled: bool = True) -> None:
@@ -62,14 +63,14 @@ class Telemetry:
             self._copies.append((_copied(self.page), _copied(self._counters)))
             self._uncopied = 0
 
-    def record_loss(self, loss: Tensor | float) -> None:
-        """Leave the loss for the next row; nothing waits."""
+    def record(self, name: str, value: Tensor | float) -> None:
+        """Leave the loss or sharpness for the next row; nothing waits."""
         assert self.slots is not None
-        slot = self.slots[SLOTS.index("loss")]
-        if isinstance(loss, Tensor):
-            slot.copy_(loss.detach().reshape(()), non_blocking=True)
+        slot = self.slots[SLOTS.index(name)]
+        if isinstance(value, Tensor):
+            slot.copy_(value.detach().reshape(()), non_blocking=True)
         else:
-            slot.fill_(loss)
+            slot.fill_(value)
 
     def __len__(self) -> int:
         """Return the number of rows; waits for the device."""

@@ -136,6 +136,14 @@ def test_step_never_waits():
             assert not re.search(r"\.item\(|\.cpu\(|synchronize|\.tolist\(|float\(", ast.unparse(function))
 
 
+def test_measuring_never_waits():
+    """Step counts are read once, in ``preview.py``; searches for a rate go step by step on the host."""
+    paths = [
+        PACKAGE / "sharpness" / f"{name}.py" for name in ("hvp", "lanczos", "vectors", "probe", "operators")
+    ]
+    assert relative(paths, r"\.item\(|\.cpu\(|synchronize|\.tolist\(|float\((?!\")", PACKAGE) == []
+
+
 def imports(path):
     """Modules that a file imports when it is imported, relative ones by their path in the package."""
     package = path.relative_to(PACKAGE.parent).with_suffix("").parts[:-1]
@@ -174,6 +182,18 @@ def test_layout_of_the_shared_structs():
     for name, dtype in table.STRUCTS.items():
         fields = {field: (dtype.fields[field][1], dtype.fields[field][0].itemsize) for field in dtype.names}
         assert fields | {"": (0, dtype.itemsize)} == layout[name], name
+
+
+def test_sharpness_and_tuning_are_imported_when_asked_for():
+    script = (
+        "import sys, fused_warmup as fw; before = 'fused_warmup.sharpness' in sys.modules; "
+        "print(before, fw.SharpnessProbe.__name__, fw.SharpnessReading.__name__, fw.PersistentCatapult.__name__, "
+        "fw.sharpness.__name__, fw.tuning.__name__)"
+    )
+    out = subprocess.run([sys.executable, "-c", script], check=True, capture_output=True, text=True).stdout
+    assert out.split() == [
+        "False", "SharpnessProbe", "SharpnessReading", "PersistentCatapult", "fused_warmup.sharpness", "fused_warmup.tuning"
+    ]  # fmt: skip
 
 
 def test_import_is_light():
