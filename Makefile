@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/ready
-SOURCES := pyproject.toml setup.py constraints.txt $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu')
+SOURCES := pyproject.toml setup.py constraints.txt peers.txt $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu')
 
 .PHONY: help demo test bench gpu lint sanitize clean
 
@@ -15,6 +15,7 @@ $(READY): $(SOURCES)
 	test -d $(VENV) || $(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --disable-pip-version-check -q -c constraints.txt torch
 	$(BIN)/pip install --disable-pip-version-check -q -c constraints.txt -e '.[dev]'
+	$(BIN)/pip install --disable-pip-version-check -q --no-deps -r peers.txt
 	touch $@
 
 demo: $(READY)
