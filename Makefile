@@ -1,11 +1,11 @@
-# make demo | test | bench | lint | sanitize: each sets up what it needs. PYTHON chooses the interpreter.
+# make demo | test | bench | gpu | lint | sanitize: each sets up what it needs. PYTHON chooses the interpreter.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/ready
-SOURCES := pyproject.toml setup.py constraints.txt $(shell find csrc -name '*.h' -o -name '*.cpp')
+SOURCES := pyproject.toml setup.py constraints.txt peers.txt $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu')
 
-.PHONY: help demo test bench lint sanitize clean
+.PHONY: help demo test bench gpu lint sanitize clean
 
 help:
 	@grep -E '^# make' Makefile
@@ -15,6 +15,7 @@ $(READY): $(SOURCES)
 	test -d $(VENV) || $(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --disable-pip-version-check -q -c constraints.txt torch
 	$(BIN)/pip install --disable-pip-version-check -q -c constraints.txt -e '.[dev]'
+	$(BIN)/pip install --disable-pip-version-check -q --no-deps -r peers.txt
 	touch $@
 
 demo: $(READY)
@@ -27,11 +28,18 @@ test: $(READY)
 bench: $(READY)
 	$(BIN)/python -m benchmarks
 
+# on a machine with a GPU: builds in place with the python, torch, nvcc, pybind11 and ninja that are there and
+# fetches nothing; another torch than the pinned one may warn
+gpu:
+	FUSED_WARMUP_CUDA=1 FUSED_WARMUP_CUDA_ARCHS=$$($(PYTHON) -m benchmarks.arch) $(PYTHON) setup.py -q build_ext --inplace
+	$(PYTHON) -m pytest -q -W default tests/test_gpu.py tests/test_backends.py tests/test_capture.py
+	$(PYTHON) -m benchmarks.gpu
+
 lint: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/clang-format --dry-run --Werror $(shell find csrc tests -name '*.h' -o -name '*.cpp')
+	$(BIN)/clang-format --dry-run --Werror $(shell find csrc tests -name '*.h' -o -name '*.cpp' -o -name '*.cu')
 
 sanitize: $(READY)
 	$(BIN)/python tests/sanitize.py

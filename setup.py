@@ -1,10 +1,13 @@
-"""Builds fused_warmup._cpu with g++ or clang++ and ninja; neither torch nor a GPU is needed.
+"""Builds fused_warmup._cpu, and fused_warmup._cuda where nvcc is; neither torch nor a GPU is needed.
 
-Environment: CXX chooses the compiler; FUSED_WARMUP_CXXFLAGS adds flags, for example a sanitizer.
+Environment: CXX chooses the compiler, g++ or clang++; FUSED_WARMUP_CXXFLAGS adds flags, for example a
+sanitizer. FUSED_WARMUP_CUDA=0 leaves the CUDA kernels out and =1 insists on them; FUSED_WARMUP_CUDA_ARCHS
+restricts them to some devices, for example "80 90"; FUSED_WARMUP_NVCCFLAGS adds flags.
 """
 
 import os
 import platform
+import re
 import shlex
 import shutil
 import subprocess
@@ -26,6 +29,16 @@ if platform.machine() in ("x86_64", "AMD64"):
     CXXFLAGS += " -DFW_X86_64"
     ISA_FLAGS["avx2"] = "-mavx2 -mfma -mbmi2"
     ISA_FLAGS["avx512"] = "-mavx512f -mavx512bw -mavx512dq -mavx512vl -mfma -mbmi2 -mprefer-vector-width=512"
+# one object per rule of the list that all kernels iterate over
+RULES = re.findall(
+    r"\bX\((\w+)\)", re.search("define FW_RULES.*", (ROOT / "csrc/rules.h").read_text(encoding="utf-8"))[0]
+)
+CUDA_ARCHS = "75 80 86 89 90 100 120"
+# -fmad: contraction off here too. The rest of the first line are defaults that the results depend on.
+NVCCFLAGS = (
+    "-O3 -std=c++17 -fmad=false -ftz=false -prec-div=true -prec-sqrt=true "
+    "-cudart static -Xfatbin=-compress-all -Xcompiler=-fPIC,-fvisibility=hidden,-Wall,-Wextra"
+)
 
 
 def find_ninja() -> str:
@@ -46,22 +59,50 @@ def escaped(path: Path) -> str:
     return str(path).replace("$", "$$").replace(" ", "$ ").replace(":", "$:")
 
 
-def ninja_file(target: Path) -> str:
-    """Return the text of a build file that makes the CPU extension."""
+def find_nvcc() -> str | None:
+    """Return the nvcc to use, or None if the CUDA kernels are left out."""
+    return None if WANTED == "0" else shutil.which("nvcc")
+
+
+def explain_missing_nvcc() -> None:
+    """Say why there will be no CUDA kernels, or stop if they must be there."""
+    if WANTED not in ("0", "1", "auto"):
+        raise SystemExit(f"fused_warmup: FUSED_WARMUP_CUDA must be 0, 1 or auto, got {WANTED}.")
+    if NVCC is None and WANTED == "1":
+        raise SystemExit("fused_warmup: nvcc must be on PATH for FUSED_WARMUP_CUDA=1, got none.")
+    if NVCC is None and WANTED == "auto":
+        print(
+            "fused_warmup: building without CUDA: nvcc not found on PATH "
+            "(FUSED_WARMUP_CUDA=1 makes this an error)",
+            flush=True,
+        )
+
+
+def compiler_lines() -> list[str]:
+    """Return the rule that both extensions compile C++ with."""
     import pybind11
 
     cxx = os.environ.get("CXX", "g++")
     extra = os.environ.get("FUSED_WARMUP_CXXFLAGS", "")
     paths = (pybind11.get_include(), sysconfig.get_paths()["include"])
     includes = " ".join(shlex.quote(f"-I{path}") for path in paths)
-    lines = [
-        f"cxxflags = {CXXFLAGS} {includes} {extra}",
+    return [
+        f"cxx = {cxx}",
+        f"extra = {extra}",
+        f"cxxflags = {CXXFLAGS} {includes} $extra",
         "rule cxx",
-        f"  command = {cxx} $cxxflags $isa -MMD -MF $out.d -c $in -o $out",
+        "  command = $cxx $cxxflags $isa -MMD -MF $out.d -c $in -o $out",
         "  depfile = $out.d",
         "  deps = gcc",
+    ]
+
+
+def cpu_lines(target: Path) -> list[str]:
+    """Return the lines of a build file that make the CPU extension."""
+    lines = [
+        *compiler_lines(),
         "rule link",
-        f"  command = {cxx} -shared -fopenmp {extra} $in -o $out",
+        "  command = $cxx -shared -fopenmp $extra $in -o $out",
         f"build bindings.o: cxx {escaped(ROOT / 'csrc/cpu/bindings.cpp')}",
     ]
     objects = ["bindings.o"]
@@ -69,12 +110,47 @@ def ninja_file(target: Path) -> str:
         objects.append(f"kernels_{isa}.o")
         lines.append(f"build {objects[-1]}: cxx {escaped(ROOT / 'csrc/cpu/kernels.cpp')}")
         lines.append(f"  isa = -DFW_ISA={isa} {flags}")
-    lines.append(f"build {escaped(target)}: link {' '.join(objects)}")
-    return "\n".join(lines) + "\n"
+    return [*lines, f"build {escaped(target)}: link {' '.join(objects)}"]
+
+
+def cuda_lines(target: Path, nvcc: str) -> list[str]:
+    """Return the lines of a build file that make the CUDA extension, one object per rule."""
+    archs = os.environ.get("FUSED_WARMUP_CUDA_ARCHS", CUDA_ARCHS).replace(",", " ").replace(";", " ").split()
+    # nothing in the sources depends on the device, so one translation serves all of them
+    first, last = min(archs, key=int), max(archs, key=int)
+    machine = ",".join(f"sm_{arch}" for arch in archs)
+    gencode = (
+        f"-gencode 'arch=compute_{first},code=[{machine}]' -gencode arch=compute_{last},code=compute_{last}"
+    )
+    extra = os.environ.get("FUSED_WARMUP_NVCCFLAGS", "")
+    lines = [
+        *compiler_lines(),
+        f"nvcc = {shlex.quote(nvcc)} -ccbin {shlex.quote(os.environ.get('CXX', 'g++'))}",
+        f"nvccflags = {NVCCFLAGS} {gencode} {extra}",
+        "rule nvcc",
+        "  command = $nvcc $nvccflags -DFW_RULE=$optimizer -MD -MF $out.d -c $in -o $out",
+        "  depfile = $out.d",
+        "  deps = gcc",
+        "rule link",
+        # the symbols of the runtime inside must not meet those of another one in the process
+        "  command = $nvcc -shared -cudart static -Xlinker --exclude-libs,ALL $in -o $out",
+        f"build bindings.o: cxx {escaped(ROOT / 'csrc/cuda/bindings.cpp')}",
+    ]
+    objects = ["bindings.o"]
+    for rule in RULES:
+        objects.append(f"kernels_{rule}.o")
+        lines.append(f"build {objects[-1]}: nvcc {escaped(ROOT / 'csrc/cuda/kernels.cu')}")
+        lines.append(f"  optimizer = {rule}")
+    return [*lines, f"build {escaped(target)}: link {' '.join(objects)}"]
 
 
 class NinjaBuild(build_ext):
-    """Compiles one source once per instruction set, which a plain Extension cannot say."""
+    """Compiles one source once per instruction set or rule, which a plain Extension cannot say."""
+
+    def run(self) -> None:
+        """Build what this machine can."""
+        explain_missing_nvcc()
+        super().run()
 
     def build_extension(self, ext: Extension) -> None:
         """Write the build file and run ninja."""
@@ -82,7 +158,8 @@ class NinjaBuild(build_ext):
         folder = (Path(self.build_temp) / ext.name).resolve()
         folder.mkdir(parents=True, exist_ok=True)
         target.parent.mkdir(parents=True, exist_ok=True)
-        (folder / "build.ninja").write_text(ninja_file(target))
+        lines = cpu_lines(target) if ext.name == CPU else cuda_lines(target, str(NVCC))
+        (folder / "build.ninja").write_text("\n".join(lines) + "\n")
         command = [
             find_ninja(),
             "-C",
@@ -92,7 +169,19 @@ class NinjaBuild(build_ext):
         print("fused_warmup: " + shlex.join(command), flush=True)
         result = subprocess.run(command, check=False)
         if result.returncode:
-            sys.exit(f"fused_warmup: the build of {ext.name} failed; a C++17 compiler with OpenMP is needed.")
+            sys.exit(f"fused_warmup: the build of {ext.name} failed; {NEEDED[ext.name]}.")
 
 
-setup(ext_modules=[Extension("fused_warmup._cpu", sources=[])], cmdclass={"build_ext": NinjaBuild})
+CPU, CUDA = "fused_warmup._cpu", "fused_warmup._cuda"
+NEEDED = {
+    CPU: "a C++17 compiler with OpenMP is needed",
+    CUDA: f"an nvcc that knows the devices {CUDA_ARCHS} is needed, or fewer in FUSED_WARMUP_CUDA_ARCHS, "
+    "or FUSED_WARMUP_CUDA=0",
+}
+WANTED = os.environ.get("FUSED_WARMUP_CUDA", "auto")
+NVCC = find_nvcc()
+
+setup(
+    ext_modules=[Extension(name, sources=[]) for name in (CPU, *([CUDA] if NVCC else []))],
+    cmdclass={"build_ext": NinjaBuild},
+)

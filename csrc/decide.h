@@ -9,25 +9,21 @@
 
 namespace fw {
 
-struct Verdict {
-  int64_t t;         // updates made before this one: the index that schedules are evaluated at
-  double grad_norm;  // of the gradients as they came, before clipping; NaN when not measured yet
-  double grad_norm_l1;
-  double clip_coef;
-  double average_weight;
-  bool skipped;
-};
-
+// the norms of gradients that came multiplied by 1 / unscale
 FW_HD void note_norms(Verdict& verdict, const Partial& total) {
-  verdict.grad_norm = sqrt(total.l2_sq);
-  verdict.grad_norm_l1 = total.l1;
+  verdict.grad_norm = sqrt(total.l2_sq) * verdict.unscale;
+  verdict.grad_norm_l1 = total.l1 * verdict.unscale;
 }
 
+// t is the number of updates made before this one: the index that schedules are evaluated at
 FW_HD Verdict judge(const Step& step, const Partial& total) {
   Verdict verdict = {};
   verdict.t = at<Counters>(step.counters)->step;
-  note_norms(verdict, total);
-  verdict.skipped = step.skip_nonfinite && total.nonfinite > 0;
+  verdict.unscale = step.grad_scale ? 1.0 / static_cast<double>(*at<float>(step.grad_scale)) : 1.0;
+  verdict.rect = verdict.grad_norm = verdict.grad_norm_l1 = NAN;
+  if (step.measure) note_norms(verdict, total);
+  bool found_inf = step.found_inf && *at<float>(step.found_inf) != 0.0f;
+  verdict.skipped = found_inf || (step.skip_nonfinite && total.nonfinite > 0);
   double ratio = step.clip ? step.max_grad_norm / (verdict.grad_norm + 1e-6) : 1.0;
   // a NaN ratio stays, as in torch.nn.utils.clip_grad_norm_
   verdict.clip_coef = ratio >= 1.0 ? 1.0 : ratio;
@@ -57,7 +53,7 @@ FW_HD void set_scalars(const Step& step, const Verdict& verdict, int64_t row) {
   const Row& r = at<Row>(step.rows)[row];
   const Hyper& h = at<Hyper>(step.hypers)[r.group];
   const Rates& rates = at<Rates>(step.rates)[r.group];
-  Scalars s = common_scalars(h, rates, verdict.clip_coef);
+  Scalars s = common_scalars(h, rates, verdict.clip_coef * verdict.unscale);
   int64_t updates = *at<int64_t>(r.step);
   Rule::scalars(h, rates.lr, updates, s);
   if (updates == 1 && !r.initialized && h.init == kInitGrad) s.init_grad = h.init_scale;
@@ -68,7 +64,8 @@ FW_HD void set_scalars(const Step& step, const Verdict& verdict, int64_t row) {
   at<Scalars>(step.scalars)[row] = s;
 }
 
-FW_HD void record(const Step& step, const Verdict& verdict, double rect) {
+// the telemetry row of this step, and the counts of the next
+FW_HD void record(const Step& step, const Verdict& verdict) {
   Counters& counters = *at<Counters>(step.counters);
   Slots& slots = *at<Slots>(step.slots);
   if (!verdict.skipped) counters.step = verdict.t + 1;
@@ -79,13 +76,25 @@ FW_HD void record(const Step& step, const Verdict& verdict, double rect) {
     line.grad_norm = verdict.grad_norm;
     line.grad_norm_l1 = verdict.grad_norm_l1;
     line.clip_coef = verdict.clip_coef;
-    line.rect = rect;
+    line.rect = verdict.rect;
     line.skipped = verdict.skipped ? 1.0 : 0.0;
     line.loss = slots.loss;
     line.sharpness = slots.sharpness;
   }
   slots.loss = slots.sharpness = NAN;
   counters.calls += 1;
+}
+
+// whether the update adds up the norms, because nothing measured them before and somebody wants to know
+FW_HD bool accumulates(const Step& step) { return !step.measure && step.telemetry_capacity > 0; }
+
+// the norms that the update added up, into the row that record() wrote
+FW_HD void record_norms(const Step& step, Verdict& verdict, const Partial& total) {
+  note_norms(verdict, total);
+  int64_t last = at<Counters>(step.counters)->calls - 1;
+  Telemetry& line = at<Telemetry>(step.telemetry)[last % step.telemetry_capacity];
+  line.grad_norm = verdict.grad_norm;
+  line.grad_norm_l1 = verdict.grad_norm_l1;
 }
 
 }  // namespace fw

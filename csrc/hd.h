@@ -19,11 +19,28 @@ using std::uint16_t;
 using std::uint32_t;
 using std::uint64_t;
 
+// A pointer that is known to be one to global memory: the device has an instruction for that, and a slower
+// one for any memory.
+template <class T>
+FW_HD T* global(T* pointer) {
+#if defined(__CUDA_ARCH__)
+  __builtin_assume(__isGlobal(pointer));
+#endif
+  return pointer;
+}
+
 // plain sqrt and fabs of <cmath> would widen a float to double
 FW_HD float root(float x) { return sqrtf(x); }
 FW_HD double root(double x) { return sqrt(x); }
 FW_HD float magnitude(float x) { return fabsf(x); }
 FW_HD double magnitude(double x) { return fabs(x); }
+
+// cos(pi x): the device's own needs no memory for the reduction of large arguments
+#if defined(__CUDA_ARCH__)
+FW_HD double cos_of_pi(double x) { return cospi(x); }
+#else
+FW_HD double cos_of_pi(double x) { return cos(3.141592653589793 * x); }
+#endif
 
 // a * b + c rounded once where the machine has the instruction: written out, and contraction by the compiler
 // turned off, so that every machine that has it gives the same bits

@@ -18,7 +18,7 @@ FW_HD double segment_value(const Segment& segment, const double* values, int64_t
     case kLinear:
       return start + (end - start) * x;
     case kCosine:
-      return start + (end - start) * (0.5 * (1.0 - cos(3.141592653589793 * x)));
+      return start + (end - start) * (0.5 * (1.0 - cos_of_pi(x)));
     case kExponential:
       return start * pow(end / start, x);
     case kPolynomial:

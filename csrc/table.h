@@ -126,6 +126,18 @@ enum SegmentKind : int32_t {
   X(double, loss, 56)         \
   X(double, sharpness, 64)
 
+// what the decide stage finds out for all rows of one step; the update reads it
+#define FW_VERDICT(X)           \
+  X(int64_t, t, 0)              \
+  X(double, grad_norm, 8)       \
+  X(double, grad_norm_l1, 16)   \
+  X(double, clip_coef, 24)      \
+  X(double, unscale, 32)        \
+  X(double, average_weight, 40) \
+  X(double, rect, 48)           \
+  X(int32_t, skipped, 56)       \
+  X(int32_t, finished_blocks, 60)
+
 // one call of step(): addresses of the columns, their lengths, and the settings of the optimizer
 #define FW_STEP(X)                    \
   X(uint64_t, rows, 0)                \
@@ -152,7 +164,10 @@ enum SegmentKind : int32_t {
   X(int32_t, average_kind, 168)       \
   X(int32_t, skip_nonfinite, 172)     \
   X(int32_t, measure, 176)            \
-  X(int32_t, clip, 180)
+  X(int32_t, clip, 180)               \
+  X(uint64_t, verdict, 184)           \
+  X(uint64_t, grad_scale, 192)        \
+  X(uint64_t, found_inf, 200)
 
 #define FW_STRUCTS(X)        \
   X(Row, FW_ROW)             \
@@ -165,6 +180,7 @@ enum SegmentKind : int32_t {
   X(Counters, FW_COUNTERS)   \
   X(Slots, FW_SLOTS)         \
   X(Telemetry, FW_TELEMETRY) \
+  X(Verdict, FW_VERDICT)     \
   X(Step, FW_STEP)
 
 #define FW_FIELD(type, name, offset) type name;
@@ -189,7 +205,7 @@ FW_STRUCTS(FW_VERIFY)
 // an address of the table as a typed pointer
 template <class T>
 FW_HD T* at(uint64_t address) {
-  return reinterpret_cast<T*>(address);
+  return global(reinterpret_cast<T*>(address));
 }
 
 }  // namespace fw

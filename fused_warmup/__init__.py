@@ -1,11 +1,20 @@
 """fused_warmup: the whole optimizer stage of a PyTorch training step in one call, and the warmup it needs."""
 
+import importlib
+from typing import TYPE_CHECKING, Any
+
 from . import schedules
 from ._version import __version__
 from .averaging import EMA, SWA
 from .backends import available_backends
 from .optimizer import FusedOptimizer
 from .optimizers import SGD, Adam, AdamW, GIAdam, RAdam
+
+if TYPE_CHECKING:
+    from . import sharpness, tuning
+    from .sharpness import SharpnessProbe
+    from .sharpness import SharpnessReading as SharpnessReading
+    from .tuning import PersistentCatapult
 
 __all__ = [
     "EMA",
@@ -15,8 +24,32 @@ __all__ = [
     "AdamW",
     "FusedOptimizer",
     "GIAdam",
+    "PersistentCatapult",
     "RAdam",
+    "SharpnessProbe",
     "__version__",
     "available_backends",
     "schedules",
+    "sharpness",
+    "tuning",
 ]
+
+# imported when they are first asked for
+_LATER = {
+    "sharpness": "sharpness",
+    "tuning": "tuning",
+    "SharpnessProbe": "sharpness",
+    "SharpnessReading": "sharpness",
+    "PersistentCatapult": "tuning",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _LATER:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    module = importlib.import_module(f".{_LATER[name]}", __name__)
+    return module if name == _LATER[name] else getattr(module, name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_LATER})

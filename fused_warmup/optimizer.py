@@ -17,11 +17,13 @@ from . import plan as planning
 from .averaging import EMA, SWA, Average, swapped
 from .backends import BACKENDS, resolve
 from .backends.base import Backend
+from .columns import is_capturing
 from .plan import Plan
 from .schedules import Schedule
 from .state import load_state, pack_state
 from .table import COUNTERS, RATES, Hyper, Settings
 from .telemetry import Telemetry
+from .traffic import Traffic, traffic
 
 Params = Iterable[Tensor] | Iterable[dict[str, Any]] | Iterable[tuple[str, Tensor]]
 
@@ -69,6 +71,7 @@ class FusedOptimizer(Optimizer):
     """
 
     rule: ClassVar[str]
+    _step_supports_amp_scaling = True
 
     def __init__(
         self,
@@ -100,6 +103,7 @@ class FusedOptimizer(Optimizer):
         self._check_settings()
         self._counters: Tensor | None = None
         self._init_norm_sq = 0.0
+        self._captured: list[Plan] = []
         self._swapped = False
         self._backend: Backend | None = None
         self._reset()
@@ -226,7 +230,8 @@ class FusedOptimizer(Optimizer):
             What the closure returned, or None.
 
         Raises:
-            RuntimeError: If called inside ``averaged_parameters``.
+            RuntimeError: If called inside ``averaged_parameters``, or while a graph is captured that could
+                not be replayed: gradients that moved, states or groups that are new.
             TypeError: If a parameter or gradient is of a kind that no backend takes.
             ValueError: If a parameter, gradient or hyper-parameter does not fit. Nothing is changed then.
         """
@@ -241,17 +246,59 @@ class FusedOptimizer(Optimizer):
         plan, backend = self._prepared_plan()
         if isinstance(loss, (Tensor, float)):
             self.record_loss(loss)
+        if plan.fresh_grads and len(plan.rows) > backend.carries:
+            plan.push_grads()
         backend.step(plan)
+        plan.sent_grads()
         self._last_rates = plan.rates
         changed = plan.finish()
-        self.telemetry.advance()
+        if is_capturing(plan.device):
+            self._keep_captured(plan)
+        else:
+            self.telemetry.advance()
         self._random_pending = False
         if changed:
             torch.autograd.graph.increment_version(changed)
         return loss
 
-    def _prepared_plan(self) -> tuple[Plan, Backend]:
-        """Return the table with the addresses and hyper-parameters of this step, and the backend."""
+    def init_state(self) -> None:
+        """Allocate the states of all parameters now, and the table on the device.
+
+        ``step()`` would do so when a parameter gets its first gradient, which it must not do while a CUDA
+        graph is captured. The gradients that a graph will write must be in ``.grad`` already.
+
+        Raises:
+            TypeError: If a parameter or gradient is of a kind that no backend takes.
+            ValueError: If a parameter, gradient or hyper-parameter does not fit.
+        """
+        self._reset()
+        plan, backend = self._prepared_plan(every=True)
+        plan.push_grads()
+        backend.prepare(plan)
+        plan.release()
+
+    def _keep_captured(self, plan: Plan) -> None:
+        """Keep the table that a graph reads, whatever tables later eager steps need."""
+        plan.columns.captured = True
+        if not any(plan is kept for kept in self._captured):
+            self._captured.append(plan)
+
+    def update_captured(self) -> None:
+        """Let captured graphs see hyper-parameters that changed since the capture.
+
+        Schedules, step counts and averages move on the device by themselves; ``param_groups`` are read on
+        the host, which a replay does not pass through. ``load_state_dict`` calls this.
+        """
+        for plan in self._captured:
+            groups = self.param_groups[: len(plan.hypers)]
+            plan.refresh_groups(groups, self._hyper_keys, self._make_hyper)
+
+    def _prepared_plan(self, every: bool = False) -> tuple[Plan, Backend]:
+        """Return the table with the addresses and hyper-parameters of this step, and the backend.
+
+        Args:
+            every: Give all parameters a state, also those without a gradient.
+        """
         self._check_settings()
         plan, backend = self._plan, self._backend
         if (
@@ -261,7 +308,7 @@ class FusedOptimizer(Optimizer):
             or not plan.refresh(self._exposed)
         ):
             with torch.no_grad():
-                plan, backend = self._build()
+                plan, backend = self._build(every)
             self._planned_average = self.average
             if not plan.refresh(exposed=True):
                 raise RuntimeError(f"{type(self).__name__}: parameters must stay in place while step() runs.")
@@ -270,21 +317,34 @@ class FusedOptimizer(Optimizer):
             if wanted != [len(row.states) for row in plan.rows]:
                 # an option that changes the states, amsgrad or momentum, was turned on or off
                 self._reset()
-                return self._prepared_plan()
+                return self._prepared_plan(every)
         measure = self.max_grad_norm is not None or self.nonfinite == "skip" or self._random_pending
+        # a GradScaler sets these around step() and deletes them
+        plan.scale(getattr(self, "grad_scale", None), getattr(self, "found_inf", None))
         plan.prepare(Settings(self.max_grad_norm, self.nonfinite == "skip", measure, self._init_norm_sq))
         self._plan, self._backend = plan, backend
         return plan, backend
 
-    def _build(self) -> tuple[Plan, Backend]:
-        """Check all tensors, then allocate missing states and lay out the table."""
+    def _build(self, every: bool) -> tuple[Plan, Backend]:
+        """Check all tensors, then allocate missing states and lay out the table.
+
+        Args:
+            every: Give all parameters a state, also those without a gradient.
+        """
         name = type(self).__name__
+        if any(is_capturing(p.device) for group in self.param_groups for p in group["params"][:1]):
+            raise RuntimeError(
+                f"{name}: states and table must stand before a graph is captured, got parameters, groups, "
+                "states or averages that are new or were moved. Call init_state() before the capture, with "
+                "the gradients that the graph will write in .grad."
+            )
         hypers = [self._make_hyper(group) for group in self.param_groups]
         members = [(i, p) for i, group in enumerate(self.param_groups) for p in group["params"]]
         device: torch.device | None = None
         known: list[tuple[int, int, Tensor, Tensor]] = []
         for index, (g, param) in enumerate(members):
-            if param.grad is None and "step" not in self._state.get(param, {}):
+            idle = param.grad is None and "step" not in self._state.get(param, {})
+            if idle and not (every and param.requires_grad):
                 continue
             local = layout.check_param(name, index, param, device)
             device = local.device
@@ -310,7 +370,7 @@ class FusedOptimizer(Optimizer):
         if self._counters is None or self._counters.device != device:
             fresh = torch.zeros(len(COUNTERS), dtype=torch.int64, device=device)
             self._counters = fresh if self._counters is None else fresh.copy_(self._counters)
-        self.telemetry.allocate(device)
+        self.telemetry.allocate(device, self._counters)
         self._allocate([(g, p, local) for g, _, p, local in known], hypers)
         names = [self._state_names(group) for group in self.param_groups]
         averaged = self.average is not None
@@ -319,7 +379,8 @@ class FusedOptimizer(Optimizer):
             for g, index, p, local in known
         ]
         record = {"counters": self._counters, "slots": self.telemetry.slots, "page": self.telemetry.page}
-        return Plan(name, self.rule, rows, self.param_groups, self._state, self.average, record), backend
+        groups, state, average = self.param_groups, self._state, self.average
+        return Plan(name, self.rule, rows, groups, state, average, record, device), backend
 
     def _allocate(self, members: list[tuple[int, Tensor, Tensor]], hypers: list[Hyper]) -> None:
         """Make the states that are missing; new step counts share one buffer."""
@@ -346,12 +407,19 @@ class FusedOptimizer(Optimizer):
             if random:
                 # drawn on the host, so that its norm is known without a wait
                 noise = torch.randn(param.shape, dtype=torch.float64, device="cpu")
-                state["exp_avg_sq"].copy_(noise.square())
                 drawn += float(noise.square().sum())
+                noise = noise.square().pin_memory() if param.is_cuda else noise.square()
+                state["exp_avg_sq"].copy_(noise, non_blocking=True)
         if drawn:
             others = sum(param.numel() for _, param, _ in members) - sum(param.numel() for param in fresh)
             self._init_norm_sq = drawn + others
             self._random_pending = True
+
+    def traffic(self) -> Traffic:
+        """Return launches and bytes of the next step, for the gradients now in ``.grad``; nothing is run."""
+        plan, _ = self._prepared_plan()
+        plan.release()
+        return traffic(plan)
 
     def record_loss(self, loss: Tensor | float) -> None:
         """Put a loss into the telemetry row of the next step; nothing waits.
@@ -362,14 +430,28 @@ class FusedOptimizer(Optimizer):
         Raises:
             ValueError: If a tensor has more than one element.
         """
-        if isinstance(loss, Tensor) and loss.numel() != 1:
-            check.fail(type(self).__name__, "loss", "have one element", tuple(loss.shape))
+        self._record("loss", loss)
+
+    def record_sharpness(self, sharpness: Tensor | float) -> None:
+        """Put a sharpness into the telemetry row of the next step; nothing waits.
+
+        Args:
+            sharpness: 0-dim tensor or number. A ``SharpnessProbe`` calls this.
+
+        Raises:
+            ValueError: If a tensor has more than one element.
+        """
+        self._record("sharpness", sharpness)
+
+    def _record(self, name: str, value: Tensor | float) -> None:
+        if isinstance(value, Tensor) and value.numel() != 1:
+            check.fail(type(self).__name__, name, "have one element", tuple(value.shape))
         if self.telemetry.slots is None:
             device = next(
                 (p.device for group in self.param_groups for p in group["params"]), torch.device("cpu")
             )
             self.telemetry.allocate(device)
-        self.telemetry.record_loss(loss)
+        self.telemetry.record(name, value)
 
     def get_last_lr(self) -> list[float]:
         """Return the learning rate applied at the last step, one per group; waits for the device."""
@@ -448,6 +530,7 @@ class FusedOptimizer(Optimizer):
         self.state = kept.pop("state")
         super().__setstate__(kept)
         self._swapped = False
+        self._captured = []
         self._backend = None
         self._reset()
 

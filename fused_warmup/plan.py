@@ -20,9 +20,20 @@ from torch import Tensor
 from . import _checks as check
 from . import averaging, layout
 from .averaging import Average
+from .columns import Columns, is_capturing
 from .layout import check_grad, compute_dtype, describe, is_dense, local_tensor, same_layout
 from .schedules import Schedule
-from .table import DTYPES, MAX_STATES, RATES, STRUCTS, Hyper, Settings, chunks, pack_hypers
+from .table import (
+    AVERAGE_KINDS,
+    DTYPES,
+    MAX_STATES,
+    RATES,
+    STRUCTS,
+    Hyper,
+    Settings,
+    chunks,
+    pack_hypers,
+)
 
 
 @dataclass
@@ -161,7 +172,8 @@ class Plan:
     """The table of one optimizer: rows, chunks, groups and the settings of a step.
 
     Backends read either the Python side (``rows``, ``hypers``, ``settings``) or the packed side, whose
-    address is ``address``.
+    address is ``address``. Where the tensors are on another device, so are the ``columns`` of the packed
+    side; a captured graph reads them, so they stay where they are.
 
     Args:
         owner: Name of the optimizer class, for messages.
@@ -171,6 +183,12 @@ class Plan:
         state: State of the optimizer by parameter.
         average: What average the rows keep, or None.
         record: Device tensors ``counters``, ``slots`` and ``page`` (or None).
+        device: Where the tensors are.
+
+    Attributes:
+        scaling: ``grad_scale`` and ``found_inf`` of a ``GradScaler``, or None each.
+        fresh_grads: Whether addresses of gradients changed since they were last sent to the device.
+        has_float64: Whether any parameter is float64.
     """
 
     def __init__(
@@ -182,14 +200,18 @@ class Plan:
         state: Mapping[Tensor, dict[str, Any]],
         average: Average | None,
         record: Mapping[str, Tensor | None],
+        device: torch.device,
     ) -> None:
         self.owner, self.rule, self.rows = owner, rule, rows
+        self.device, self.columns = device, Columns(device)
+        self.fresh_grads = False
         self.settings = Settings()
         self.record = record
         self.hypers: list[Hyper] = []
-        self.rates = torch.empty(0, device="cpu")
+        self.rates = torch.empty(0, device=device)
         self.average = averaging.settings(average)
         self.numel = sum(row.work.numel() for row in rows)
+        self.has_float64 = any(row.work.dtype == torch.float64 for row in rows)
         self._groups, self._state, self._n_states = groups, state, len(state)
         self._members = [list(group["params"]) for group in groups]
         self._params = [row.param for row in rows]
@@ -204,8 +226,9 @@ class Plan:
         self._state_watch = Watch(forms, [local_tensor(t) for t in self._objects])
         self._grad_forms: Forms = forms([row.work for row in rows])
         self._strided = [row for row in rows if row.work is not row.local]
-        self._cast: list[int] = []
+        self._cast: dict[int, torch.dtype] = {}
         self._adopted: dict[int, Tensor] = {}
+        self.scaling: tuple[Tensor | None, Tensor | None] = (None, None)
         self._signatures: list[tuple[Any, ...] | None] = []
         self._pack_rows()
 
@@ -228,27 +251,30 @@ class Plan:
             packed["n_states"] = len(states)
             packed["initialized"] = row.initialized
         self._table = table
+        self._kinds: tuple[tuple[int, int, int], ...] | None = None
         self._grads = np.zeros(n, np.uint64)
         self._grads_out = self._grads.ctypes.data
+        # what the device has, where that is another copy
+        self._sent_grads = self._grads.copy()
         self._chunks = chunks([row.work.numel() for row in self.rows])
-        self._scalars = np.zeros(n, STRUCTS["Scalars"])
-        self._partials = np.zeros(len(self._chunks), STRUCTS["Partial"])
         self._step = np.zeros(1, STRUCTS["Step"])
+        self._stale_step = True
         kind, decay, start, every = self.average
         page = self.record["page"]
         self._set(
-            rows=self._table,
-            grads=self._grads,
-            chunks=self._chunks,
-            scalars=self._scalars,
-            partials=self._partials,
+            rows=self.columns.put("rows", self._table),
+            grads=self.columns.put("grads", self._grads),
+            chunks=self.columns.put("chunks", self._chunks),
+            scalars=self.columns.scratch("scalars", STRUCTS["Scalars"], n),
+            partials=self.columns.scratch("partials", STRUCTS["Partial"], len(self._chunks)),
+            verdict=self.columns.scratch("verdict", STRUCTS["Verdict"], 1),
             counters=self.record["counters"],
             slots=self.record["slots"],
             telemetry=page,
             n_rows=n,
             n_chunks=len(self._chunks),
             telemetry_capacity=0 if page is None else len(page),
-            average_kind={None: 0, "EMA": 1, "SWA": 2}[kind],
+            average_kind=AVERAGE_KINDS[kind],
             average_decay=decay,
             average_start=start,
             average_every=every,
@@ -256,25 +282,61 @@ class Plan:
         self.address: int = self._step.ctypes.data
 
     def _set(self, **fields: Any) -> None:
-        """Write fields of the Step struct; arrays and tensors by their address."""
+        """Write fields of the Step struct; tensors by their address."""
         for name, value in fields.items():
-            if isinstance(value, np.ndarray):
-                value = value.ctypes.data
-            elif isinstance(value, Tensor):
+            if isinstance(value, Tensor):
                 value = value.data_ptr()
             self._step[name] = 0 if value is None else value
+        self._stale_step = True
 
     def _pack_hypers(self) -> None:
         """Fill the columns of the groups and the segments of their schedules."""
-        self._hypers, self._segments, self._values = pack_hypers(self.hypers)
-        self.rates = torch.zeros(len(self.hypers), len(RATES), dtype=torch.float64, device="cpu")
+        self._hypers, segments, values = pack_hypers(self.hypers)
+        if len(self.rates) != len(self.hypers):
+            self.rates = torch.zeros(len(self.hypers), len(RATES), dtype=torch.float64, device=self.device)
         self._set(
-            hypers=self._hypers,
-            segments=self._segments,
-            values=self._values,
+            hypers=self.columns.put("hypers", self._hypers),
+            segments=self.columns.put("segments", segments),
+            values=self.columns.put("values", values),
             rates=self.rates,
             n_groups=len(self.hypers),
         )
+
+    @property
+    def n_chunks(self) -> int:
+        """Number of chunks of all tensors."""
+        return len(self._chunks)
+
+    @property
+    def kinds(self) -> tuple[tuple[int, int, int], ...]:
+        """Combinations of dtype, dtype of the gradient and number of states that rows of the table have."""
+        if self._kinds is None:
+            found = np.unique(self._table[["dtype", "grad_dtype", "n_states"]])
+            self._kinds = tuple((int(a), int(b), int(c)) for a, b, c in found)
+        return self._kinds
+
+    def step_column(self) -> Tensor:
+        """Return the Step struct on the device, for kernels that take its address."""
+        if self._stale_step:
+            self.columns.put("step", self._step)
+            self._stale_step = False
+        return self.columns.tensors["step"]
+
+    @property
+    def grads_address(self) -> int:
+        """Address of the addresses of the gradients on the host, uint64 of ``[rows]``."""
+        return self._grads_out
+
+    def push_grads(self) -> None:
+        """Send the addresses of the gradients to the device."""
+        self.columns.push("grads")
+        self.sent_grads()
+
+    def sent_grads(self) -> None:
+        """Note that the device has the addresses of the gradients."""
+        if self.fresh_grads:
+            self._sent_grads[:] = self._grads
+            self.fresh_grads = False
 
     # once per step
 
@@ -294,19 +356,54 @@ class Plan:
         if not self._holds(exposed):
             return False
         odd = self._grad_forms.read(self._params, self._grads_out, True)
-        for i in self._cast:
-            self._table["grad_dtype"][i] = self._table["dtype"][i]
         self._adopted = {i: self._adopt(i, self._params[i].grad) for i in odd}
         for i, grad in self._adopted.items():
             self._grads[i] = grad.data_ptr() if grad.numel() else 1
             if self._grads[i] == 0:
                 name = describe(self.rows[i].index, self.rows[i].local)
                 check.fail(self.owner, f"the gradient of {name}", "hold data", "a null address")
-            self._table["grad_dtype"][i] = DTYPES[grad.dtype]
-        self._cast = [i for i, grad in self._adopted.items() if grad.dtype != self.rows[i].work.dtype]
+        kinds = {i: g.dtype for i, g in self._adopted.items() if g.dtype != self.rows[i].work.dtype}
+        recast = kinds != self._cast
+        if recast:
+            self._table["grad_dtype"] = self._table["dtype"]
+            for i, dtype in kinds.items():
+                self._table["grad_dtype"][i] = DTYPES[dtype]
+            self._cast, self._kinds = kinds, None
+        if self.columns.mirrored and not self._place_grads(recast):
+            self.release()
+            return False
         for row in self._strided:
             row.work.copy_(row.local.detach())
         return True
+
+    def _place_grads(self, recast: bool) -> bool:
+        """Find out whether the device has this step's gradients in its table.
+
+        Args:
+            recast: Whether a gradient has another dtype than at the step before.
+
+        Returns:
+            False if a captured graph reads the table, which must then stay as it is.
+
+        Raises:
+            RuntimeError: If the gradients are not those of the step before while a graph is captured.
+        """
+        changed = np.flatnonzero(self._grads != self._sent_grads)
+        self.fresh_grads = bool(len(changed))
+        if not len(changed) and not recast:
+            return True
+        if is_capturing(self.device):
+            index = self.rows[int(changed[0])].index if len(changed) else "of another dtype"
+            self.release()
+            raise RuntimeError(
+                f"{self.owner}: gradients must stay where they were at the step before while a graph is "
+                f"captured, got another or no gradient for parameter {index}. Make one step before the "
+                "capture with the gradients that the graph will write, and keep them: "
+                "zero_grad(set_to_none=False)."
+            )
+        if recast and not self.columns.captured:
+            self.columns.push("rows")
+        return not self.columns.captured
 
     def _holds(self, exposed: bool) -> bool:
         """Whether groups, states and addresses are still those that the table was built from."""
@@ -328,6 +425,10 @@ class Plan:
         """The gradients of this step in the layouts of the rows, or None."""
         grads = [param.grad for param in self._params]
         return [self._adopted.get(i, grad) for i, grad in enumerate(grads)]
+
+    def grad_sizes(self) -> list[int]:
+        """Return the bytes of a gradient element, row by row, as the kernels read it."""
+        return [self._cast.get(i, row.work.dtype).itemsize for i, row in enumerate(self.rows)]
 
     def _adopt(self, i: int, grad: Tensor | None) -> Tensor:
         """Return a gradient of an unusual form in the layout of its row, copied where it must be."""
@@ -354,6 +455,9 @@ class Plan:
 
         Returns:
             True if anything but learning rates changed.
+
+        Raises:
+            RuntimeError: If they changed while a graph is captured.
         """
         read = itemgetter(*keys)
         signatures = [read(group) for group in groups]
@@ -366,6 +470,11 @@ class Plan:
         except (RuntimeError, ValueError):
             # somebody put a tensor or array of many elements there: make() will name it
             same = only_lr = [False] * len(groups)
+        if is_capturing(self.device) and self._signatures:
+            raise RuntimeError(
+                f"{self.owner}: hyper-parameters must stay as they were at the step before while a graph is "
+                "captured, got other ones. A schedule moves on the device."
+            )
         hypers = list(self.hypers) if len(self.hypers) == len(groups) else [Hyper(0.0)] * len(groups)
         rates = {}
         for i, group in enumerate(groups):
@@ -381,9 +490,34 @@ class Plan:
         self._signatures = [s if all(map(_is_frozen, s)) else None for s in signatures]
         if all(only_lr):
             self._hypers["lr"] = [h.lr for h in hypers]
+            self.columns.push("hypers")
         else:
             self._pack_hypers()
         return not all(only_lr)
+
+    def scale(self, grad_scale: Tensor | None, found_inf: Tensor | None) -> None:
+        """Take over what a ``GradScaler`` leaves: 0-dim float32 tensors on the device of the parameters.
+
+        Args:
+            grad_scale: The gradients came multiplied by it.
+            found_inf: Nothing is updated where it is not 0.
+
+        Raises:
+            ValueError: If one has another dtype, another device or more than one element.
+        """
+        if grad_scale is self.scaling[0] and found_inf is self.scaling[1]:
+            return
+        for name, tensor in (("grad_scale", grad_scale), ("found_inf", found_inf)):
+            if tensor is None:
+                continue
+            kind = (tensor.numel(), tensor.dtype, tensor.device)
+            if kind != (1, torch.float32, self.device):
+                condition = f"be one float32 on {self.device}"
+                value = f"{kind[0]} of {kind[1]} on {kind[2]}"
+                check.fail(self.owner, name, condition, value)
+        # held, because the step reads them after the caller may have dropped them
+        self.scaling = (grad_scale, found_inf)
+        self._set(grad_scale=grad_scale, found_inf=found_inf)
 
     def prepare(self, settings: Settings) -> None:
         """Take over what may change from step to step without touching the table."""

@@ -32,6 +32,7 @@ __all__ = [
     "from_json",
     "inverse_sqrt",
     "linear",
+    "parallel_warmup",
     "polynomial",
     "table",
     "warmup",
@@ -294,6 +295,28 @@ def warmup(steps: int, start: float = 0.0) -> Schedule:
     Source: Kalra & Barkeshli 2024, arXiv:2406.09405, with the step index of the authors' code.
     """
     return _ramp("warmup", start, 1.0, steps)
+
+
+def parallel_warmup(steps: int, start: float) -> Schedule:
+    """Warmup as steep as ``warmup(steps)`` that begins higher: ``min(1, start + (t + 1) / steps)``.
+
+    With ``start`` the critical rate over the target rate it saves the steps in which warmup only catches up.
+
+    Args:
+        steps: Length of the warmup that it is parallel to, at least 1 step.
+        start: Multiplier before the first step, >= 0.
+
+    Returns:
+        The schedule; 1 is held afterwards.
+
+    Source: Kalra & Barkeshli 2024, arXiv:2406.09405, section 5.1.
+    """
+    name = "parallel_warmup"
+    n, first = check.whole(name, "steps", steps, 1), check.number(name, "start", start)
+    below = sum(first + (t + 1) / n < 1.0 for t in range(n))
+    if not below:
+        return constant()
+    return linear(first + 1 / n, first + (below + 1) / n, below).then(constant())
 
 
 def constant(value: float = 1.0, steps: int | None = None) -> Schedule:

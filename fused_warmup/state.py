@@ -85,6 +85,7 @@ def load_state(opt: FusedOptimizer, state_dict: dict[str, Any]) -> None:
             _fill(opt, param, states.get(param))
     _load_counters(opt, own, states)
     opt._reset()
+    opt.update_captured()
     for post_hook in opt._optimizer_load_state_dict_post_hooks.values():
         post_hook(opt)
 
@@ -212,8 +213,9 @@ def _load_counters(
     device = next((p.device for group in opt.param_groups for p in group["params"]), torch.device("cpu"))
     saved = own.get("counters")
     rows = own.get("telemetry")
+    calls = 0
     if opt.telemetry.enabled:
-        opt.telemetry.load_rows(
+        calls = opt.telemetry.load_rows(
             rows if rows is not None else torch.empty(0, len(TELEMETRY), dtype=torch.float64, device="cpu")
         )
     if saved is not None:
@@ -222,5 +224,5 @@ def _load_counters(
         step = max((state["step"] for state in states.values() if state["counted"]), default=0)
     if opt._counters is None:
         opt._counters = torch.zeros(len(COUNTERS), dtype=torch.int64, device=device)
-    opt._counters.copy_(torch.tensor([step, len(opt.telemetry)], dtype=torch.int64, device="cpu"))
+    opt._counters.copy_(torch.tensor([step, calls], dtype=torch.int64, device="cpu"))
     opt._init_norm_sq = float(own.get("init_norm_sq", 0.0))

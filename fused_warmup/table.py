@@ -20,6 +20,7 @@ DTYPES: dict[torch.dtype, int] = {
     torch.float16: 3,
 }
 INIT_KINDS = {"zeros": 0, "grad": 1, "random": 2}
+AVERAGE_KINDS = {None: 0, "EMA": 1, "SWA": 2}
 # elements of one chunk: a hundred kilobytes or so of each stream, and enough chunks to share among threads
 CHUNK = 1 << 15
 
@@ -107,6 +108,15 @@ _FIELDS: dict[str, list[tuple[str, str]]] = {
             "sharpness",
         )
     ],
+    "Verdict": [
+        ("t", "i8"),
+        *(
+            (name, "f8")
+            for name in ("grad_norm", "grad_norm_l1", "clip_coef", "unscale", "average_weight", "rect")
+        ),
+        ("skipped", "i4"),
+        ("finished_blocks", "i4"),
+    ],
     "Step": [
         *(
             (name, "u8")
@@ -129,6 +139,7 @@ _FIELDS: dict[str, list[tuple[str, str]]] = {
         *((name, "f8") for name in ("max_grad_norm", "init_norm_sq", "average_decay")),
         *((name, "i8") for name in ("average_start", "average_every")),
         *((name, "i4") for name in ("average_kind", "skip_nonfinite", "measure", "clip")),
+        *((name, "u8") for name in ("verdict", "grad_scale", "found_inf")),
     ],
 }
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from .table import SLOTS, TELEMETRY
+from .table import COUNTERS, SLOTS, TELEMETRY
 
 _PAGE = 1024
 
@@ -29,64 +29,93 @@ class Telemetry:
       rectified, 1 for rules without one, NaN when nothing was updated.
     * ``skipped``: 1 if a non-finite gradient made the step do nothing.
     * ``loss``: what ``record_loss`` was given since the step before; NaN without one.
-    * ``sharpness``: the last sharpness reading; NaN without one.
+    * ``sharpness``: what ``record_sharpness`` was given since the step before, as a ``SharpnessProbe`` does;
+      NaN without one.
     """
 
     def __init__(self, enabled: bool = True) -> None:
         self.enabled = enabled
         self.page: Tensor | None = None
         self.slots: Tensor | None = None
-        self._pages: list[Tensor] = []
-        self._rows = 0
+        self._counters: Tensor | None = None
+        # rows on the host, then copies of the page under way with the counts at the time of each
+        self._rows: list[Tensor] = []
+        self._copies: list[tuple[Tensor, Tensor]] = []
+        self._calls = 0
+        self._uncopied = 0
 
-    def allocate(self, device: torch.device) -> None:
+    def allocate(self, device: torch.device, counters: Tensor | None = None) -> None:
         """Make the page and the slots on the device of the parameters; nothing if they are there."""
         if self.slots is None or self.slots.device != device:
             self.slots = torch.full((len(SLOTS),), torch.nan, dtype=torch.float64, device=device)
         if self.enabled and (self.page is None or self.page.device != device):
             page = torch.zeros(_PAGE, len(TELEMETRY), dtype=torch.float64, device=device)
             self.page = page if self.page is None else page.copy_(self.page)
+        if counters is not None:
+            self._counters = counters
 
     def advance(self) -> None:
         """Note that the device has written one more row."""
-        if self.page is None:
+        if self.page is None or self._counters is None:
             return
-        self._rows += 1
-        if self._rows % _PAGE == 0:
-            pinned = self.page.is_cuda
-            copy = torch.empty(self.page.shape, dtype=self.page.dtype, device="cpu", pin_memory=pinned)
-            self._pages.append(copy.copy_(self.page, non_blocking=pinned))
+        self._uncopied += 1
+        if self._uncopied == _PAGE:
+            self._copies.append((_copied(self.page), _copied(self._counters)))
+            self._uncopied = 0
 
-    def record_loss(self, loss: Tensor | float) -> None:
-        """Leave the loss for the next row; nothing waits."""
+    def record(self, name: str, value: Tensor | float) -> None:
+        """Leave the loss or sharpness for the next row; nothing waits."""
         assert self.slots is not None
-        slot = self.slots[SLOTS.index("loss")]
-        if isinstance(loss, Tensor):
-            slot.copy_(loss.detach().reshape(()), non_blocking=True)
+        slot = self.slots[SLOTS.index(name)]
+        if isinstance(value, Tensor):
+            slot.copy_(value.detach().reshape(()), non_blocking=True)
         else:
-            slot.fill_(loss)
+            slot.fill_(value)
 
     def __len__(self) -> int:
-        """Return the number of rows."""
-        return self._rows
+        """Return the number of rows; waits for the device."""
+        self._collect()
+        return sum(map(len, self._rows))
 
     def rows(self) -> Tensor:
-        """Return all rows on the CPU, float64 of shape ``[len(self), columns]``; waits for the device."""
-        tail = self._tail()
-        if tail.is_cuda:
-            torch.cuda.synchronize(tail.device)
-        return torch.cat([*self._pages, tail.cpu()])
+        """Return all rows on the CPU, float64 of shape ``[steps, columns]``; waits for the device.
 
-    def load_rows(self, rows: Tensor) -> None:
-        """Take over the rows of another record, as the start of this one."""
-        rows = rows.to("cpu", torch.float64, copy=True)
-        pages = [rows[i : i + _PAGE] for i in range(0, len(rows), _PAGE)]
-        device = self.page.device if self.page is not None else torch.device("cpu")
-        self.page = torch.zeros(_PAGE, len(TELEMETRY), dtype=torch.float64, device=device)
-        if pages:
-            self.page[: len(pages[-1])] = pages[-1].to(device)
-        self._pages = pages[: len(rows) // _PAGE]
-        self._rows = len(rows)
+        Steps that a CUDA graph replays leave rows too. The page holds the last 1024: of more replays than
+        that without a reading in between, the older rows are gone.
+        """
+        self._collect()
+        self._rows = [
+            torch.cat([torch.empty(0, len(TELEMETRY), dtype=torch.float64, device="cpu"), *self._rows])
+        ]
+        return self._rows[0].clone()
+
+    def _collect(self) -> None:
+        """Take over the rows that the device has written; waits for it."""
+        if self.page is None or self._counters is None:
+            return
+        if self.page.is_cuda:
+            torch.cuda.synchronize(self.page.device)
+        for copy in [*self._copies, (self.page.cpu(), self._counters.cpu())]:
+            self._rows.append(self._new_rows(*copy))
+        self._copies, self._uncopied = [], 0
+
+    def _new_rows(self, page: Tensor, counters: Tensor) -> Tensor:
+        """Return the rows of a copy of the page that no copy before it had."""
+        calls = int(counters[COUNTERS.index("calls")])
+        new = range(max(self._calls, calls - _PAGE), calls)
+        self._calls = calls
+        return page[[call % _PAGE for call in new]]
+
+    def load_rows(self, rows: Tensor) -> int:
+        """Take over the rows of another record, as the start of this one.
+
+        Returns:
+            What the count of calls must be for the next row to come after them.
+        """
+        self._rows = [rows.to("cpu", torch.float64, copy=True)]
+        self._copies, self._uncopied = [], 0
+        self._calls = len(rows)
+        return self._calls
 
     def history(self) -> dict[str, Tensor]:
         """Return every column as a float64 CPU tensor of shape ``[len(self)]``; waits for the device."""
@@ -98,12 +127,13 @@ class Telemetry:
         Raises:
             RuntimeError: If there is no row yet, or telemetry is off.
         """
-        if self._rows == 0:
+        self._collect()
+        rows = next((block for block in reversed(self._rows) if len(block)), None)
+        if rows is None:
             raise RuntimeError(
                 "Telemetry: latest() must follow a step made with telemetry=True, got no rows."
             )
-        assert self.page is not None
-        return dict(zip(TELEMETRY, self.page[(self._rows - 1) % _PAGE].tolist(), strict=True))
+        return dict(zip(TELEMETRY, rows[-1].tolist(), strict=True))
 
     def to_csv(self, path: str | Path) -> None:
         """Write all rows to a CSV file with a header line; waits for the device.
@@ -116,8 +146,9 @@ class Telemetry:
             writer.writerow(TELEMETRY)
             writer.writerows(self.rows().tolist())
 
-    def _tail(self) -> Tensor:
-        """Return the rows that no finished page holds yet, where they are."""
-        if self.page is None:
-            return torch.empty(0, len(TELEMETRY), dtype=torch.float64, device="cpu")
-        return self.page[: self._rows % _PAGE]
+
+def _copied(tensor: Tensor) -> Tensor:
+    """Return a copy on the host without a wait; the device may still be writing it."""
+    pinned = tensor.device.type != "cpu"
+    copy = torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu", pin_memory=pinned)
+    return copy.copy_(tensor, non_blocking=pinned)

@@ -11,6 +11,9 @@ from torch import Tensor
 import fused_warmup as fw
 from fused_warmup import schedules
 
+# backends that take tensors on the CPU without an interpreter
+BACKENDS = tuple(name for name in ("reference", "cpu") if name in fw.available_backends())
+
 
 @dataclass(frozen=True)
 class Case:
@@ -87,13 +90,20 @@ SHAPES = [(0,), (), (1,), (63,), (2, 3, 5), (17, 31), (2047,), (2049,), (32769,)
 SMALL_SHAPES = [(0,), (), (1,), (63,), (2, 3, 5), (17, 31)]
 
 
-def make_params(dtype: torch.dtype, shapes: Any = SHAPES, seed: int = 0) -> list[torch.nn.Parameter]:
+def device_of(backend: str) -> str:
+    """Where tests put the parameters of a backend."""
+    return "cuda" if backend in ("cuda", "triton") and torch.cuda.is_available() else "cpu"
+
+
+def make_params(
+    dtype: torch.dtype, shapes: Any = SHAPES, seed: int = 0, device: str = "cpu"
+) -> list[torch.nn.Parameter]:
     """Normal parameters, the same numbers for every dtype up to rounding to bfloat16 and float16 at once."""
     generator = torch.Generator().manual_seed(seed)
     values = [
         torch.randn(shape, generator=generator).to(torch.bfloat16).to(torch.float16) for shape in shapes
     ]
-    return [torch.nn.Parameter(value.to(dtype)) for value in values]
+    return [torch.nn.Parameter(value.to(device, dtype)) for value in values]
 
 
 def set_grads(params: Any, step: int, scale: float = 1.0) -> None:
@@ -101,7 +111,7 @@ def set_grads(params: Any, step: int, scale: float = 1.0) -> None:
     generator = torch.Generator().manual_seed(1000 + step)
     for i, param in enumerate(params):
         grad = torch.randn(param.shape, generator=generator).to(torch.bfloat16) * (0.25 * (1 + i % 3))
-        param.grad = (grad.to(torch.float16).to(torch.float32) * scale).to(param.dtype)
+        param.grad = (grad.to(torch.float16).to(torch.float32) * scale).to(param.device, param.dtype)
 
 
 def states_of(opt: fw.FusedOptimizer, param: Tensor) -> dict[str, Tensor]:
@@ -111,7 +121,7 @@ def states_of(opt: fw.FusedOptimizer, param: Tensor) -> dict[str, Tensor]:
 
 def assert_close(name: str, actual: Tensor, expected: Tensor, atol: float, rtol: float = 0.0) -> None:
     """Every element within ``atol + rtol * |expected|``; the worst one is named."""
-    actual, expected = actual.detach().double(), expected.detach().double()
+    actual, expected = (t.detach().double().cpu() for t in (actual, expected))
     assert actual.shape == expected.shape, (name, actual.shape, expected.shape)
     excess = (actual - expected).abs() - (atol + rtol * expected.abs())
     same_nan = actual.isnan() & expected.isnan()
@@ -128,8 +138,5 @@ def assert_same_bits(name: str, actual: Tensor, expected: Tensor) -> None:
     """Bit for bit, NaN payloads and signs of zero included."""
     assert actual.dtype == expected.dtype, name
     assert actual.shape == expected.shape, name
-    same = (
-        actual.detach().contiguous().view(-1).view(torch.uint8),
-        expected.detach().contiguous().view(-1).view(torch.uint8),
-    )
+    same = [t.detach().cpu().contiguous().view(-1).view(torch.uint8) for t in (actual, expected)]
     assert torch.equal(*same), f"{name}: bits differ"

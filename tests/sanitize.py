@@ -1,7 +1,8 @@
 """Runs the kernels under AddressSanitizer and UndefinedBehaviorSanitizer: ``make sanitize``.
 
-The extension is built with both beside a copy of the package, and the tests that touch most memory run in an
-interpreter whose allocator is the sanitizer's, so that every tensor has red zones around it.
+The extension is built with both beside a copy of the package, and so are the CUDA kernels as the host runs them.
+The tests that touch most memory run in an interpreter whose allocator is the sanitizer's, so that every tensor
+has red zones around it.
 """
 
 import os
@@ -18,8 +19,16 @@ TESTS = [
     ROOT / "tests" / "test_properties.py",
     ROOT / "tests" / "test_bitwise.py",
     ROOT / "tests" / "test_backends.py",
+    ROOT / "tests" / "test_cuda_on_host.py",
 ]
-CHOICE = "not error_is_no_larger and not test_schedules and not float16"
+CHOICE = (
+    "not error_is_no_larger and not test_schedules and not float16 "
+    "and not (test_cuda_on_host and (test_trajectory or large or from_the_same_state))"
+)
+OVERFLOWS = {
+    "CPU": "CpuBackend()",
+    "CUDA": "CudaBackend(cuda_on_host.cached())",
+}
 
 
 def build() -> None:
@@ -28,7 +37,8 @@ def build() -> None:
     ignored = shutil.ignore_patterns("*.so", "__pycache__")
     shutil.copytree(ROOT / "fused_warmup", BUILD / "fused_warmup", ignore=ignored)
     command = [sys.executable, "setup.py", "-q", "build_ext", "-b", str(BUILD), "-t", str(BUILD / "objects")]
-    subprocess.run(command, cwd=ROOT, env={**os.environ, "FUSED_WARMUP_CXXFLAGS": FLAGS}, check=True)
+    extra = {"FUSED_WARMUP_CXXFLAGS": FLAGS, "FUSED_WARMUP_CUDA": "0"}
+    subprocess.run(command, cwd=ROOT, env={**os.environ, **extra}, check=True)
 
 
 def library(name: str) -> str:
@@ -46,29 +56,31 @@ def environment() -> dict[str, str]:
         "ASAN_OPTIONS": "detect_leaks=0:abort_on_error=0:verify_asan_link_order=0",
         "UBSAN_OPTIONS": "print_stacktrace=1",
         "PYTHONMALLOC": "malloc",
-        "PYTHONPATH": str(BUILD),
+        "PYTHONPATH": f"{BUILD}:{ROOT / 'tests'}",
+        "CUDA_ON_HOST_FLAGS": FLAGS,
     }
 
 
 def main() -> int:
     """Build, prove that an overflow is caught, and run the tests; return the exit code."""
     build()
-    overflow = (
-        "import torch, fused_warmup as fw\n"
-        "x = torch.nn.Parameter(torch.ones(100)); x.grad = torch.ones(100)\n"
-        "opt = fw.Adam([x]); opt.step()\n"
-        "opt._plan._chunks['count'] += 64\n"
-        "opt.step()\n"
-    )
     # the checkout must not be the working directory: Python would import the package from there
     run = {"cwd": BUILD, "env": environment()}
-    caught = subprocess.run([sys.executable, "-c", overflow], capture_output=True, text=True, **run)
-    if caught.returncode == 0 or "heap-buffer-overflow" not in caught.stderr:
-        print(
-            f"sanitize: an overflow on purpose must be caught, got exit code {caught.returncode}\n{caught.stderr}"
+    for name, backend in OVERFLOWS.items():
+        overflow = (
+            "import torch, cuda_on_host, fused_warmup as fw\n"
+            "from fused_warmup.backends.native import CpuBackend, CudaBackend\n"
+            "x = torch.nn.Parameter(torch.ones(100)); x.grad = torch.ones(100)\n"
+            f"opt = fw.Adam([x]); opt._backend = {backend}; opt.step()\n"
+            "opt._plan._chunks['count'] += 64\n"
+            "opt.step()\n"
         )
-        return 1
-    print("sanitize: an overflow on purpose was caught")
+        caught = subprocess.run([sys.executable, "-c", overflow], capture_output=True, text=True, **run)
+        if caught.returncode == 0 or "heap-buffer-overflow" not in caught.stderr:
+            print(f"sanitize: an overflow of the {name} kernels must be caught, got {caught.returncode}")
+            print(caught.stderr)
+            return 1
+        print(f"sanitize: an overflow of the {name} kernels on purpose was caught", flush=True)
     options = [
         "-q",
         "-x",

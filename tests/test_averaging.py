@@ -4,13 +4,13 @@ import copy
 
 import pytest
 import torch
-from cases import assert_close, assert_same_bits, make_params, set_grads
+from cases import BACKENDS, assert_close, assert_same_bits, make_params, set_grads
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn, update_bn
 
 import fused_warmup as fw
 
 
-@pytest.mark.parametrize("backend", fw.available_backends())
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 @pytest.mark.parametrize(
     ("average", "due", "multi_avg_fn"),
@@ -40,7 +40,7 @@ def test_same_as_swa_utils(average, due, multi_avg_fn, dtype, backend):
                     assert_close(f"average at {step}", p, q, 4 * eps, 4 * eps)
 
 
-@pytest.mark.parametrize("backend", fw.available_backends())
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_swap_is_exact_also_when_the_body_raises(backend):
     base = torch.randn(6, 8)
     strided = torch.nn.Parameter(base[:, ::2])

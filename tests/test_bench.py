@@ -7,6 +7,7 @@ import pytest
 import torch
 from click.testing import CliRunner
 
+from benchmarks import gpu
 from fused_warmup import _cpu
 from fused_warmup.cli import bench, machine, race, works
 
@@ -199,3 +200,28 @@ def test_a_filter_that_matches_nothing_names_the_rows():
     result = CliRunner().invoke(bench.bench, ["--filter", "nothing"])
     assert result.exit_code == 2
     assert "clip+Adam 10x2M" in result.output
+
+
+@pytest.mark.parametrize(
+    "work", ["300 x 6,667: RAdam, clip + step + EMA", "465 groups x 65,536: SGD, clip + step"]
+)
+def test_gpu_benchmark_runs_without_a_gpu(work, capsys):
+    """The same code with a clock in place of events; nothing is written."""
+    before = sorted(gpu.RESULTS.iterdir())
+    assert gpu.main(["--device", "cpu", "--quick", "--filter", work]) == 0
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith(f"| {work} |")]
+    assert [line.split("|")[2].strip() for line in lines[:2]] == ["cpu", "reference"]
+    assert all(float(line.split("|")[3]) > 0 for line in lines)
+    assert sorted(gpu.RESULTS.iterdir()) == before
+
+
+def test_gpu_benchmark_has_the_tensors_of_gpt():
+    """124,439,808 parameters in 148 tensors."""
+    sizes = gpu.gpt_sizes()
+    assert (len(sizes), sum(sizes)) == (148, 124_439_808)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is there")
+def test_gpu_benchmark_says_that_it_needs_a_gpu(capsys):
+    assert gpu.main([]) == 1
+    assert "must be there, got none" in capsys.readouterr().err

@@ -26,6 +26,8 @@ BASE = {
     "threads": 1,
     "backend": "auto",
     "out": "out",
+    "sharpness_every": 0,
+    "find_lr": False,
     "compare": True,
 }
 
@@ -92,6 +94,44 @@ def test_both_runs_agree(trained, model):
     assert abs(ours["averaged"]["loss"] - ours["validation"]["loss"]) > 1e-3
     pairs = zip(ours["losses"], theirs["losses"], strict=True)
     assert saved["max_loss_difference"] == max(abs(a - b) for a, b in pairs)
+
+
+@pytest.mark.parametrize("optimizer", ["adam", "sgd", "giadam", "radam"])
+def test_sharpness_and_line_search_are_drawn(tmp_path, optimizer):
+    """And the training is the one without them, bit for bit."""
+    more = ("--sharpness", "--sharpness-every", 2, "--find-lr")
+    common = ("--model", "digits", "--optimizer", optimizer, "--no-compare")
+    result = train(tmp_path / "with", *common, *more)
+    train(tmp_path / "without", *common)
+    saved, plain = (record(tmp_path / name, "digits") for name in ("with", "without"))
+    assert saved["ours"]["losses"] == plain["ours"]["losses"]
+    assert saved["ours"]["validation"] == plain["ours"]["validation"]
+    assert (plain["edge"], plain["search"]) == (None, None)
+    assert [row["step"] for row in saved["edge"]] == [1, 3, 5]
+    rate = saved["settings"]["lr"] / 2
+    early = 2 * 1.9 / rate if optimizer == "sgd" else 2 * 1.9 / 0.1 / rate
+    assert saved["edge"][0]["threshold"] == pytest.approx(early)
+    for row in saved["edge"]:
+        assert row["edge_ratio"] == pytest.approx(row["preconditioned"] / row["threshold"])
+        assert (row["sharpness"] == pytest.approx(row["preconditioned"], rel=1e-3)) == (optimizer == "sgd")
+    found = saved["search"]
+    beyond = [loss > found["start"] for loss in found["losses"]]
+    assert beyond == sorted(beyond)
+    crossing = found["rates"][beyond.index(True) - 1 : beyond.index(True) + 1]
+    assert crossing[0] * 0.9 < found["critical"] < crossing[1] * 1.1
+    assert f"critical learning rate {found['critical']:.3g}" in " ".join(result.output.split())
+    assert png_size(tmp_path / "with" / "digits-edge.png") == (720, 720)
+    assert png_size(tmp_path / "with" / "digits-search.png") == (720, 420)
+    assert not (tmp_path / "without" / "digits-edge.png").exists()
+
+
+def test_report_draws_them_again(tmp_path):
+    train(tmp_path, "--model", "digits", "--no-compare", "--sharpness", "--sharpness-every", 3, "--find-lr")
+    before = sorted(path.name for path in tmp_path.iterdir())
+    for path in tmp_path.glob("*.png"):
+        path.unlink()
+    assert invoke("report", tmp_path).exit_code == 0
+    assert sorted(path.name for path in tmp_path.iterdir()) == before
 
 
 @pytest.mark.parametrize(
@@ -258,6 +298,7 @@ def check_one_line(result, *words):
         (["--ema", "1"], ["--ema must lie in [0, 1), got 1.0."]),
         (["--seed", "-1"], ["--seed must be >= 0, got -1."]),
         (["--threads", "0"], ["--threads must be >= 1, got 0."]),
+        (["--sharpness", "--sharpness-every", "0"], ["--sharpness-every must be >= 1, got 0."]),
         (["--backend", "tpu"], ["--backend must be one of", "'tpu'"]),
         (["--backend", "cuda"], ["cuda"]),
         (["--frobnicate"], ["--frobnicate"]),
@@ -292,6 +333,17 @@ def test_doctor_names_versions_machine_and_backends(monkeypatch):
         assert word in result.output
     for name in ("reference", "cpu", "triton", "cuda"):
         assert f"backend {name}" in result.output
+
+
+def test_doctor_shows_the_ledger():
+    result = invoke("doctor", "--traffic")
+    assert result.exit_code == 0
+    rows = [[cell.strip() for cell in line.split("│")[1:-1]] for line in result.output.splitlines()]
+    totals = {(name, options): (launches, total) for name, options, launches, *_, total in filter(None, rows)}
+    assert totals["Adam, AdamW, GIAdam", "none"] == ("2", "28")
+    assert totals["Adam, AdamW, GIAdam", "clip"] == ("3", "32")
+    assert totals["RAdam", "clip"] == ("3", "32")
+    assert totals["RAdam", "EMA"] == ("2", "36")
 
 
 def test_doctor_fails_when_a_step_does(monkeypatch):

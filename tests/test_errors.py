@@ -11,12 +11,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from cases import BACKENDS
 from torch import Tensor
 
 import fused_warmup as fw
 from fused_warmup import schedules
 
-BACKENDS = [name for name in ("reference", "cpu") if name in fw.available_backends()]
 NAN, INF = math.nan, math.inf
 OPTIMIZERS: dict[str, tuple[str, dict[str, Any]]] = {
     "Adam": ("Adam", {}),

@@ -20,12 +20,12 @@ from typing import Any
 
 import pytest
 import torch
+from cases import BACKENDS, assert_same_bits
 from torch import Tensor
 from torch.optim import lr_scheduler
 
 import fused_warmup as fw
 
-BACKENDS = [name for name in ("reference", "cpu") if name in fw.available_backends()]
 each_backend = pytest.mark.parametrize("backend", BACKENDS)
 
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
@@ -988,8 +988,12 @@ def test_33_hooks_and_profiler_names(case: str, backend: str) -> None:
 @each_backend
 @each_case
 @pytest.mark.parametrize("clip", [None, 0.5], ids=["unclipped", "clipped"])
-def test_34_grad_scaler(case: str, backend: str, clip: float | None) -> None:
-    """34: unscale, then norm, then clip; an overflow skips the step and halves the scale."""
+@pytest.mark.parametrize("unscaled", [True, False], ids=["unscaled", "scaled"])
+def test_34_grad_scaler(case: str, backend: str, clip: float | None, unscaled: bool) -> None:
+    """34: unscale, then norm, then clip, with or without ``unscale_``; an overflow halves the scale.
+
+    A skipped step changes nothing, on the first step too, and leaves a row that says so.
+    """
     results = []
     for ours in (False, True):
         param = param_of(values(6))
@@ -1001,18 +1005,49 @@ def test_34_grad_scaler(case: str, backend: str, clip: float | None) -> None:
             opt.zero_grad()
             loss = (param * values(6, seed=i)).sum() * (math.inf if i in {0, 3} else 1.0)
             scaler.scale(loss).backward()
-            scaler.unscale_(opt)
+            if unscaled or not ours:
+                scaler.unscale_(opt)
             if not ours and clip is not None:
                 torch.nn.utils.clip_grad_norm_([param], clip)
             norms.append(float(values(6, seed=i).norm()))
+            before = [t.clone() for t in (param.detach(), *tensors_of(opt, param))]
             scaler.step(opt)
             scaler.update()
+            if ours and i == 3:
+                for old, new in zip(before, (param.detach(), *tensors_of(opt, param)), strict=True):
+                    assert_same_bits("after an overflow", old, new)
         results.append(param.detach())
         assert scaler.get_scale() == 256.0
+        assert not hasattr(opt, "found_inf")
     torch.testing.assert_close(results[1], results[0])
-    assert opt.telemetry.history()["grad_norm"].tolist() == pytest.approx(
-        [norms[i] for i in (1, 2, 4)], rel=1e-6
-    )
+    history = opt.telemetry.history()
+    assert history["skipped"].tolist() == [1, 0, 0, 1, 0]
+    assert history["step"].tolist() == [0, 1, 2, 2, 3]
+    made = history["skipped"] == 0
+    assert history["grad_norm"][made].tolist() == pytest.approx([norms[i] for i in (1, 2, 4)], rel=1e-6)
+    # without a measure pass nobody looks at the gradients of a step that is not made
+    assert not history["grad_norm"][~made].isfinite().any()
+
+
+def tensors_of(opt: torch.optim.Optimizer, param: Tensor) -> list[Tensor]:
+    """The states of a parameter, the count of steps included."""
+    return [value for value in opt.state[param].values() if isinstance(value, Tensor)]
+
+
+@each_backend
+@pytest.mark.parametrize("name", ["grad_scale", "found_inf"])
+@pytest.mark.parametrize("value", [torch.zeros(2), torch.zeros((), dtype=torch.float64)], ids=["two", "wide"])
+def test_34_what_a_scaler_leaves_is_checked(backend: str, name: str, value: Tensor) -> None:
+    """34: a scale of another kind would be read as other bits."""
+    param = param_of(values(4))
+    opt = fw.Adam([param], backend=backend)
+    walk(opt, [param], 1)
+    before = param.detach().clone()
+    param.grad = values(4)
+    setattr(opt, name, value)
+    with pytest.raises(ValueError, match=f"Adam: {name} must be one float32 on cpu, got"):
+        opt.step()
+    assert_same_bits("param", before, param.detach())
 
 
 # 38: DTensor

@@ -14,8 +14,9 @@ from fused_warmup.reference import rules, schedules
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "fused_warmup"
 CSRC = ROOT / "csrc"
+TRITON = PACKAGE / "backends" / "triton"
 PYTHON = sorted(PACKAGE.rglob("*.py"))
-CPP = sorted(path for path in CSRC.rglob("*") if path.suffix in (".h", ".cpp"))
+CPP = sorted(path for path in CSRC.rglob("*") if path.suffix in (".h", ".cpp", ".cu"))
 
 
 def relative(paths, pattern, root):
@@ -25,30 +26,69 @@ def relative(paths, pattern, root):
 
 def test_update_mathematics_stands_in_rules_only():
     words = r"bias_correction|sma_length|rectification\("
-    assert relative(PYTHON, words, PACKAGE) == ["reference/rules.py"]
+    assert relative(PYTHON, words, PACKAGE) == ["backends/triton/rules.py", "reference/rules.py"]
     assert relative(CPP, words, CSRC) == ["rules.h"]
-    assert relative(CPP, r"\b(cos|pow)\(", CSRC) == ["schedules.h"]
+    # hd.h has the cosine that each machine does best
+    assert relative(CPP, r"\b(cos|cospi|pow)\(", CSRC) == ["hd.h", "schedules.h"]
     assert relative(PYTHON, r"math\.(cos|pow)\(", PACKAGE) == ["reference/schedules.py"]
+    assert relative(PYTHON, r"tl\.cos\(|power\(", PACKAGE) == ["backends/triton/schedules.py"]
+    # the norms are the only roots outside the rules and schedules
+    words = r"tl\.(fma|exp|log|sqrt_rn|div_rn)\("
+    assert relative(PYTHON, words, PACKAGE) == ["backends/triton/rules.py", "backends/triton/schedules.py"]
 
 
 def test_rules_and_schedules_have_the_same_names_in_the_same_order():
     def functions(text, pattern):
         return re.findall(pattern, text, re.M)
 
+    # what Python and Triton need beside the statements
+    extra = {"Hyper", "Rule", "Scalars", "init_exp_avg_sq", "root", "divide", "expm1", "power"}
     for stem, module in (("rules", rules), ("schedules", schedules)):
         cpp = functions((CSRC / f"{stem}.h").read_text(), r"^(?:FW_HD \w+ (\w+)\(|struct (\w+) \{)")
         names = [a or b for a, b in cpp if b != "ScalarsOf"]
-        python = [node.name for node in ast.parse(Path(module.__file__).read_text()).body
-                  if isinstance(node, (ast.FunctionDef, ast.ClassDef))]  # fmt: skip
-        assert [name for name in python if name in names] == names, stem
-        assert set(python) - set(names) <= {"Hyper", "Rule", "Scalars", "init_exp_avg_sq"}
+        for path in (Path(module.__file__), TRITON / f"{stem}.py"):
+            python = [node.name for node in ast.parse(path.read_text()).body
+                      if isinstance(node, (ast.FunctionDef, ast.ClassDef))]  # fmt: skip
+            assert [name for name in python if name in names] == names, path
+            assert set(python) - set(names) <= extra, path
     assert tuple(rules.RULES) == _cpu.rules()
+
+
+def assigned(function):
+    """Names that a function assigns to, in order, fields of the scalars included."""
+    found = []
+    for node in ast.walk(function):
+        if isinstance(node, ast.Assign):
+            targets = [t for target in node.targets for t in getattr(target, "elts", [target])]
+            found += [(node.lineno, t.attr if isinstance(t, ast.Attribute) else t.id) for t in targets]
+        elif isinstance(node, ast.Call) and getattr(node.func, "id", "") == "Scalars":
+            found += [(keyword.lineno, keyword.arg) for keyword in node.keywords if keyword.arg]
+    return [name for _, name in sorted(found)]
+
+
+def test_rules_of_triton_assign_what_the_reference_assigns():
+    """A diff of the two reads as a translation: the same local names in the same order."""
+    # where the two languages differ: a choice must be computed on both sides, and fields are set at the end
+    free = {"s", "beta2", "adaptive", "nesterov", "decoupled", "positive", "small", "new_state"}
+    trees = [ast.parse(path.read_text()) for path in (Path(rules.__file__), TRITON / "rules.py")]
+    functions = [
+        {
+            f"{getattr(outer, 'name', '')}.{node.name}": assigned(node)
+            for outer in tree.body
+            for node in ([outer] if isinstance(outer, ast.FunctionDef) else getattr(outer, "body", []))
+            if isinstance(node, ast.FunctionDef)
+        }
+        for tree in trees
+    ]
+    for name in set(functions[0]) & set(functions[1]):
+        a, b = ([n for n in found[name] if n not in free] for found in functions)
+        assert a == b, name
 
 
 def test_core_includes_no_torch_and_pybind11_only_in_bindings():
     assert relative(CPP, r"#include *[<\"](torch|ATen|c10)", CSRC) == []
-    assert relative(CPP, r"pybind11", CSRC) == ["check.h", "cpu/bindings.cpp"]
-    assert relative(CPP, r"#include.*pybind11", CSRC) == ["cpu/bindings.cpp"]
+    assert relative(CPP, r"pybind11", CSRC) == ["check.h", "cpu/bindings.cpp", "cuda/bindings.cpp"]
+    assert relative(CPP, r"#include.*pybind11", CSRC) == ["cpu/bindings.cpp", "cuda/bindings.cpp"]
 
 
 def test_extension_needs_no_symbol_of_torch():
@@ -75,7 +115,14 @@ def test_data_ptr_only_in_plan():
 
 def test_step_never_waits():
     paths = [
-        PACKAGE / name for name in ("plan.py", "averaging.py", "backends/native.py", "backends/__init__.py")
+        PACKAGE / name
+        for name in (
+            "plan.py",
+            "averaging.py",
+            "backends/native.py",
+            "backends/triton/launch.py",
+            "backends/__init__.py",
+        )
     ]
     assert relative(paths, r"\.item\(|\.cpu\(|synchronize|float\(\w*(loss|grad)|\.tolist\(", PACKAGE) == []
     tree = ast.parse((PACKAGE / "optimizer.py").read_text())
@@ -87,6 +134,14 @@ def test_step_never_waits():
             "record_loss",
         ):
             assert not re.search(r"\.item\(|\.cpu\(|synchronize|\.tolist\(|float\(", ast.unparse(function))
+
+
+def test_measuring_never_waits():
+    """Step counts are read once, in ``preview.py``; searches for a rate go step by step on the host."""
+    paths = [
+        PACKAGE / "sharpness" / f"{name}.py" for name in ("hvp", "lanczos", "vectors", "probe", "operators")
+    ]
+    assert relative(paths, r"\.item\(|\.cpu\(|synchronize|\.tolist\(|float\((?!\")", PACKAGE) == []
 
 
 def imports(path):
@@ -127,6 +182,18 @@ def test_layout_of_the_shared_structs():
     for name, dtype in table.STRUCTS.items():
         fields = {field: (dtype.fields[field][1], dtype.fields[field][0].itemsize) for field in dtype.names}
         assert fields | {"": (0, dtype.itemsize)} == layout[name], name
+
+
+def test_sharpness_and_tuning_are_imported_when_asked_for():
+    script = (
+        "import sys, fused_warmup as fw; before = 'fused_warmup.sharpness' in sys.modules; "
+        "print(before, fw.SharpnessProbe.__name__, fw.SharpnessReading.__name__, fw.PersistentCatapult.__name__, "
+        "fw.sharpness.__name__, fw.tuning.__name__)"
+    )
+    out = subprocess.run([sys.executable, "-c", script], check=True, capture_output=True, text=True).stdout
+    assert out.split() == [
+        "False", "SharpnessProbe", "SharpnessReading", "PersistentCatapult", "fused_warmup.sharpness", "fused_warmup.tuning"
+    ]  # fmt: skip
 
 
 def test_import_is_light():

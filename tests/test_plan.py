@@ -8,7 +8,7 @@ import weakref
 import numpy as np
 import pytest
 import torch
-from cases import assert_same_bits, make_params, set_grads
+from cases import BACKENDS, assert_same_bits, make_params, set_grads
 
 import fused_warmup as fw
 from fused_warmup import _cpu, table
@@ -105,7 +105,7 @@ def test_without_the_exchange_api_the_numbers_are_the_same(monkeypatch):
         assert_same_bits("param", p, q)
 
 
-@pytest.mark.parametrize("backend", fw.available_backends())
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_nothing_keeps_a_gradient_alive(backend):
     """``zero_grad`` frees the memory before the next backward pass, odd layouts and unusual dtypes included."""
     params = make_params(torch.float32, [(4, 5), (3,)])

@@ -5,14 +5,14 @@ import math
 
 import pytest
 import torch
-from cases import assert_same_bits, make_params, set_grads
+from cases import BACKENDS, assert_same_bits, make_params, set_grads
 
 import fused_warmup as fw
 from fused_warmup import schedules
 from fused_warmup.table import TELEMETRY
 
 
-@pytest.mark.parametrize("backend", fw.available_backends())
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_fields(backend):
     params = make_params(torch.float32, [(7, 3), (), (0,), (40_000,)])
     opt = fw.RAdam(params, lr=0.5, schedule=schedules.warmup(4), max_grad_norm=1.5, backend=backend)

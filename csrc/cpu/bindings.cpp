@@ -131,8 +131,12 @@ class Forms {
   }
 
   void release() {
-    for (PyObject* tensor : kept_) Py_DECREF(tensor);
-    kept_.clear();
+    // freeing a tensor may run Python code that comes back here
+    std::vector<PyObject*> kept;
+    kept.swap(kept_);
+    for (PyObject* tensor : kept) Py_DECREF(tensor);
+    kept.clear();
+    if (kept_.empty()) kept_.swap(kept);
   }
   ~Forms() { release(); }
   Forms(const Forms&) = delete;

@@ -158,7 +158,7 @@ Partial update_chunk(const Step& step, const Verdict& verdict, const Chunk& chun
   const uint64_t grads = at<uint64_t>(step.grads)[chunk.row];
   const ScalarsOf<C> scalars(at<Scalars>(step.scalars)[chunk.row]);
   const C weight = static_cast<C>(verdict.average_weight);
-  const bool accumulate = !step.measure && step.telemetry_capacity > 0 && grads;
+  const bool accumulate = accumulates(step) && grads;
   alignas(64) C param_scratch[kBlock], grad_scratch[kBlock];
   NormLanes lanes;
   for (int32_t done = 0; done < chunk.count; done += kBlock) {
@@ -195,12 +195,12 @@ Partial update_states(const Step& step, const Verdict& verdict, const Chunk& chu
 }
 
 template <class Rule>
-void decide(const Step& step, const Verdict& verdict, double& rect) {
+Verdict decide(const Step& step, const Partial& total) {
   const uint64_t* grads = at<uint64_t>(step.grads);
+  Verdict verdict = judge(step, total);
   for (int64_t group = 0; group < step.n_groups; ++group) set_rates(step, verdict, group);
-  if (verdict.skipped) return;
   int64_t last = -1;
-  for (int64_t row = 0; row < step.n_rows; ++row) {
+  for (int64_t row = 0; row < step.n_rows && !verdict.skipped; ++row) {
     if (!grads[row]) continue;
     *at<int64_t>(at<Row>(step.rows)[row].step) += 1;
     if (last >= 0 && same_scalars(step, row, last)) {
@@ -208,9 +208,11 @@ void decide(const Step& step, const Verdict& verdict, double& rect) {
     } else {
       set_scalars<Rule>(step, verdict, row);
     }
-    if (last < 0) rect = at<Scalars>(step.scalars)[row].rect;
+    if (last < 0) verdict.rect = at<Scalars>(step.scalars)[row].rect;
     last = row;
   }
+  record(step, verdict);
+  return verdict;
 }
 
 template <class Rule>
@@ -220,7 +222,6 @@ void run(const Step& step, int threads) {
   const uint64_t* grads = at<uint64_t>(step.grads);
   Partial* partials = at<Partial>(step.partials);
   Verdict verdict;
-  double rect = NAN;
 #pragma omp parallel num_threads(threads)
   {
     if (step.measure) {
@@ -237,10 +238,7 @@ void run(const Step& step, int threads) {
       }
     }
 #pragma omp single
-    {
-      verdict = judge(step, step.measure ? combine_all(partials, step.n_chunks) : Partial{});
-      decide<Rule>(step, verdict, rect);
-    }
+    verdict = decide<Rule>(step, step.measure ? combine_all(partials, step.n_chunks) : Partial{});
     if (!verdict.skipped) {
       // last chunk first: the gradients measured last are still in the cache
 #pragma omp for schedule(dynamic, 1)
@@ -254,8 +252,8 @@ void run(const Step& step, int threads) {
       }
     }
   }
-  if (!step.measure) note_norms(verdict, combine_all(partials, step.n_chunks));
-  record(step, verdict, rect);
+  if (accumulates(step) && !verdict.skipped)
+    record_norms(step, verdict, combine_all(partials, step.n_chunks));
 }
 
 #define FW_ENTRY(Rule) run<Rule>,

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib
+import importlib.util
+import os
 
 import torch
 
@@ -17,13 +19,34 @@ def unavailable_reason(name: str) -> str | None:
     """Return why a backend cannot be used in this process, or None if it can."""
     if name == "reference":
         return None
-    if name == "cpu":
+    if name in ("cpu", "cuda"):
         try:
-            importlib.import_module("fused_warmup._cpu")
+            importlib.import_module(f"fused_warmup._{name}")
         except ImportError as error:
-            return f"the extension fused_warmup._cpu does not load: {error}"
+            return f"the extension fused_warmup._{name} does not load: {error}"
+        if name == "cuda" and not torch.cuda.is_available():
+            return "torch finds no CUDA device"
         return None
-    return "this release does not have it yet"
+    if importlib.util.find_spec("triton") is None:
+        return "the package triton is not installed"
+    if not _interpreted() and not torch.cuda.is_available():
+        return "there is no CUDA device, and TRITON_INTERPRET is not 1"
+    triton = importlib.import_module("triton")
+    if not hasattr(triton, "constexpr_function"):
+        return f"triton {triton.__version__} is too old, it has no constexpr_function"
+    return None
+
+
+def _interpreted() -> bool:
+    """Whether Triton runs its kernels in Python, on the CPU."""
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def _reaches(name: str, device: torch.device) -> bool:
+    """Whether a backend takes tensors on a device."""
+    if name == "triton":
+        return device.type == ("cpu" if _interpreted() else "cuda")
+    return name == "reference" or name in _PREFERENCE.get(device.type, ())
 
 
 def available_backends() -> tuple[str, ...]:
@@ -47,18 +70,30 @@ def resolve(name: str, device: torch.device) -> Backend:
     """
     usable = _PREFERENCE.get(device.type, ("reference",))
     if name == "auto":
-        name = next(candidate for candidate in usable if unavailable_reason(candidate) is None)
+        name = next(
+            candidate
+            for candidate in usable
+            if unavailable_reason(candidate) is None and _reaches(candidate, device)
+        )
     reason = unavailable_reason(name)
     if reason is not None:
         raise RuntimeError(
             f'backend="{name}" is unavailable: {reason}. Available: {", ".join(available_backends())}.'
         )
-    if name != "reference" and name not in usable:
+    if not _reaches(name, device):
         raise ValueError(f'backend="{name}" must get tensors that it can reach, got tensors on {device}.')
     if name == "cpu":
         from .native import CpuBackend
 
         return CpuBackend()
+    if name == "cuda":
+        from .native import CudaBackend
+
+        return CudaBackend()
+    if name == "triton":
+        from .triton.launch import TritonBackend
+
+        return TritonBackend()
     from ..reference.backend import ReferenceBackend
 
     return ReferenceBackend()

@@ -12,9 +12,14 @@ class Backend(Protocol):
 
     Attributes:
         name: The word that selects it.
+        carries: Up to how many addresses of gradients it takes along with a launch.
     """
 
     name: str
+    carries: int
+
+    def prepare(self, plan: Plan) -> None:
+        """Load what the steps of a new plan need, which a CUDA graph could not record."""
 
     def step(self, plan: Plan) -> None:
         """Make one step.

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 from .. import _checks as check
-from .. import _cpu
 from ..plan import Plan
 
 # below so many elements a thread costs more than it saves
@@ -21,15 +22,61 @@ class CpuBackend:
     """
 
     name = "cpu"
+    carries = 0
 
     def __init__(self, instruction_set: str | None = None) -> None:
+        from .. import _cpu
+
+        self._cpu = _cpu
         names = _cpu.instruction_sets()
         if instruction_set is None:
             instruction_set = names[-1]
         self._isa = names.index(check.one_of("CpuBackend", "instruction_set", instruction_set, names))
         self._rules = {name: i for i, name in enumerate(_cpu.rules())}
 
+    def prepare(self, plan: Plan) -> None:
+        """Nothing to load."""
+
     def step(self, plan: Plan) -> None:
         """Make one step; returns when it is done, with the same bits for any number of threads."""
         threads = max(1, min(torch.get_num_threads(), plan.numel // _ELEMENTS_PER_THREAD))
-        _cpu.step(self._isa, self._rules[plan.rule], plan.address, threads)
+        self._cpu.step(self._isa, self._rules[plan.rule], plan.address, threads)
+
+
+class CudaBackend:
+    """CUDA kernels: two launches per step, three where the norms must be known beforehand.
+
+    Args:
+        module: What ``fused_warmup._cuda`` offers; None imports it.
+        max_blocks: Upper bound of every grid, 0 for as many blocks as the device runs at a time. The results
+            are the same bit for bit.
+    """
+
+    name = "cuda"
+
+    def __init__(self, module: Any = None, max_blocks: int = 0) -> None:
+        if module is None:
+            from .. import _cuda as module
+        self._cuda = module
+        self.carries: int = self._cuda.CARRY_LIMIT
+        self._max_blocks = max_blocks
+        self._rules = {name: i for i, name in enumerate(self._cuda.rules())}
+
+    def prepare(self, plan: Plan) -> None:
+        """Load the kernels, which a stream under capture could not."""
+        self._cuda.prepare(self._rules[plan.rule], plan.device.index or 0, plan.has_float64)
+
+    def step(self, plan: Plan) -> None:
+        """Queue one step on the current stream; returns before it is done."""
+        on_gpu = plan.device.type == "cuda"
+        stream = torch.cuda.current_stream(plan.device).cuda_stream if on_gpu else 0
+        self._cuda.step(
+            self._rules[plan.rule],
+            plan.address,
+            plan.grads_address,
+            len(plan.rows) if plan.fresh_grads else 0,
+            plan.has_float64,
+            plan.device.index or 0,
+            stream,
+            self._max_blocks,
+        )

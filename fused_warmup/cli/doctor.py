@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import platform
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any
 
 import click
 import torch
@@ -12,9 +15,23 @@ from rich.table import Table
 import fused_warmup as fw
 
 from ..backends import BACKENDS, unavailable_reason
+from ..traffic import Traffic
 from .machine import cpu_model, versions
 
 NEEDED = ("reference", "cpu")
+OPTIMIZERS: dict[str, Callable[..., fw.FusedOptimizer]] = {
+    "Adam, AdamW, GIAdam": fw.Adam,
+    "Adam, amsgrad": partial(fw.Adam, amsgrad=True),
+    "RAdam": fw.RAdam,
+    "SGD": fw.SGD,
+    "SGD, momentum": partial(fw.SGD, momentum=0.9),
+}
+OPTIONS: dict[str, dict[str, Any]] = {
+    "none": {},
+    "clip": {"max_grad_norm": 1.0},
+    "EMA": {"average": fw.EMA(0.999)},
+    "clip + EMA": {"max_grad_norm": 1.0, "average": fw.EMA(0.999)},
+}
 
 
 def trouble(backend: str) -> str | None:
@@ -41,10 +58,34 @@ def instruction_sets() -> str:
     return f"{', '.join(names)} ({names[-1]} in use)"
 
 
+def ledgers() -> Iterator[tuple[str, str, Traffic]]:
+    """Yield optimizer, options and ledger of a step, from the plan that the step would run."""
+    for name, optimizer in OPTIMIZERS.items():
+        for label, options in OPTIONS.items():
+            param = torch.ones(8)
+            param.grad = torch.ones(8)
+            yield name, label, optimizer([param], backend="reference", **options).traffic()
+
+
+def traffic_table() -> Table:
+    """Return the launches and bytes of every optimizer and option."""
+    table = Table(title="launches, and bytes per float32 parameter (cuda and triton)", title_justify="left")
+    for column in ("optimizer", "options", "launches", "read", "written", "total"):
+        table.add_column(column, justify="left" if column in ("optimizer", "options") else "right")
+    for name, label, t in ledgers():
+        numbers = (t.launches, t.read / t.numel, t.written / t.numel, t.per_parameter)
+        table.add_row(name, label, *(f"{x:g}" for x in numbers))
+    return table
+
+
 @click.command()
+@click.option("--traffic", is_flag=True, help="Show launches and bytes per parameter of every optimizer.")
 @click.pass_context
-def doctor(ctx: click.Context) -> None:
+def doctor(ctx: click.Context, traffic: bool) -> None:
     """Show versions, the machine and which backends work; exit code 0 if reference and cpu do."""
+    if traffic:
+        Console().print(traffic_table(), markup=False)
+        return
     table = Table(show_header=False, box=None, pad_edge=False)
     for name, version in versions().items():
         table.add_row(name, version)

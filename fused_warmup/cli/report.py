@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import json
-import math
 from pathlib import Path
 from typing import Any
 
@@ -12,13 +11,27 @@ import click
 from rich.console import Console
 from rich.table import Table
 
+from .charts import (
+    INK,
+    OURS,
+    PALE,
+    THEIRS,
+    describe_search,
+    draw_edge,
+    draw_search,
+    dress,
+    logarithmic,
+    number,
+    title_of,
+)
 from .group import OneLineError
 
 FORMAT = "fused_warmup.train"
 VERSION = 1
 
-_INK, _OURS, _PALE, _THEIRS, _GREY = "#1f2430", "#2a6fbb", "#9cc3ea", "#c8501e", "#9aa3ad"
 _COLUMNS = ("lr", "grad_norm", "clip_coef")
+# charts of what only some trainings measured, by the entry of the record
+MORE = {"edge": draw_edge, "search": draw_search}
 
 
 def read(path: Path) -> tuple[dict[str, Any], dict[str, list[float]]]:
@@ -66,16 +79,22 @@ def present(path: Path, console: Console) -> None:
         OSError: If a file cannot be read or written.
     """
     record, columns = read(path)
+    pictures: list[Path] = []
     try:
         draw(record, columns).savefig(path.with_suffix(".png"), dpi=100, pil_kwargs={"optimize": True})
+        for name, make in MORE.items():
+            if record.get(name):
+                picture = path.with_name(f"{path.stem}-{name}.png")
+                make(record).savefig(picture, dpi=100, pil_kwargs={"optimize": True})
+                pictures.append(picture)
         table, lines = table_of(record), caption(record)
     except (KeyError, TypeError) as error:
         raise ValueError(f"report: {path} must be complete, got {error!r}.") from None
     console.print(table)
     for line in lines:
         console.print(line, highlight=False, markup=False)
-    files = ", ".join(str(path.with_suffix(suffix)) for suffix in (".png", ".csv", ".json"))
-    console.print(f"written: {files}", highlight=False, markup=False, soft_wrap=True)
+    files = [*(path.with_suffix(suffix) for suffix in (".png", ".csv", ".json")), *pictures]
+    console.print(f"written: {', '.join(map(str, files))}", highlight=False, markup=False, soft_wrap=True)
 
 
 def table_of(record: dict[str, Any]) -> Table:
@@ -112,20 +131,13 @@ def caption(record: dict[str, Any]) -> list[str]:
     lines = [record["note"] + "."] if record["note"] else []
     if record["theirs"] is not None:
         lines.append(
-            f"largest difference of the training losses: {_value(record['max_loss_difference']):.2e}"
+            f"largest difference of the training losses: {number(record['max_loss_difference']):.2e}"
         )
+    if record.get("search"):
+        lines.append(describe_search(record["search"]))
     threads = f"{machine['threads']} thread{'s' if machine['threads'] > 1 else ''}"
     lines.append(f"{machine['cpu']}, {threads}, torch {versions['torch']}, backend {record['backend']}")
     return lines
-
-
-def title_of(record: dict[str, Any]) -> str:
-    """Return one line about what was trained."""
-    s = record["settings"]
-    return (
-        f"{s['model']}, {record['parameters']:,} parameters, {s['steps']} steps of {s['batch_size']}, "
-        f"lr {s['lr']:g}, warmup {s['warmup']}, {s['schedule']}"
-    )
 
 
 def draw(record: dict[str, Any], columns: dict[str, list[float]]) -> Any:
@@ -146,77 +158,43 @@ def draw(record: dict[str, Any], columns: dict[str, list[float]]) -> Any:
     panels = figure.subplots(4, 1, sharex=True, height_ratios=(2.2, 1, 1, 1))
     loss, lr, norm, clip = panels
     _draw_losses(loss, steps, record["ours"], record["theirs"])
-    lr.plot(steps, columns["lr"], color=_OURS, lw=1.8)
+    lr.plot(steps, columns["lr"], color=OURS, lw=1.8)
     lr.set_ylabel("learning rate")
     lr.set_ylim(bottom=0)
     lr.ticklabel_format(axis="y", style="sci", scilimits=(0, 0), useMathText=True)
-    norm.plot(steps, columns["grad_norm"], color=_OURS, lw=1.2)
+    norm.plot(steps, columns["grad_norm"], color=OURS, lw=1.2)
     norm.set_ylabel("gradient norm")
-    _logarithmic(norm, columns["grad_norm"])
+    logarithmic(norm, columns["grad_norm"])
     if settings["max_grad_norm"]:
-        norm.axhline(settings["max_grad_norm"], color=_THEIRS, lw=1, ls=":", label="max_grad_norm")
+        norm.axhline(settings["max_grad_norm"], color=THEIRS, lw=1, ls=":", label="max_grad_norm")
         norm.legend(frameon=False, loc="upper right")
-    clip.fill_between(steps, columns["clip_coef"], 1.0, color=_OURS, alpha=0.15, lw=0)
-    clip.plot(steps, columns["clip_coef"], color=_OURS, lw=1.2)
+    clip.fill_between(steps, columns["clip_coef"], 1.0, color=OURS, alpha=0.15, lw=0)
+    clip.plot(steps, columns["clip_coef"], color=OURS, lw=1.2)
     clip.set(ylabel="clip coefficient", xlabel="step", ylim=(0, 1.05))
-    _dress(panels, settings["warmup"])
-    figure.suptitle(title_of(record), fontsize=11, color=_INK)
+    dress(panels, settings["warmup"])
+    figure.suptitle(title_of(record), fontsize=11, color=INK)
     return figure
 
 
 def _draw_losses(panel: Any, steps: range, ours: dict[str, Any], theirs: dict[str, Any] | None) -> None:
     """Draw the losses of one run or both, on a logarithmic axis if they fall far."""
-    losses = [_value(x) for x in ours["losses"]]
+    losses = [number(x) for x in ours["losses"]]
     # ours is the wide pale line, so that theirs shows on top of it where the two agree
-    pale = {"color": _PALE, "lw": 3.4} if theirs is not None else {"color": _OURS, "lw": 1.6}
+    pale = {"color": PALE, "lw": 3.4} if theirs is not None else {"color": OURS, "lw": 1.6}
     panel.plot(steps, losses, label=ours["name"], **pale)
     if theirs is not None:
-        thin = {"color": _THEIRS, "lw": 0.9}
-        panel.plot(steps, [_value(x) for x in theirs["losses"]], label=theirs["name"], **thin)
+        thin = {"color": THEIRS, "lw": 0.9}
+        panel.plot(steps, [number(x) for x in theirs["losses"]], label=theirs["name"], **thin)
     # false for NaN, too
     if 0 < 50 * min(losses) < losses[0]:
-        _logarithmic(panel, losses)
+        logarithmic(panel, losses)
     panel.legend(frameon=False, loc="upper right")
     panel.set_ylabel("training loss")
 
 
-def _logarithmic(panel: Any, values: list[float]) -> None:
-    """Make the axis logarithmic, with plain numbers as labels, if there is anything above 0."""
-    from matplotlib.ticker import LogLocator, NullFormatter
-
-    positive = [x for x in values if 0 < x < math.inf]
-    if not positive:
-        return
-    panel.set_yscale("log")
-    subs = (1, 2, 5) if max(positive) < 50 * min(positive) else (1,)
-    panel.yaxis.set_major_locator(LogLocator(subs=subs))
-    panel.yaxis.set_major_formatter("{x:g}")
-    panel.yaxis.set_minor_formatter(NullFormatter())
-
-
-def _dress(panels: Any, warmup: int) -> None:
-    """Give all panels the same quiet frame, and show where the warmup ends."""
-    for panel in panels:
-        panel.spines[["top", "right"]].set_visible(False)
-        panel.grid(axis="y", color=_GREY, alpha=0.25, lw=0.6)
-        panel.tick_params(colors=_INK, labelsize=9)
-        panel.margins(x=0.01)
-        if warmup:
-            panel.axvline(warmup, color=_GREY, lw=0.9, ls="--")
-    if warmup:
-        panels[1].annotate(
-            "end of warmup", (warmup, 0), (5, 5), textcoords="offset points", fontsize=8, color=_GREY
-        )
-
-
-def _value(x: float | None) -> float:
-    """Return a number of the record; JSON has no NaN, it says null."""
-    return math.nan if x is None else float(x)
-
-
 def _fixed(x: float | None) -> str:
     """Return a loss as text."""
-    return f"{_value(x):.4f}"
+    return f"{number(x):.4f}"
 
 
 def _records(paths: tuple[Path, ...]) -> list[Path]:

@@ -86,6 +86,8 @@ class Settings:
         threads: Threads of torch and of our kernels.
         backend: Backend of ours.
         out: Folder for what is written.
+        sharpness_every: Steps from one reading of the sharpness to the next; 0 takes none.
+        find_lr: Search for the critical learning rate of the first step.
         compare: Train with the torch lines too.
     """
 
@@ -103,6 +105,8 @@ class Settings:
     threads: int
     backend: str
     out: str
+    sharpness_every: int
+    find_lr: bool
     compare: bool
 
     @property

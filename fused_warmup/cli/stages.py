@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any, Protocol
 
@@ -12,6 +12,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 import fused_warmup as fw
 
+from .edge import EdgeWatch, search
 from .settings import Settings, hyper_of, schedule_of
 
 
@@ -21,8 +22,8 @@ class Contestant(Protocol):
     name: str
     model: nn.Module
 
-    def observe(self, loss: Tensor) -> None:
-        """Take note of the loss, before the stage and outside its time."""
+    def observe(self, loss: Tensor, loss_fn: Callable[[], Tensor]) -> None:
+        """Take note of the loss and how to compute it again, before the stage and outside all times."""
 
     def step(self) -> None:
         """Make the optimizer stage, which is what is timed."""
@@ -46,10 +47,18 @@ class Ours:
         }
         kind: Any = settings.choice.ours
         self.opt: fw.FusedOptimizer = kind(model.parameters(), **hyper_of(settings), **options)
+        self.edge = EdgeWatch(self.opt, settings.sharpness_every) if settings.sharpness_every else None
+        self.found: dict[str, Any] | None = None
+        self._target = settings.lr if settings.find_lr else None
 
-    def observe(self, loss: Tensor) -> None:
-        """Leave the loss for the telemetry."""
+    def observe(self, loss: Tensor, loss_fn: Callable[[], Tensor]) -> None:
+        """Leave the loss for the telemetry; look at the sharpness, and along the first step, if asked to."""
         self.opt.record_loss(loss)
+        if self._target is not None:
+            self.found = search(self.opt, loss_fn, self._target)
+            self._target = None
+        if self.edge is not None:
+            self.edge.measure(loss_fn)
 
     def step(self) -> None:
         """Make the optimizer stage."""
@@ -81,7 +90,7 @@ class Theirs:
             ema = get_ema_multi_avg_fn(settings.ema)  # type: ignore[no-untyped-call]
             self.average = AveragedModel(model, multi_avg_fn=ema)
 
-    def observe(self, loss: Tensor) -> None:
+    def observe(self, loss: Tensor, loss_fn: Callable[[], Tensor]) -> None:
         """Do nothing."""
 
     def step(self) -> None:

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.optim.swa_utils import update_bn
 
+from .. import _checks as check
 from ..backends import resolve
 from . import settings as setup
 from .data import Data, Split, load
@@ -54,8 +55,10 @@ class Clock:
         model = self.contestant.model
         loss = loss_of(model(inputs), targets)
         loss.backward()  # type: ignore[no-untyped-call]
-        self.contestant.observe(loss)
+        looked = perf_counter()
+        self.contestant.observe(loss, lambda: loss_of(model(inputs), targets))
         before = perf_counter()
+        begin += before - looked
         self.contestant.step()
         after = perf_counter()
         model.zero_grad()
@@ -174,17 +177,19 @@ def run(settings: Settings, console: Console) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     ours.opt.telemetry.to_csv(folder / f"{settings.model}.csv")
     path = folder / f"{settings.model}.json"
-    text = json.dumps(_plain(record(settings, data, numel, results)), allow_nan=False)
+    text = json.dumps(_plain(record(settings, data, numel, results, ours)), allow_nan=False)
     path.write_text(text + "\n", encoding="utf-8")
     return path
 
 
-def record(settings: Settings, data: Data, numel: int, results: list[dict[str, Any]]) -> dict[str, Any]:
+def record(
+    settings: Settings, data: Data, numel: int, results: list[dict[str, Any]], ours: Ours
+) -> dict[str, Any]:
     """Return everything that the report needs and a reader wants to know, as plain types."""
-    ours, theirs = results[0], results[1] if len(results) > 1 else None
+    first, theirs = results[0], results[1] if len(results) > 1 else None
     difference = None
     if theirs is not None:
-        difference = max(abs(a - b) for a, b in zip(ours["losses"], theirs["losses"], strict=True))
+        difference = max(abs(a - b) for a, b in zip(first["losses"], theirs["losses"], strict=True))
     backend = resolve(settings.backend, torch.device("cpu")).name
     machine = {"cpu": cpu_model(), "threads": settings.threads, "system": platform.system()}
     return {
@@ -195,9 +200,11 @@ def record(settings: Settings, data: Data, numel: int, results: list[dict[str, A
         "data": data.source,
         "parameters": numel,
         "backend": backend,
-        "ours": ours,
+        "ours": first,
         "theirs": theirs,
         "max_loss_difference": difference,
+        "edge": ours.edge.rows if ours.edge is not None else None,
+        "search": ours.found,
         "versions": versions(),
         "machine": machine,
     }
@@ -241,12 +248,19 @@ def _with_options(command: Any) -> Any:
 
 @click.command()
 @_with_options
+@click.option("--sharpness", is_flag=True, help="Measure sharpness and threshold, and draw them.")
+@click.option(
+    "--sharpness-every", type=int, default=10, show_default=True, help="Steps between the readings."
+)
+@click.option("--find-lr", is_flag=True, help="Search along the first step for its critical learning rate.")
 @click.option("--compare/--no-compare", default=True, help="Train with the torch lines, too.")
-def train(**options: Any) -> None:
+def train(sharpness: bool, sharpness_every: int, **options: Any) -> None:
     """Train a small model with our step and, on the same batches, with the torch lines it replaces."""
     console = Console()
     try:
-        path = run(setup.make(**options), console)
+        # 0 stands for no readings, which is not for the option to say
+        every = check.whole("train", "--sharpness-every", sharpness_every, 1) if sharpness else 0
+        path = run(setup.make(**options, sharpness_every=every), console)
     except (ValueError, TypeError, RuntimeError, OSError) as error:
         raise OneLineError(str(error)) from None
     present(path, console)

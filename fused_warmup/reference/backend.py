@@ -19,6 +19,10 @@ class ReferenceBackend:
     """Runs a plan with the rules of ``reference/rules.py`` on any device."""
 
     name = "reference"
+    carries = 0
+
+    def prepare(self, plan: Any) -> None:
+        """Nothing to load."""
 
     @torch.no_grad()
     def step(self, plan: Any) -> None:
@@ -33,9 +37,15 @@ class ReferenceBackend:
         t = int(counters[0])
 
         grad_norm_l1, grad_norm = _norms([grad for _, grad in active])
-        nonfinite = (
-            any(not bool(grad.isfinite().all()) for _, grad in active) if settings.skip_nonfinite else False
+        grad_scale, found_inf = (None if s is None else float(s) for s in plan.scaling)
+        unscale = 1.0 if grad_scale is None else 1.0 / grad_scale
+        grad_norm, grad_norm_l1 = grad_norm * unscale, grad_norm_l1 * unscale
+        skipped = bool(found_inf) or (
+            settings.skip_nonfinite and any(not bool(grad.isfinite().all()) for _, grad in active)
         )
+        if skipped and not settings.measure:
+            # nobody looked at the gradients of a step that was not made
+            grad_norm = grad_norm_l1 = math.nan
         clip_coef = 1.0
         if settings.max_grad_norm is not None:
             ratio = settings.max_grad_norm / (grad_norm + 1e-6)
@@ -49,11 +59,11 @@ class ReferenceBackend:
             rates[1] = h.weight_decay * multiplier(decay_segments, t)
 
         rect = math.nan
-        for row, grad in active if not nonfinite else ():
+        for row, grad in active if not skipped else ():
             row.step += 1
             step, h = int(row.step), plan.hypers[row.group]
             eta, weight_decay = plan.rates[row.group].tolist()
-            s = common_scalars(h, eta, weight_decay, clip_coef)
+            s = common_scalars(h, eta, weight_decay, clip_coef * unscale)
             rule.scalars(h, eta, step, s)
             if step == 1 and not row.initialized and h.init == "grad":
                 s.init_grad = h.init_scale
@@ -66,16 +76,16 @@ class ReferenceBackend:
             row.work.copy_(param)
             for state, new in zip(row.states, states, strict=True):
                 state.copy_(new)
-        for row in plan.rows if not nonfinite and weight > 0.0 else ():
+        for row in plan.rows if not skipped and weight > 0.0 else ():
             if row.average is not None:
                 row.average.copy_(average_update(row.average, row.work.to(row.average.dtype), weight))
 
-        if not nonfinite:
+        if not skipped:
             counters[0] = t + 1
         page, slots = plan.record["page"], plan.record["slots"]
         if page is not None:
             line = [float(counters[0]), float(plan.rates[0, 0]), grad_norm, grad_norm_l1, clip_coef, rect]
-            line += [float(nonfinite), *slots.tolist()]
+            line += [float(skipped), *slots.tolist()]
             page[int(counters[1]) % len(page)] = torch.tensor(line, dtype=torch.float64, device=page.device)
         slots.fill_(math.nan)
         counters[1] += 1

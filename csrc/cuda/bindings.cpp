@@ -1,0 +1,56 @@
+// Python module fused_warmup._cuda: the step, which takes addresses and a stream and returns when it is
+// queued. SPDX-License-Identifier: Apache-2.0
+#include <pybind11/pybind11.h>
+
+#include "../check.h"
+#include "launch.h"
+
+namespace py = pybind11;
+
+namespace {
+
+#define FW_ENTRY(Rule) &fw::cuda_##Rule,
+const fw::CudaKernels* const kRules[] = {FW_RULES(FW_ENTRY)};
+#undef FW_ENTRY
+constexpr int kRuleCount = sizeof kRules / sizeof kRules[0];
+
+py::tuple rules() {
+  py::list names;
+  for (const fw::CudaKernels* kernels : kRules) names.append(kernels->rule);
+  return py::tuple(names);
+}
+
+const fw::CudaKernels& kernels_of(int rule) {
+  FW_CHECK(rule >= 0 && rule < kRuleCount, "rule must be an index into rules()");
+  return *kRules[rule];
+}
+
+void prepare(int rule, int device, bool doubles) {
+  FW_CHECK(device >= 0, "device must be an index");
+  kernels_of(rule).prepare(device, doubles);
+}
+
+void step(int rule, std::uintptr_t address, std::uintptr_t grads, int64_t n_grads, bool doubles, int device,
+          std::uintptr_t stream, int64_t max_blocks) {
+  const fw::CudaKernels& kernels = kernels_of(rule);
+  FW_CHECK(address != 0, "address must be that of a Step");
+  const fw::Step& table = *fw::at<const fw::Step>(address);
+  FW_CHECK(n_grads == 0 || (grads != 0 && n_grads == table.n_rows && n_grads <= fw::kCarryLimit),
+           "n_grads must be 0, or the number of rows and at most CARRY_LIMIT");
+  FW_CHECK(device >= 0 && max_blocks >= 0, "device and max_blocks must be at least 0");
+  const fw::Launch how{device,    fw::at<void>(stream), doubles, fw::at<const uint64_t>(grads), n_grads,
+                       max_blocks};
+  py::gil_scoped_release release;
+  kernels.step(how, table);
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_cuda, m) {
+  m.doc() = "CUDA kernels of fused_warmup.";
+  m.attr("CARRY_LIMIT") = fw::kCarryLimit;
+  m.def("rules", &rules);
+  m.def("prepare", &prepare, py::arg("rule"), py::arg("device"), py::arg("doubles"));
+  m.def("step", &step, py::arg("rule"), py::arg("address"), py::arg("grads"), py::arg("n_grads"),
+        py::arg("doubles"), py::arg("device"), py::arg("stream"), py::arg("max_blocks") = 0);
+}

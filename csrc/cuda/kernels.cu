@@ -1,0 +1,564 @@
+// The CUDA step in two launches, or three when the norms must be known beforehand: measure, decide, update.
+// Compiled once per rule with FW_RULE naming it. Sums are taken in an order that the table alone fixes, so
+// that any grid gives the same bits. No mathematics here: rules.h, schedules.h, reduce.h and decide.h have
+// it. SPDX-License-Identifier: Apache-2.0
+#include <mutex>
+#include <vector>
+
+#include "../check.h"
+#include "../decide.h"
+#include "../dtypes.h"
+#include "launch.h"
+
+#define FW_DEVICE __device__ __forceinline__
+
+namespace fw {
+namespace {
+
+// Five blocks of 128 threads leave each thread 96 registers, which hold the vectors of eight 16-bit elements
+// with two states. The 64 bytes and more that each of the 640 threads asks for at once keep the memory busy,
+// and a small tensor occupies a fifth of the processor only.
+constexpr int kThreads = 128;
+constexpr int kBlocksPerProcessor = 5;
+// float64 needs more registers for as many bytes
+constexpr int kBlocksPerProcessorOfDoubles = 4;
+// the arithmetic of this one block is in double and takes up to 80 registers
+constexpr int kDecideThreads = 512;
+constexpr int kWarp = 32;
+constexpr int kVectorBytes = 16;
+
+// addresses of gradients that travel with the first launch of a step; none when the column has them
+template <int kSize>
+struct Carry {
+  int64_t count;
+  uint64_t grads[kSize];
+};
+constexpr int kSmallCarry = 480;
+// beyond 4 KiB arguments cost more to launch; this is the most that they may be
+static_assert(sizeof(Step) + sizeof(Carry<kSmallCarry>) <= 4096, "small arguments");
+static_assert(sizeof(Step) + sizeof(Carry<kCarryLimit>) <= 32764, "arguments of a kernel");
+
+template <int kSize>
+FW_DEVICE uint64_t grad_of(const Step& step, const Carry<kSize>& carry, int64_t row) {
+  return carry.count ? carry.grads[row] : at<uint64_t>(step.grads)[row];
+}
+
+// for the launches after this one; nobody reads the column while it is written
+template <int kSize>
+FW_DEVICE void keep(const Step& step, const Carry<kSize>& carry) {
+  int64_t first = int64_t(blockIdx.x) * blockDim.x + threadIdx.x;
+  for (int64_t row = first; row < carry.count; row += int64_t(gridDim.x) * blockDim.x)
+    at<uint64_t>(step.grads)[row] = carry.grads[row];
+}
+
+// the type of the arithmetic beside a stored one, and the elements that a thread takes at a time
+template <class T>
+struct Arithmetic {
+  using type = float;
+};
+template <>
+struct Arithmetic<double> {
+  using type = double;
+};
+template <class T>
+constexpr int kPack = kVectorBytes / sizeof(T);
+
+// N elements in accesses of 16 bytes where they fill them
+template <int N, class T>
+FW_DEVICE void load(const T* from, T (&to)[N]) {
+  if constexpr (N * sizeof(T) % kVectorBytes == 0) {
+    uint4 words[N * sizeof(T) / kVectorBytes];
+    for (int i = 0; i < int(N * sizeof(T) / kVectorBytes); ++i)
+      words[i] = *global(reinterpret_cast<const uint4*>(from) + i);
+    memcpy(to, words, sizeof words);
+  } else {
+    for (int i = 0; i < N; ++i) to[i] = *global(from + i);
+  }
+}
+
+template <int N, class T>
+FW_DEVICE void store(const T (&from)[N], T* to) {
+  if constexpr (N * sizeof(T) % kVectorBytes == 0) {
+    uint4 words[N * sizeof(T) / kVectorBytes];
+    memcpy(words, from, sizeof words);
+    for (int i = 0; i < int(N * sizeof(T) / kVectorBytes); ++i)
+      *global(reinterpret_cast<uint4*>(to) + i) = words[i];
+  } else {
+    for (int i = 0; i < N; ++i) *global(to + i) = from[i];
+  }
+}
+
+// one thread's share of a chunk
+struct NormSum {
+  double l1 = 0.0, l2_sq = 0.0;
+  int32_t nonfinite = 0;
+
+  template <int N, class C>
+  FW_DEVICE void add(const C (&grad)[N]) {
+    C sum = 0;
+    for (int i = 0; i < N; ++i) accumulate_l1(sum, grad[i]);
+    for (int i = 0; i < N; ++i) accumulate_l2(l2_sq, grad[i]);
+    if (!is_nonfinite(sum)) {
+      l1 += static_cast<double>(sum);
+      return;
+    }
+    // something is not finite, or the sum overflowed
+    for (int i = 0; i < N; ++i) {
+      nonfinite += is_nonfinite(grad[i]);
+      accumulate_l1(l1, static_cast<double>(grad[i]));
+    }
+  }
+};
+
+// the sum over the first kThreads threads of a block, in thread 0
+FW_DEVICE Partial block_sum(const Partial& part) {
+  __shared__ Partial of_warp[kDecideThreads / kWarp];
+  Partial total = part;
+  for (int distance = kWarp / 2; distance > 0; distance /= 2) {
+    Partial other;
+    other.l1 = __shfl_down_sync(~0u, total.l1, distance);
+    other.l2_sq = __shfl_down_sync(~0u, total.l2_sq, distance);
+    other.nonfinite = __shfl_down_sync(~0u, total.nonfinite, distance);
+    combine(total, other);
+  }
+  // the sums of the chunk before may still be read
+  __syncthreads();
+  if (threadIdx.x % kWarp == 0) of_warp[threadIdx.x / kWarp] = total;
+  __syncthreads();
+  return threadIdx.x == 0 ? combine_all(of_warp, kThreads / kWarp) : total;
+}
+
+// the sum over all chunks, in thread 0
+FW_DEVICE Partial sum_chunks(const Step& step) {
+  const Partial* partials = at<Partial>(step.partials);
+  Partial total = {};
+  if (threadIdx.x < kThreads) {
+#pragma unroll 4
+    for (int64_t i = threadIdx.x; i < step.n_chunks; i += kThreads) {
+      // other blocks wrote them, so the cache of this processor must not be asked
+      Partial part;
+      part.l1 = __ldcg(&partials[i].l1);
+      part.l2_sq = __ldcg(&partials[i].l2_sq);
+      part.nonfinite = __ldcg(&partials[i].nonfinite);
+      combine(total, part);
+    }
+  }
+  return block_sum(total);
+}
+
+FW_DEVICE void keep_chunk_sum(const Step& step, int64_t chunk, const NormSum& sum) {
+  Partial total = block_sum(Partial{sum.l1, sum.l2_sq, sum.nonfinite});
+  if (threadIdx.x == 0) at<Partial>(step.partials)[chunk] = total;
+}
+
+template <class T>
+FW_DEVICE T* column(uint64_t address, int64_t offset) {
+  return address ? at<T>(address) + offset : nullptr;
+}
+
+// the columns of one row from the start of a chunk on; null where the row has none
+template <class P, class G>
+struct Streams {
+  using C = typename Arithmetic<P>::type;
+  P* param;
+  const G* grad;
+  C *state0, *state1, *state2, *average;
+  int32_t count;
+  bool aligned;
+
+  FW_DEVICE Streams(const Row& row, uint64_t grads, const Chunk& chunk)
+      : param(column<P>(row.param, chunk.offset)),
+        grad(column<const G>(grads, chunk.offset)),
+        state0(column<C>(row.state0, chunk.offset)),
+        state1(column<C>(row.state1, chunk.offset)),
+        state2(column<C>(row.state2, chunk.offset)),
+        average(column<C>(row.average, chunk.offset)),
+        count(chunk.count) {
+    // chunks begin at multiples of 16 bytes of their row
+    uint64_t addresses = row.param | grads | row.state0 | row.state1 | row.state2 | row.average;
+    aligned = addresses % kVectorBytes == 0;
+  }
+
+  // whether a pack may be taken as vectors; else it is taken one by one, up to the end of the chunk
+  FW_DEVICE bool whole(int32_t i) const { return aligned && i + kPack<P> <= count; }
+  FW_DEVICE int32_t end(int32_t i) const { return i + kPack<P> < count ? i + kPack<P> : count; }
+};
+
+template <int N, class C, class T>
+FW_DEVICE void widen_all(const T* from, C (&to)[N]) {
+  for (int i = 0; i < N; ++i) to[i] = static_cast<C>(widen(from[i]));
+}
+
+// a pack enters the sums in the runs that a thread updates at a time
+template <class C, int N, class G>
+FW_DEVICE void add_pack(NormSum& sum, const G (&raw)[N]) {
+  static_assert(N % kPack<C> == 0, "whole runs");
+  for (int i = 0; i < N; i += kPack<C>) {
+    C grad[kPack<C>];
+    widen_all(raw + i, grad);
+    sum.add(grad);
+  }
+}
+
+// a pack that is not whole enters them as if zeros followed it, so that alignment changes no bit
+template <class P, class G>
+FW_DEVICE void add_odd(NormSum& sum, const Streams<P, G>& s, int32_t begin) {
+  G grad[kPack<P>] = {};
+  for (int i = 0; i < kPack<P>; ++i)
+    if (begin + i < s.count) grad[i] = *global(s.grad + begin + i);
+  add_pack<typename Streams<P, G>::C>(sum, grad);
+}
+
+template <class P, class G>
+FW_DEVICE NormSum measure_chunk(const Row& row, uint64_t grads, const Chunk& chunk) {
+  const Streams<P, G> s(row, grads, chunk);
+  NormSum sum;
+#pragma unroll 2
+  for (int32_t i = threadIdx.x * kPack<P>; i < s.count; i += kThreads * kPack<P>) {
+    if (s.whole(i)) {
+      G grad[kPack<P>];
+      load(s.grad + i, grad);
+      add_pack<typename Streams<P, G>::C>(sum, grad);
+    } else {
+      add_odd(sum, s, i);
+    }
+  }
+  return sum;
+}
+
+template <int N, class P, class C>
+FW_DEVICE void average_part(C* column, const P* param, C weight) {
+  C average[N];
+  load(column, average);
+  for (int k = 0; k < N; ++k) average_update(average[k], static_cast<C>(widen(param[k])), weight);
+  store(average, column);
+}
+
+// elements from i on; all loads come before the first result is needed
+template <class Rule, int kStates, int N, class P, class G, class C>
+FW_DEVICE void update_part(const Streams<P, G>& s, int32_t i, const ScalarsOf<C>& scalars, P* param,
+                           const G* raw_grad, bool accumulate, NormSum& sum) {
+  C state0[N], state1[N], state2[N], grad[N];
+  if constexpr (kStates > 0) load(s.state0 + i, state0);
+  if constexpr (kStates > 1) load(s.state1 + i, state1);
+  if constexpr (kStates > 2) load(s.state2 + i, state2);
+  widen_all(raw_grad, grad);
+  if constexpr (N > 1)
+    if (accumulate) add_pack<C>(sum, grad);
+  for (int k = 0; k < N; ++k) {
+    C value = static_cast<C>(widen(param[k])), state[kMaxStates] = {};
+    if constexpr (kStates > 0) state[0] = state0[k];
+    if constexpr (kStates > 1) state[1] = state1[k];
+    if constexpr (kStates > 2) state[2] = state2[k];
+    Rule::template update<kStates>(value, grad[k], state, scalars);
+    narrow(value, param[k]);
+    if constexpr (kStates > 0) state0[k] = state[0];
+    if constexpr (kStates > 1) state1[k] = state[1];
+    if constexpr (kStates > 2) state2[k] = state[2];
+  }
+  if constexpr (kStates > 0) store(state0, s.state0 + i);
+  if constexpr (kStates > 1) store(state1, s.state1 + i);
+  if constexpr (kStates > 2) store(state2, s.state2 + i);
+}
+
+template <class Rule, int kStates, int N, class P, class G, class C>
+FW_DEVICE void update_pack(const Streams<P, G>& s, int32_t i, const ScalarsOf<C>& scalars, C weight,
+                           bool accumulate, NormSum& sum) {
+  constexpr int kPart = kStates == 3 && N > kPack<C> ? kPack<C> : N;
+  G grad[N];
+  P param[N];
+  load(s.grad + i, grad);
+  load(s.param + i, param);
+  for (int k = 0; k < N; k += kPart)
+    update_part<Rule, kStates, kPart>(s, i + k, scalars, param + k, grad + k, accumulate, sum);
+  store(param, s.param + i);
+  // of the parameter as it is stored
+  if (s.average)
+    for (int k = 0; k < N; k += kPart) average_part<kPart>(s.average + i + k, param + k, weight);
+}
+
+template <class Rule, int kStates, class P, class G>
+FW_DEVICE NormSum update_states(const Streams<P, G>& s, const Scalars& row_scalars, double average_weight,
+                                bool accumulate) {
+  using C = typename Streams<P, G>::C;
+  const ScalarsOf<C> scalars(row_scalars);
+  const C weight = static_cast<C>(average_weight);
+  NormSum sum;
+#pragma unroll 1
+  for (int32_t i = threadIdx.x * kPack<P>; i < s.count; i += kThreads * kPack<P>) {
+    if (s.whole(i)) {
+      update_pack<Rule, kStates, kPack<P>>(s, i, scalars, weight, accumulate, sum);
+    } else {
+      if (accumulate) add_odd(sum, s, i);
+#pragma unroll 1
+      for (int32_t k = i; k < s.end(i); ++k) update_pack<Rule, kStates, 1>(s, k, scalars, weight, false, sum);
+    }
+  }
+  return sum;
+}
+
+// a row without a gradient stays, but its average moves
+template <class P, class G>
+FW_DEVICE void average_chunk(const Streams<P, G>& s, double average_weight) {
+  using C = typename Streams<P, G>::C;
+  const C weight = static_cast<C>(average_weight);
+#pragma unroll 1
+  for (int32_t i = threadIdx.x; i < s.count; i += kThreads) {
+    average_part<1>(s.average + i, global(s.param + i), weight);
+  }
+}
+
+// the update of a chunk whose types are known
+template <class Rule>
+struct Update {
+  const Step& step;
+  const Verdict& verdict;
+
+  template <class P, class G>
+  FW_DEVICE NormSum run(const Row& row, uint64_t grads, const Chunk& chunk) const {
+    Streams<P, G> s(row, grads, chunk);
+    if (!(verdict.average_weight > 0.0)) s.average = nullptr;
+    if (s.grad) return with_states<Rule::kMinStates>(s, row.n_states, chunk.row);
+    if (s.average) average_chunk(s, verdict.average_weight);
+    return NormSum{};
+  }
+
+  template <int kStates, class P, class G>
+  FW_DEVICE NormSum with_states(const Streams<P, G>& s, int32_t n_states, int32_t row) const {
+    if constexpr (kStates < Rule::kMaxStates)
+      if (n_states > kStates) return with_states<kStates + 1>(s, n_states, row);
+    return update_states<Rule, kStates>(s, at<Scalars>(step.scalars)[row], verdict.average_weight,
+                                        accumulates(step));
+  }
+};
+
+struct Measure {
+  template <class P, class G>
+  FW_DEVICE NormSum run(const Row& row, uint64_t grads, const Chunk& chunk) const {
+    return grads ? measure_chunk<P, G>(row, grads, chunk) : NormSum{};
+  }
+};
+
+// a gradient has the type of its parameter, or is float32
+template <class P, class Visitor>
+FW_DEVICE NormSum visit_grad(const Visitor& visitor, const Row& row, uint64_t grads, const Chunk& chunk) {
+  if (row.grad_dtype == row.dtype) return visitor.template run<P, P>(row, grads, chunk);
+  return visitor.template run<P, float>(row, grads, chunk);
+}
+
+template <bool kDoubles, class Visitor>
+FW_DEVICE NormSum visit(const Visitor& visitor, const Row& row, uint64_t grads, const Chunk& chunk) {
+  if constexpr (kDoubles)
+    if (row.dtype == kFloat64) return visit_grad<double>(visitor, row, grads, chunk);
+  if (row.dtype == kBFloat16) return visit_grad<BFloat16>(visitor, row, grads, chunk);
+  if (row.dtype == kFloat16) return visit_grad<Float16>(visitor, row, grads, chunk);
+  return visitor.template run<float, float>(row, grads, chunk);
+}
+
+template <int kSize>
+__global__ void __launch_bounds__(kThreads, kBlocksPerProcessor)
+    measure_kernel(const __grid_constant__ Step step, const __grid_constant__ Carry<kSize> carry) {
+  keep(step, carry);
+  for (int64_t i = blockIdx.x; i < step.n_chunks; i += gridDim.x) {
+    const Chunk chunk = at<Chunk>(step.chunks)[i];
+    const uint64_t grads = grad_of(step, carry, chunk.row);
+    keep_chunk_sum(step, i, visit<true>(Measure{}, at<Row>(step.rows)[chunk.row], grads, chunk));
+  }
+}
+
+// counters and scalars of all rows that have a gradient
+template <class Rule, int kSize>
+FW_DEVICE void set_rows(const Step& step, const Carry<kSize>& carry, Verdict& verdict) {
+  __shared__ int first_of_tile;
+  const Row* rows = at<Row>(step.rows);
+  Scalars* scalars = at<Scalars>(step.scalars);
+  bool found = false;
+  for (int64_t begin = 0; begin < step.n_rows; begin += blockDim.x) {
+    const int64_t row = begin + threadIdx.x;
+    const bool active = row < step.n_rows && grad_of(step, carry, row);
+    if (active) *at<int64_t>(rows[row].step) += 1;
+    if (threadIdx.x == 0) first_of_tile = kDecideThreads;
+    __syncthreads();
+    if (active && (threadIdx.x == 0 || !grad_of(step, carry, row - 1)))
+      atomicMin(&first_of_tile, threadIdx.x);
+    __syncthreads();
+    // most rows share the scalars of the first, and double arithmetic is slow on many devices
+    const int64_t first = begin + first_of_tile;
+    const bool own = active && (row == first || !same_scalars(step, row, first));
+    if (own) set_scalars<Rule>(step, verdict, row);
+    __syncthreads();
+    if (active && !own) scalars[row] = scalars[first];
+    if (!found && row == first) verdict.rect = scalars[row].rect;
+    found = found || first_of_tile < kDecideThreads;
+    __syncthreads();
+  }
+}
+
+template <class Rule, int kSize>
+__global__ void __launch_bounds__(kDecideThreads, 1)
+    decide_kernel(const __grid_constant__ Step step, const __grid_constant__ Carry<kSize> carry) {
+  __shared__ Verdict verdict;
+  keep(step, carry);
+  const Partial total = step.measure ? sum_chunks(step) : Partial{};
+  if (threadIdx.x == 0) verdict = judge(step, total);
+  __syncthreads();
+  for (int64_t group = threadIdx.x; group < step.n_groups; group += blockDim.x)
+    set_rates(step, verdict, group);
+  __syncthreads();
+  if (!verdict.skipped) set_rows<Rule>(step, carry, verdict);
+  __syncthreads();
+  if (threadIdx.x == 0) {
+    record(step, verdict);
+    *at<Verdict>(step.verdict) = verdict;
+  }
+}
+
+// the last block to arrive adds up what all of them found
+FW_DEVICE void finish_norms(const Step& step, Verdict& verdict) {
+  __shared__ bool last;
+  if (threadIdx.x == 0) {
+    __threadfence();
+    last = atomicAdd(&verdict.finished_blocks, 1) + 1 == static_cast<int>(gridDim.x);
+    __threadfence();
+  }
+  __syncthreads();
+  if (!last) return;
+  const Partial total = sum_chunks(step);
+  if (threadIdx.x == 0) record_norms(step, verdict, total);
+}
+
+template <class Rule, bool kDoubles>
+__global__ void __launch_bounds__(kThreads, kDoubles ? kBlocksPerProcessorOfDoubles : kBlocksPerProcessor)
+    update_kernel(const __grid_constant__ Step step) {
+  Verdict& verdict = *at<Verdict>(step.verdict);
+  if (verdict.skipped) return;
+  const Update<Rule> update{step, verdict};
+  // last chunk first: the gradients measured last are still in the cache
+  for (int64_t i = step.n_chunks - 1 - blockIdx.x; i >= 0; i -= gridDim.x) {
+    const Chunk chunk = at<Chunk>(step.chunks)[i];
+    const uint64_t grads = at<uint64_t>(step.grads)[chunk.row];
+    const NormSum sum = visit<kDoubles>(update, at<Row>(step.rows)[chunk.row], grads, chunk);
+    if (accumulates(step)) keep_chunk_sum(step, i, sum);
+  }
+  if (accumulates(step)) finish_norms(step, verdict);
+}
+
+// the host side
+
+class OnDevice {
+ public:
+  explicit OnDevice(int device) {
+    FW_CUDA_CHECK(cudaGetDevice(&before_));
+    if (device != before_) FW_CUDA_CHECK(cudaSetDevice(device));
+    changed_ = device != before_;
+  }
+  ~OnDevice() {
+    if (changed_) cudaSetDevice(before_);
+  }
+  OnDevice(const OnDevice&) = delete;
+
+ private:
+  int before_ = 0;
+  bool changed_ = false;
+};
+
+// blocks of a kernel that the current device runs at a time; asking loads the kernel
+template <class Kernel>
+int64_t resident_blocks(Kernel kernel, int device) {
+  int processors = 0, blocks = 0;
+  FW_CUDA_CHECK(cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device));
+  FW_CUDA_CHECK(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, kernel, kThreads, 0));
+  return int64_t(processors) * blocks;
+}
+
+struct Grids {
+  int64_t measure = 0, update = 0;
+};
+
+// sizes of the grids on the current device, whose kernels are loaded at the first call
+template <class Rule, bool kDoubles>
+Grids grids_on(int device) {
+  static std::mutex mutex;
+  static std::vector<Grids> known;
+  std::lock_guard<std::mutex> lock(mutex);
+  if (known.size() <= static_cast<size_t>(device)) known.resize(device + 1);
+  Grids& grids = known[device];
+  if (grids.update == 0) {
+    resident_blocks(measure_kernel<kCarryLimit>, device);
+    resident_blocks(decide_kernel<Rule, kSmallCarry>, device);
+    resident_blocks(decide_kernel<Rule, kCarryLimit>, device);
+    grids.measure = resident_blocks(measure_kernel<kSmallCarry>, device);
+    grids.update = resident_blocks(update_kernel<Rule, kDoubles>, device);
+  }
+  return grids;
+}
+
+template <class... Parameters, class... Arguments>
+void launch(void (*kernel)(Parameters...), int64_t blocks, int threads, void* stream,
+            const Arguments&... arguments) {
+  cudaLaunchConfig_t config = {};
+  config.gridDim = dim3(static_cast<unsigned>(blocks));
+  config.blockDim = dim3(static_cast<unsigned>(threads));
+  config.stream = static_cast<cudaStream_t>(stream);
+  FW_CUDA_CHECK(cudaLaunchKernelEx(&config, kernel, arguments...));
+  FW_CUDA_CHECK(cudaGetLastError());
+}
+
+int64_t grid(int64_t resident, int64_t max_blocks, int64_t n_chunks) {
+  if (max_blocks > 0) resident = max_blocks;
+  if (resident > n_chunks) resident = n_chunks;
+  return resident > 0 ? resident : 1;
+}
+
+template <class Rule, bool kDoubles, int kSize>
+void launch_all(const Launch& how, const Step& step) {
+  const Grids grids = grids_on<Rule, kDoubles>(how.device);
+  Carry<kSize> carry;
+  carry.count = how.n_grads;
+  memcpy(carry.grads, how.grads, how.n_grads * sizeof(uint64_t));
+  if (step.measure) {
+    launch(measure_kernel<kSize>, grid(grids.measure, how.max_blocks, step.n_chunks), kThreads, how.stream,
+           step, carry);
+    Carry<kSmallCarry> none;
+    none.count = 0;
+    launch(decide_kernel<Rule, kSmallCarry>, 1, kDecideThreads, how.stream, step, none);
+  } else {
+    launch(decide_kernel<Rule, kSize>, 1, kDecideThreads, how.stream, step, carry);
+  }
+  launch(update_kernel<Rule, kDoubles>, grid(grids.update, how.max_blocks, step.n_chunks), kThreads,
+         how.stream, step);
+}
+
+template <class Rule, bool kDoubles>
+void run_sized(const Launch& how, const Step& step) {
+  if (how.n_grads > kSmallCarry)
+    launch_all<Rule, kDoubles, kCarryLimit>(how, step);
+  else
+    launch_all<Rule, kDoubles, kSmallCarry>(how, step);
+}
+
+template <class Rule>
+void run(const Launch& how, const Step& step) {
+  const OnDevice guard(how.device);
+  if (how.doubles)
+    run_sized<Rule, true>(how, step);
+  else
+    run_sized<Rule, false>(how, step);
+}
+
+template <class Rule>
+void prepare(int device, bool doubles) {
+  const OnDevice guard(device);
+  doubles ? grids_on<Rule, true>(device) : grids_on<Rule, false>(device);
+}
+
+#define FW_JOIN_(a, b) a##b
+#define FW_JOIN(a, b) FW_JOIN_(a, b)
+#define FW_TEXT_(a) #a
+#define FW_TEXT(a) FW_TEXT_(a)
+
+}  // namespace
+
+const CudaKernels FW_JOIN(cuda_, FW_RULE) = {FW_TEXT(FW_RULE), prepare<FW_RULE>, run<FW_RULE>};
+
+}  // namespace fw

@@ -1,0 +1,1 @@
+"""The step as Triton kernels. Imported only when the backend is chosen."""

@@ -1,0 +1,150 @@
+"""How a step is launched: two kernels, three where the norms must be known beforehand."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+
+from ...plan import Plan
+from ...table import DTYPES
+from .kernels import decide_kernel, measure_kernel, update_kernel
+from .rules import RULES
+
+# elements that a program takes at a time: eight a thread, 16 bytes of bfloat16 and twice that of float32
+BLOCK = 2048
+# those at the end of a chunk or without alignment: fewer, because each of them needs its own address
+TAIL = 512
+# rows, groups or partial sums that are taken at a time, one a thread
+LANES = 256
+NUM_WARPS = 8
+# more programs than run at a time, so that the device evens out who is done first
+PROGRAMS_PER_MULTIPROCESSOR = 16
+
+
+# rounded as the sources say: the compiler must not make other fused multiply-adds
+_OPTIONS = {"num_warps": NUM_WARPS, "enable_fp_fusion": False}
+
+Kinds = tuple[tuple[int, int, int], ...]
+
+
+def measure_constants(kinds: Kinds) -> dict[str, Any]:
+    """Return constants and options of ``measure_kernel`` for ``Plan.kinds``."""
+    dtypes = tuple(sorted({grad_dtype for _, grad_dtype, _ in kinds}))
+    registers = 64 if len(dtypes) == 1 and DTYPES[torch.float64] not in dtypes else 128
+    return {"GRAD_DTYPES": dtypes, "BLOCK": BLOCK, "TAIL": TAIL, "maxnreg": registers, **_OPTIONS}
+
+
+def decide_constants(rule: str) -> dict[str, Any]:
+    """Return constants and options of ``decide_kernel`` for the rule of a name."""
+    # the only program: it may have all registers
+    return {"SCALARS": RULES[rule].scalars, "LANES": LANES, "maxnreg": 255, **_OPTIONS}
+
+
+def update_constants(rule: str, kinds: Kinds, *, accumulate: bool, average: bool) -> dict[str, Any]:
+    """Return constants and options of ``update_kernel``.
+
+    Args:
+        rule: Name of the rule.
+        kinds: ``Plan.kinds``.
+        accumulate: Whether it adds up norms, because nothing measured them before.
+        average: Whether rows have an average.
+
+    Returns:
+        Arguments by keyword.
+    """
+    return {
+        "UPDATE": RULES[rule].update,
+        "KINDS": kinds,
+        "ACCUMULATE": accumulate,
+        "AVERAGE": average,
+        "BLOCK": BLOCK,
+        "TAIL": TAIL,
+        "LANES": LANES,
+        "maxnreg": _registers(kinds, accumulate),
+        **_OPTIONS,
+    }
+
+
+def _registers(kinds: Kinds, accumulate: bool) -> int:
+    """Registers a thread may have: as few as it does with without spilling, so that more programs fit.
+
+    Left to itself, ptxas spills a few to save others.
+    """
+    double = any(dtype == DTYPES[torch.float64] for dtype, _, _ in kinds)
+    most_states = max((n_states for _, _, n_states in kinds), default=0)
+    streams = most_states + len(kinds)
+    if double or (accumulate and streams > 4):
+        return 255
+    return 128 if accumulate or streams > 3 else 80
+
+
+@functools.cache
+def _programs(device: torch.device) -> int:
+    """How many programs a launch makes at most; few in the interpreter, which runs one after the other."""
+    if device.type == "cpu":
+        return 3
+    return PROGRAMS_PER_MULTIPROCESSOR * torch.cuda.get_device_properties(device).multi_processor_count
+
+
+class TritonBackend:
+    """Triton kernels for CUDA tensors, or for CPU tensors where ``TRITON_INTERPRET=1``.
+
+    Args:
+        programs: How many programs a launch makes at most; None takes a multiple of the multiprocessors. The
+            results are the same bit for bit.
+    """
+
+    name = "triton"
+    carries = 0
+
+    def __init__(self, programs: int | None = None) -> None:
+        self._programs = programs
+
+    def prepare(self, plan: Plan) -> None:
+        """Compile and load the kernels that the steps of a plan may need, whatever its settings become."""
+        column = plan.step_column().view(torch.int64)
+        with _on(plan.device):
+            for measure in (False, True):
+                for kernel, _, constants in self._launches(plan, measure):
+                    compiled = kernel.warmup(column, grid=(1,), **constants)
+                    # the interpreter has nothing to compile
+                    if compiled is not None:
+                        # compiled lazily, and loaded when first asked how to run
+                        _ = compiled.run
+
+    def step(self, plan: Plan) -> None:
+        """Make one step on the current stream, without waiting for it."""
+        column = plan.step_column().view(torch.int64)
+        with _on(plan.device):
+            for kernel, programs, constants in self._launches(plan, plan.settings.measure):
+                kernel[(programs,)](column, **constants)
+
+    def _launches(self, plan: Plan, measure: bool) -> Iterator[tuple[Any, int, dict[str, Any]]]:
+        """Give kernel, number of programs and constants of each launch of a step.
+
+        Args:
+            plan: The plan.
+            measure: Whether the update must know the norms beforehand.
+
+        Yields:
+            The launches in order.
+        """
+        programs = max(1, min(plan.n_chunks, self._programs or _programs(plan.device)))
+        telemetry, averages = plan.record["page"] is not None, plan.average[0] is not None
+        if measure:
+            yield measure_kernel, programs, measure_constants(plan.kinds)
+        yield decide_kernel, 1, decide_constants(plan.rule)
+        yield (
+            update_kernel,
+            programs,
+            update_constants(plan.rule, plan.kinds, accumulate=telemetry and not measure, average=averages),
+        )
+
+
+def _on(device: torch.device) -> contextlib.AbstractContextManager[Any]:
+    """Make a device current, which Triton launches on."""
+    return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()

@@ -1,0 +1,184 @@
+"""What the kernels read and write: structs of ``csrc/table.h`` as named tuples, blocks of columns as numbers.
+
+Offsets come from the numpy dtypes of ``fused_warmup.table``; storage types are those of ``csrc/dtypes.h``.
+"""
+
+from __future__ import annotations
+
+from collections import namedtuple
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+
+from ...table import DTYPES, STRUCTS
+
+# a constant of the module, so that the caches of compiled kernels know the layout they were compiled for
+LAYOUT = tl.constexpr({
+    name: (dtype.itemsize, [(field[1], field[0].str[1:]) for field in (dtype.fields or {}).values()])
+    for name, dtype in STRUCTS.items()
+})
+BFLOAT16 = tl.constexpr(DTYPES[torch.bfloat16])
+# bytes that one access of a thread moves at most
+VECTOR = tl.constexpr(16)
+
+# addresses are added to as signed integers
+_FIELD_TYPES = {"u8": tl.int64, "i8": tl.int64, "i4": tl.int32, "f8": tl.float64}
+# a bfloat16 is the upper half of a float32: moved and rounded as an integer, which the interpreter does right
+_STORAGE = {
+    DTYPES[torch.float32]: tl.float32,
+    DTYPES[torch.float64]: tl.float64,
+    DTYPES[torch.bfloat16]: tl.uint16,
+    DTYPES[torch.float16]: tl.float16,
+}
+
+
+def _struct(name: str) -> Any:
+    """Return the named tuple of a struct.
+
+    It is built from another one and the fields that differ; fields that nothing sets are 0.
+    """
+    # a tuple of Triton has an attribute called values itself
+    fields = ["table_values" if field == "values" else field for field in STRUCTS[name].names or ()]
+    base: Any = namedtuple(name, fields)  # type: ignore[misc]
+
+    def new(cls: Any, *values: Any, **fields: Any) -> Any:
+        if len(values) == 1:
+            fields = {**{field: getattr(values[0], field) for field in cls._fields}, **fields}
+        elif values:
+            fields = dict(zip(cls._fields, values, strict=True))
+        return base.__new__(cls, *(fields.get(field, 0) for field in cls._fields))
+
+    return type(name, (base,), {"__new__": new})
+
+
+Row, Chunk, Hyper, Segment, Rates, Scalars, Partial, Counters, Slots, Telemetry, Verdict, Step = map(
+    _struct, STRUCTS
+)
+
+
+@triton.constexpr_function
+def size_of(layout: Any, struct: Any) -> int:
+    """Bytes of a struct."""
+    return int(layout[struct.__name__][0])
+
+
+@triton.constexpr_function
+def offset_of(layout: Any, struct: Any, i: int) -> int:
+    """Offset of a field in its struct."""
+    return int(layout[struct.__name__][1][i][0])
+
+
+@triton.constexpr_function
+def pointer_of(layout: Any, struct: Any, i: int) -> Any:
+    """Type of a pointer to a field."""
+    return tl.pointer_type(_FIELD_TYPES[layout[struct.__name__][1][i][1]])
+
+
+@triton.constexpr_function
+def storage(dtype: int) -> Any:
+    """Type in memory of elements with a code of enum DType."""
+    return _STORAGE[dtype]
+
+
+@triton.constexpr_function
+def item_size(dtype: int) -> int:
+    """Bytes of an element."""
+    return int(_STORAGE[dtype].primitive_bitwidth // 8)
+
+
+@triton.constexpr_function
+def arithmetic(dtype: int) -> Any:
+    """Type that an update of such parameters computes in, and that their states have."""
+    return tl.float64 if dtype == DTYPES[torch.float64] else tl.float32
+
+
+@triton.constexpr_function
+def state_dtype(dtype: int) -> int:
+    """Code of the type of the states beside such parameters."""
+    return DTYPES[torch.float64 if dtype == DTYPES[torch.float64] else torch.float32]
+
+
+@triton.constexpr_function
+def position(struct: Any, name: str) -> int:
+    """Position of a field in its struct."""
+    return int(struct._fields.index(name))
+
+
+@triton.jit
+def field(column, index, STRUCT: tl.constexpr, NAME: tl.constexpr):
+    """Pointer to a field of a struct in a column."""
+    place = column + index * size_of(LAYOUT, STRUCT)
+    i: tl.constexpr = position(STRUCT, NAME)
+    return (place + offset_of(LAYOUT, STRUCT, i)).to(pointer_of(LAYOUT, STRUCT, i))
+
+
+@triton.jit
+def load_struct(column, index, STRUCT: tl.constexpr, mask=None):
+    """A struct in a column, or a block of them with zeros where the mask is off."""
+    place = column + index * size_of(LAYOUT, STRUCT)
+    fields = ()
+    for i in tl.static_range(len(STRUCT._fields)):
+        pointer = (place + offset_of(LAYOUT, STRUCT, i)).to(pointer_of(LAYOUT, STRUCT, i))
+        fields = fields + (tl.load(pointer, mask=mask, other=None if mask is None else 0),)
+    return STRUCT(*fields)
+
+
+@triton.jit
+def store_struct(column, index, value, STRUCT: tl.constexpr, mask=None):
+    """Write a struct into a column, or a block of them."""
+    place = column + index * size_of(LAYOUT, STRUCT)
+    for i in tl.static_range(len(STRUCT._fields)):
+        pointer = (place + offset_of(LAYOUT, STRUCT, i)).to(pointer_of(LAYOUT, STRUCT, i))
+        tl.store(pointer, tl.cast(value[i], pointer.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def pointers(address, lanes, TYPE: tl.constexpr, WHOLE: tl.constexpr):
+    """Pointers to a block; a whole block promises alignment, without which no access is wide."""
+    pointer = address.to(tl.pointer_type(TYPE))
+    if WHOLE:
+        pointer = tl.multiple_of(pointer, VECTOR)
+    return pointer + lanes
+
+
+@triton.jit
+def load_block(address, lanes, mask, DTYPE: tl.constexpr, C: tl.constexpr, WHOLE: tl.constexpr):
+    """A block of a column in the type of the arithmetic; zeros where the mask is off."""
+    pointer = pointers(address, lanes, storage(DTYPE), WHOLE)
+    if WHOLE:
+        value = tl.load(pointer)
+    else:
+        value = tl.load(pointer, mask=mask, other=0)
+    return widen(value, DTYPE).to(C)
+
+
+@triton.jit
+def store_block(address, lanes, mask, value, DTYPE: tl.constexpr, WHOLE: tl.constexpr):
+    """Write a block of stored values."""
+    pointer = pointers(address, lanes, storage(DTYPE), WHOLE)
+    if WHOLE:
+        tl.store(pointer, value)
+    else:
+        tl.store(pointer, value, mask=mask)
+
+
+@triton.jit
+def widen(stored, DTYPE: tl.constexpr):
+    """Stored elements as numbers."""
+    if DTYPE == BFLOAT16:
+        return (stored.to(tl.uint32) << 16).to(tl.float32, bitcast=True)
+    else:
+        return stored
+
+
+@triton.jit
+def narrow(x, DTYPE: tl.constexpr):
+    """Numbers rounded to the nearest that can be stored, ties to even."""
+    if DTYPE == BFLOAT16:
+        bits = x.to(tl.uint32, bitcast=True)
+        rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
+        return tl.where(x == x, rounded, 0x7FC0).to(tl.uint16)
+    else:
+        return x.to(storage(DTYPE))

@@ -1,0 +1,195 @@
+"""Update rules inside Triton kernels; the statements of ``csrc/rules.h`` in the same order.
+
+A rule has ``scalars``, computed for a block of rows in double, and ``update`` for a block of elements.
+
+Adam: Kingma & Ba 2015. Gradient initialisation: Kalra & Barkeshli 2024, arXiv:2406.09405.
+RAdam: Liu et al. 2020, arXiv:1908.03265. SGD: heavy ball, without dampening of the first step, as torch.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import triton
+import triton.language as tl
+
+from .memory import Scalars
+
+
+@triton.jit
+def root(x):
+    """Square root, rounded to nearest."""
+    if x.dtype == tl.float32:
+        return tl.sqrt_rn(x)
+    else:
+        return tl.sqrt(x)
+
+
+@triton.jit
+def divide(a, b):
+    """Quotient, rounded to nearest."""
+    if a.dtype == tl.float32:
+        return tl.div_rn(a, b)
+    else:
+        return a / b
+
+
+@triton.jit
+def expm1(x):
+    """Kahan's form for x <= 0: the error of log cancels that of exp."""
+    u = tl.exp(x)
+    # far from 0 the difference loses nothing, and log must not see a 0
+    near = (x > -1.0) & (u != 1.0)
+    kahan = (u - 1.0) * x / tl.log(tl.where(near, u, 2.0))
+    return tl.where(near, kahan, tl.where(u == 1.0, x, u - 1.0))
+
+
+@triton.jit
+def bias_correction(beta, step):
+    """``1 - beta**step`` without the cancellation of the direct form at the first steps."""
+    positive = beta > 0.0
+    return tl.where(positive, -expm1(step.to(tl.float64) * tl.log(tl.where(positive, beta, 1.0))), 1.0)
+
+
+@triton.jit
+def sma_length(beta2, step):
+    """Length rho_t of the simple moving average with the centre of mass of the exponential one."""
+    bias_correction2 = bias_correction(beta2, step)
+    rho_inf = 2.0 / (1.0 - beta2) - 1.0
+    return rho_inf - 2.0 * step.to(tl.float64) * (1.0 - bias_correction2) / bias_correction2
+
+
+@triton.jit
+def rectification(beta2, rho):
+    """Ratio r_t of the standard deviations of the adaptive rate, in the long run and now."""
+    rho_inf = 2.0 / (1.0 - beta2) - 1.0
+    return tl.sqrt((rho - 4.0) * (rho - 2.0) * rho_inf / ((rho_inf - 4.0) * (rho_inf - 2.0) * rho))
+
+
+@triton.jit
+def common_scalars(h, rates, clip_coef):
+    """What every rule shares: the order is clip, sign, then coupled or decoupled decay."""
+    decoupled = h.decoupled != 0
+    return Scalars(
+        grad_scale=tl.where(h.maximize != 0, -clip_coef, clip_coef),
+        weight_decay=tl.where(decoupled, 0.0, rates.weight_decay),
+        decay=tl.where(decoupled, rates.lr * rates.weight_decay, 0.0),
+        one_minus_beta1=1.0 - h.beta1,
+        one_minus_beta2=1.0 - h.beta2,
+        eps=h.eps,
+        rect=1.0,
+        init_state=1.0,
+    )
+
+
+class Adam:
+    """Adam, AdamW, AMSGrad and Adam with an initialised second moment."""
+
+    @staticmethod
+    @triton.jit
+    def scalars(h, eta, step, s):
+        """Bias corrections of both moments."""
+        return Scalars(
+            s,
+            step_size=eta / bias_correction(h.beta1, step),
+            denom_scale=1.0 / tl.sqrt(bias_correction(h.beta2, step)),
+        )
+
+    @staticmethod
+    @triton.jit
+    def update(param, grad, state, s):
+        """One step of Adam; a third state makes it AMSGrad."""
+        exp_avg = state[0]
+        exp_avg_sq = state[1]
+        grad = tl.fma(s.weight_decay, param, grad * s.grad_scale)
+        # v_0 = g_0^2 before the first step, or the prepared state scaled (eq. 6 of Kalra & Barkeshli)
+        exp_avg_sq = tl.where(s.init_grad > 0.0, s.init_grad * (grad * grad), s.init_state * exp_avg_sq)
+        # as differences, so that rounding beta to the type of the arithmetic leaves no drift
+        exp_avg = tl.fma(s.one_minus_beta1, grad - exp_avg, exp_avg)
+        exp_avg_sq = tl.fma(s.one_minus_beta2, tl.fma(grad, grad, -exp_avg_sq), exp_avg_sq)
+        new_state = (exp_avg, exp_avg_sq)
+        if len(state) == 3:
+            # the comparison is false for a NaN of exp_avg_sq, which stays, as in torch.maximum
+            exp_avg_sq = tl.where(exp_avg_sq <= state[2], state[2], exp_avg_sq)
+            new_state = new_state + (exp_avg_sq,)
+        denom = tl.fma(root(exp_avg_sq), s.denom_scale, s.eps)
+        # decay and step in one difference: the parameter is rounded once
+        param = param - tl.fma(s.decay, param, divide(s.step_size * exp_avg, denom))
+        return param, new_state
+
+
+class RAdam:
+    """Adam with a rectified adaptive rate."""
+
+    @staticmethod
+    @triton.jit
+    def scalars(h, eta, step, s):
+        """Rectified step size, or that of the fall-back while the variance is intractable."""
+        bias_correction1 = bias_correction(h.beta1, step)
+        rho = sma_length(h.beta2, step)
+        rectified = rho > h.rho_threshold
+        # numbers that have a root stand in where the result is not taken
+        beta2 = tl.where(rectified, h.beta2, 0.9)
+        rect = tl.where(rectified, rectification(beta2, tl.where(rectified, rho, 5.0)), 0.0)
+        fallback = tl.where(h.skip_unrectified != 0, 0.0, 1.0)
+        adaptive = rect * tl.sqrt(bias_correction(h.beta2, step))
+        return Scalars(
+            s,
+            rect=rect,
+            step_size=eta / bias_correction1 * tl.where(rectified, adaptive, fallback),
+            decay=tl.where(rectified, s.decay, s.decay * fallback),
+        )
+
+    @staticmethod
+    @triton.jit
+    def update(param, grad, state, s):
+        """One step of RAdam; momentum without a denominator while unrectified."""
+        exp_avg = state[0]
+        exp_avg_sq = state[1]
+        grad = tl.fma(s.weight_decay, param, grad * s.grad_scale)
+        exp_avg = tl.fma(s.one_minus_beta1, grad - exp_avg, exp_avg)
+        exp_avg_sq = tl.fma(s.one_minus_beta2, tl.fma(grad, grad, -exp_avg_sq), exp_avg_sq)
+        denom = tl.where(s.rect > 0.0, root(exp_avg_sq) + s.eps, 1.0)
+        param = param - tl.fma(s.decay, param, divide(s.step_size * exp_avg, denom))
+        return param, (exp_avg, exp_avg_sq)
+
+
+class SGD:
+    """Gradient descent with heavy-ball or Nesterov momentum."""
+
+    @staticmethod
+    @triton.jit
+    def scalars(h, eta, step, s):
+        """The first gradient enters the buffer whole."""
+        return Scalars(
+            s,
+            step_size=eta,
+            momentum=h.momentum,
+            one_minus_dampening=tl.where(step == 1, 1.0, 1.0 - h.dampening),
+            nesterov=tl.where(h.nesterov != 0, 1.0, 0.0),
+        )
+
+    @staticmethod
+    @triton.jit
+    def update(param, grad, state, s):
+        """One step of SGD; a state makes it use momentum."""
+        grad = tl.fma(s.weight_decay, param, grad * s.grad_scale)
+        new_state = ()
+        if len(state) == 1:
+            momentum_buffer = tl.fma(s.momentum, state[0], s.one_minus_dampening * grad)
+            new_state = (momentum_buffer,)
+            nesterov = tl.fma(s.momentum, momentum_buffer, grad)
+            grad = tl.where(s.nesterov > 0.0, nesterov, momentum_buffer)
+        param = tl.fma(-s.step_size, grad, param)
+        return param, new_state
+
+
+@triton.jit
+def average_update(average, param, weight):
+    """Move the average towards the parameter; weight 1 gives the parameter itself."""
+    difference = param - average
+    small = tl.fma(weight, difference, average)
+    return tl.where(weight < 0.5, small, tl.fma(weight - 1.0, difference, param))
+
+
+RULES: dict[str, Any] = {"Adam": Adam, "RAdam": RAdam, "SGD": SGD}

@@ -1,0 +1,128 @@
+"""What the charts of a training share, and those of its sharpness and of its first step."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+INK, OURS, PALE, THEIRS, GREY = "#1f2430", "#2a6fbb", "#9cc3ea", "#c8501e", "#9aa3ad"
+
+
+def title_of(record: dict[str, Any]) -> str:
+    """Return one line about what was trained."""
+    s = record["settings"]
+    return (
+        f"{s['model']}, {record['parameters']:,} parameters, {s['steps']} steps of {s['batch_size']}, "
+        f"lr {s['lr']:g}, warmup {s['warmup']}, {s['schedule']}"
+    )
+
+
+def logarithmic(panel: Any, values: list[float]) -> None:
+    """Make the axis logarithmic, with plain numbers as labels, if there is anything above 0."""
+    from matplotlib.ticker import LogLocator, NullFormatter
+
+    positive = [x for x in values if 0 < x < math.inf]
+    if not positive:
+        return
+    panel.set_yscale("log")
+    subs = (1, 2, 5) if max(positive) < 50 * min(positive) else (1,)
+    panel.yaxis.set_major_locator(LogLocator(subs=subs))
+    panel.yaxis.set_major_formatter("{x:g}")
+    panel.yaxis.set_minor_formatter(NullFormatter())
+
+
+def dress(panels: Any, warmup: int) -> None:
+    """Give all panels the same quiet frame, and show where the warmup ends."""
+    for panel in panels:
+        panel.spines[["top", "right"]].set_visible(False)
+        panel.grid(axis="y", color=GREY, alpha=0.25, lw=0.6)
+        panel.tick_params(colors=INK, labelsize=9)
+        panel.margins(x=0.01)
+        if warmup:
+            panel.axvline(warmup, color=GREY, lw=0.9, ls="--")
+    if warmup:
+        panels[1].annotate(
+            "end of warmup", (warmup, 0), (5, 5), textcoords="offset points", fontsize=8, color=GREY
+        )
+
+
+def number(x: float | None) -> float:
+    """Return a number of the record; JSON has no NaN, it says null."""
+    return math.nan if x is None else float(x)
+
+
+def describe_search(found: dict[str, Any]) -> str:
+    """Return one line about a line search."""
+    critical, initial = number(found["critical"]), number(found["initial"])
+    return (
+        f"first step: critical learning rate {critical:.3g} ({found['critical_forwards']} forward passes), "
+        f"initial rate for a warmup to {found['target']:g}: {initial:.3g} ({found['initial_forwards']})"
+    )
+
+
+def draw_search(record: dict[str, Any]) -> Any:
+    """Return a figure of the loss along the first step.
+
+    Args:
+        record: A record of a training with ``--find-lr``.
+
+    Returns:
+        A matplotlib figure.
+    """
+    from matplotlib.figure import Figure
+
+    found = record["search"]
+    figure = Figure(figsize=(7.2, 4.2), layout="constrained", facecolor="white")
+    panel = figure.subplots()
+    losses = [number(x) for x in found["losses"]]
+    panel.plot(found["rates"], losses, color=OURS, lw=1.8, marker="o", ms=3)
+    panel.axhline(found["start"], color=PALE, lw=1.2, label="loss before the step")
+    marks = {
+        "critical learning rate": ("critical", THEIRS, "-"),
+        "initial rate of a warmup": ("initial", OURS, ":"),
+    }
+    for label, (key, color, style) in marks.items():
+        if math.isfinite(number(found[key])):
+            panel.axvline(found[key], color=color, lw=1.2, ls=style, label=f"{label} {found[key]:.2g}")
+    panel.set_xscale("log")
+    # far beyond the critical rate the loss says nothing
+    panel.set_ylim(min(x for x in [*losses, found["start"]] if math.isfinite(x)) * 0.98, 2.0 * found["start"])
+    panel.set(xlabel="learning rate of the first step", ylabel="training loss after it")
+    panel.legend(frameon=False, loc="upper left")
+    dress([panel], 0)
+    figure.suptitle(title_of(record), fontsize=11)
+    return figure
+
+
+def draw_edge(record: dict[str, Any]) -> Any:
+    """Return a figure of the loss, and of sharpness against the threshold that moves with the learning rate.
+
+    Args:
+        record: A record of a training with ``--sharpness``.
+
+    Returns:
+        A matplotlib figure.
+    """
+    from matplotlib.figure import Figure
+
+    rows, losses = record["edge"], [number(x) for x in record["ours"]["losses"]]
+    columns = {name: [number(row[name]) for row in rows] for name in rows[0]}
+    figure = Figure(figsize=(7.2, 7.2), layout="constrained", facecolor="white")
+    panels = figure.subplots(3, 1, sharex=True, height_ratios=(1.3, 1.6, 1))
+    loss, edge, raw = panels
+    loss.plot(range(1, len(losses) + 1), losses, color=OURS, lw=1.4, label=record["ours"]["name"])
+    loss.set_ylabel("training loss")
+    logarithmic(loss, losses)
+    sgd = record["settings"]["optimizer"] == "sgd"
+    label = r"$\lambda_{\max}(H)$" if sgd else r"$\lambda_{\max}(P^{-1}H)$"
+    edge.plot(columns["step"], columns["preconditioned"], color=OURS, lw=1.6, marker="o", ms=3, label=label)
+    edge.plot(columns["step"], columns["threshold"], color=THEIRS, lw=1.2, ls="--", label="threshold")
+    edge.set_ylabel("sharpness of the step")
+    logarithmic(edge, [*columns["preconditioned"], *columns["threshold"]])
+    edge.legend(frameon=False, loc="upper right")
+    raw.plot(columns["step"], columns["sharpness"], color=OURS, lw=1.4, marker="o", ms=3)
+    raw.set(ylabel=r"$\lambda_{\max}(H)$", xlabel="step")
+    logarithmic(raw, columns["sharpness"])
+    dress(panels, record["settings"]["warmup"])
+    figure.suptitle(title_of(record), fontsize=11)
+    return figure

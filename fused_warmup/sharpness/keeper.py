@@ -1,0 +1,256 @@
+"""Running a loss closure at moved parameters so that nothing of it remains."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import random
+import types
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn.modules.module import register_module_forward_pre_hook
+
+from .. import _checks as check
+from ..layout import compute_dtype, local_tensor
+from ..table import DTYPES
+
+Loss = Callable[[], Tensor]
+# attributes that lead from a callable to what it wraps
+_WRAPPED = ("__wrapped__", "_torchdynamo_orig_callable", "__self__", "__func__", "func")
+
+
+class Keeper:
+    """Evaluates a loss closure again and again, each time from the same state, and restores that state.
+
+    Inside the ``with`` block the parameters may be moved through ``.data``, which version counters of the
+    user's graphs do not see. At its end, and after an exception, everything has the bits it had: parameters,
+    buffers of the modules that the closure runs, ``.grad`` and the random numbers of Python, numpy and torch.
+
+    Args:
+        owner: Name of the caller, for messages.
+        loss_fn: Returns the loss, a tensor with one element, without calling ``backward()``.
+        params: Parameters, dense tensors of float32, float64, bfloat16 or float16 on one device.
+
+    Raises:
+        TypeError: If ``loss_fn`` cannot be called or a parameter is of another kind.
+        ValueError: If there are no parameters, or they are on several devices.
+
+    Attributes:
+        params: The parameters.
+        snapshot: Their values before the block.
+        dtype: Dtype of vectors beside them: float64 if one of them is, else float32.
+        evaluations: Number of evaluations of the closure so far.
+        autocast: Whether a module of the closure ran under autocast to 16 bits.
+    """
+
+    def __init__(self, owner: str, loss_fn: Loss, params: Sequence[Tensor]) -> None:
+        if not callable(loss_fn):
+            check.fail(owner, "loss_fn", "be a function that returns the loss", loss_fn, error=TypeError)
+        self.owner, self.params = owner, check_params(owner, params)
+        self.device = self.params[0].device
+        self.dtype = functools.reduce(torch.promote_types, (compute_dtype(p.dtype) for p in self.params))
+        self.sizes = [p.numel() for p in self.params]
+        self.evaluations, self.autocast = 0, False
+        self._loss_fn = loss_fn
+        self._seen: set[int] = set()
+        self._buffers: list[tuple[torch.nn.Module, dict[str, Tensor | None], dict[str, Tensor]]] = []
+
+    def __enter__(self) -> Keeper:
+        """Remember everything that an evaluation could change."""
+        self.snapshot = [p.detach().clone() for p in self.params]
+        self._grads = [p.grad for p in self.params]
+        self._random = random_state(self.device)
+        for module in modules_of(self._loss_fn):
+            self._see(module)
+        for param in self.params:
+            param.grad = None
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Put everything back."""
+        for param, value, grad in zip(self.params, self.snapshot, self._grads, strict=True):
+            param.data.copy_(value)
+            param.grad = grad
+        torch.clear_autocast_cache()
+        self._rewind()
+
+    def evaluate(self) -> Tensor:
+        """Return the loss at the parameters as they are now, 0-dim; the grad mode is the caller's.
+
+        Raises:
+            TypeError: If the closure returns no tensor.
+            ValueError: If the loss has several elements, or the closure has called ``backward()``.
+        """
+        if self.evaluations:
+            self._rewind()
+        self.evaluations += 1
+        # casts of parameters that have moved since
+        torch.clear_autocast_cache()
+        # what the first evaluation does not run, the others do not either
+        with contextlib.nullcontext() if self.evaluations > 1 else _watched(self._hook):
+            loss = self._loss_fn()
+        if not isinstance(loss, Tensor):
+            check.fail(self.owner, "loss_fn", "return a tensor", loss, error=TypeError)
+        if loss.numel() != 1:
+            check.fail(self.owner, "loss_fn", "return a loss with one element", tuple(loss.shape))
+        if any(p.grad is not None for p in self.params):
+            check.fail(self.owner, "loss_fn", "return the loss without calling backward()", "new gradients")
+        return loss.reshape(())
+
+    def flat(self, tensors: Sequence[Tensor | None]) -> Tensor:
+        """Return one vector of ``[n]`` in the common dtype; None is zero."""
+        parts = [
+            p.new_zeros(p.numel(), dtype=self.dtype) if t is None else t.detach().reshape(-1).to(self.dtype)
+            for p, t in zip(self.params, tensors, strict=True)
+        ]
+        return torch.cat(parts)
+
+    def split(self, vector: Tensor) -> list[Tensor]:
+        """Return views of a vector of ``[n]`` in the shapes of the parameters."""
+        return [v.view(p.shape) for v, p in zip(torch.split(vector, self.sizes), self.params, strict=True)]
+
+    def _hook(self, module: torch.nn.Module) -> None:
+        """Note a module before it runs."""
+        kind = self.device.type
+        if torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind).itemsize == 2:
+            self.autocast = True
+        self._see(module)
+
+    def _see(self, module: torch.nn.Module) -> None:
+        """Remember the buffers of a module and of those inside it; nothing for one that is known."""
+        if id(module) in self._seen:
+            return
+        for inner in module.modules():
+            if id(inner) not in self._seen:
+                self._seen.add(id(inner))
+                objects = dict(inner._buffers)
+                values = {k: local_tensor(b).detach().clone() for k, b in objects.items() if b is not None}
+                self._buffers.append((inner, objects, values))
+
+    def _rewind(self) -> None:
+        """Restore buffers and random numbers, so that the next evaluation is of the same function."""
+        for module, objects, values in self._buffers:
+            for name, value in values.items():
+                buffer = objects[name]
+                assert buffer is not None
+                local_tensor(buffer).data.copy_(value)
+            if any(module._buffers.get(k) is not b for k, b in objects.items()):
+                module._buffers.update(objects)
+        set_random_state(self._random)
+
+
+_watchers: list[Callable[[torch.nn.Module], None]] = []
+_handles: list[Any] = []
+
+
+def _tell_watcher(module: torch.nn.Module, _: Any) -> None:
+    # a compiler that traces this must find nothing in it
+    if not torch.compiler.is_compiling() and _watchers:
+        _watchers[-1](module)
+
+
+@contextlib.contextmanager
+def _watched(watcher: Callable[[torch.nn.Module], None]) -> Iterator[None]:
+    """Call ``watcher`` with each module before it runs.
+
+    Compiled code is guarded by the keys of the global hooks: it is the same hook under the same key each
+    time, so that a compiled model is compiled once more and not at every measurement.
+    """
+    if not _handles:
+        _handles.append(register_module_forward_pre_hook(_tell_watcher))
+    handle = _handles[0]
+    handle.hooks_dict_ref()[handle.id] = _tell_watcher
+    _watchers.append(watcher)
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=r"Using `torch.compile\(module\)` when there are")
+            yield
+    finally:
+        _watchers.pop()
+        if not _watchers:
+            handle.remove()
+
+
+def check_params(owner: str, params: Sequence[Tensor]) -> list[Tensor]:
+    """Return the parameters as a list.
+
+    Raises:
+        TypeError: If one is no dense floating-point tensor, or is sharded.
+        ValueError: If there is none, or they are on several devices.
+    """
+    params = list(params)
+    if not params or not any(isinstance(p, Tensor) and p.numel() for p in params):
+        check.fail(owner, "params", "hold at least one element", params)
+    for i, p in enumerate(params):
+        if not isinstance(p, Tensor) or p.layout != torch.strided or p.dtype not in DTYPES:
+            condition = "be a dense tensor of float32, float64, bfloat16 or float16"
+            check.fail(owner, f"params[{i}]", condition, getattr(p, "dtype", p), error=TypeError)
+        if local_tensor(p) is not p:
+            check.fail(owner, f"params[{i}]", "be a plain tensor, not a sharded one", type(p).__name__,
+                       error=TypeError)  # fmt: skip
+        if not (p.requires_grad and p.is_leaf):
+            check.fail(owner, f"params[{i}]", "be a leaf that requires a gradient", tuple(p.shape))
+        if p.device != params[0].device:
+            check.fail(owner, f"params[{i}]", f"be on {params[0].device} with the others", str(p.device))
+    return params
+
+
+def random_state(device: torch.device) -> tuple[Any, ...]:
+    """Return the states of all generators that a closure may draw from."""
+    cuda = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
+    return random.getstate(), np.random.get_state(), torch.get_rng_state(), device, cuda
+
+
+def set_random_state(state: tuple[Any, ...]) -> None:
+    """Restore what ``random_state`` returned."""
+    python, numpy, cpu, device, cuda = state
+    random.setstate(python)
+    np.random.set_state(numpy)
+    torch.set_rng_state(cpu)
+    if cuda is not None:
+        torch.cuda.set_rng_state(cuda, device)
+
+
+def modules_of(function: Any) -> list[torch.nn.Module]:
+    """Return the modules that a closure names: those of compiled models run where no hook sees them."""
+    found: dict[int, torch.nn.Module] = {}
+    visited: set[int] = set()
+    waiting = [(function, 0)]
+    # a closure may lead to a whole data set; what is not found here a hook sees when it runs
+    while waiting and len(visited) < 2000:
+        item, depth = waiting.pop(0)
+        if id(item) in visited or depth > 6:
+            continue
+        visited.add(id(item))
+        if isinstance(item, torch.nn.Module):
+            found[id(item)] = item
+        else:
+            waiting += [(inner, depth + 1) for inner in _inside(item)]
+    return list(found.values())
+
+
+def _inside(item: Any) -> Iterator[Any]:
+    """Yield what a function, partial, method, container or plain object refers to."""
+    if isinstance(item, types.FunctionType):
+        for cell in item.__closure__ or ():
+            with contextlib.suppress(ValueError):
+                # empty until its variable is assigned
+                yield cell.cell_contents
+        yield from (item.__globals__[name] for name in item.__code__.co_names if name in item.__globals__)
+        yield from item.__defaults__ or ()
+        yield from (item.__kwdefaults__ or {}).values()
+    elif isinstance(item, functools.partial):
+        yield from (*item.args, *item.keywords.values())
+    elif isinstance(item, (list, tuple)):
+        yield from item[:64]
+    elif isinstance(item, dict):
+        yield from list(item.values())[:64]
+    elif not isinstance(item, (Tensor, type, types.ModuleType)):
+        yield from (v for v in getattr(item, "__dict__", {}).values() if not isinstance(v, types.ModuleType))
+    if isinstance(item, (types.FunctionType, types.MethodType, functools.partial)):
+        yield from (getattr(item, name, None) for name in _WRAPPED)

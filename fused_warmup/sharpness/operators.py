@@ -1,0 +1,258 @@
+"""Sharpness, pre-conditioned sharpness and the stability threshold."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .. import _checks as check
+from .hvp import Hessian
+from .keeper import Keeper, Loss
+from .lanczos import Spectrum, lanczos
+from .preview import Member, Preview
+from .reading import SharpnessReading, bracket
+from .vectors import dot
+
+# differences that miss by more than this fraction are worth a flag
+_ROUGH = 0.1
+
+
+def top_eigenvalue(
+    loss_fn: Loss,
+    params: Iterable[Tensor],
+    *,
+    iterations: int = 10,
+    method: str = "difference",
+    seed: int = 0,
+) -> SharpnessReading:
+    """Measure the largest eigenvalue, algebraically, of the Hessian of a loss; everything is left as it was.
+
+    Args:
+        loss_fn: Returns the loss, with one element, on the same batch each time it is called; it does not
+            call ``backward()``.
+        params: Parameters, float32, float64, bfloat16 or float16 of any shape on one device. Those that the
+            loss does not depend on count as zero rows.
+        iterations: Products with the Hessian, two gradients each; two more estimate ``err_fd``.
+        method: ``"difference"`` of gradients, or ``"autograd"`` for double backward, the exact form where
+            every operation has a second derivative.
+        seed: Of the start vector.
+
+    Returns:
+        The reading; ``edge_ratio`` is NaN.
+
+    Raises:
+        TypeError: If an argument has a wrong type.
+        ValueError: If an argument is out of range.
+
+    Source: Lanczos with full reorthogonalisation; Kuczynski & Wozniakowski 1992 for random starts.
+    """
+    owner = "top_eigenvalue"
+    steps = check.whole(owner, "iterations", iterations, 1)
+    with Keeper(owner, loss_fn, list(params)) as keeper:
+        hessian = Hessian(keeper, method)
+        operator = Operator(hessian, None, None)
+        start = random_vector(keeper, check.whole(owner, "seed", seed))
+        spectrum = lanczos(operator.product, start, steps)
+        error = operator.difference_error(spectrum)
+        nan = torch.full_like(error, torch.nan)
+        return make_reading(spectrum, error, nan, nan, hessian, 0)
+
+
+def preconditioned(
+    loss_fn: Loss,
+    optimizer: torch.optim.Optimizer,
+    *,
+    iterations: int = 10,
+    method: str = "difference",
+    use_grad: bool = True,
+    seed: int = 0,
+) -> SharpnessReading:
+    """Measure the largest eigenvalue of ``P^-1 H`` for the step that an optimizer is about to make.
+
+    ``P`` is that of ``theta -= lr * m / P``: for Adam ``(1 - beta1^t) (sqrt(v / (1 - beta2^t)) + eps)`` with
+    the current gradient in ``v``, for SGD the identity. ``H`` is the Hessian of what the optimizer descends:
+    an L2 penalty adds to it, and ``maximize`` turns its sign. ``edge_ratio`` has the learning rate and
+    threshold of each group in it. Where those differ between groups it takes products of its own, as many
+    again.
+
+    Args:
+        loss_fn: As for ``top_eigenvalue``; the loss of the batch whose gradient is in ``.grad``.
+        optimizer: One of this package, or ``Adam``, ``AdamW``, ``RAdam`` or ``SGD`` of torch.
+        iterations: Products with the Hessian.
+        method: ``"difference"`` or ``"autograd"``.
+        use_grad: Use the gradients in ``.grad`` if there are any. False computes them from the closure, which
+            is right where ``.grad`` is scaled for ``GradScaler`` or belongs to another step.
+        seed: Of the start vector.
+
+    Returns:
+        The reading. Reading the step counts waits for the device once.
+
+    Raises:
+        TypeError: If the rule of the optimizer is not known, or an argument has a wrong type.
+        ValueError: If an argument is out of range.
+
+    Source: Cohen et al. 2022, arXiv:2207.14484; Kalra & Barkeshli 2024, arXiv:2406.09405.
+    """
+    owner = "preconditioned"
+    steps = check.whole(owner, "iterations", iterations, 1)
+    preview = Preview(owner, optimizer, check.flag(owner, "use_grad", use_grad))
+    with Keeper(owner, loss_fn, preview.params) as keeper:
+        hessian = Hessian(keeper, method, preview.sign)
+        pair = operators_of(preview, hessian)
+        start = random_vector(keeper, check.whole(owner, "seed", seed))
+        spectrum = lanczos(pair.plain.product, start, steps)
+        error = pair.plain.difference_error(spectrum)
+        edge = None if pair.folded is None else lanczos(pair.folded.product, start, steps)
+        nan = torch.full_like(error, torch.nan)
+        return make_reading(spectrum, error, nan, pair.edge_ratio(spectrum, edge), hessian, preview.made)
+
+
+def threshold(optimizer: torch.optim.Optimizer, *, phase: str = "late") -> float:
+    """Return the sharpness above which an optimizer is unstable at the learning rate of its next step.
+
+    Late: ``2 / lr`` for gradient descent, ``2 (1 + b) / lr`` with momentum, ``2 (1 + b) / ((1 + 2 b) lr)``
+    with Nesterov's, to compare with ``top_eigenvalue``; ``2 (1 + beta1) / ((1 - beta1) lr)`` for Adam and its
+    kin, to compare with ``preconditioned``. Early, before there is momentum: ``2 / lr``, ``2 / ((1 + b) lr)``
+    with Nesterov's and ``2 / ((1 - beta1) lr)``.
+
+    Args:
+        optimizer: As for ``preconditioned``.
+        phase: ``"late"`` or ``"early"``.
+
+    Returns:
+        The threshold; the smallest if groups differ, below which all of them are stable. Infinity at rate 0.
+
+    Raises:
+        TypeError: If the rule of the optimizer is not known.
+        ValueError: If ``phase`` is another word.
+
+    Source: Cohen et al. 2021, arXiv:2103.00065, and 2022, arXiv:2207.14484; decoupled weight decay, which
+    lowers it by the factor ``1 - lr * weight_decay / 2``, is left out.
+    """
+    late = check.one_of("threshold", "phase", phase, ("late", "early")) == "late"
+    members = Preview("threshold", optimizer, use_grad=False).members
+    return min((m.edge if late else m.early_edge) / m.lr if m.lr > 0.0 else float("inf") for m in members)
+
+
+class Operator:
+    """``C (H + decay) C``, symmetric.
+
+    Args:
+        hessian: The Hessian.
+        scale: Diagonal of ``C``, ``[n]``, or None.
+        decay: Diagonal added to the Hessian, ``[n]``, or None.
+    """
+
+    def __init__(self, hessian: Hessian, scale: Tensor | None, decay: Tensor | None) -> None:
+        self._hessian, self._scale = hessian, scale
+        self._shift = decay if decay is None or scale is None else scale * scale * decay
+
+    def product(self, vector: Tensor, times: float = 1.0) -> tuple[Tensor, Tensor]:
+        """Return the product with a unit vector and its Rayleigh quotient."""
+        product, quotient = self._hessian.product(vector, self._scale, times)
+        if self._shift is None:
+            return product, quotient
+        return product + self._shift * vector, quotient + dot(vector, self._shift * vector)
+
+    def difference_error(self, spectrum: Spectrum) -> Tensor:
+        """Return the error of finite differences at the Ritz vector, 0-dim; 0 for double backward.
+
+        The error of a step grows with its square, so a step twice as large shows three times the error. The
+        top vector sees far more of it than the vectors of the search do, hence the second term. Kinks, as of
+        ReLU, make products noisy instead, which shows in their asymmetry; that is not in here.
+        """
+        if self._hessian.method == "autograd":
+            return torch.zeros_like(spectrum.largest)
+        near, far = (self.product(spectrum.vector, times)[1] for times in (1.0, 2.0))
+        return (far - near).abs() / 3.0 + (spectrum.largest - near).abs()
+
+
+@dataclass
+class Pair:
+    """The operator ``P^-1 H``, and that with learning rates and thresholds folded in, if it is another.
+
+    Attributes:
+        plain: ``P^-1/2 H P^-1/2``.
+        folded: The same over ``edge / lr`` of each group, whose largest eigenvalue is the edge ratio; None
+            where that is the same for all.
+        factor: ``lr / edge`` where it is the same for all.
+    """
+
+    plain: Operator
+    folded: Operator | None
+    factor: float
+
+    def edge_ratio(self, plain: Spectrum, folded: Spectrum | None) -> Tensor:
+        """Return the ratio of sharpness and threshold."""
+        return plain.largest * self.factor if folded is None else folded.largest
+
+
+def operators_of(preview: Preview, hessian: Hessian) -> Pair:
+    """Return the operators of the step about to be made."""
+    keeper, members = hessian.keeper, preview.members
+    grads = preview.grads or keeper.split(hessian.gradient())
+    inverse = keeper.flat(list(preview.inverse_preconditioners(grads)))
+    plain_sgd = all(m.rule == "SGD" for m in members)
+    scale = None if plain_sgd else inverse.sqrt()
+    decay = None
+    if any(m.coupled_decay for m in members):
+        decay = _spread(keeper, members, [m.coupled_decay for m in members])
+    plain = Operator(hessian, scale, decay)
+    factors = [m.lr / m.edge for m in members]
+    if len(set(factors)) == 1:
+        return Pair(plain, None, factors[0])
+    return Pair(plain, Operator(hessian, (inverse * _spread(keeper, members, factors)).sqrt(), decay), 0.0)
+
+
+def make_reading(
+    spectrum: Spectrum,
+    err_fd: Tensor,
+    err_batch: Tensor,
+    edge_ratio: Tensor,
+    hessian: Hessian,
+    step: Tensor | int,
+    **flags: Tensor | bool,
+) -> SharpnessReading:
+    """Return the reading of a spectrum."""
+    # a converged residual is below the rounding of the products
+    floor = 16.0 * torch.finfo(spectrum.vector.dtype).eps * spectrum.largest.abs()
+    err_krylov = torch.maximum(spectrum.residual, floor)
+    if hessian.method == "difference":
+        err_fd = err_fd + spectrum.asymmetry
+    lo, hi = bracket(spectrum.largest, err_krylov, err_fd, err_batch)
+    return SharpnessReading(
+        value=spectrum.largest,
+        lo=lo,
+        hi=hi,
+        edge_ratio=edge_ratio,
+        lambda_min=spectrum.smallest,
+        err_krylov=err_krylov,
+        err_fd=err_fd,
+        err_batch=err_batch,
+        hvps=hessian.products,
+        cost=hessian.keeper.evaluations,
+        step=step,
+        flags={
+            "nonfinite": ~spectrum.largest.isfinite(),
+            "rough": err_fd > _ROUGH * spectrum.largest.abs(),
+            **flags,
+        },
+    )
+
+
+def random_vector(keeper: Keeper, seed: int | torch.Generator) -> Tensor:
+    """Return a normal vector of ``[n]``, drawn without a look at torch's own generators."""
+    generator = seed
+    if isinstance(generator, int):
+        generator = torch.Generator(keeper.device).manual_seed(generator)
+    n = sum(keeper.sizes)
+    return torch.randn(n, dtype=keeper.dtype, device=keeper.device, generator=generator)
+
+
+def _spread(keeper: Keeper, members: list[Member], values: list[float]) -> Tensor:
+    """Return a vector of ``[n]`` with one value for each parameter."""
+    full = [torch.full_like(m.param, v, dtype=keeper.dtype) for m, v in zip(members, values, strict=True)]
+    return keeper.flat(list(full))

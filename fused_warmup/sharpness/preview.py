@@ -1,0 +1,277 @@
+"""The step that an optimizer is about to make: its states, rates and direction, without making it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import _checks as check
+from ..layout import compute_dtype
+from ..optimizer import FusedOptimizer
+from ..optimizers import SGD, Adam, RAdam
+from ..reference.rules import RULES, Scalars, common_scalars
+from ..table import Hyper
+from .vectors import dot
+
+_TORCH: dict[type[torch.optim.Optimizer], type[FusedOptimizer]] = {
+    torch.optim.Adam: Adam,
+    torch.optim.AdamW: Adam,
+    torch.optim.RAdam: RAdam,
+    torch.optim.SGD: SGD,
+}
+
+
+@dataclass
+class Member:
+    """One parameter in the step about to be made.
+
+    Attributes:
+        param: The parameter.
+        rule: Name of the update rule.
+        hyper: Validated hyper-parameters of its group.
+        states: What the rule keeps, zeros before the first step; not copies.
+        step: Number of the update, from 1.
+        initialized: Whether the second moment was prepared before the first step.
+        lr: Learning rate in force, schedule included.
+        weight_decay: Weight decay in force, schedule included.
+    """
+
+    param: Tensor
+    rule: str
+    hyper: Hyper
+    states: list[Tensor]
+    step: int
+    initialized: bool
+    lr: float
+    weight_decay: float
+
+    @property
+    def edge(self) -> float:
+        """Stability threshold of ``lr * eigenvalue`` late in training, table A4."""
+        h = self.hyper
+        if self.rule != "SGD":
+            return 2.0 * (1.0 + h.beta1) / (1.0 - h.beta1)
+        if h.nesterov:
+            return 2.0 * (1.0 + h.momentum) / (1.0 + 2.0 * h.momentum)
+        return 2.0 * (1.0 + h.momentum) / (1.0 - h.dampening if h.momentum else 1.0)
+
+    @property
+    def early_edge(self) -> float:
+        """The same at the first step, before there is momentum."""
+        h = self.hyper
+        if self.rule != "SGD":
+            return 2.0 / (1.0 - h.beta1)
+        return 2.0 / (1.0 + h.momentum) if h.nesterov else 2.0
+
+    @property
+    def coupled_decay(self) -> float:
+        """L2 penalty, which adds to the Hessian."""
+        return 0.0 if self.hyper.decoupled else self.weight_decay
+
+    def scalars(self, eta: float, clip_coef: float = 1.0) -> Scalars:
+        """Return what the rule needs besides tensors, at learning rate ``eta``."""
+        s = common_scalars(self.hyper, eta, self.weight_decay, clip_coef)
+        RULES[self.rule].scalars(self.hyper, eta, self.step, s)
+        if self.step == 1 and not self.initialized and self.hyper.init == "grad":
+            s.init_grad = self.hyper.init_scale
+        return s
+
+
+class Preview:
+    """All parameters that take part in the next step of an optimizer.
+
+    Args:
+        owner: Name of the caller, for messages.
+        optimizer: One of ours, or ``Adam``, ``AdamW``, ``RAdam`` or ``SGD`` of torch.
+        use_grad: Take the gradients in ``.grad``; parameters without one then take no part.
+
+    Raises:
+        TypeError: If the rule of the optimizer is not known.
+        ValueError: If some groups ascend and others descend, or no parameter takes part.
+
+    Attributes:
+        members: The parameters.
+        grads: Their gradients, or None if the closure must give them.
+        made: Updates that the optimizer has made, 0-dim int64 of its own, or an int.
+        sign: -1 if the optimizer ascends.
+    """
+
+    def __init__(self, owner: str, optimizer: torch.optim.Optimizer, use_grad: bool = True) -> None:
+        self.owner, self.optimizer = owner, optimizer
+        ours = optimizer if isinstance(optimizer, FusedOptimizer) else None
+        every = [(g, p) for g in optimizer.param_groups for p in g["params"] if p.requires_grad]
+        with_grad = [(g, p) for g, p in every if p.grad is not None] if use_grad else []
+        chosen = with_grad or every
+        if not chosen:
+            check.fail(owner, "optimizer", "have parameters that require a gradient", optimizer)
+        # a look at the property would make each later step check all states
+        state: Mapping[Tensor, Any] = optimizer.state if ours is None else ours._state
+        counters = None if ours is None else ours._counters
+        self.made: Tensor | int = 0 if counters is None else counters[0].clone()
+        t, steps = _counts(self.made, [state.get(p, {}) for _, p in chosen])
+        hypers = {id(g): _hyper(owner, optimizer, g) for g in optimizer.param_groups}
+        self.members = [
+            _member(optimizer, p, *hypers[id(g)], g, state.get(p, {}), step, t)
+            for (g, p), step in zip(chosen, steps, strict=True)
+        ]
+        if ours is None:
+            self.made = max(steps) - 1
+        self.grads = [p.grad.detach() for _, p in with_grad] if with_grad else None
+        signs = {-1.0 if m.hyper.maximize else 1.0 for m in self.members}
+        if len(signs) > 1:
+            check.fail(owner, "maximize", "be the same for all groups", sorted(signs))
+        self.sign = signs.pop()
+        self._max_grad_norm = None if ours is None else ours.max_grad_norm
+        self._init_norm_sq = 0.0 if ours is None else ours._init_norm_sq
+
+    @property
+    def params(self) -> list[Tensor]:
+        """The parameters that take part."""
+        return [m.param for m in self.members]
+
+    @property
+    def lr(self) -> float:
+        """Learning rate of the first group that takes part, in force at the next step."""
+        return self.members[0].lr
+
+    def ratios(self) -> list[float]:
+        """Return the learning rate of each parameter over ``lr``; by ``param_groups`` while ``lr`` is 0."""
+        rates = [m.lr for m in self.members] if self.lr > 0.0 else [m.hyper.lr for m in self.members]
+        return [rate / rates[0] if rates[0] > 0.0 else 1.0 for rate in rates]
+
+    def inverse_preconditioners(self, grads: Sequence[Tensor]) -> list[Tensor]:
+        """Return the diagonal of ``1 / P`` for each parameter, such that the update is ``lr * m / P``.
+
+        ``P = (1 - beta1**t) (sqrt(v / (1 - beta2**t)) + eps)`` for Adam, with this step's gradient in ``v``.
+
+        Args:
+            grads: Gradients of the loss.
+
+        Returns:
+            Tensors in the shapes of the parameters; ones for SGD.
+
+        Source: Kalra & Barkeshli 2024, arXiv:2406.09405, equation 6 with the square root of the authors'
+            code.
+        """
+        factor = self._factor(grads)
+        return [self._response(m, g, factor) for m, g in zip(self.members, grads, strict=True)]
+
+    def directions(self, grads: Sequence[Tensor]) -> list[Tensor]:
+        """Return the update per unit of the first group's learning rate: ``param - lr * direction``.
+
+        Args:
+            grads: Gradients of the loss.
+
+        Returns:
+            Tensors in the shapes of the parameters; decoupled decay is in them.
+        """
+        factor = self._factor(grads)
+        parts = zip(self.members, grads, self.ratios(), strict=True)
+        return [self._moved(m, g, ratio, factor) for m, g, ratio in parts]
+
+    def _factor(self, grads: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+        """Return the clip coefficient and the scale of a random second moment, 0-dim float64."""
+        norm = torch.stack([dot(g, g) for g in grads]).sum().sqrt()
+        clip = torch.ones_like(norm)
+        if self._max_grad_norm is not None:
+            clip = (self._max_grad_norm / (norm + 1e-6)).clamp(max=1.0)
+        return clip, (norm * clip).square()
+
+    def _updated(
+        self, m: Member, grad: Tensor, eta: float, factor: tuple[Tensor, Tensor]
+    ) -> tuple[Tensor, list[Tensor]]:
+        """Return the new parameter and states of the rule, in double precision."""
+        clip, norm_sq = factor
+        states = [s.to(torch.float64) for s in m.states]
+        if m.step == 1 and not m.initialized and m.hyper.init == "random":
+            if not self._init_norm_sq:
+                raise RuntimeError(
+                    f"{self.owner}: the optimizer must have drawn its states: call init_state()."
+                )
+            states[1] = states[1] * (m.hyper.init_scale * norm_sq / self._init_norm_sq)
+        grad = grad.to(torch.float64) * clip
+        return RULES[m.rule].update(m.param.detach().to(torch.float64), grad, states, m.scalars(eta))
+
+    @torch.no_grad()
+    def _moved(self, m: Member, grad: Tensor, ratio: float, factor: tuple[Tensor, Tensor]) -> Tensor:
+        moved, _ = self._updated(m, grad, ratio, factor)
+        return (m.param.detach().to(torch.float64) - moved).to(compute_dtype(m.param.dtype))
+
+    @torch.no_grad()
+    def _response(self, m: Member, grad: Tensor, factor: tuple[Tensor, Tensor]) -> Tensor:
+        """Return the update that a first moment of ones would give, which is ``1 / P``."""
+        dtype = compute_dtype(m.param.dtype)
+        if m.rule == "SGD":
+            return torch.ones_like(m.param, dtype=dtype)
+        _, states = self._updated(m, grad, 1.0, factor)
+        zeros = torch.zeros_like(states[0])
+        states[0] = torch.ones_like(zeros)
+        still = {"weight_decay": 0.0, "decay": 0.0, "one_minus_beta1": 0.0, "one_minus_beta2": 0.0}
+        s = replace(m.scalars(1.0), **still, init_grad=0.0)
+        moved, _ = RULES[m.rule].update(zeros, zeros, states, s)
+        return (-moved).to(dtype)
+
+
+def _counts(made: Tensor | int, states: Sequence[Mapping[str, Any]]) -> tuple[int, list[int]]:
+    """Return the optimizer's count and those of the parameters, read from the device at once."""
+    found = [made, *(_step_of(state) for state in states)]
+    tensors = [c.to(torch.int64) for c in found if isinstance(c, Tensor)]
+    device = next((c.device for c in tensors if c.device.type != "cpu"), torch.device("cpu"))
+    read = iter(torch.stack([c.to(device) for c in tensors]).tolist() if tensors else ())
+    t, *steps = [next(read) if isinstance(c, Tensor) else c for c in found]
+    return t, [step + 1 for step in steps]
+
+
+def _step_of(state: Mapping[str, Any]) -> Tensor | int:
+    """Return the updates that a parameter has had; torch's SGD counts none, but has a buffer then."""
+    step: Tensor | int = state.get("step", 1 if state.get("momentum_buffer") is not None else 0)
+    return step if isinstance(step, Tensor) else int(step)
+
+
+def _hyper(
+    owner: str, optimizer: torch.optim.Optimizer, group: dict[str, Any]
+) -> tuple[type[FusedOptimizer], Hyper]:
+    """Return the class of ours that has the rule, and the hyper-parameters of a group."""
+    if isinstance(optimizer, FusedOptimizer):
+        if optimizer.rule not in RULES:
+            check.fail(owner, "optimizer", "have a known rule", optimizer.rule, error=TypeError)
+        return type(optimizer), optimizer._make_hyper(group)
+    for kind, ours in _TORCH.items():
+        if isinstance(optimizer, kind):
+            decoupled = group.get("decoupled_weight_decay", False) or isinstance(optimizer, torch.optim.AdamW)
+            own = {"exp_avg_sq_init": "zeros", "exp_avg_sq_init_scale": 1.0, "rho_threshold": 5.0,
+                   "unrectified": "momentum"}  # fmt: skip
+            return ours, ours._hyper(owner, {**own, **group, "decoupled_weight_decay": decoupled})
+    hint = "Adam, AdamW, GIAdam, RAdam and SGD are, of this package or of torch."
+    check.fail(owner, "optimizer", "be one whose rule is known", type(optimizer).__name__, hint, TypeError)
+
+
+def _member(
+    optimizer: torch.optim.Optimizer,
+    param: Tensor,
+    cls: type[FusedOptimizer],
+    hyper: Hyper,
+    group: Mapping[str, Any],
+    state: Mapping[str, Any],
+    step: int,
+    t: int,
+) -> Member:
+    """Return a parameter with what the next step does to it."""
+    names = cls._state_names(group)
+    states = [state.get(name) for name in names]
+    zeros = torch.zeros_like(param, dtype=compute_dtype(param.dtype), requires_grad=False)
+    return Member(
+        param=param,
+        rule=cls.rule,
+        hyper=hyper,
+        states=[zeros if s is None else s.detach() for s in states],
+        step=step,
+        initialized=bool(state.get("initialized", False)),
+        lr=hyper.lr * (hyper.schedule(t) if hyper.schedule else 1.0),
+        weight_decay=hyper.weight_decay
+        * (hyper.weight_decay_schedule(t) if hyper.weight_decay_schedule else 1.0),
+    )

@@ -1,0 +1,306 @@
+"""Sharpness during training: a few products now and then, started from what was found before."""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import _checks as check
+from ..optimizer import FusedOptimizer
+from .hvp import Hessian
+from .keeper import Keeper, Loss
+from .lanczos import Spectrum, lanczos
+from .operators import Operator, make_reading, operators_of, random_vector
+from .preview import Preview
+from .reading import SharpnessReading
+
+_COLD_STEPS, _AUDIT_STEPS, _AUDIT_EVERY = 10, 8, 20
+_ADMIXTURE, _MEMORY, _WAITING = 0.1, 0.9, 64
+
+
+class SharpnessProbe:
+    """Measures the pre-conditioned sharpness while a model trains, and changes nothing about the training.
+
+    The first measurement is cold, of 10 products. Later ones take 3, started from the last vector with a
+    tenth of a random one, without which they would stay at an eigenvalue that another has overtaken. Every
+    20th is audited by 8 products from a random start, and the larger of both is kept. Call ``measure``
+    between ``backward()`` and ``step()``. The largest Ritz value lands in the column ``sharpness`` of the
+    telemetry, in the row of the step that follows.
+
+    Args:
+        optimizer: As for ``fused_warmup.sharpness.preconditioned``.
+        loss_fn: Loss closure for calls of ``measure`` without one.
+        every: Calls of ``measure`` from one measurement to the next.
+        budget: Fraction of the time of training that measurements may take, instead of ``every``: the first
+            is made at once, each further one when the time since is enough to pay for it.
+        steps: Products of a warm measurement, >= 2.
+        method: ``"difference"`` or ``"autograd"``.
+        use_grad: As for ``preconditioned``.
+        seed: Of the random vectors.
+
+    Raises:
+        TypeError: If the rule of the optimizer is not known, or an argument has a wrong type.
+        ValueError: If an argument is out of range.
+
+    Example:
+        >>> probe = fw.SharpnessProbe(opt, every=60)
+        >>> loss.backward()
+        >>> probe.measure(lambda: loss_fn(model(x[:8]), y[:8]))
+        >>> opt.step()
+        >>> if (reading := probe.poll()) is not None:
+        ...     print(reading.asdict())
+
+    Source: the two bounds ``E[v' H_B v] <= sharpness <= E[sharpness of a batch]`` follow from convexity;
+    ``v`` must not depend on the batch, as a vector of earlier batches does not.
+    """
+
+    def __init__(
+        self,
+        optimizer: torch.optim.Optimizer,
+        loss_fn: Loss | None = None,
+        every: int = 60,
+        budget: float | None = None,
+        *,
+        steps: int = 3,
+        method: str = "difference",
+        use_grad: bool = True,
+        seed: int = 0,
+    ) -> None:
+        name = type(self).__name__
+        self.optimizer, self.loss_fn = optimizer, loss_fn
+        self.every = check.whole(name, "every", every, 1)
+        self.budget = None if budget is None else check.number(name, "budget", budget, 0.0, 1.0, ends="()")
+        self._steps = check.whole(name, "steps", steps, 2)
+        self._method = check.one_of(name, "method", method, ("difference", "autograd"))
+        self._use_grad = check.flag(name, "use_grad", use_grad)
+        # raises for an optimizer that nothing is known about, now rather than at the first measurement
+        self._device = Preview(name, optimizer, use_grad=False).params[0].device
+        self._generator = torch.Generator(self._device).manual_seed(check.whole(name, "seed", seed))
+        self._clock = _Clock(self._device)
+        self._calls = self._measured = 0
+        self._vectors: list[Tensor | None] = [None, None]
+        self._gap: Tensor | None = None
+        self._relative_error: Tensor | None = None
+        self._stretch: Tensor | float = 1.0
+        self._pending: deque[tuple[SharpnessReading, _Copy]] = deque(maxlen=_WAITING)
+
+    def measure(self, loss_fn: Loss | None = None) -> bool:
+        """Measure if it is time to; nothing otherwise.
+
+        Args:
+            loss_fn: Returns the loss of the batch whose gradient is in ``.grad``, or of a part of it.
+
+        Returns:
+            Whether a measurement was made.
+
+        Raises:
+            TypeError: If there is no closure.
+        """
+        self._calls += 1
+        self._clock.call()
+        loss_fn = self.loss_fn if loss_fn is None else loss_fn
+        if not self._is_due():
+            return False
+        if loss_fn is None:
+            check.fail(type(self).__name__, "loss_fn", "be given here or to the probe", None, error=TypeError)
+        self._clock.begin()
+        try:
+            reading = self._measure(loss_fn)
+        finally:
+            self._clock.end()
+        self._measured += 1
+        if isinstance(self.optimizer, FusedOptimizer):
+            self.optimizer.record_sharpness(reading.value)
+        self._pending.append((reading, _Copy(reading)))
+        return True
+
+    def poll(self) -> SharpnessReading | None:
+        """Return the oldest reading that is finished and was not returned yet, with CPU tensors; never waits.
+
+        Of readings that nobody asks for, the last 64 are kept.
+        """
+        if not self._pending or not self._pending[0][1].is_ready():
+            return None
+        return self._pending.popleft()[1].reading()
+
+    @property
+    def overhead(self) -> float:
+        """Time spent measuring over the time of training without it, so far; NaN before two calls."""
+        return self._clock.spent / self._clock.trained if self._clock.trained > 0.0 else float("nan")
+
+    def _is_due(self) -> bool:
+        if self.budget is None:
+            return (self._calls - 1) % self.every == 0
+        if not self._measured:
+            return True
+        return self._clock.spent + self._clock.last <= self.budget * self._clock.trained
+
+    def _measure(self, loss_fn: Loss) -> SharpnessReading:
+        name = type(self).__name__
+        preview = Preview(name, self.optimizer, self._use_grad)
+        audit = self._measured > 0 and self._measured % _AUDIT_EVERY == 0
+        with Keeper(name, loss_fn, preview.params) as keeper:
+            hessian = Hessian(keeper, self._method, preview.sign, self._stretch)
+            pair = operators_of(preview, hessian)
+            cold = not self._is_warm(keeper)
+            plain, locked = self._search(0, pair.plain, keeper, audit)
+            folded = None if pair.folded is None else self._search(1, pair.folded, keeper, audit)[0]
+            if cold or audit or self._relative_error is None:
+                self._calibrate(pair.plain, plain, shorten=not hessian.in_16_bits)
+            assert self._relative_error is not None
+            err_fd = self._relative_error * plain.largest.abs()
+            err_batch = self._batch_error(plain, cold)
+            edge = pair.edge_ratio(plain, folded)
+        step = self._calls - 1 if isinstance(preview.made, int) else preview.made
+        flags = {"cold": cold, "audit": audit, "locked": locked}
+        return make_reading(plain, err_fd, err_batch, edge, hessian, step, **flags)
+
+    def _is_warm(self, keeper: Keeper) -> bool:
+        """Whether the last vector fits the parameters that take part now."""
+        vector = self._vectors[0]
+        fits = vector is not None and (len(vector), vector.dtype) == (sum(keeper.sizes), keeper.dtype)
+        self._vectors = self._vectors if fits else [None, None]
+        return fits
+
+    def _search(
+        self, which: int, operator: Operator, keeper: Keeper, audit: bool
+    ) -> tuple[Spectrum, Tensor | bool]:
+        """Return the spectrum, and whether the warm start had lost the largest eigenvalue."""
+        noise = random_vector(keeper, self._generator)
+        old = self._vectors[which]
+        locked: Tensor | bool = False
+        if old is None:
+            spectrum = lanczos(operator.product, noise, _COLD_STEPS)
+        else:
+            start = old + _ADMIXTURE * noise / noise.norm()
+            spectrum = lanczos(operator.product, start, self._steps)
+        if audit and old is not None:
+            cold = lanczos(operator.product, random_vector(keeper, self._generator), _AUDIT_STEPS)
+            locked = cold.largest > spectrum.largest + spectrum.residual
+            spectrum = _larger(cold, spectrum)
+        fine = spectrum.largest.isfinite()
+        kept = torch.zeros_like(spectrum.vector) if old is None else old
+        # after a batch that was not finite the next start is the old vector, or random alone
+        self._vectors[which] = torch.where(fine, spectrum.vector, kept)
+        return spectrum, locked
+
+    def _calibrate(self, operator: Operator, spectrum: Spectrum, shorten: bool) -> None:
+        """Measure the error of finite differences; a shorter step then follows one that is too long."""
+        error = operator.difference_error(spectrum) / spectrum.largest.abs()
+        error = torch.where(spectrum.largest == 0.0, 0.0, error)
+        fine = error.isfinite()
+        old = error if self._relative_error is None else self._relative_error
+        self._relative_error = torch.where(fine, error, old)
+        stretch = torch.where(fine & (error > 1e-2), 0.5 if shorten else 1.0, 1.0) * self._stretch
+        self._stretch = stretch.clamp(min=2.0**-4)
+
+    def _batch_error(self, spectrum: Spectrum, cold: bool) -> Tensor:
+        """Return how far batches differ, smoothed; NaN until a warm measurement."""
+        nan = torch.full_like(spectrum.largest, torch.nan)
+        if cold:
+            return nan
+        gap = (spectrum.largest - spectrum.first).clamp(min=0.0)
+        old = gap if self._gap is None else self._gap
+        smooth = torch.where(old.isfinite(), _MEMORY * old + (1.0 - _MEMORY) * gap, gap)
+        self._gap = torch.where(gap.isfinite(), smooth, old)
+        return self._gap
+
+
+def _larger(a: Spectrum, b: Spectrum) -> Spectrum:
+    """Return the spectrum with the larger top; Ritz values never exceed the eigenvalue."""
+    better = a.largest > b.largest
+    return Spectrum(
+        largest=torch.where(better, a.largest, b.largest),
+        smallest=torch.minimum(a.smallest, b.smallest),
+        residual=torch.where(better, a.residual, b.residual),
+        first=b.first,
+        asymmetry=torch.where(better, a.asymmetry, b.asymmetry),
+        vector=torch.where(better, a.vector, b.vector),
+    )
+
+
+class _Copy:
+    """Copy of a reading on its way to the host."""
+
+    def __init__(self, reading: SharpnessReading) -> None:
+        self._reading = reading
+        found: dict[str, Any] = {k: v for k, v in vars(reading).items() if isinstance(v, Tensor)}
+        found |= {f"flags.{k}": v for k, v in reading.flags.items() if isinstance(v, Tensor)}
+        self._names = list(found)
+        packed = torch.stack([v.to(torch.float64) for v in found.values()])
+        self._event: Any = None
+        if packed.is_cuda:
+            pinned = torch.empty(packed.shape, dtype=packed.dtype, device="cpu", pin_memory=True)
+            packed = pinned.copy_(packed, non_blocking=True)
+            self._event = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            self._event.record()
+        self._packed = packed
+
+    def is_ready(self) -> bool:
+        """Whether the host has it."""
+        return self._event is None or bool(self._event.query())
+
+    def reading(self) -> SharpnessReading:
+        """Return the reading with CPU tensors."""
+        values: dict[str, Any] = dict(zip(self._names, self._packed.unbind(), strict=True))
+        flags = {k: values.pop(f"flags.{k}", held) for k, held in self._reading.flags.items()}
+        flags = {k: v.bool() if isinstance(v, Tensor) else v for k, v in flags.items()}
+        if "step" in values:
+            values["step"] = values["step"].to(torch.int64)
+        return replace(self._reading, **values, flags=flags)
+
+
+class _Clock:
+    """Times of measurements and of the training between them, in seconds; never waits.
+
+    Attributes:
+        spent: Time of all measurements.
+        last: Time of the last one.
+        trained: Time between the calls, measurements left out.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._cuda = device.type == "cuda"
+        self.spent = self.last = self.trained = 0.0
+        self._free: Any = None
+        self._begun: Any = None
+        self._open: deque[tuple[str, Any, Any]] = deque()
+
+    def call(self) -> None:
+        """Note a call of ``measure``: what was since the last one, or since its end, was training."""
+        now = self._mark()
+        if self._free is not None:
+            self._open.append(("trained", self._free, now))
+        self._free = now
+        self._collect()
+
+    def begin(self) -> None:
+        """Note the beginning of a measurement."""
+        self._begun = self._mark()
+
+    def end(self) -> None:
+        """Note its end."""
+        self._free = self._mark()
+        self._open.append(("spent", self._begun, self._free))
+        self._collect()
+
+    def _mark(self) -> Any:
+        if not self._cuda:
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+        event.record()
+        return event
+
+    def _collect(self) -> None:
+        """Add up what is over."""
+        while self._open and (not self._cuda or self._open[0][2].query()):
+            kind, a, b = self._open.popleft()
+            seconds = a.elapsed_time(b) / 1e3 if self._cuda else b - a
+            setattr(self, kind, getattr(self, kind) + seconds)
+            if kind == "spent":
+                self.last = seconds

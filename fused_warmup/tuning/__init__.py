@@ -1,0 +1,6 @@
+"""Published ways to choose a learning rate and its warmup."""
+
+from .catapult import PersistentCatapult
+from .initial import initial_lr, reach_steps, saved_steps
+
+__all__ = ["PersistentCatapult", "initial_lr", "reach_steps", "saved_steps"]

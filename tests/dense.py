@@ -1,0 +1,47 @@
+"""Hessians written out, for tests of products that never form them."""
+
+import itertools
+
+import torch
+
+
+def symmetric(values, seed=0):
+    """A float64 matrix with the given eigenvalues and random eigenvectors."""
+    generator = torch.Generator().manual_seed(seed)
+    n = len(values)
+    q, _ = torch.linalg.qr(torch.randn(n, n, dtype=torch.float64, generator=generator))
+    return (q * torch.tensor(values, dtype=torch.float64)) @ q.T
+
+
+def dense_hessian(loss_fn, params):
+    """The Hessian over all parameters, float64 of ``[n, n]``, one row of double backward at a time."""
+    params = list(params)
+    grads = torch.autograd.grad(loss_fn(), params, create_graph=True, allow_unused=True)
+    flat = torch.cat([
+        (torch.zeros_like(p) if g is None else g).reshape(-1) for g, p in zip(grads, params, strict=True)
+    ])
+    rows = []
+    for entry in flat:
+        row = (
+            torch.autograd.grad(entry, params, retain_graph=True, allow_unused=True)
+            if entry.requires_grad
+            else [None] * len(params)
+        )
+        rows.append(
+            torch.cat([
+                (torch.zeros_like(p) if g is None else g).reshape(-1)
+                for g, p in zip(row, params, strict=True)
+            ])
+        )
+    return torch.stack(rows).double()
+
+
+def tanh_model(dtype=torch.float64, seed=0, sizes=(8, 16, 12, 4)):
+    """A tanh MLP with fewer than 500 parameters, its data and its cross-entropy loss."""
+    torch.manual_seed(seed)
+    layers = []
+    for a, b in itertools.pairwise(sizes):
+        layers += [torch.nn.Linear(a, b), torch.nn.Tanh()]
+    model = torch.nn.Sequential(*layers[:-1]).to(dtype)
+    x, y = torch.randn(64, sizes[0]).to(dtype), torch.randint(sizes[-1], (64,))
+    return model, lambda: torch.nn.functional.cross_entropy(model(x), y)

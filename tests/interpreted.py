@@ -1,0 +1,351 @@
+"""The Triton kernels, run in Python by Triton's interpreter, against the reference.
+
+Not collected by itself: ``TRITON_INTERPRET`` must be set before triton is imported, so ``test_triton.py`` runs
+this file in processes of its own. The interpreter takes tens of milliseconds for a chunk of any size, so options
+are covered and sizes are few.
+"""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+import triton
+import triton.language as tl
+from cases import (
+    CASES,
+    SCHEDULES,
+    SHAPES,
+    assert_close,
+    assert_same_bits,
+    make_params,
+    set_grads,
+    states_of,
+)
+from test_backends import EPS, check_pair, check_single_steps, run_pair
+from torch.nn import Parameter
+from triton.runtime.interpreter import TensorHandle
+
+import fused_warmup as fw
+from fused_warmup.backends.triton import memory, rules, schedules
+from fused_warmup.backends.triton.launch import LANES, TritonBackend
+from fused_warmup.reference import rules as truth
+from fused_warmup.table import DTYPES, STRUCTS, Hyper, pack_hypers
+
+# numpy says so where IEEE arithmetic silently gives infinity or NaN, which is what these tests are about
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:(overflow|invalid value|divide by zero) encountered:RuntimeWarning"
+)
+FEW_SHAPES = [(0,), (), (63,)]
+BY_NAME = {case.name: case for case in CASES}
+some = pytest.mark.parametrize("name", ["adamw", "radam-l2", "sgd-nesterov"])
+
+
+@pytest.fixture(autouse=True)
+def promises_hold(monkeypatch):
+    """Whole blocks promise alignment to the compiler, and here nobody else would notice a broken promise."""
+    real = TensorHandle.set_attr
+
+    def set_attr(self, name, values):
+        assert name != "tt.divisibility" or (self.data % values[0] == 0).all()
+        real(self, name, values)
+
+    monkeypatch.setattr(TensorHandle, "set_attr", set_attr)
+
+
+@pytest.mark.parametrize("dtype", list(EPS), ids=str)
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_one_step_from_the_same_state(case, dtype):
+    check_single_steps(case, "triton", make_params(dtype, FEW_SHAPES), 2, average=fw.EMA(0.9))
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_trajectory(case):
+    """With clipping, so that a measure pass runs, across the step where RAdam begins to rectify."""
+    options = {"max_grad_norm": 5.0, "average": fw.EMA(0.9, every=2), "schedule": SCHEDULES["warmup_linear"]}
+    for state in run_pair(case, "triton", torch.float32, FEW_SHAPES, (1, 5, 6, 7), **options):
+        check_pair(*state, torch.float32)
+
+
+@pytest.mark.parametrize("clip", [None, 5.0])
+@pytest.mark.parametrize("dtype", list(EPS), ids=str)
+def test_sizes(dtype, clip):
+    """Empty and 0-dim tensors, sizes around blocks and chunks; the second half not aligned."""
+    params = make_params(dtype, SHAPES)
+    for p in make_params(dtype, [(2049,), (5, 7)]):
+        room = torch.zeros(p.numel() + 1, dtype=dtype)
+        params.append(Parameter(room[1:].view(p.shape).copy_(p.detach())))
+    assert params[-1].data_ptr() % 16
+    check_single_steps(BY_NAME["adamw"], "triton", params, 2, max_grad_norm=clip, average=fw.EMA(0.9))
+
+
+def test_strided_views_and_rows_without_gradients():
+    """A strided parameter is worked on as a copy; a parameter that has no gradient moves its average only."""
+    base = make_params(torch.float32, [(12, 10)])[0].detach()
+    ours = [Parameter(base.clone()[::2, 1::3]), *make_params(torch.float32, [(9,), (4,)])]
+    for options in ({}, {"max_grad_norm": 1.0, "average": fw.SWA(1, every=1)}):
+        pairs = {}
+        for backend in ("triton", "reference"):
+            params = [Parameter(p.detach().clone(memory_format=torch.preserve_format)) for p in ours]
+            opt = fw.RAdam(params, lr=1e-2, backend=backend, **options)
+            for step in range(3):
+                set_grads(params, step)
+                if step != 1:
+                    params[1].grad = None
+                opt.step()
+            pairs[backend] = params, opt
+        for i, (a, b) in enumerate(zip(pairs["triton"][0], pairs["reference"][0], strict=True)):
+            assert_close(f"param {i}", a, b, 4e-7)
+            for name, value in states_of(pairs["reference"][1], b).items():
+                assert_close(f"{name} {i}", states_of(pairs["triton"][1], a)[name], value, 4e-7, 4e-7)
+
+
+@pytest.mark.parametrize("grad_dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("dtype", list(EPS), ids=str)
+def test_gradients_of_another_dtype(dtype, grad_dtype):
+    param = make_params(dtype, [(70,)])[0]
+    other = Parameter(param.detach().clone())
+    for backend, p in (("triton", param), ("reference", other)):
+        p.grad_dtype = None
+        opt = fw.AdamW([p], lr=1e-2, backend=backend, max_grad_norm=1.0)
+        for step in range(2):
+            generator = torch.Generator().manual_seed(step)
+            p.grad = torch.randn(70, generator=generator).to(grad_dtype)
+            opt.step()
+    unit = EPS[dtype]
+    assert_close("param", param, other, 2 * unit, 2 * unit)
+
+
+@some
+def test_all_dtypes_and_groups_in_one_table(name):
+    """One launch serves rows of every kind; more groups than are taken at a time, most of them empty."""
+    kinds = [p for dtype in EPS for p in make_params(dtype, [(33,)])]
+    empty = [Parameter(torch.zeros(0)) for _ in range(LANES + 5)]
+    ours, theirs = ([Parameter(p.detach().clone()) for p in (*empty, *kinds)] for _ in range(2))
+    opts = []
+    for backend, params in (("triton", ours), ("reference", theirs)):
+        groups = [{"params": [p], "lr": 1e-3 * (1 + i % 7)} for i, p in enumerate(params)]
+        opts.append(BY_NAME[name].make(groups, backend=backend, schedule=SCHEDULES["cosine"]))
+    for step in range(2):
+        for params, opt in zip((ours, theirs), opts, strict=True):
+            set_grads(params, step)
+            opt.step()
+    assert opts[0].get_last_lr() == pytest.approx(opts[1].get_last_lr(), rel=1e-14)
+    for i, (a, b) in enumerate(zip(ours, theirs, strict=True)):
+        assert_close(f"param {i}", a, b, 2 * EPS[a.dtype], 2 * EPS[a.dtype])
+        assert int(opts[0].state[a]["step"]) == 2
+
+
+@pytest.mark.parametrize("clip", [None, 5.0])
+def test_grids_give_the_same_bits(clip):
+    """However many programs share the chunks, and whichever finishes last."""
+    results = []
+    for programs in (1, 2, 5):
+        params = make_params(torch.float32, [(70_000,), (5,), (2049,)])
+        opt = fw.AdamW(params, lr=1e-2, backend="triton", max_grad_norm=clip, average=fw.EMA(0.5))
+        opt._backend = TritonBackend(programs)
+        for step in range(2):
+            set_grads(params, step)
+            opt.step()
+        states = [value for p in params for value in states_of(opt, p).values()]
+        results.append([*params, *states, *opt.telemetry.history().values()])
+    for other in results[1:]:
+        for a, b in zip(results[0], other, strict=True):
+            assert_same_bits("result", a.detach(), b.detach())
+
+
+def test_skip_leaves_everything_as_it_was():
+    for bad in (math.nan, math.inf, -math.inf):
+        params = make_params(torch.float32, FEW_SHAPES)
+        opt = fw.AdamW(params, backend="triton", nonfinite="skip", average=fw.EMA(0.9))
+        set_grads(params, 0)
+        opt.step()
+        before = [t.clone() for p in params for t in (p.detach(), *states_of(opt, p).values())]
+        set_grads(params, 1)
+        params[2].grad[5] = bad
+        opt.step()
+        after = [t for p in params for t in (p.detach(), *states_of(opt, p).values())]
+        for a, b in zip(before, after, strict=True):
+            assert_same_bits("kept", a, b)
+        line = opt.telemetry.latest()
+        assert (line["step"], line["skipped"]) == (1.0, 1.0)
+
+
+@pytest.mark.parametrize("clip", [None, 1.0])
+def test_nonfinite_gradients_propagate(clip):
+    pairs = []
+    for backend in ("triton", "reference"):
+        params = make_params(torch.float32, FEW_SHAPES)
+        opt = fw.Adam(params, backend=backend, max_grad_norm=clip, amsgrad=True)
+        for step in range(2):
+            set_grads(params, step)
+            params[2].grad[3:5] = torch.tensor([math.nan, math.inf])
+            opt.step()
+        pairs.append((params, opt))
+    for a, b in zip(pairs[0][0], pairs[1][0], strict=True):
+        assert torch.equal(a.isnan(), b.isnan())
+        for name, value in states_of(pairs[1][1], b).items():
+            assert torch.equal(states_of(pairs[0][1], a)[name].isnan(), value.isnan()), name
+    lines = [opt.telemetry.latest() for _, opt in pairs]
+    assert lines[0] == pytest.approx(lines[1], nan_ok=True)
+
+
+@pytest.mark.parametrize("clip", [None, 1.0])
+def test_grad_scaler(clip):
+    """Gradients that came scaled, and a step that the scaler found not finite, on the first step too."""
+    pairs = []
+    for backend in ("triton", "reference"):
+        params = make_params(torch.float32, FEW_SHAPES)
+        opt = fw.AdamW(params, lr=1e-2, backend=backend, max_grad_norm=clip)
+        for step, found in enumerate((1.0, 0.0, 1.0, 0.0)):
+            set_grads(params, step, scale=1024.0)
+            opt.grad_scale, opt.found_inf = torch.tensor(1024.0), torch.tensor(found)
+            opt.step()
+            del opt.grad_scale, opt.found_inf
+        pairs.append((params, opt))
+    for a, b in zip(pairs[0][0], pairs[1][0], strict=True):
+        assert_close("param", a, b, 4e-7)
+        assert int(pairs[0][1].state[a]["step"]) == 2
+    histories = [opt.telemetry.history() for _, opt in pairs]
+    for name in histories[0]:
+        assert_close(name, histories[0][name], histories[1][name], 0.0, 1e-12)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_the_average_is_of_the_parameter_as_it_is_stored(dtype):
+    params = make_params(dtype, [(63,), (2100,)])
+    opt = fw.SGD(params, lr=0.1, backend="triton", average=fw.SWA(1, every=1))
+    set_grads(params, 0)
+    opt.step()
+    for p in params:
+        assert_same_bits("average", opt.state[p]["average"], p.detach().float())
+
+
+@pytest.mark.parametrize("init", ["grad", "random"])
+def test_second_moments_that_do_not_start_at_zero(init):
+    pairs = []
+    for backend in ("triton", "reference"):
+        torch.manual_seed(0)
+        params = make_params(torch.float32, FEW_SHAPES)
+        opt = fw.Adam(params, lr=1e-2, backend=backend, exp_avg_sq_init=init, exp_avg_sq_init_scale=0.5)
+        for step in range(2):
+            set_grads(params, step)
+            opt.step()
+        pairs.append((params, opt))
+    for a, b in zip(pairs[0][0], pairs[1][0], strict=True):
+        assert_close("param", a, b, 4e-7)
+        assert_close("v", pairs[0][1].state[a]["exp_avg_sq"], pairs[1][1].state[b]["exp_avg_sq"], 0.0, 4e-6)
+
+
+def test_without_telemetry():
+    ours, theirs = make_params(torch.float32, FEW_SHAPES), make_params(torch.float32, FEW_SHAPES)
+    for params, backend in ((ours, "triton"), (theirs, "reference")):
+        opt = fw.SGD(params, lr=0.1, momentum=0.9, backend=backend, telemetry=False)
+        set_grads(params, 0)
+        opt.step()
+    for a, b in zip(ours, theirs, strict=True):
+        assert_close("param", a, b, 1e-7)
+
+
+def test_a_step_without_any_gradient():
+    params = make_params(torch.float32, FEW_SHAPES)
+    opt = fw.SGD(params, lr=0.1, backend="triton")
+    opt.step()
+    set_grads(params, 0)
+    opt.step()
+    assert opt.telemetry.latest()["step"] == 2.0
+
+
+def test_auto_never_takes_the_interpreter():
+    assert "triton" in fw.available_backends()
+    assert fw.SGD(make_params(torch.float32, FEW_SHAPES), lr=0.1)._backend.name in ("cpu", "reference")
+
+
+# parts: the same functions, called by small kernels of the test
+
+
+@triton.jit
+def multiplier_kernel(segments, values, first, count, t, out, N: tl.constexpr):
+    i = tl.arange(0, N)
+    value = schedules.multiplier(
+        segments.to(tl.int64), tl.load(first + i), tl.load(count + i), values.to(tl.int64), tl.load(t + i)
+    )
+    tl.store(out + i, value)
+
+
+def test_schedules():
+    """Every chain at every step of a hundred, and long after, in one block."""
+    # a table that nothing follows must not read on when it is over
+    chains = [*(s for s in SCHEDULES.values() if s is not None), fw.schedules.table([0.3, 0.7])]
+    hypers, segments, values = pack_hypers([Hyper(1.0, schedule=s) for s in (None, *chains)])
+    steps = [*range(100), 10**6, 2**40]
+    table = [(h["lr_segment"], h["lr_segments"], t) for h in hypers for t in steps]
+    n = 1 << (len(table) - 1).bit_length()
+    table += [(0, 0, 0)] * (n - len(table))
+    first, count, t = (
+        torch.tensor([int(row[k]) for row in table], dtype=d)
+        for k, d in enumerate((torch.int32, torch.int32, torch.int64))
+    )
+    out = torch.zeros(n, dtype=torch.float64)
+    columns = (torch.from_numpy(c.view(np.uint8).reshape(-1)) for c in (segments, values))
+    multiplier_kernel[(1,)](*columns, first, count, t, out, N=n)
+    expected = [1.0 if s is None else float(s(step)) for s in (None, *chains) for step in steps]
+    assert_close("multiplier", out[: len(expected)], torch.tensor(expected, dtype=torch.float64), 0.0, 1e-13)
+
+
+@triton.jit
+def scalars_kernel(hypers, step, out, SCALARS: tl.constexpr, N: tl.constexpr):
+    i = tl.arange(0, N)
+    h = memory.load_struct(hypers.to(tl.int64), i, memory.Hyper, i < N)
+    rates = memory.Rates(lr=h.lr, weight_decay=h.weight_decay)
+    s = SCALARS(h, rates.lr, tl.load(step + i), rules.common_scalars(h, rates, 0.5))
+    memory.store_struct(out.to(tl.int64), i, s, memory.Scalars, i < N)
+
+
+@pytest.mark.parametrize("rule", rules.RULES)
+def test_scalars(rule):
+    """Bias corrections and rectification to thirteen digits, at the first steps and after millions."""
+    steps = [*range(1, 40), 100, 1000, 10**5, 10**7]
+    flags = [{}, {"decoupled": True, "maximize": True, "nesterov": True, "skip_unrectified": True}]
+    cases = [
+        (Hyper(0.1, 0.01, b1, b2, 1e-8, 0.9, 0.5, rho, **kinds), step)
+        for b1, b2 in ((0.9, 0.999), (0.0, 0.6), (0.5, 0.0), (0.99, 0.9999999))
+        for rho in (4.0, 5.0)
+        for kinds in flags
+        for step in steps
+    ]
+    n = 1 << (len(cases) - 1).bit_length()
+    cases += cases[:1] * (n - len(cases))
+    hypers, _, _ = pack_hypers([h for h, _ in cases])
+    out = np.zeros(n, STRUCTS["Scalars"])
+    columns = [torch.from_numpy(c.view(np.uint8).reshape(-1)) for c in (hypers, out)]
+    step = torch.tensor([step for _, step in cases])
+    scalars_kernel[(1,)](columns[0], step, columns[1], SCALARS=rules.RULES[rule].scalars, N=n)
+    for (h, step), ours in zip(cases, out, strict=True):
+        expected = truth.common_scalars(h, h.lr, h.weight_decay, 0.5)
+        truth.RULES[rule].scalars(h, h.lr, step, expected)
+        for name in out.dtype.names:
+            assert ours[name] == pytest.approx(getattr(expected, name), rel=1e-13), (name, step, h)
+
+
+@triton.jit
+def round_kernel(x, out, back, DTYPE: tl.constexpr, N: tl.constexpr):
+    i = tl.arange(0, N)
+    stored = memory.narrow(tl.load(x + i), DTYPE)
+    memory.store_block(out.to(tl.int64), i, i < N, stored, DTYPE, True)
+    tl.store(back + i, memory.load_block(out.to(tl.int64), i, i < N, DTYPE, tl.float32, True))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_rounding(dtype):
+    """Every number of the type, those half-way to the next and beside it, overflow and tiny ones."""
+    every = torch.arange(2**16, dtype=torch.int32).to(torch.int16).view(dtype).float()
+    half = {torch.bfloat16: 1 << 15, torch.float16: 1 << 12}[dtype]
+    between = [(every.view(torch.int32) + half + d).view(torch.float32) for d in (-1, 0, 1)]
+    x = torch.cat([every, *between, *(torch.randn(2**16) * s for s in (1e-7, 1e-5, 1e5, 1e38))])
+    out, back = torch.zeros(len(x), dtype=dtype), torch.zeros(len(x))
+    round_kernel[(1,)](x, out.view(torch.uint8), back, DTYPE=DTYPES[dtype], N=len(x))
+    expected = x.to(dtype)
+    assert torch.equal(out.isnan(), expected.isnan())
+    assert torch.equal(out.nan_to_num(0.0), expected.nan_to_num(0.0))
+    assert torch.equal(back.nan_to_num(0.0), expected.float().nan_to_num(0.0))
