@@ -13,15 +13,15 @@ from torch.optim import Optimizer
 
 from . import _checks as check
 from . import layout
-from . import plan as planning
 from .averaging import EMA, SWA, Average, swapped
 from .backends import BACKENDS, resolve
 from .backends.base import Backend
+from .build import build_plan
 from .columns import is_capturing
 from .plan import Plan
 from .schedules import Schedule
 from .state import load_state, pack_state
-from .table import COUNTERS, RATES, Hyper, Settings
+from .table import RATES, Hyper, Settings
 from .telemetry import Telemetry
 from .traffic import Traffic, traffic
 
@@ -256,7 +256,6 @@ class FusedOptimizer(Optimizer):
             self._keep_captured(plan)
         else:
             self.telemetry.advance()
-        self._random_pending = False
         if changed:
             torch.autograd.graph.increment_version(changed)
         return loss
@@ -308,7 +307,7 @@ class FusedOptimizer(Optimizer):
             or not plan.refresh(self._exposed)
         ):
             with torch.no_grad():
-                plan, backend = self._build(every)
+                plan, backend = build_plan(self, every)
             self._planned_average = self.average
             if not plan.refresh(exposed=True):
                 raise RuntimeError(f"{type(self).__name__}: parameters must stay in place while step() runs.")
@@ -318,102 +317,12 @@ class FusedOptimizer(Optimizer):
                 # an option that changes the states, amsgrad or momentum, was turned on or off
                 self._reset()
                 return self._prepared_plan(every)
-        measure = self.max_grad_norm is not None or self.nonfinite == "skip" or self._random_pending
+        measure = self.max_grad_norm is not None or self.nonfinite == "skip" or plan.random_start
         # a GradScaler sets these around step() and deletes them
         plan.scale(getattr(self, "grad_scale", None), getattr(self, "found_inf", None))
         plan.prepare(Settings(self.max_grad_norm, self.nonfinite == "skip", measure, self._init_norm_sq))
         self._plan, self._backend = plan, backend
         return plan, backend
-
-    def _build(self, every: bool) -> tuple[Plan, Backend]:
-        """Check all tensors, then allocate missing states and lay out the table.
-
-        Args:
-            every: Give all parameters a state, also those without a gradient.
-        """
-        name = type(self).__name__
-        if any(is_capturing(p.device) for group in self.param_groups for p in group["params"][:1]):
-            raise RuntimeError(
-                f"{name}: states and table must stand before a graph is captured, got parameters, groups, "
-                "states or averages that are new or were moved. Call init_state() before the capture, with "
-                "the gradients that the graph will write in .grad."
-            )
-        hypers = [self._make_hyper(group) for group in self.param_groups]
-        members = [(i, p) for i, group in enumerate(self.param_groups) for p in group["params"]]
-        device: torch.device | None = None
-        known: list[tuple[int, int, Tensor, Tensor]] = []
-        for index, (g, param) in enumerate(members):
-            idle = param.grad is None and "step" not in self._state.get(param, {})
-            if idle and not (every and param.requires_grad):
-                continue
-            local = layout.check_param(name, index, param, device)
-            device = local.device
-            if param.grad is not None:
-                layout.check_grad(name, index, local, param.grad)
-                layout.check_placement(name, index, param, param.grad)
-            if layout.is_sharded(param) and (self.max_grad_norm is not None or self.nonfinite == "skip"):
-                hint = "A process sees its part of the norm only; clip with torch.nn.utils.clip_grad_norm_."
-                value = (self.max_grad_norm, self.nonfinite)
-                condition = "be (None, 'propagate') beside sharded parameters"
-                check.fail(name, "(max_grad_norm, nonfinite)", condition, value, hint)
-            for key in (*self._state_names(self.param_groups[g]), "average"):
-                state = self._state.get(param, {}).get(key)
-                if isinstance(state, Tensor) and state.shape != param.shape:
-                    shape = tuple(state.shape)
-                    check.fail(
-                        name, f"parameter {index}", f"keep the shape {shape} of {key}", tuple(param.shape)
-                    )
-            known.append((g, index, param, local))
-        planning.check_disjoint(name, [(index, local) for _, index, _, local in known])
-        device = device or torch.device("cpu")
-        backend = self._resolve(device)
-        if self._counters is None or self._counters.device != device:
-            fresh = torch.zeros(len(COUNTERS), dtype=torch.int64, device=device)
-            self._counters = fresh if self._counters is None else fresh.copy_(self._counters)
-        self.telemetry.allocate(device, self._counters)
-        self._allocate([(g, p, local) for g, _, p, local in known], hypers)
-        names = [self._state_names(group) for group in self.param_groups]
-        averaged = self.average is not None
-        rows = [
-            planning.make_row(p, local, self._state[p], names[g], averaged=averaged, group=g, index=index)
-            for g, index, p, local in known
-        ]
-        record = {"counters": self._counters, "slots": self.telemetry.slots, "page": self.telemetry.page}
-        groups, state, average = self.param_groups, self._state, self.average
-        return Plan(name, self.rule, rows, groups, state, average, record, device), backend
-
-    def _allocate(self, members: list[tuple[int, Tensor, Tensor]], hypers: list[Hyper]) -> None:
-        """Make the states that are missing; new step counts share one buffer."""
-        fresh = [param for _, param, _ in members if "step" not in self._state[param]]
-        steps = iter(torch.zeros(len(fresh), dtype=torch.int64, device=fresh[0].device) if fresh else ())
-        drawn = 0.0
-        for g, param, local in members:
-            state, group = self._state[param], self.param_groups[g]
-            random = "step" not in state and hypers[g].init == "random"
-            if "step" not in state:
-                state["step"] = next(steps)
-            elif "momentum_buffer" in self._state_names(group) and state.get("momentum_buffer") is None:
-                # torch starts a buffer that comes late with the gradient itself, as at a first step
-                state["step"].zero_()
-            for state_name in self._state_names(group):
-                if not isinstance(state.get(state_name), Tensor):
-                    state[state_name] = layout.state_like(param)
-            if self.average is not None and "average" not in state:
-                state["average"] = layout.state_like(param).copy_(param)
-            for key in (*self._state_names(group), *(["average"] if self.average is not None else [])):
-                if not layout.fits(state[key], local):
-                    # the parameter got another dtype or layout since
-                    state[key] = layout.state_like(param).copy_(state[key])
-            if random:
-                # drawn on the host, so that its norm is known without a wait
-                noise = torch.randn(param.shape, dtype=torch.float64, device="cpu")
-                drawn += float(noise.square().sum())
-                noise = noise.square().pin_memory() if param.is_cuda else noise.square()
-                state["exp_avg_sq"].copy_(noise, non_blocking=True)
-        if drawn:
-            others = sum(param.numel() for _, param, _ in members) - sum(param.numel() for param in fresh)
-            self._init_norm_sq = drawn + others
-            self._random_pending = True
 
     def traffic(self) -> Traffic:
         """Return launches and bytes of the next step, for the gradients now in ``.grad``; nothing is run."""
@@ -521,7 +430,7 @@ class FusedOptimizer(Optimizer):
     def __getstate__(self) -> dict[str, Any]:
         """Return what pickle and deepcopy keep: everything but the table and hooks."""
         keep = ("max_grad_norm", "nonfinite", "backend", "average", "telemetry", "_counters", "_init_norm_sq")
-        own = {name: self.__dict__[name] for name in (*keep, "_hyper_keys", "_random_pending")}
+        own = {name: self.__dict__[name] for name in (*keep, "_hyper_keys")}
         return {**super().__getstate__(), **own}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -543,5 +452,4 @@ class FusedOptimizer(Optimizer):
 
     _backend_device: str = ""
     _exposed: bool = False
-    _random_pending: bool = False
     _last_rates: Tensor | None = None

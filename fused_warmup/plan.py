@@ -8,10 +8,9 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from functools import partial
 from operator import itemgetter
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
@@ -21,12 +20,12 @@ from . import _checks as check
 from . import averaging, layout
 from .averaging import Average
 from .columns import Columns, is_capturing
-from .layout import check_grad, compute_dtype, describe, is_dense, local_tensor, same_layout
+from .layout import check_grad, compute_dtype, describe, local_tensor, same_layout
+from .rows import Row
 from .schedules import Schedule
 from .table import (
     AVERAGE_KINDS,
     DTYPES,
-    MAX_STATES,
     RATES,
     STRUCTS,
     Hyper,
@@ -34,35 +33,7 @@ from .table import (
     chunks,
     pack_hypers,
 )
-
-
-@dataclass
-class Row:
-    """One parameter with the tensors that belong to it.
-
-    Attributes:
-        param: The parameter as the user gave it.
-        state: What ``optimizer.state`` holds for it: the entries that the step writes, by name.
-        states: What the rule keeps, in the order in which it takes them; laid out like the parameter.
-        average: Weight average, or None.
-        step: 0-dim int64, the number of updates this parameter has had.
-        group: Index of its parameter group.
-        initialized: Whether the second moment was prepared before the first step.
-        index: Position among all parameters, for messages.
-        local: The memory of the parameter on this device: the shard of a DTensor, else the parameter.
-        work: What a kernel may update: the local tensor if it is dense, else a dense copy of it.
-    """
-
-    param: Tensor
-    state: dict[str, Tensor]
-    states: list[Tensor]
-    average: Tensor | None
-    step: Tensor
-    group: int
-    initialized: bool
-    index: int
-    local: Tensor
-    work: Tensor
+from .watch import Forms, Watch, same_entries, same_members
 
 
 def _is_frozen(value: Any) -> bool:
@@ -70,27 +41,6 @@ def _is_frozen(value: Any) -> bool:
     if isinstance(value, tuple):
         return all(map(_is_frozen, value))
     return value is None or isinstance(value, (bool, int, float, str, Schedule))
-
-
-class Forms(Protocol):
-    """The forms of some tensors: type, dtype, device, shape and strides."""
-
-    def read(self, tensors: list[Any], out: int, grads: bool = False) -> list[int]:
-        """Write where tensors of these forms lie: 0 for None or another form, 1 for an empty tensor.
-
-        Args:
-            tensors: As many as the forms.
-            out: Address of as many uint64.
-            grads: Read the gradients of the tensors instead, and keep them alive until ``release``.
-
-        Returns:
-            Positions of the tensors whose form is another one.
-        """
-        ...
-
-    def release(self) -> None:
-        """Let go of the gradients."""
-        ...
 
 
 class PythonForms:
@@ -125,38 +75,6 @@ class PythonForms:
         self._kept = []
 
 
-class Watch:
-    """Tensors whose addresses are in the table.
-
-    Args:
-        make_forms: Makes ``Forms``.
-        tensors: The tensors.
-    """
-
-    def __init__(self, make_forms: Callable[..., Forms], tensors: list[Tensor]) -> None:
-        self._tensors, self._forms = tensors, make_forms(tensors)
-        self._addresses, self._now = (np.zeros(len(tensors), np.uint64) for _ in range(2))
-        self._out = self._now.ctypes.data
-        self._forms.read(tensors, self._addresses.ctypes.data)
-
-    def in_place(self) -> bool:
-        """Whether all of them are where they were, in the form that they had."""
-        return not self._forms.read(self._tensors, self._out) and bool((self._now == self._addresses).all())
-
-
-def same_members(groups: Sequence[Mapping[str, Any]], members: Sequence[Sequence[Tensor]]) -> bool:
-    """Whether the groups hold the very parameters they held."""
-    now = [group["params"] for group in groups]
-    return [len(a) for a in now] == [len(b) for b in members] and all(
-        p is q for a, b in zip(now, members, strict=True) for p, q in zip(a, b, strict=True)
-    )
-
-
-def same_entries(dicts: Sequence[Mapping[str, Any]], names: Sequence[str], objects: Sequence[Tensor]) -> bool:
-    """Whether each dictionary still holds its object under its name."""
-    return all(d.get(name) is value for d, name, value in zip(dicts, names, objects, strict=True))
-
-
 def watch() -> tuple[Callable[..., Any], Callable[..., bool], Callable[..., bool]]:
     """Return ``Forms``, ``same_members`` and ``same_entries``, compiled where that is possible."""
     try:
@@ -188,6 +106,7 @@ class Plan:
     Attributes:
         scaling: ``grad_scale`` and ``found_inf`` of a ``GradScaler``, or None each.
         fresh_grads: Whether addresses of gradients changed since they were last sent to the device.
+        random_start: Whether a first update may need the norm of all gradients; the host does not know when.
         has_float64: Whether any parameter is float64.
     """
 
@@ -204,7 +123,7 @@ class Plan:
     ) -> None:
         self.owner, self.rule, self.rows = owner, rule, rows
         self.device, self.columns = device, Columns(device)
-        self.fresh_grads = False
+        self.fresh_grads = self.random_start = False
         self.settings = Settings()
         self.record = record
         self.hypers: list[Hyper] = []
@@ -291,6 +210,7 @@ class Plan:
 
     def _pack_hypers(self) -> None:
         """Fill the columns of the groups and the segments of their schedules."""
+        self.random_start = any(h.init == "random" for h in self.hypers)
         self._hypers, segments, values = pack_hypers(self.hypers)
         if len(self.rates) != len(self.hypers):
             self.rates = torch.zeros(len(self.hypers), len(RATES), dtype=torch.float64, device=self.device)
@@ -556,30 +476,3 @@ class Plan:
 def check_disjoint(owner: str, indexed: Sequence[tuple[int, Tensor]]) -> None:
     """Raise ``ValueError`` if two parameters share memory."""
     layout.check_disjoint(owner, [(index, t, t.data_ptr()) for index, t in indexed])
-
-
-def make_row(
-    param: Tensor,
-    local: Tensor,
-    state: Mapping[str, Any],
-    names: Sequence[str],
-    *,
-    averaged: bool,
-    group: int,
-    index: int,
-) -> Row:
-    """Return the row of a parameter, with a dense copy to work on where the parameter is a strided view."""
-    assert len(names) <= MAX_STATES
-    written = {name: state[name] for name in (*names, "step", *(["average"] if averaged else []))}
-    return Row(
-        param=param,
-        state=written,
-        states=[local_tensor(state[name]) for name in names],
-        average=local_tensor(state["average"]) if averaged else None,
-        step=state["step"],
-        group=group,
-        initialized=bool(state.get("initialized", False)),
-        index=index,
-        local=local,
-        work=local if is_dense(local) else torch.empty_like(local).copy_(local),
-    )

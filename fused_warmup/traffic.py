@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from .plan import Plan, Row
+from .plan import Plan
+from .rows import Row
 from .table import Settings
 
 

@@ -9,6 +9,7 @@ import torch
 from cases import assert_same_bits, make_params, set_grads
 
 import fused_warmup as fw
+from fused_warmup import build as building
 from fused_warmup import columns
 from fused_warmup import optimizer as optimizing
 from fused_warmup import plan as planning
@@ -35,7 +36,7 @@ class Capture:
 @pytest.fixture
 def capture(monkeypatch):
     state = Capture()
-    for module in (planning, optimizing, columns):
+    for module in (planning, optimizing, building, columns):
         monkeypatch.setattr(module, "is_capturing", state)
     monkeypatch.setattr(columns, "is_mirrored", lambda device: True)
     return state

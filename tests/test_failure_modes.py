@@ -1029,6 +1029,33 @@ def test_34_grad_scaler(case: str, backend: str, clip: float | None, unscaled: b
     assert not history["grad_norm"][~made].isfinite().any()
 
 
+@each_backend
+@pytest.mark.parametrize("late", [False, True], ids=["first step skipped", "gradient comes later"])
+def test_34_a_random_start_waits_for_the_first_update(backend: str, late: bool) -> None:
+    """34: it is scaled by the norm at the first update, whichever call of ``step`` that is."""
+    results = []
+    for waits in (False, True):
+        torch.manual_seed(3)
+        params = [param_of(values(6)), param_of(values(5))]
+        opt = fw.Adam(params, lr=0.1, exp_avg_sq_init="random", backend=backend)
+        opt.init_state()
+        if waits and late:
+            opt.step()
+        elif waits:
+            for p in params:
+                p.grad = torch.full_like(p, math.inf)
+            opt.found_inf = torch.ones(())
+            opt.step()
+            del opt.found_inf
+        for p in params:
+            p.grad = torch.ones_like(p)
+        opt.step()
+        results.append([p.detach() for p in params])
+        assert float(opt.state[params[0]]["exp_avg_sq"].mean()) > 0.0
+    for a, b in zip(*results, strict=True):
+        assert_same_bits("param", a, b)
+
+
 def tensors_of(opt: torch.optim.Optimizer, param: Tensor) -> list[Tensor]:
     """The states of a parameter, the count of steps included."""
     return [value for value in opt.state[param].values() if isinstance(value, Tensor)]
