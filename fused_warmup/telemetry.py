@@ -84,9 +84,7 @@ class Telemetry:
         that without a reading in between, the older rows are gone.
         """
         self._collect()
-        self._rows = [
-            torch.cat([torch.empty(0, len(TELEMETRY), dtype=torch.float64, device="cpu"), *self._rows])
-        ]
+        self._join()
         return self._rows[0].clone()
 
     def _collect(self) -> None:
@@ -95,9 +93,17 @@ class Telemetry:
             return
         if self.page.is_cuda:
             torch.cuda.synchronize(self.page.device)
-        for copy in [*self._copies, (self.page.cpu(), self._counters.cpu())]:
-            self._rows.append(self._new_rows(*copy))
+        found = [self._new_rows(*copy) for copy in (*self._copies, (self.page.cpu(), self._counters.cpu()))]
+        self._rows += [rows for rows in found if len(rows)]
         self._copies, self._uncopied = [], 0
+        # whoever looks at every step must not pay for a tensor each
+        if len(self._rows) > _PAGE:
+            self._join()
+
+    def _join(self) -> None:
+        """Make one block of all rows."""
+        empty = torch.empty(0, len(TELEMETRY), dtype=torch.float64, device="cpu")
+        self._rows = [torch.cat([empty, *self._rows])]
 
     def _new_rows(self, page: Tensor, counters: Tensor) -> Tensor:
         """Return the rows of a copy of the page that no copy before it had."""

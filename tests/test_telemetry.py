@@ -118,3 +118,18 @@ def test_step_without_any_gradient_counts():
     assert opt.telemetry.history()["grad_norm"].tolist() == [0.0, 0.0]
     assert x.tolist() == [1.0, 1.0]
     assert not opt.state
+
+
+def test_looking_at_every_step_keeps_few_tensors():
+    """And looking again without a step between keeps none."""
+    x = torch.nn.Parameter(torch.zeros(3))
+    opt = fw.SGD([x])
+    for step in range(1, 2101):
+        x.grad = torch.ones(3)
+        opt.step()
+        assert opt.telemetry.latest()["step"] == opt.telemetry.latest()["step"] == step
+    assert len(opt.telemetry._rows) < 1025
+    assert opt.telemetry.history()["step"].tolist() == list(range(1, 2101))
+    before = len(opt.telemetry._rows)
+    opt.telemetry.latest()
+    assert len(opt.telemetry._rows) == before
