@@ -107,9 +107,10 @@ def cpu_lines(target: Path) -> list[str]:
     ]
     objects = ["bindings.o"]
     for isa, flags in ISA_FLAGS.items():
-        objects.append(f"kernels_{isa}.o")
-        lines.append(f"build {objects[-1]}: cxx {escaped(ROOT / 'csrc/cpu/kernels.cpp')}")
-        lines.append(f"  isa = -DFW_ISA={isa} {flags}")
+        for name in ("kernels", "vectors"):
+            objects.append(f"{name}_{isa}.o")
+            lines.append(f"build {objects[-1]}: cxx {escaped(ROOT / f'csrc/cpu/{name}.cpp')}")
+            lines.append(f"  isa = -DFW_ISA={isa} {flags}")
     return [*lines, f"build {escaped(target)}: link {' '.join(objects)}"]
 
 
@@ -136,7 +137,8 @@ def cuda_lines(target: Path, nvcc: str) -> list[str]:
         "  command = $nvcc -shared -cudart static -Xlinker --exclude-libs,ALL $in -o $out",
         f"build bindings.o: cxx {escaped(ROOT / 'csrc/cuda/bindings.cpp')}",
     ]
-    objects = ["bindings.o"]
+    objects = ["bindings.o", "vectors.o"]
+    lines.append(f"build vectors.o: nvcc {escaped(ROOT / 'csrc/cuda/vectors.cu')}")
     for rule in RULES:
         objects.append(f"kernels_{rule}.o")
         lines.append(f"build {objects[-1]}: nvcc {escaped(ROOT / 'csrc/cuda/kernels.cu')}")

@@ -169,6 +169,35 @@ enum SegmentKind : int32_t {
   X(uint64_t, grad_scale, 192)        \
   X(uint64_t, found_inf, 200)
 
+// one tensor of a sharpness measurement: its values, where they are kept meanwhile, the gradients at both
+// ends of a difference (0 for none), and where its piece of every vector begins
+#define FW_SPAN(X)         \
+  X(uint64_t, param, 0)    \
+  X(uint64_t, snapshot, 8) \
+  X(uint64_t, plus, 16)    \
+  X(uint64_t, minus, 24)   \
+  X(int64_t, offset, 32)   \
+  X(int32_t, dtype, 40)    \
+  X(int32_t, reserved, 44)
+
+// one operation on the vectors of a measurement, see vectors.h; factors and sums are doubles on the device
+#define FW_ALGEBRA(X)       \
+  X(uint64_t, spans, 0)     \
+  X(uint64_t, chunks, 8)    \
+  X(uint64_t, partials, 16) \
+  X(uint64_t, sums, 24)     \
+  X(uint64_t, basis, 32)    \
+  X(uint64_t, out, 40)      \
+  X(uint64_t, scale, 48)    \
+  X(uint64_t, factors, 56)  \
+  X(uint64_t, finished, 64) \
+  X(int64_t, n_chunks, 72)  \
+  X(int64_t, stride, 80)    \
+  X(int32_t, n_basis, 88)   \
+  X(int32_t, doubles, 92)   \
+  X(int32_t, fresh, 96)     \
+  X(int32_t, narrow, 100)
+
 #define FW_STRUCTS(X)        \
   X(Row, FW_ROW)             \
   X(Chunk, FW_CHUNK)         \
@@ -181,7 +210,9 @@ enum SegmentKind : int32_t {
   X(Slots, FW_SLOTS)         \
   X(Telemetry, FW_TELEMETRY) \
   X(Verdict, FW_VERDICT)     \
-  X(Step, FW_STEP)
+  X(Step, FW_STEP)           \
+  X(Span, FW_SPAN)           \
+  X(Algebra, FW_ALGEBRA)
 
 #define FW_FIELD(type, name, offset) type name;
 #define FW_DECLARE(Struct, FIELDS) \

@@ -43,6 +43,11 @@ def _is_frozen(value: Any) -> bool:
     return value is None or isinstance(value, (bool, int, float, str, Schedule))
 
 
+def address_of(tensor: Tensor | None) -> int:
+    """Return where a tensor lies, 0 for None; for tables of tensors that were made for them."""
+    return 0 if tensor is None else tensor.data_ptr()
+
+
 class PythonForms:
     """Forms without the extension, or for a torch without the DLPack exchange API."""
 
@@ -203,9 +208,9 @@ class Plan:
     def _set(self, **fields: Any) -> None:
         """Write fields of the Step struct; tensors by their address."""
         for name, value in fields.items():
-            if isinstance(value, Tensor):
-                value = value.data_ptr()
-            self._step[name] = 0 if value is None else value
+            if value is None or isinstance(value, Tensor):
+                value = address_of(value)
+            self._step[name] = value
         self._stale_step = True
 
     def _pack_hypers(self) -> None:

@@ -141,6 +141,17 @@ _FIELDS: dict[str, list[tuple[str, str]]] = {
         *((name, "i4") for name in ("average_kind", "skip_nonfinite", "measure", "clip")),
         *((name, "u8") for name in ("verdict", "grad_scale", "found_inf")),
     ],
+    "Span": [
+        *((name, "u8") for name in ("param", "snapshot", "plus", "minus")),
+        ("offset", "i8"),
+        *((name, "i4") for name in ("dtype", "reserved")),
+    ],
+    "Algebra": [
+        *((name, "u8") for name in ("spans", "chunks", "partials", "sums", "basis")),
+        *((name, "u8") for name in ("out", "scale", "factors", "finished")),
+        *((name, "i8") for name in ("n_chunks", "stride")),
+        *((name, "i4") for name in ("n_basis", "doubles", "fresh", "narrow")),
+    ],
 }
 
 STRUCTS: dict[str, np.dtype] = {name: np.dtype(fields) for name, fields in _FIELDS.items()}

@@ -4,6 +4,8 @@ import itertools
 
 import torch
 
+from fused_warmup.sharpness.vectors import Vectors
+
 
 def symmetric(values, seed=0):
     """A float64 matrix with the given eigenvalues and random eigenvectors."""
@@ -45,3 +47,17 @@ def tanh_model(dtype=torch.float64, seed=0, sizes=(8, 16, 12, 4)):
     model = torch.nn.Sequential(*layers[:-1]).to(dtype)
     x, y = torch.randn(64, sizes[0]).to(dtype), torch.randint(sizes[-1], (64,))
     return model, lambda: torch.nn.functional.cross_entropy(model(x), y)
+
+
+class DenseOperator:
+    """A symmetric matrix as what Lanczos takes."""
+
+    scale = None
+
+    def __init__(self, matrix):
+        self.matrix = matrix
+        self.vectors = Vectors([matrix[0]], [matrix[0]], matrix.dtype)
+
+    def product(self, basis, out, inverse, length, times=1.0):
+        out.copy_(self.matrix @ basis[-1])
+        return inverse, basis @ out, inverse * inverse * (basis[-1] @ out)

@@ -11,6 +11,7 @@ from types import SimpleNamespace
 import cuda_on_host
 import pytest
 import torch
+import vector_cases
 from cases import CASES, assert_close, assert_same_bits, make_params, set_grads, states_of
 from test_backends import (  # noqa: F401
     EPS,
@@ -39,6 +40,7 @@ from test_properties import (  # noqa: F401
     test_strided_views_train_as_the_reference_does,
     test_the_layout_of_memory_does_not_change_a_bit,
 )
+from vector_cases import check_operations, draw, make_pair
 
 import fused_warmup as fw
 from fused_warmup import _cpu, columns, optimizer
@@ -296,3 +298,38 @@ def test_the_tests_of_other_backends_run_these_kernels(module):
     opt = fw.Adam(make_params(torch.float32), backend="cpu")
     assert isinstance(opt._backend, CudaBackend)
     assert opt._backend._cuda is module
+
+
+@pytest.mark.parametrize("scaled", [True, False])
+@pytest.mark.parametrize(
+    "dtypes",
+    [[torch.float32], [torch.float64], [torch.bfloat16, torch.float16], vector_cases.DTYPES],
+    ids=str,
+)
+def test_vector_operations(module, dtypes, scaled):
+    check_operations(dtypes, CudaBackend(module), scaled=scaled)
+
+
+@pytest.mark.parametrize("backwards", [False, True])
+def test_vector_sums_do_not_depend_on_the_grid(module, backwards, monkeypatch):
+    monkeypatch.setenv("CUDA_ON_HOST_ORDER", "backwards" if backwards else "forwards")
+    bits = []
+    for max_blocks in (0, 1, 3):
+        _, fused = make_pair([torch.float32], CudaBackend(module, max_blocks), [(100_003,), (70_001,)])
+        basis = fused.basis(6)
+        for i in range(6):
+            basis[i].copy_(draw(fused, i))
+        out = draw(fused, 9)
+        coefficients = torch.linspace(0.1, 0.3, 6, dtype=torch.float64)
+        sums = fused.combine(out, fused.number(0.5), basis, coefficients, basis[0])
+        bits.append(torch.cat([*sums, out.double()]))
+    assert torch.equal(bits[0], bits[1])
+    assert torch.equal(bits[0], bits[2])
+
+
+def test_a_vector_operation_is_one_launch(module):
+    launches = ctypes.c_int.in_dll(ctypes.CDLL(module.__file__), "cuda_on_host_launches")
+    _, fused = make_pair(vector_cases.DTYPES, CudaBackend(module))
+    before = launches.value
+    fused.perturb(draw(fused, 0), None, fused.number(1e-3))
+    assert launches.value == before + 1

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 from cases import CASES, make_params
-from dense import dense_hessian, symmetric, tanh_model
+from dense import DenseOperator, dense_hessian, symmetric, tanh_model
 from torch.nn import functional as F
 
 import fused_warmup as fw
@@ -14,6 +14,7 @@ from fused_warmup.sharpness import preconditioned, threshold, top_eigenvalue
 from fused_warmup.sharpness.hvp import Hessian
 from fused_warmup.sharpness.keeper import Keeper
 from fused_warmup.sharpness.lanczos import eigh, jacobi, lanczos
+from fused_warmup.sharpness.operators import Operator, make_reading, random_vector
 from fused_warmup.sharpness.preview import Preview
 
 BULK = [i / 100 for i in range(100)]
@@ -97,7 +98,7 @@ def test_dots_in_double_precision():
     with Keeper("test", lambda: 0.5 * (weights * p * p).sum(), [p]) as keeper:
         v = torch.randn(100_000)
         v = v / v.norm()
-        _, quotient = Hessian(keeper, "autograd").product(v)
+        quotient = Operator(Hessian(keeper, "autograd"), None, None).quotient(v)
     exact = float((weights.double() * v.double() ** 2).sum())
     assert quotient.item() == pytest.approx(exact, rel=1e-6)
 
@@ -160,11 +161,9 @@ def test_difference_error_is_seen():
     model, loss = tanh_model()
     exact = top_eigenvalue(loss, model.parameters(), method="autograd", iterations=20).value
     with Keeper("test", loss, list(model.parameters())) as keeper:
-        from fused_warmup.sharpness.operators import Operator, random_vector
-
         for stretch in (2.0**8, 2.0**12, 2.0**14):
             operator = Operator(Hessian(keeper, stretch=stretch), None, None)
-            spectrum = lanczos(operator.product, random_vector(keeper, 0), 20)
+            spectrum = lanczos(operator, random_vector(keeper, 0), 20)
             error = operator.difference_error(spectrum)
             missed = (spectrum.largest - exact).abs()
             print(f"stretch {stretch}: missed {missed.item():.2e}, err_fd {error.item():.2e}")
@@ -195,7 +194,7 @@ def test_breakdown(solver, monkeypatch):
     for k, smallest in ((1, -1.0), (2, -2.0), (3, -4.0)):
         start = torch.zeros(4, dtype=torch.float64)
         start[:k] = 1.0
-        found = lanczos(lambda v: (h @ v, v @ h @ v), start, 4)
+        found = lanczos(DenseOperator(h), start, 4)
         assert found.largest.item() == pytest.approx(-1.0, abs=1e-12)
         assert found.smallest.item() == pytest.approx(smallest, abs=1e-12)
         assert found.residual.item() < 1e-12
@@ -471,8 +470,6 @@ def test_against_curvlinops():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_kinks_are_seen_or_said(dtype):
     """ReLU, with too few kinks to average: what the value is off by is in err_fd, and flagged."""
-    from fused_warmup.sharpness.operators import Operator, make_reading, random_vector
-
     torch.manual_seed(0)
     layers = [
         torch.nn.Linear(10, 64),
@@ -491,7 +488,7 @@ def test_kinks_are_seen_or_said(dtype):
     assert found.asdict()["flags"] == ["rough"]
     with Keeper("test", loss, list(model.parameters())) as keeper:
         hessian = Hessian(keeper, stretch=2.0**-9 if dtype == torch.float64 else 2.0**-7)
-        spectrum = lanczos(Operator(hessian, None, None).product, random_vector(keeper, 0), 10)
+        spectrum = lanczos(Operator(hessian, None, None), random_vector(keeper, 0), 10)
         zero = torch.zeros_like(spectrum.largest)
         small = make_reading(spectrum, zero, zero, zero, hessian, 0)
     print(

@@ -6,6 +6,7 @@
 #include "../check.h"
 #include "../exchange.h"
 #include "../rules.h"
+#include "../vectors.h"
 #include "kernels.h"
 
 namespace py = pybind11;
@@ -20,6 +21,14 @@ const fw::Kernels* const kAll[] = {
 #endif
 };
 constexpr int kCount = sizeof kAll / sizeof kAll[0];
+
+const fw::VectorFunction* const kVectors[] = {
+    &fw::vectors_baseline,
+#if defined(FW_X86_64)
+    &fw::vectors_avx2,
+    &fw::vectors_avx512,
+#endif
+};
 
 #define FW_NAME(Rule) #Rule,
 const char* const kRules[] = {FW_RULES(FW_NAME)};
@@ -40,14 +49,27 @@ py::tuple rules() {
   return py::tuple(names);
 }
 
-void step(int isa, int rule, std::uintptr_t address, int threads) {
+void check_isa(int isa) {
   FW_CHECK(isa >= 0 && isa < kCount && kAll[isa]->supported(),
            "isa must be an index into instruction_sets()");
+}
+
+void step(int isa, int rule, std::uintptr_t address, int threads) {
+  check_isa(isa);
   FW_CHECK(rule >= 0 && rule < kRuleCount, "rule must be an index into rules()");
   FW_CHECK(address != 0, "address must be that of a Step");
   FW_CHECK(threads > 0, "threads must be at least 1");
   py::gil_scoped_release release;
   kAll[isa]->steps[rule](*fw::at<const fw::Step>(address), threads);
+}
+
+void vectors(int isa, int operation, std::uintptr_t address, int threads) {
+  check_isa(isa);
+  FW_CHECK(operation >= 0 && operation < fw::kOperations, "operation must be one of vectors.h");
+  FW_CHECK(address != 0, "address must be that of an Algebra");
+  FW_CHECK(threads > 0, "threads must be at least 1");
+  py::gil_scoped_release release;
+  (*kVectors[isa])(*fw::at<const fw::Algebra>(address), operation, threads);
 }
 
 // offset and size of every field of every shared struct, and the size of the struct under the empty name
@@ -171,6 +193,7 @@ PYBIND11_MODULE(_cpu, m) {
   m.def("rules", &rules);
   m.def("layout", &layout);
   m.def("step", &step, py::arg("isa"), py::arg("rule"), py::arg("address"), py::arg("threads"));
+  m.def("vectors", &vectors, py::arg("isa"), py::arg("operation"), py::arg("address"), py::arg("threads"));
   m.def("same_members", &same_members, py::arg("groups"), py::arg("members"));
   m.def("same_entries", &same_entries, py::arg("dicts"), py::arg("names"), py::arg("objects"));
   py::class_<Forms>(m, "Forms")

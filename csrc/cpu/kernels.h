@@ -13,10 +13,17 @@ struct Kernels {
   const StepFunction* steps;  // in the order of FW_RULES
 };
 
-extern const Kernels kernels_baseline;
+// one of the operations of vectors.h
+using VectorFunction = void (*)(const Algebra&, int operation, int threads);
+
+#define FW_DECLARE(isa)               \
+  extern const Kernels kernels_##isa; \
+  extern const VectorFunction vectors_##isa;
+FW_DECLARE(baseline)
 #if defined(FW_X86_64)
-extern const Kernels kernels_avx2;
-extern const Kernels kernels_avx512;
+FW_DECLARE(avx2)
+FW_DECLARE(avx512)
 #endif
+#undef FW_DECLARE
 
 }  // namespace fw

@@ -3,6 +3,7 @@
 #include <pybind11/pybind11.h>
 
 #include "../check.h"
+#include "../vectors.h"
 #include "launch.h"
 
 namespace py = pybind11;
@@ -44,6 +45,16 @@ void step(int rule, std::uintptr_t address, std::uintptr_t grads, int64_t n_grad
   kernels.step(how, table);
 }
 
+void vectors(int operation, std::uintptr_t address, int device, std::uintptr_t stream, int64_t max_blocks) {
+  FW_CHECK(operation >= 0 && operation < fw::kOperations, "operation must be one of vectors.h");
+  FW_CHECK(address != 0, "address must be that of an Algebra");
+  FW_CHECK(device >= 0 && max_blocks >= 0, "device and max_blocks must be at least 0");
+  const fw::Algebra& call = *fw::at<const fw::Algebra>(address);
+  const fw::Launch how{device, fw::at<void>(stream), call.doubles != 0, nullptr, 0, max_blocks};
+  py::gil_scoped_release release;
+  fw::run_vectors(how, call, operation);
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_cuda, m) {
@@ -53,4 +64,6 @@ PYBIND11_MODULE(_cuda, m) {
   m.def("prepare", &prepare, py::arg("rule"), py::arg("device"), py::arg("doubles"));
   m.def("step", &step, py::arg("rule"), py::arg("address"), py::arg("grads"), py::arg("n_grads"),
         py::arg("doubles"), py::arg("device"), py::arg("stream"), py::arg("max_blocks") = 0);
+  m.def("vectors", &vectors, py::arg("operation"), py::arg("address"), py::arg("device"), py::arg("stream"),
+        py::arg("max_blocks") = 0);
 }

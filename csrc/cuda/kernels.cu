@@ -5,12 +5,9 @@
 #include <mutex>
 #include <vector>
 
-#include "../check.h"
 #include "../decide.h"
-#include "../dtypes.h"
+#include "device.h"
 #include "launch.h"
-
-#define FW_DEVICE __device__ __forceinline__
 
 namespace fw {
 namespace {
@@ -18,14 +15,11 @@ namespace {
 // Five blocks of 128 threads leave each thread 96 registers, which hold the vectors of eight 16-bit elements
 // with two states. The 64 bytes and more that each of the 640 threads asks for at once keep the memory busy,
 // and a small tensor occupies a fifth of the processor only.
-constexpr int kThreads = 128;
 constexpr int kBlocksPerProcessor = 5;
 // float64 needs more registers for as many bytes
 constexpr int kBlocksPerProcessorOfDoubles = 4;
 // the arithmetic of this one block is in double and takes up to 80 registers
 constexpr int kDecideThreads = 512;
-constexpr int kWarp = 32;
-constexpr int kVectorBytes = 16;
 
 // addresses of gradients that travel with the first launch of a step; none when the column has them
 template <int kSize>
@@ -49,43 +43,6 @@ FW_DEVICE void keep(const Step& step, const Carry<kSize>& carry) {
   int64_t first = int64_t(blockIdx.x) * blockDim.x + threadIdx.x;
   for (int64_t row = first; row < carry.count; row += int64_t(gridDim.x) * blockDim.x)
     at<uint64_t>(step.grads)[row] = carry.grads[row];
-}
-
-// the type of the arithmetic beside a stored one, and the elements that a thread takes at a time
-template <class T>
-struct Arithmetic {
-  using type = float;
-};
-template <>
-struct Arithmetic<double> {
-  using type = double;
-};
-template <class T>
-constexpr int kPack = kVectorBytes / sizeof(T);
-
-// N elements in accesses of 16 bytes where they fill them
-template <int N, class T>
-FW_DEVICE void load(const T* from, T (&to)[N]) {
-  if constexpr (N * sizeof(T) % kVectorBytes == 0) {
-    uint4 words[N * sizeof(T) / kVectorBytes];
-    for (int i = 0; i < int(N * sizeof(T) / kVectorBytes); ++i)
-      words[i] = *global(reinterpret_cast<const uint4*>(from) + i);
-    memcpy(to, words, sizeof words);
-  } else {
-    for (int i = 0; i < N; ++i) to[i] = *global(from + i);
-  }
-}
-
-template <int N, class T>
-FW_DEVICE void store(const T (&from)[N], T* to) {
-  if constexpr (N * sizeof(T) % kVectorBytes == 0) {
-    uint4 words[N * sizeof(T) / kVectorBytes];
-    memcpy(words, from, sizeof words);
-    for (int i = 0; i < int(N * sizeof(T) / kVectorBytes); ++i)
-      *global(reinterpret_cast<uint4*>(to) + i) = words[i];
-  } else {
-    for (int i = 0; i < N; ++i) *global(to + i) = from[i];
-  }
 }
 
 // one thread's share of a chunk
@@ -183,11 +140,6 @@ struct Streams {
   FW_DEVICE bool whole(int32_t i) const { return aligned && i + kPack<P> <= count; }
   FW_DEVICE int32_t end(int32_t i) const { return i + kPack<P> < count ? i + kPack<P> : count; }
 };
-
-template <int N, class C, class T>
-FW_DEVICE void widen_all(const T* from, C (&to)[N]) {
-  for (int i = 0; i < N; ++i) to[i] = static_cast<C>(widen(from[i]));
-}
 
 // a pack enters the sums in the runs that a thread updates at a time
 template <class C, int N, class G>
@@ -445,32 +397,6 @@ __global__ void __launch_bounds__(kThreads, kDoubles ? kBlocksPerProcessorOfDoub
 
 // the host side
 
-class OnDevice {
- public:
-  explicit OnDevice(int device) {
-    FW_CUDA_CHECK(cudaGetDevice(&before_));
-    if (device != before_) FW_CUDA_CHECK(cudaSetDevice(device));
-    changed_ = device != before_;
-  }
-  ~OnDevice() {
-    if (changed_) cudaSetDevice(before_);
-  }
-  OnDevice(const OnDevice&) = delete;
-
- private:
-  int before_ = 0;
-  bool changed_ = false;
-};
-
-// blocks of a kernel that the current device runs at a time; asking loads the kernel
-template <class Kernel>
-int64_t resident_blocks(Kernel kernel, int device) {
-  int processors = 0, blocks = 0;
-  FW_CUDA_CHECK(cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device));
-  FW_CUDA_CHECK(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, kernel, kThreads, 0));
-  return int64_t(processors) * blocks;
-}
-
 struct Grids {
   int64_t measure = 0, update = 0;
 };
@@ -491,23 +417,6 @@ Grids grids_on(int device) {
     grids.update = resident_blocks(update_kernel<Rule, kDoubles>, device);
   }
   return grids;
-}
-
-template <class... Parameters, class... Arguments>
-void launch(void (*kernel)(Parameters...), int64_t blocks, int threads, void* stream,
-            const Arguments&... arguments) {
-  cudaLaunchConfig_t config = {};
-  config.gridDim = dim3(static_cast<unsigned>(blocks));
-  config.blockDim = dim3(static_cast<unsigned>(threads));
-  config.stream = static_cast<cudaStream_t>(stream);
-  FW_CUDA_CHECK(cudaLaunchKernelEx(&config, kernel, arguments...));
-  FW_CUDA_CHECK(cudaGetLastError());
-}
-
-int64_t grid(int64_t resident, int64_t max_blocks, int64_t n_chunks) {
-  if (max_blocks > 0) resident = max_blocks;
-  if (resident > n_chunks) resident = n_chunks;
-  return resident > 0 ? resident : 1;
 }
 
 template <class Rule, bool kDoubles, int kSize>

@@ -28,4 +28,7 @@ struct CudaKernels {
 FW_RULES(FW_DECLARE)
 #undef FW_DECLARE
 
+// queues one of the operations of vectors.h
+void run_vectors(const Launch&, const Algebra&, int operation);
+
 }  // namespace fw

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from ..plan import Plan
+from ..spans import Spans
 
 
 class Backend(Protocol):
@@ -26,4 +27,17 @@ class Backend(Protocol):
 
         Args:
             plan: A plan whose ``refresh`` and ``refresh_groups`` have just run.
+        """
+
+
+@runtime_checkable
+class VectorBackend(Protocol):
+    """Has kernels for the vectors of sharpness measurements; without them they are worked on by PyTorch."""
+
+    def vectors(self, operation: str, spans: Spans) -> None:
+        """Queue one of ``spans.OPERATIONS``.
+
+        Args:
+            operation: Its name.
+            spans: A table whose ``prepare`` has just run.
         """

@@ -8,9 +8,15 @@ import torch
 
 from .. import _checks as check
 from ..plan import Plan
+from ..spans import OPERATIONS, Spans
 
 # below so many elements a thread costs more than it saves
 _ELEMENTS_PER_THREAD = 1 << 14
+
+
+def _threads(numel: int) -> int:
+    """Return how many threads are worth their start."""
+    return max(1, min(torch.get_num_threads(), numel // _ELEMENTS_PER_THREAD))
 
 
 class CpuBackend:
@@ -39,8 +45,11 @@ class CpuBackend:
 
     def step(self, plan: Plan) -> None:
         """Make one step; returns when it is done, with the same bits for any number of threads."""
-        threads = max(1, min(torch.get_num_threads(), plan.numel // _ELEMENTS_PER_THREAD))
-        self._cpu.step(self._isa, self._rules[plan.rule], plan.address, threads)
+        self._cpu.step(self._isa, self._rules[plan.rule], plan.address, _threads(plan.numel))
+
+    def vectors(self, operation: str, spans: Spans) -> None:
+        """Do one of ``spans.OPERATIONS``; the same bits for any number of threads."""
+        self._cpu.vectors(self._isa, OPERATIONS.index(operation), spans.address, _threads(spans.numel))
 
 
 class CudaBackend:
@@ -68,8 +77,6 @@ class CudaBackend:
 
     def step(self, plan: Plan) -> None:
         """Queue one step on the current stream; returns before it is done."""
-        on_gpu = plan.device.type == "cuda"
-        stream = torch.cuda.current_stream(plan.device).cuda_stream if on_gpu else 0
         self._cuda.step(
             self._rules[plan.rule],
             plan.address,
@@ -77,6 +84,21 @@ class CudaBackend:
             len(plan.rows) if plan.fresh_grads else 0,
             plan.has_float64,
             plan.device.index or 0,
-            stream,
+            _stream(plan.device),
             self._max_blocks,
         )
+
+    def vectors(self, operation: str, spans: Spans) -> None:
+        """Queue one of ``spans.OPERATIONS`` on the current stream; the same bits for any grid."""
+        self._cuda.vectors(
+            OPERATIONS.index(operation),
+            spans.address,
+            spans.device.index or 0,
+            _stream(spans.device),
+            self._max_blocks,
+        )
+
+
+def _stream(device: torch.device) -> int:
+    """Return the current stream; 0 where kernels run on the host."""
+    return torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0

@@ -72,7 +72,7 @@ def search(opt: fw.FusedOptimizer, loss_fn: Closure, target: float) -> dict[str,
     reach = _BELOW * _ABOVE
     rates = [middle / _BELOW * reach ** (i / (_POINTS - 1)) for i in range(_POINTS)]
     preview = Preview("search", opt)
-    with Keeper("search", loss_fn, preview.params) as keeper:
+    with Keeper("search", loss_fn, preview.params, preview.backend) as keeper:
         line = Line(keeper, preview)
         losses = [line.loss(rate) for rate in rates]
     return {

@@ -11,7 +11,7 @@ from .hvp import Hessian
 from .keeper import Keeper, Loss
 from .preview import Preview
 from .reading import RateSearch
-from .vectors import dot, perturb
+from .vectors import dot
 
 _MOST_FORWARDS = 128
 
@@ -31,20 +31,20 @@ class Line:
 
     def __init__(self, keeper: Keeper, preview: Preview) -> None:
         self._keeper, self._sign = keeper, preview.sign
-        grads = preview.grads or keeper.split(Hessian(keeper).gradient())
+        grads = preview.grads_of(Hessian(keeper))
         directions = preview.directions(grads)
         self.slope = self._sign * float(
             torch.stack([dot(g.to(u.dtype), u) for g, u in zip(grads, directions, strict=True)]).sum()
         )
-        self._parts = directions
+        self._way = keeper.vectors.flat(directions)
         self.forwards = 0
         self.start = self.loss(0.0)
 
     @torch.no_grad()
     def loss(self, eta: float) -> float:
         """Return the loss at ``eta``, negative for an optimizer that ascends; infinity for NaN."""
-        size = torch.tensor(-eta, dtype=torch.float64, device="cpu").to(self._keeper.device)
-        perturb(self._keeper.params, self._keeper.snapshot, self._parts, size)
+        vectors = self._keeper.vectors
+        vectors.perturb(self._way, None, vectors.number(-eta))
         self.forwards += 1
         loss = self._sign * float(self._keeper.evaluate())
         return math.inf if math.isnan(loss) else loss
@@ -92,7 +92,7 @@ def critical_lr(
     else:
         eta = preview.lr or 1e-3
         eta = eta if start is None else check.number(owner, "start", start, ends="()")
-    with Keeper(owner, loss_fn, preview.params) as keeper:
+    with Keeper(owner, loss_fn, preview.params, preview.backend) as keeper:
         line = Line(keeper, preview)
         problem = _problem(line)
         if problem:

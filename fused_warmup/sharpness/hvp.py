@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .. import _checks as check
 from .keeper import Keeper
-from .vectors import dot, finish, perturb
+from .vectors import dot
 
 METHODS = ("difference", "autograd")
 
@@ -40,69 +40,78 @@ class Hessian:
     ) -> None:
         self.keeper, self.sign, self.stretch, self.products = keeper, sign, stretch, 0
         self.method = check.one_of(keeper.owner, "method", method, METHODS)
-        self._narrow = any(p.dtype.itemsize == 2 for p in keeper.params)
-        norms = [dot(p.to(keeper.dtype), p.to(keeper.dtype)) for p in keeper.snapshot]
-        self._length = torch.stack(norms).sum().sqrt()
+        norms = [torch.linalg.vector_norm(p, dtype=keeper.vectors.dtype) for p in keeper.snapshot]
+        self._length = torch.linalg.vector_norm(torch.stack(norms)).to(torch.float64)
         self._gradient: list[Tensor | None] = []
 
     @property
     def in_16_bits(self) -> bool:
         """Whether parameters or the forward pass are rounded to 16 bits."""
-        return self._narrow or self.keeper.autocast
+        return self.keeper.vectors.is_narrow or self.keeper.autocast
 
-    def gradient(self) -> Tensor:
-        """Return the gradient of the loss at the parameters, ``[n]``; ``sign`` does not count."""
-        return self._flat_gradient()
+    def gradient(self) -> list[Tensor | None]:
+        """Return the gradients of the loss at the parameters; ``sign`` does not count."""
+        return list(self._gradients(create_graph=False))
 
     def product(
-        self, vector: Tensor, scale: Tensor | None = None, times: float = 1.0
-    ) -> tuple[Tensor, Tensor]:
-        """Return ``C H C v`` and ``v' C H C v``.
+        self,
+        basis: Tensor,
+        out: Tensor,
+        scale: Tensor | None,
+        inverse: Tensor,
+        length: Tensor,
+        times: float = 1.0,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Write ``C H C v`` into ``out``, up to a factor, for the unit vector ``v = inverse * basis[-1]``.
 
         Args:
-            vector: Unit vector ``v`` of ``[n]``.
+            basis: ``[m, n]``.
+            out: ``[n]``.
             scale: Diagonal of ``C``, ``[n]``, or None for the identity.
+            inverse: 0-dim, one over the length of the last basis vector; 0 for a vector that is not one.
+            length: 0-dim, the length of ``C v``.
             times: Multiplies the finite step.
 
         Returns:
-            The product, ``[n]``, and the quotient, 0-dim float64.
+            The factor, 0-dim; products of ``out``, without the factor, with the basis, ``[m]``; and
+            ``v' C H C v``, 0-dim. All float64.
         """
         self.products += 1
-        way = vector if scale is None else scale * vector
-        if self.method == "autograd":
-            found, quotient = self._differentiate(way)
-            product = found if scale is None else scale * found
-            return self.sign * product, self.sign * quotient
-        ends, size, moved = self._two_gradients(way, times)
-        product, quotient = finish(vector, scale, ends, size, moved)
-        return self.sign * product, self.sign * quotient
+        find = self._differentiate if self.method == "autograd" else self._difference
+        factor, products, quotient = find(basis, out, scale, inverse, length, times)
+        return self.sign * factor, products, self.sign * quotient
 
-    def _two_gradients(self, way: Tensor, times: float) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Return the difference of the gradients at both ends, the step, and how far the parameters went."""
-        keeper, step = self.keeper, self._relative_step()
-        norm = dot(way, way).sqrt()
-        size = self.stretch * times * step * (1.0 + self._length) / norm
-        parts = keeper.split(way)
-        try:
-            perturb(keeper.params, keeper.snapshot, parts, size)
-            plus = self._flat_gradient()
-            if step != self._relative_step():
-                # the closure turned out to compute in 16 bits
-                return self._two_gradients(way, times)
-            moved = keeper.flat(keeper.params) if self._narrow else None
-            perturb(keeper.params, keeper.snapshot, parts, -size)
-            difference = plus - self._flat_gradient()
-            moved = None if moved is None else moved - keeper.flat(keeper.params)
-        finally:
-            for param, value in zip(keeper.params, keeper.snapshot, strict=True):
-                param.data.copy_(value)
-        return difference, size, moved
+    def _difference(
+        self,
+        basis: Tensor,
+        out: Tensor,
+        scale: Tensor | None,
+        inverse: Tensor,
+        length: Tensor,
+        times: float,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """``product`` from the gradients at both ends of a step."""
+        vectors, step = self.keeper.vectors, self._relative_step()
+        # no step along a vector that is not one
+        size = torch.where(length == 0.0, 0.0, self.stretch * times * step * (1.0 + self._length) / length)
+        raw = size * inverse
+        vectors.perturb(basis[-1], scale, raw)
+        plus = self._gradients(create_graph=False)
+        if step != self._relative_step():
+            # the closure turned out to compute in 16 bits
+            return self._difference(basis, out, scale, inverse, length, times)
+        vectors.perturb(basis[-1], scale, -raw)
+        minus = self._gradients(create_graph=False)
+        products, moved = vectors.finish(basis, out, plus, minus, scale, raw)
+        if not vectors.is_narrow:
+            factor = torch.where(size == 0.0, 0.0, 0.5 / size)
+            return factor, products, factor * inverse * products[-1]
+        # exact along the way that rounded parameters went, whatever the rounding
+        ratio = torch.where(size == 0.0, 0.0, length * length / moved[0])
+        return ratio.sqrt(), products, ratio * moved[1]
 
     def _relative_step(self) -> float:
         return 2.0**-8 if self.in_16_bits else 2.0**-12
-
-    def _flat_gradient(self) -> Tensor:
-        return self.keeper.flat(self._gradients(create_graph=False))
 
     def _gradients(self, create_graph: bool) -> Sequence[Tensor | None]:
         """Return the gradients of one evaluation; None for a parameter that the loss does not depend on."""
@@ -112,18 +121,30 @@ class Hessian:
                 check.fail(self.keeper.owner, "loss_fn", "return a loss with a gradient", loss)
             return torch.autograd.grad(loss, self.keeper.params, create_graph=create_graph, allow_unused=True)
 
-    def _differentiate(self, way: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the product and quotient along ``way`` by a second backward pass."""
-        keeper = self.keeper
+    def _differentiate(
+        self,
+        basis: Tensor,
+        out: Tensor,
+        scale: Tensor | None,
+        inverse: Tensor,
+        length: Tensor,
+        times: float,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """``product`` by a second backward pass."""
+        vectors = self.keeper.vectors
         self._gradient = self._gradient or list(self._gradients(create_graph=True))
+        v = basis[-1] if scale is None else scale * basis[-1]
         pairs = [
-            (g, v.to(g.dtype))
-            for g, v in zip(self._gradient, keeper.split(way), strict=True)
+            (g, part.to(g.dtype))
+            for g, part in zip(self._gradient, vectors.split(v), strict=True)
             if g is not None and g.requires_grad
         ]
-        if not pairs:
-            return torch.zeros_like(way), dot(way, torch.zeros_like(way))
-        outputs, vectors = zip(*pairs, strict=True)
-        found = torch.autograd.grad(outputs, keeper.params, vectors, retain_graph=True, allow_unused=True)
-        product = keeper.flat(found)
-        return product, dot(way, product)
+        out.zero_()
+        if pairs:
+            ends, ways = zip(*pairs, strict=True)
+            found = torch.autograd.grad(ends, self.keeper.params, ways, retain_graph=True, allow_unused=True)
+            product = vectors.flat(found)
+            out.copy_(product if scale is None else scale * product)
+        products = torch.stack([dot(b, out) for b in basis])
+        # of the raw vector, hence once more than its unit vector has
+        return inverse, products, inverse * inverse * products[-1]

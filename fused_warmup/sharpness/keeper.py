@@ -16,8 +16,11 @@ from torch import Tensor
 from torch.nn.modules.module import register_module_forward_pre_hook
 
 from .. import _checks as check
-from ..layout import compute_dtype, local_tensor
+from ..backends import resolve
+from ..backends.base import VectorBackend
+from ..layout import compute_dtype, is_dense, local_tensor
 from ..table import DTYPES
+from .vectors import FusedVectors, Vectors
 
 Loss = Callable[[], Tensor]
 # attributes that lead from a callable to what it wraps
@@ -35,6 +38,7 @@ class Keeper:
         owner: Name of the caller, for messages.
         loss_fn: Returns the loss, a tensor with one element, without calling ``backward()``.
         params: Parameters, dense tensors of float32, float64, bfloat16 or float16 on one device.
+        backend: Name of the backend whose kernels work on the vectors.
 
     Raises:
         TypeError: If ``loss_fn`` cannot be called or a parameter is of another kind.
@@ -43,18 +47,19 @@ class Keeper:
     Attributes:
         params: The parameters.
         snapshot: Their values before the block.
-        dtype: Dtype of vectors beside them: float64 if one of them is, else float32.
+        vectors: Operations on flat vectors, of float64 if one of the parameters is, else float32.
         evaluations: Number of evaluations of the closure so far.
         autocast: Whether a module of the closure ran under autocast to 16 bits.
     """
 
-    def __init__(self, owner: str, loss_fn: Loss, params: Sequence[Tensor]) -> None:
+    vectors: Vectors
+
+    def __init__(self, owner: str, loss_fn: Loss, params: Sequence[Tensor], backend: str = "auto") -> None:
         if not callable(loss_fn):
             check.fail(owner, "loss_fn", "be a function that returns the loss", loss_fn, error=TypeError)
         self.owner, self.params = owner, check_params(owner, params)
         self.device = self.params[0].device
-        self.dtype = functools.reduce(torch.promote_types, (compute_dtype(p.dtype) for p in self.params))
-        self.sizes = [p.numel() for p in self.params]
+        self._backend = resolve(backend, self.device)
         self.evaluations, self.autocast = 0, False
         self._loss_fn = loss_fn
         self._seen: set[int] = set()
@@ -63,6 +68,7 @@ class Keeper:
     def __enter__(self) -> Keeper:
         """Remember everything that an evaluation could change."""
         self.snapshot = [p.detach().clone() for p in self.params]
+        self.vectors = self._make_vectors()
         self._grads = [p.grad for p in self.params]
         self._random = random_state(self.device)
         for module in modules_of(self._loss_fn):
@@ -102,17 +108,12 @@ class Keeper:
             check.fail(self.owner, "loss_fn", "return the loss without calling backward()", "new gradients")
         return loss.reshape(())
 
-    def flat(self, tensors: Sequence[Tensor | None]) -> Tensor:
-        """Return one vector of ``[n]`` in the common dtype; None is zero."""
-        parts = [
-            p.new_zeros(p.numel(), dtype=self.dtype) if t is None else t.detach().reshape(-1).to(self.dtype)
-            for p, t in zip(self.params, tensors, strict=True)
-        ]
-        return torch.cat(parts)
-
-    def split(self, vector: Tensor) -> list[Tensor]:
-        """Return views of a vector of ``[n]`` in the shapes of the parameters."""
-        return [v.view(p.shape) for v, p in zip(torch.split(vector, self.sizes), self.params, strict=True)]
+    def _make_vectors(self) -> Vectors:
+        """Return the operations of the backend; plain ones beside parameters that are strided views."""
+        dtype = functools.reduce(torch.promote_types, (compute_dtype(p.dtype) for p in self.params))
+        if isinstance(self._backend, VectorBackend) and all(map(is_dense, self.params)):
+            return FusedVectors(self.params, self.snapshot, dtype, self._backend)
+        return Vectors(self.params, self.snapshot, dtype)
 
     def _hook(self, module: torch.nn.Module) -> None:
         """Note a module before it runs."""

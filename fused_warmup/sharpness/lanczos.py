@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from .vectors import combine, orthogonalise
+from .vectors import Vectors
 
 _SWEEPS = 8
 
@@ -35,11 +35,37 @@ class Spectrum:
     vector: Tensor
 
 
-def lanczos(product: Callable[[Tensor], tuple[Tensor, Tensor]], start: Tensor, steps: int) -> Spectrum:
+class Symmetric(Protocol):
+    """A symmetric operator ``A``.
+
+    Attributes:
+        vectors: Operations on the vectors that it takes.
+        scale: Diagonal ``C`` whose products with unit vectors it wants the length of, ``[n]``, or None.
+    """
+
+    vectors: Vectors
+    scale: Tensor | None
+
+    def product(
+        self, basis: Tensor, out: Tensor, inverse: Tensor, length: Tensor, times: float = 1.0
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Write ``A v`` into ``out``, up to a factor; see ``Hessian.product``."""
+        ...
+
+
+def lengths(squares: Tensor, scale: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Return one over the length of a vector, and the length of ``C`` times its unit vector."""
+    inverse = squares[0].rsqrt()
+    return inverse, torch.ones_like(inverse) if scale is None else squares[1].sqrt() * inverse
+
+
+def lanczos(operator: Symmetric, start: Tensor, steps: int) -> Spectrum:
     """Search the space of ``start, A start, ..., A**(steps - 1) start``, fully orthogonalised.
 
+    Basis vectors are not of unit length: one over their lengths is kept beside them.
+
     Args:
-        product: Returns ``A v`` and ``v' A v`` for a unit vector, ``A`` symmetric.
+        operator: ``A``.
         start: Vector of ``[n]``, not zero.
         steps: Number of products; no more than ``n`` are made.
 
@@ -47,21 +73,31 @@ def lanczos(product: Callable[[Tensor], tuple[Tensor, Tensor]], start: Tensor, s
         Both ends of the spectrum. Where the space is exhausted before, as for the zero matrix, the products
         made in vain leave no trace.
     """
+    vectors, scale = operator.vectors, operator.scale
     steps = min(steps, start.numel())
-    _, norm, _ = orthogonalise(start, [])
-    v = start / norm.to(start.dtype)
+    basis = vectors.basis(steps + 1)
+    basis[0].copy_(start)
+    zero, one = vectors.number(0.0), vectors.number(1.0)
+    _, squares = vectors.combine(basis[0], one, basis[:0], zero[None][:0], scale)
+    inverse, length = lengths(squares, scale)
+    inverses: list[Tensor] = []
     alive = torch.ones((), dtype=torch.bool, device=start.device)
-    basis: list[Tensor] = []
     diagonal: list[Tensor] = []
     below: list[Tensor] = []
     lives: list[Tensor] = []
-    size = noise = torch.zeros((), dtype=torch.float64, device=start.device)
-    for _ in range(steps):
-        basis.append(v)
+    size = noise = zero
+    for j in range(steps):
+        inverses.append(inverse)
         lives.append(alive)
-        w, alpha = product(v)
+        known, w = basis[: j + 1], basis[j + 1]
+        factor, products, alpha = operator.product(known, w, inverse, length)
         diagonal.append(alpha)
-        w, beta, overlaps = orthogonalise(w, basis)
+        shares = torch.stack(inverses)
+        overlaps = factor * shares * products
+        # twice, because the first time leaves what rounding left of the large parts
+        products, _ = vectors.combine(w, factor, known, -shares * overlaps, None)
+        _, squares = vectors.combine(w, one, known, -shares * shares * products, scale)
+        beta = squares[0].sqrt()
         if below:
             *far, near = overlaps[:-1]
             odd = torch.stack([near - below[-1], *far]).norm()
@@ -70,23 +106,25 @@ def lanczos(product: Callable[[Tensor], tuple[Tensor, Tensor]], start: Tensor, s
         # NaN compares false and so goes on, to be seen in the result
         alive = alive & ~(beta <= 16.0 * torch.finfo(start.dtype).eps * size)
         below.append(torch.where(alive, beta, 0.0))
-        v = torch.where(alive, w / beta.to(w.dtype), basis[0])
+        inverse, length = (torch.where(alive, x, 0.0) for x in lengths(squares, scale))
     live = torch.stack(lives)
     # rows after the end of the space lie below all eigenvalues
     entries = torch.where(live, torch.stack(diagonal), -3.0 * size - 1.0)
     side = torch.stack(below)[:-1]
     matrix = torch.diag(entries) + torch.diag(side, 1) + torch.diag(side, -1)
     finite = matrix.isfinite().all()
-    values, vectors = eigh(torch.where(finite, matrix, 0.0))
+    values, ritz = eigh(torch.where(finite, matrix, 0.0))
     nan = torch.full_like(size, torch.nan)
-    weights = vectors[:, -1]
+    weights = ritz[:, -1]
+    vector = vectors.basis(1)[0]
+    vectors.combine(vector, None, basis[:steps], torch.stack(inverses) * weights, None)
     return Spectrum(
         largest=torch.where(finite, values[-1], nan),
         smallest=torch.where(finite, values.gather(0, (~live).sum()[None])[0], nan),
         residual=torch.where(finite, below[-1] * weights[-1].abs(), nan),
         first=diagonal[0],
         asymmetry=torch.where(finite, noise, nan),
-        vector=combine(basis, weights),
+        vector=vector,
     )
 
 

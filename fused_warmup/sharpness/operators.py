@@ -11,7 +11,7 @@ from torch import Tensor
 from .. import _checks as check
 from .hvp import Hessian
 from .keeper import Keeper, Loss
-from .lanczos import Spectrum, lanczos
+from .lanczos import Spectrum, lanczos, lengths
 from .preview import Member, Preview
 from .reading import SharpnessReading, bracket
 from .vectors import dot
@@ -55,7 +55,7 @@ def top_eigenvalue(
         hessian = Hessian(keeper, method)
         operator = Operator(hessian, None, None)
         start = random_vector(keeper, check.whole(owner, "seed", seed))
-        spectrum = lanczos(operator.product, start, steps)
+        spectrum = lanczos(operator, start, steps)
         error = operator.difference_error(spectrum)
         nan = torch.full_like(error, torch.nan)
         return make_reading(spectrum, error, nan, nan, hessian, 0)
@@ -99,13 +99,13 @@ def preconditioned(
     owner = "preconditioned"
     steps = check.whole(owner, "iterations", iterations, 1)
     preview = Preview(owner, optimizer, check.flag(owner, "use_grad", use_grad))
-    with Keeper(owner, loss_fn, preview.params) as keeper:
+    with Keeper(owner, loss_fn, preview.params, preview.backend) as keeper:
         hessian = Hessian(keeper, method, preview.sign)
         pair = operators_of(preview, hessian)
         start = random_vector(keeper, check.whole(owner, "seed", seed))
-        spectrum = lanczos(pair.plain.product, start, steps)
+        spectrum = lanczos(pair.plain, start, steps)
         error = pair.plain.difference_error(spectrum)
-        edge = None if pair.folded is None else lanczos(pair.folded.product, start, steps)
+        edge = None if pair.folded is None else lanczos(pair.folded, start, steps)
         nan = torch.full_like(error, torch.nan)
         return make_reading(spectrum, error, nan, pair.edge_ratio(spectrum, edge), hessian, preview.made)
 
@@ -147,15 +147,29 @@ class Operator:
     """
 
     def __init__(self, hessian: Hessian, scale: Tensor | None, decay: Tensor | None) -> None:
-        self._hessian, self._scale = hessian, scale
+        self._hessian, self.scale = hessian, scale
+        self.vectors = hessian.keeper.vectors
         self._shift = decay if decay is None or scale is None else scale * scale * decay
 
-    def product(self, vector: Tensor, times: float = 1.0) -> tuple[Tensor, Tensor]:
-        """Return the product with a unit vector and its Rayleigh quotient."""
-        product, quotient = self._hessian.product(vector, self._scale, times)
+    def product(
+        self, basis: Tensor, out: Tensor, inverse: Tensor, length: Tensor, times: float = 1.0
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Write the product with a unit vector into ``out``, up to a factor; see ``Hessian.product``."""
+        factor, products, quotient = self._hessian.product(basis, out, self.scale, inverse, length, times)
         if self._shift is None:
-            return product, quotient
-        return product + self._shift * vector, quotient + dot(vector, self._shift * vector)
+            return factor, products, quotient
+        shifted = self._shift * (inverse.to(out.dtype) * basis[-1])
+        out.mul_(factor.to(out.dtype)).add_(shifted)
+        products = torch.stack([dot(v, out) for v in basis])
+        return torch.ones_like(factor), products, quotient + inverse * dot(basis[-1], shifted)
+
+    def quotient(self, vector: Tensor, times: float = 1.0) -> Tensor:
+        """Return the Rayleigh quotient of a unit vector of ``[n]``, 0-dim."""
+        basis = self.vectors.basis(2)
+        basis[0].copy_(vector)
+        one = self.vectors.number(1.0)
+        _, squares = self.vectors.combine(basis[0], one, basis[:0], one[None][:0], self.scale)
+        return self.product(basis[:1], basis[1], *lengths(squares, self.scale), times)[2]
 
     def difference_error(self, spectrum: Spectrum) -> Tensor:
         """Return the error of finite differences at the Ritz vector, 0-dim; 0 for double backward.
@@ -166,7 +180,7 @@ class Operator:
         """
         if self._hessian.method == "autograd":
             return torch.zeros_like(spectrum.largest)
-        near, far = (self.product(spectrum.vector, times)[1] for times in (1.0, 2.0))
+        near, far = (self.quotient(spectrum.vector, times) for times in (1.0, 2.0))
         return (far - near).abs() / 3.0 + (spectrum.largest - near).abs()
 
 
@@ -193,8 +207,7 @@ class Pair:
 def operators_of(preview: Preview, hessian: Hessian) -> Pair:
     """Return the operators of the step about to be made."""
     keeper, members = hessian.keeper, preview.members
-    grads = preview.grads or keeper.split(hessian.gradient())
-    inverse = keeper.flat(list(preview.inverse_preconditioners(grads)))
+    inverse = keeper.vectors.flat(preview.inverse_preconditioners(preview.grads_of(hessian)))
     plain_sgd = all(m.rule == "SGD" for m in members)
     scale = None if plain_sgd else inverse.sqrt()
     decay = None
@@ -248,11 +261,13 @@ def random_vector(keeper: Keeper, seed: int | torch.Generator) -> Tensor:
     generator = seed
     if isinstance(generator, int):
         generator = torch.Generator(keeper.device).manual_seed(generator)
-    n = sum(keeper.sizes)
-    return torch.randn(n, dtype=keeper.dtype, device=keeper.device, generator=generator)
+    vectors = keeper.vectors
+    drawn = torch.randn(vectors.numel, dtype=vectors.dtype, device=vectors.device, generator=generator)
+    return vectors.from_params_order(drawn)
 
 
 def _spread(keeper: Keeper, members: list[Member], values: list[float]) -> Tensor:
     """Return a vector of ``[n]`` with one value for each parameter."""
-    full = [torch.full_like(m.param, v, dtype=keeper.dtype) for m, v in zip(members, values, strict=True)]
-    return keeper.flat(list(full))
+    vectors = keeper.vectors
+    full = [torch.full_like(m.param, v, dtype=vectors.dtype) for m, v in zip(members, values, strict=True)]
+    return vectors.flat(full)

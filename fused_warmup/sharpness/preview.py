@@ -15,6 +15,7 @@ from ..optimizer import FusedOptimizer
 from ..optimizers import SGD, Adam, RAdam
 from ..reference.rules import RULES, Scalars, common_scalars
 from ..table import Hyper
+from .hvp import Hessian
 from .vectors import dot
 
 _TORCH: dict[type[torch.optim.Optimizer], type[FusedOptimizer]] = {
@@ -137,6 +138,18 @@ class Preview:
     def lr(self) -> float:
         """Learning rate of the first group that takes part, in force at the next step."""
         return self.members[0].lr
+
+    @property
+    def backend(self) -> str:
+        """Name of the backend that the optimizer asked for."""
+        return self.optimizer.backend if isinstance(self.optimizer, FusedOptimizer) else "auto"
+
+    def grads_of(self, hessian: Hessian) -> list[Tensor]:
+        """Return the gradients in ``.grad``, or those of the closure with zeros where it gives none."""
+        if self.grads is not None:
+            return self.grads
+        found = zip(hessian.gradient(), self.params, strict=True)
+        return [torch.zeros_like(p) if g is None else g for g, p in found]
 
     def ratios(self) -> list[float]:
         """Return the learning rate of each parameter over ``lr``; by ``param_groups`` while ``lr`` is 0."""

@@ -144,7 +144,7 @@ class SharpnessProbe:
         name = type(self).__name__
         preview = Preview(name, self.optimizer, self._use_grad)
         audit = self._measured > 0 and self._measured % _AUDIT_EVERY == 0
-        with Keeper(name, loss_fn, preview.params) as keeper:
+        with Keeper(name, loss_fn, preview.params, preview.backend) as keeper:
             hessian = Hessian(keeper, self._method, preview.sign, self._stretch)
             pair = operators_of(preview, hessian)
             cold = not self._is_warm(keeper)
@@ -163,7 +163,8 @@ class SharpnessProbe:
     def _is_warm(self, keeper: Keeper) -> bool:
         """Whether the last vector fits the parameters that take part now."""
         vector = self._vectors[0]
-        fits = vector is not None and (len(vector), vector.dtype) == (sum(keeper.sizes), keeper.dtype)
+        vectors = keeper.vectors
+        fits = vector is not None and (len(vector), vector.dtype) == (vectors.numel, vectors.dtype)
         self._vectors = self._vectors if fits else [None, None]
         return fits
 
@@ -175,12 +176,12 @@ class SharpnessProbe:
         old = self._vectors[which]
         locked: Tensor | bool = False
         if old is None:
-            spectrum = lanczos(operator.product, noise, _COLD_STEPS)
+            spectrum = lanczos(operator, noise, _COLD_STEPS)
         else:
             start = old + _ADMIXTURE * noise / noise.norm()
-            spectrum = lanczos(operator.product, start, self._steps)
+            spectrum = lanczos(operator, start, self._steps)
         if audit and old is not None:
-            cold = lanczos(operator.product, random_vector(keeper, self._generator), _AUDIT_STEPS)
+            cold = lanczos(operator, random_vector(keeper, self._generator), _AUDIT_STEPS)
             locked = cold.largest > spectrum.largest + spectrum.residual
             spectrum = _larger(cold, spectrum)
         fine = spectrum.largest.isfinite()

@@ -97,7 +97,7 @@ class PersistentCatapult:
     def _search(self, loss_fn: Loss) -> None:
         """Raise the rate to the critical one; it stays if that is lower."""
         preview = Preview(type(self).__name__, self.optimizer)
-        with Keeper(type(self).__name__, loss_fn, preview.params) as keeper:
+        with Keeper(type(self).__name__, loss_fn, preview.params, preview.backend) as keeper:
             line = Line(keeper, preview)
             line.forwards = 0
             if math.isfinite(line.start):

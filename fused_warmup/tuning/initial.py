@@ -57,7 +57,7 @@ def initial_lr(
     check.number(owner, "target", target, start)
     check.number(owner, "tolerance", tolerance, ends="()")
     preview = Preview(owner, optimizer, check.flag(owner, "use_grad", use_grad))
-    with Keeper(owner, loss_fn, preview.params) as keeper:
+    with Keeper(owner, loss_fn, preview.params, preview.backend) as keeper:
         line = Line(keeper, preview)
         line.forwards = 0
         if not math.isfinite(line.start):

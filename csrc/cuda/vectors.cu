@@ -1,0 +1,300 @@
+// The vector operations of a sharpness measurement, one launch each. Sums are taken chunk by chunk and then
+// over the chunks in order, so that any grid gives the same bits. No mathematics here: vectors.h has it.
+// SPDX-License-Identifier: Apache-2.0
+#include <mutex>
+#include <vector>
+
+#include "../vectors.h"
+#include "device.h"
+#include "launch.h"
+
+namespace fw {
+namespace {
+
+constexpr int kBlocksPerProcessor = 4;
+// basis vectors that a thread holds while it makes a vector: those of a warm measurement
+constexpr int kHeld = 4;
+
+// one thread's share of the sums of a chunk
+struct Sums {
+  double products[kHeld] = {}, extra[kExtraSums] = {};
+};
+
+// the sum over a block, in thread 0
+FW_DEVICE double block_sum(double part) {
+  __shared__ double of_warp[kThreads / kWarp];
+  for (int distance = kWarp / 2; distance > 0; distance /= 2) part += __shfl_down_sync(~0u, part, distance);
+  // the sums before may still be read
+  __syncthreads();
+  if (threadIdx.x % kWarp == 0) of_warp[threadIdx.x / kWarp] = part;
+  __syncthreads();
+  double total = 0.0;
+  if (threadIdx.x == 0)
+    for (int warp = 0; warp < kThreads / kWarp; ++warp) total += of_warp[warp];
+  return total;
+}
+
+FW_DEVICE void keep_sum(double part, double* place) {
+  const double total = block_sum(part);
+  if (threadIdx.x == 0) *place = total;
+}
+
+// the columns of one chunk from its start on; null where there is none
+template <class P, class C>
+struct Streams {
+  P* param;
+  const P *value, *plus, *minus;
+  const C *basis, *scale;
+  C* out;
+  int64_t stride;
+  int32_t count, n_basis;
+  bool aligned;
+
+  FW_DEVICE Streams(const Algebra& call, const Chunk& chunk) {
+    const Span& span = at<Span>(call.spans)[chunk.row];
+    const int64_t place = span.offset + chunk.offset;
+    param = at<P>(span.param) + chunk.offset;
+    value = at<const P>(span.snapshot) + chunk.offset;
+    plus = span.plus ? at<const P>(span.plus) + chunk.offset : nullptr;
+    minus = span.minus ? at<const P>(span.minus) + chunk.offset : nullptr;
+    basis = call.basis ? at<const C>(call.basis) + place : nullptr;
+    scale = call.scale ? at<const C>(call.scale) + place : nullptr;
+    out = call.out ? at<C>(call.out) + place : nullptr;
+    stride = call.stride, count = chunk.count, n_basis = call.n_basis;
+    // chunks begin at multiples of 16 bytes of their tensor
+    uint64_t addresses =
+        span.param | span.snapshot | span.plus | span.minus | call.basis | call.scale | call.out;
+    uint64_t bytes = static_cast<uint64_t>(span.offset | (n_basis > 1 ? stride : 0)) * sizeof(C);
+    aligned = (addresses | bytes) % kVectorBytes == 0;
+  }
+};
+
+// elements from i on of the first basis vectors; all loads come before the first result is needed
+template <int N, class P, class C>
+FW_DEVICE void load_held(const Streams<P, C>& s, int32_t i, C (&held)[kHeld][N]) {
+#pragma unroll
+  for (int b = 0; b < kHeld; ++b)
+    if (b < s.n_basis) load(s.basis + b * s.stride + i, held[b]);
+}
+
+template <int N, class C>
+FW_DEVICE void add_products(Sums& sums, const C (&held)[kHeld][N], const C (&out)[N], int32_t n_basis) {
+#pragma unroll
+  for (int b = 0; b < kHeld; ++b)
+    if (b < n_basis)
+      for (int k = 0; k < N; ++k) accumulate_product(sums.products[b], held[b][k], out[k]);
+}
+
+template <int N, class P, class C>
+FW_DEVICE void load_scale(const Streams<P, C>& s, int32_t i, C (&scale)[N]) {
+  if (s.scale) {
+    load(s.scale + i, scale);
+  } else {
+    for (int k = 0; k < N; ++k) scale[k] = C(1);
+  }
+}
+
+template <int N, class P>
+FW_DEVICE void load_gradient(const P* grad, int32_t i, P (&to)[N]) {
+  if (grad) {
+    load(grad + i, to);
+  } else {
+    for (int k = 0; k < N; ++k) to[k] = P{};
+  }
+}
+
+struct Perturb {
+  static constexpr bool kSums = false;
+
+  template <int N, class P, class C>
+  FW_DEVICE static void run(const Streams<P, C>& s, const Algebra& call, int32_t i, Sums&) {
+    P value[N];
+    C v[N], scale[N];
+    load(s.value + i, value);
+    load(s.basis + i, v);
+    load_scale(s, i, scale);
+    const C size = static_cast<C>(*at<double>(call.factors));
+    for (int k = 0; k < N; ++k)
+      value[k] = stored<P>(displaced(static_cast<C>(widen(value[k])), size, scale[k], v[k]));
+    store(value, s.param + i);
+  }
+};
+
+struct Finish {
+  static constexpr bool kSums = true;
+
+  template <int N, class P, class C>
+  FW_DEVICE static void run(const Streams<P, C>& s, const Algebra& call, int32_t i, Sums& sums) {
+    P value[N], plus[N], minus[N];
+    C out[N], scale[N], held[kHeld][N];
+    load(s.value + i, value);
+    load_gradient(s.plus, i, plus);
+    load_gradient(s.minus, i, minus);
+    load_scale(s, i, scale);
+    load_held(s, i, held);
+    for (int k = 0; k < N; ++k) out[k] = static_cast<C>(widen(plus[k])) - static_cast<C>(widen(minus[k]));
+    if (call.narrow) {
+      const C size = static_cast<C>(*at<double>(call.factors));
+      C last[N];
+      load(s.basis + (s.n_basis - 1) * s.stride + i, last);
+      for (int k = 0; k < N; ++k) {
+        const C way = moved(value[k], size, scale[k], last[k]);
+        accumulate_product(sums.extra[0], way, way);
+        accumulate_product(sums.extra[1], way, out[k]);
+      }
+    }
+    for (int k = 0; k < N; ++k) out[k] *= scale[k];
+    store(out, s.out + i);
+    store(value, s.param + i);
+    add_products(sums, held, out, s.n_basis);
+  }
+};
+
+struct Combine {
+  static constexpr bool kSums = true;
+
+  template <int N, class P, class C>
+  FW_DEVICE static void run(const Streams<P, C>& s, const Algebra& call, int32_t i, Sums& sums) {
+    const double* factors = at<double>(call.factors);
+    C out[N] = {}, held[kHeld][N];
+    if (!call.fresh) load(s.out + i, out);
+    load_held(s, i, held);
+    for (int k = 0; k < N; ++k) out[k] *= static_cast<C>(factors[0]);
+#pragma unroll
+    for (int b = 0; b < kHeld; ++b)
+      if (b < s.n_basis)
+        for (int k = 0; k < N; ++k) out[k] = multiply_add(static_cast<C>(factors[b + 1]), held[b][k], out[k]);
+    for (int b = kHeld; b < s.n_basis; ++b) {
+      C v[N];
+      load(s.basis + b * s.stride + i, v);
+      for (int k = 0; k < N; ++k) out[k] = multiply_add(static_cast<C>(factors[b + 1]), v[k], out[k]);
+    }
+    store(out, s.out + i);
+    add_products(sums, held, out, s.n_basis);
+    for (int k = 0; k < N; ++k) accumulate_product(sums.extra[0], out[k], out[k]);
+    if (!s.scale) return;
+    C scale[N];
+    load(s.scale + i, scale);
+    for (int k = 0; k < N; ++k) accumulate_product(sums.extra[1], scale[k] * out[k], scale[k] * out[k]);
+  }
+};
+
+// products with some of the basis vectors that a thread does not hold, of what this same thread has written
+struct Products {
+  template <int N, class P, class C>
+  FW_DEVICE static void run(const Streams<P, C>& s, const Algebra&, int32_t i, Sums& sums) {
+    C out[N], held[kHeld][N];
+    load(s.out + i, out);
+    load_held(s, i, held);
+    add_products(sums, held, out, s.n_basis);
+  }
+};
+
+template <class Part, class P, class C>
+FW_DEVICE Sums walk(const Streams<P, C>& s, const Algebra& call) {
+  Sums sums;
+#pragma unroll 1
+  for (int32_t i = threadIdx.x * kPack<P>; i < s.count; i += kThreads * kPack<P>) {
+    if (s.aligned && i + kPack<P> <= s.count) {
+      Part::template run<kPack<P>>(s, call, i, sums);
+    } else {
+#pragma unroll 1
+      for (int32_t k = i; k < i + kPack<P> && k < s.count; ++k) Part::template run<1>(s, call, k, sums);
+    }
+  }
+  return sums;
+}
+
+FW_DEVICE void keep_products(const Sums& sums, int32_t n_basis, double* place) {
+#pragma unroll
+  for (int b = 0; b < kHeld; ++b)
+    if (b < n_basis) keep_sum(sums.products[b], place + b);
+}
+
+template <class Part, class P, class C>
+FW_DEVICE void run_chunk(const Algebra& call, const Chunk& chunk, double* place) {
+  Streams<P, C> s(call, chunk);
+  const Sums sums = walk<Part>(s, call);
+  if constexpr (Part::kSums) {
+    keep_products(sums, s.n_basis, place);
+    for (int k = 0; k < kExtraSums; ++k) keep_sum(sums.extra[k], place + call.n_basis + k);
+    for (int32_t done = kHeld; done < call.n_basis; done += kHeld) {
+      s.basis += kHeld * s.stride, s.n_basis -= kHeld;
+      keep_products(walk<Products>(s, call), s.n_basis, place + done);
+    }
+  }
+}
+
+template <class Part, class C>
+FW_DEVICE void visit(const Algebra& call, const Chunk& chunk, double* place) {
+  const int32_t dtype = at<Span>(call.spans)[chunk.row].dtype;
+  // tensors of float64 have vectors of float64
+  if constexpr (sizeof(C) == sizeof(double))
+    if (dtype == kFloat64) return run_chunk<Part, double, C>(call, chunk, place);
+  if (dtype == kBFloat16) return run_chunk<Part, BFloat16, C>(call, chunk, place);
+  if (dtype == kFloat16) return run_chunk<Part, Float16, C>(call, chunk, place);
+  return run_chunk<Part, float, C>(call, chunk, place);
+}
+
+// the last block to arrive adds up the chunks
+FW_DEVICE void finish_sums(const Algebra& call) {
+  __shared__ bool last;
+  int* finished = at<int>(call.finished);
+  if (threadIdx.x == 0) {
+    __threadfence();
+    last = atomicAdd(finished, 1) + 1 == static_cast<int>(gridDim.x);
+    __threadfence();
+  }
+  __syncthreads();
+  if (!last) return;
+  const double* partials = at<double>(call.partials);
+  const int64_t width = sum_count(call);
+  for (int64_t k = 0; k < width; ++k) {
+    double part = 0.0;
+    // other blocks wrote them, so the cache of this processor must not be asked
+    for (int64_t i = threadIdx.x; i < call.n_chunks; i += kThreads) part += __ldcg(partials + i * width + k);
+    keep_sum(part, at<double>(call.sums) + k);
+  }
+  if (threadIdx.x == 0) *finished = 0;
+}
+
+template <class Part, class C>
+__global__ void __launch_bounds__(kThreads, kBlocksPerProcessor)
+    vector_kernel(const __grid_constant__ Algebra call) {
+  const int64_t width = sum_count(call);
+  for (int64_t i = blockIdx.x; i < call.n_chunks; i += gridDim.x)
+    visit<Part, C>(call, at<Chunk>(call.chunks)[i], at<double>(call.partials) + i * width);
+  if constexpr (Part::kSums) finish_sums(call);
+}
+
+// the host side
+
+template <class Part, class C>
+void launch_part(const Launch& how, const Algebra& call) {
+  static std::mutex mutex;
+  static std::vector<int64_t> known;
+  int64_t resident = 0;
+  {
+    std::lock_guard<std::mutex> lock(mutex);
+    if (known.size() <= static_cast<size_t>(how.device)) known.resize(how.device + 1);
+    if (known[how.device] == 0) known[how.device] = resident_blocks(vector_kernel<Part, C>, how.device);
+    resident = known[how.device];
+  }
+  launch(vector_kernel<Part, C>, grid(resident, how.max_blocks, call.n_chunks), kThreads, how.stream, call);
+}
+
+template <class Part>
+void launch_doubles(const Launch& how, const Algebra& call) {
+  call.doubles ? launch_part<Part, double>(how, call) : launch_part<Part, float>(how, call);
+}
+
+}  // namespace
+
+void run_vectors(const Launch& how, const Algebra& call, int operation) {
+  const OnDevice guard(how.device);
+  if (operation == kPerturb) return launch_doubles<Perturb>(how, call);
+  if (operation == kFinish) return launch_doubles<Finish>(how, call);
+  launch_doubles<Combine>(how, call);
+}
+
+}  // namespace fw

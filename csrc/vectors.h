@@ -1,0 +1,52 @@
+// The vectors of a sharpness measurement: the statement per element of its three operations, once for the CPU
+// and CUDA. fused_warmup/sharpness/vectors.py states the same in plain PyTorch.
+//   perturb   param = snapshot + size * scale * v                   v: the last basis vector; factors: size
+//   finish    out = scale * (plus - minus), param = snapshot        factors: size that perturb had
+//   combine   out = keep * out + sum of coefficient * basis vector  factors: keep, coefficients
+// finish and combine add up the products of out with every basis vector, and two more sums: of combine the
+// squares of out and of scale * out; of finish, where parameters are rounded, how far they moved, squared,
+// and that times the difference of gradients. SPDX-License-Identifier: Apache-2.0
+#pragma once
+#include "dtypes.h"
+#include "table.h"
+
+namespace fw {
+
+enum Operation : int32_t { kPerturb = 0, kFinish = 1, kCombine = 2, kOperations = 3 };
+
+// sums besides the products with basis vectors
+constexpr int kExtraSums = 2;
+
+FW_HD int64_t sum_count(const Algebra& call) { return call.n_basis + kExtraSums; }
+
+template <class C>
+FW_HD C displaced(C value, C size, C scale, C v) {
+  return multiply_add(size, scale * v, value);
+}
+
+template <class P, class C>
+FW_HD P stored(C value) {
+  P out;
+  if constexpr (sizeof(P) == sizeof(double)) {
+    out = value;
+  } else {
+    narrow(static_cast<float>(value), out);
+  }
+  return out;
+}
+
+// how far a rounded parameter went from one end to the other
+template <class P, class C>
+FW_HD C moved(P value, C size, C scale, C v) {
+  C from = static_cast<C>(widen(value));
+  C ahead = static_cast<C>(widen(stored<P>(displaced(from, size, scale, v))));
+  C behind = static_cast<C>(widen(stored<P>(displaced(from, -size, scale, v))));
+  return ahead - behind;
+}
+
+template <class C>
+FW_HD void accumulate_product(double& sum, C a, C b) {
+  sum = multiply_add(static_cast<double>(a), static_cast<double>(b), sum);
+}
+
+}  // namespace fw

@@ -1,0 +1,129 @@
+"""The table of a sharpness measurement: parameters, what they were, gradients, and pieces of flat vectors."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .columns import Columns
+from .plan import address_of, watch
+from .table import DTYPES, STRUCTS, chunks
+
+# operations of ``csrc/vectors.h``, in the order of its enum
+OPERATIONS = ("perturb", "finish", "combine")
+# sums besides the products with basis vectors
+EXTRA_SUMS = 2
+
+
+class Spans:
+    """Spans, chunks and the call of one operation, for the kernels of a backend.
+
+    Args:
+        params: Parameters, dense in memory, on one device.
+        snapshot: Their values, laid out like them.
+        offsets: Where the piece of each begins in a flat vector.
+        dtype: Dtype of the vectors, float32 or float64.
+
+    Attributes:
+        address: Address of the struct ``Algebra`` on the host.
+        device: Where everything is.
+        numel: Number of elements.
+        n_chunks: Number of chunks.
+        n_basis: Basis vectors of the present call.
+        dtypes: Codes of the dtypes that parameters have.
+        doubles: Whether the vectors are float64.
+    """
+
+    def __init__(
+        self, params: Sequence[Tensor], snapshot: Sequence[Tensor], offsets: Sequence[int], dtype: torch.dtype
+    ) -> None:
+        self.device = params[0].device
+        self._params = list(params)
+        self._forms = watch()[0](self._params)
+        self._columns = Columns(self.device)
+        self._spans = np.zeros(len(params), STRUCTS["Span"])
+        self._spans["param"] = [address_of(p) for p in params]
+        self._spans["snapshot"] = [address_of(p) for p in snapshot]
+        self._spans["offset"] = offsets
+        self._spans["dtype"] = [DTYPES[p.dtype] for p in params]
+        sizes = [p.numel() for p in params]
+        pieces = chunks(sizes)
+        self.numel, self.n_chunks = sum(sizes), len(pieces)
+        self.dtypes = tuple(sorted({DTYPES[p.dtype] for p in params}))
+        self.doubles, self.n_basis = dtype == torch.float64, 0
+        self._call = np.zeros(1, STRUCTS["Algebra"])
+        self.address: int = self._call.ctypes.data
+        self._addresses = np.zeros(len(params), np.uint64)
+        self._partials = torch.empty(0, dtype=torch.float64, device=self.device)
+        self._finished = torch.zeros(1, dtype=torch.int32, device=self.device)
+        # held for the addresses in the table
+        self._kept: list[Any] = [*params, *snapshot]
+        self._set(
+            spans=self._columns.put("spans", self._spans),
+            chunks=self._columns.put("chunks", pieces),
+            finished=self._finished,
+            n_chunks=len(pieces),
+            doubles=self.doubles,
+        )
+
+    def _set(self, **fields: Any) -> None:
+        for name, value in fields.items():
+            self._call[name] = address_of(value) if value is None or isinstance(value, Tensor) else value
+
+    def put_gradients(self, plus: Sequence[Tensor | None], minus: Sequence[Tensor | None]) -> None:
+        """Take over the gradients at both ends; None counts as zeros."""
+        self._grads = [self._put("plus", plus), self._put("minus", minus)]
+        self._columns.push("spans")
+
+    def _put(self, name: str, grads: Sequence[Tensor | None]) -> list[Tensor | None]:
+        held: list[Any] = list(grads)
+        out = self._addresses.ctypes.data
+        for i in self._forms.read(held, out):
+            # of another layout, as of an expanded sum
+            held[i] = torch.empty_like(self._params[i]).copy_(held[i].detach())
+        if any(a is not b for a, b in zip(held, grads, strict=True)):
+            self._forms.read(held, out)
+        self._spans[name] = self._addresses
+        return held
+
+    def prepare(
+        self,
+        basis: Tensor,
+        out: Tensor | None,
+        scale: Tensor | None,
+        factors: Tensor,
+        *,
+        fresh: bool = False,
+        narrow: bool = False,
+    ) -> Tensor:
+        """Describe one operation.
+
+        Args:
+            basis: ``[m, n]``, rows next to each other.
+            out: ``[n]``, or None.
+            scale: ``[n]``, or None for ones.
+            factors: Float64, see ``csrc/vectors.h``.
+            fresh: ``out`` need not be read.
+            narrow: Some parameters are rounded to 16 bits.
+
+        Returns:
+            Float64 of ``[m + 2]`` on the device, for the sums.
+        """
+        m = self.n_basis = len(basis)
+        width = m + EXTRA_SUMS
+        if len(self._partials) < width * self.n_chunks:
+            self._partials = torch.empty(width * self.n_chunks, dtype=torch.float64, device=self.device)
+        sums = torch.empty(width, dtype=torch.float64, device=self.device)
+        self._set(
+            partials=self._partials, sums=sums, basis=basis if m else None, out=out, scale=scale,
+            factors=factors, n_basis=m, stride=basis.stride(0), fresh=fresh, narrow=narrow,
+        )  # fmt: skip
+        return sums
+
+    def call_column(self) -> Tensor:
+        """Return the struct ``Algebra`` on the device, for kernels that take its address."""
+        return self._columns.put("call", self._call)

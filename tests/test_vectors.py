@@ -1,0 +1,71 @@
+"""The fused vector operations of sharpness measurements against plain PyTorch, and their bits."""
+
+import pytest
+import torch
+import vector_cases
+from vector_cases import DTYPES, check_operations, draw, make_pair
+
+from fused_warmup import _cpu
+from fused_warmup.backends.native import CpuBackend
+
+BACKENDS = [pytest.param(isa, id=isa) for isa in _cpu.instruction_sets()]
+
+
+@pytest.mark.parametrize("scaled", [True, False])
+@pytest.mark.parametrize("dtypes", [[d] for d in DTYPES] + [DTYPES, DTYPES[2:] + DTYPES[:1]], ids=str)
+@pytest.mark.parametrize("isa", BACKENDS)
+def test_operations(isa, dtypes, scaled):
+    check_operations(dtypes, CpuBackend(isa), scaled=scaled)
+
+
+def test_sums_do_not_depend_on_threads():
+    bits = []
+    for threads in (1, 2, 5):
+        torch.set_num_threads(threads)
+        _, fused = make_pair(DTYPES[:1], CpuBackend(), [(100_003,), (70_001,)])
+        basis = fused.basis(3)
+        for i in range(3):
+            basis[i].copy_(draw(fused, i))
+        out = draw(fused, 9)
+        coefficients = torch.linspace(0.1, 0.3, 3, dtype=torch.float64)
+        sums = fused.combine(out, fused.number(0.5), basis, coefficients, basis[0])
+        bits.append(torch.cat([*sums, out.double()]))
+    assert torch.equal(bits[0], bits[1])
+    assert torch.equal(bits[0], bits[2])
+
+
+def test_rounded_parameters_are_measured_where_they_went():
+    """A step that moves only some of the bfloat16 weights: the sums are of the way that these went."""
+    plain, fused = make_pair([torch.bfloat16], CpuBackend())
+    for v in (plain, fused):
+        basis = v.basis(1)
+        basis[0].copy_(draw(v, 0))
+        grads = [torch.ones_like(p) for p in v.params], [torch.zeros_like(p) for p in v.params]
+        size = v.number(1e-3)
+        v.perturb(basis[0], None, size)
+        ahead = [p.detach().double().clone() for p in v.params]
+        v.perturb(basis[0], None, -size)
+        way = torch.cat([(a - p.detach().double()).flatten() for a, p in zip(ahead, v.params, strict=True)])
+        assert 0.1 < (way != 0).double().mean() < 0.9
+        _, moved = v.finish(basis, v.basis(1)[0], *grads, None, size)
+        assert moved.tolist() == pytest.approx([(way * way).sum().item(), way.sum().item()], rel=1e-6)
+
+
+def test_strided_views_are_left_to_pytorch():
+    from fused_warmup.sharpness import top_eigenvalue
+
+    base = torch.randn(6, 8, dtype=torch.float64)
+    view = torch.nn.Parameter(base[:, ::2])
+    whole = torch.nn.Parameter(base[:, ::2].clone())
+    values = torch.linspace(1.0, 5.0, 24, dtype=torch.float64).view(6, 4)
+    losses = [lambda p=p: 0.5 * (values * p * p).sum() for p in (view, whole)]
+    found = [top_eigenvalue(f, [p], iterations=24).value for f, p in zip(losses, (view, whole), strict=True)]
+    assert found[0].item() == pytest.approx(5.0, rel=1e-5)
+    assert found[1].item() == pytest.approx(found[0].item(), rel=1e-9)
+
+
+def test_cases_reach_every_branch():
+    """What the cases are there for: odd sizes, several chunks, dense layouts that are not contiguous."""
+    params = vector_cases.make_params([torch.float32], vector_cases.SHAPES)
+    assert {p.numel() for p in params} >= {0, 1, 3, 1023, 4097, 40_000}
+    assert sum(not p.is_contiguous() for p in params) == 2

@@ -1,0 +1,105 @@
+"""The vector operations of a backend against those in plain PyTorch, for every backend that has kernels."""
+
+import torch
+from torch.nn import Parameter
+
+from fused_warmup.sharpness.vectors import FusedVectors, Vectors
+
+# odd sizes, an empty tensor, 0-dim, one beyond a chunk; channels-last and a transposed matrix are dense too
+SHAPES = [(3,), (0,), (), (1023,), (4097,), (8, 16), (40_000,)]
+FEW_SHAPES = [(3,), (0,), (), (40,), (300,)]
+DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
+# half a unit in the last place of a parameter
+UNIT = {torch.float32: 6e-8, torch.float64: 1.2e-16, torch.bfloat16: 4e-3, torch.float16: 5e-4}
+
+
+def make_params(dtypes, shapes):
+    """Parameters of each dtype and shape, two of them laid out in another order of dimensions."""
+    generator = torch.Generator().manual_seed(3)
+    made = [torch.randn(s, generator=generator).to(d) for d in dtypes for s in shapes]
+    made += [torch.randn(6, 10, generator=generator).to(d).t() for d in dtypes]
+    images = torch.randn(2, 3, 4, 5, generator=generator).to(dtypes[0])
+    made.append(images.to(memory_format=torch.channels_last))
+    return [Parameter(t) for t in made]
+
+
+def make_pair(dtypes, backend, shapes=SHAPES, device="cpu"):
+    """The operations in plain PyTorch and by a backend, over parameters of their own with equal values."""
+    wide = torch.float64 if torch.float64 in dtypes else torch.float32
+    made = []
+    for kind in ("plain", "fused"):
+        params = [Parameter(p.detach().to(device)) for p in make_params(dtypes, shapes)]
+        snapshot = [p.detach().clone() for p in params]
+        of_backend = FusedVectors(params, snapshot, wide, backend) if kind == "fused" else None
+        made.append(of_backend or Vectors(params, snapshot, wide))
+    return made
+
+
+def draw(vectors, seed):
+    """The same random vector whatever the order of a flat vector is."""
+    generator = torch.Generator().manual_seed(seed)
+    parts = [torch.randn(p.shape, generator=generator, dtype=torch.float64) for p in vectors.params]
+    return vectors.flat([part.to(p.device) for part, p in zip(parts, vectors.params, strict=True)])
+
+
+def same(plain, fused, a, b, rtol, name):
+    """Flat vectors hold the same numbers, tensor by tensor."""
+    for x, y in zip(plain.split(a), fused.split(b), strict=True):
+        torch.testing.assert_close(y, x, rtol=rtol, atol=rtol, msg=lambda m: f"{name}: {m}")
+
+
+def check_operations(dtypes, backend, shapes=SHAPES, device="cpu", scaled=True, n_basis=(1, 3, 6)):
+    """All three operations on the same numbers: elements to rounding, sums to 1e-6 of what was summed."""
+    plain, fused = make_pair(dtypes, backend, shapes, device)
+    rtol = 1e-12 if plain.dtype == torch.float64 else 1e-6
+    # plain sums round each product, and here they may cancel
+    sums = {"rtol": 0.0, "atol": 1e-6 * plain.numel}
+    both = (plain, fused)
+    for m in n_basis:
+        basis = [v.basis(m) for v in both]
+        for v, b in zip(both, basis, strict=True):
+            for i in range(m):
+                b[i].copy_(draw(v, i))
+        scales = [draw(v, 100).abs() + 0.5 if scaled else None for v in both]
+        size = plain.number(2.0**-7)
+        for v, b, scale in zip(both, basis, scales, strict=True):
+            v.perturb(b[-1], scale, size)
+        for p, q, value in zip(plain.params, fused.params, plain.snapshot, strict=True):
+            # a sum rounded once or twice may end on either side of a tie
+            torch.testing.assert_close(q, p, rtol=2.1 * UNIT[p.dtype], atol=2e-7)
+            assert p.numel() == 0 or not torch.equal(p, value)
+        generator = torch.Generator().manual_seed(m)
+        grads = [
+            [torch.randn(p.shape, generator=generator).to(p.dtype).to(device) for p in plain.params]
+            for _ in range(2)
+        ]
+        grads[0][0] = grads[1][1] = grads[0][3] = grads[1][3] = None
+        # as backward of a sum gives it
+        grads[1][4] = torch.ones((), dtype=plain.params[4].dtype, device=device).expand(plain.params[4].shape)
+        found = []
+        for v, b, scale in zip(both, basis, scales, strict=True):
+            out = v.basis(1)[0]
+            found.append((out, *v.finish(b, out, *grads, scale, size)))
+            for p, value in zip(v.params, v.snapshot, strict=True):
+                assert torch.equal(p, value), "the parameters are back"
+        (a, products, moved), (b, products2, moved2) = found
+        same(plain, fused, a, b, rtol, "difference")
+        torch.testing.assert_close(products2, products, **sums)
+        torch.testing.assert_close(moved2, moved, **sums)
+        assert bool(moved.any()) == plain.is_narrow
+        for keep in (plain.number(0.75), None):
+            coefficients = torch.linspace(-1.0, 1.0, m + 1, dtype=torch.float64, device=device)[1:]
+            results = []
+            for v, out, room, scale in zip(both, (a, b), basis, scales, strict=True):
+                results.append(v.combine(out, keep, room, coefficients, scale))
+            same(plain, fused, a, b, 4.0 * m * rtol, "combination")
+            for x, y in zip(*results, strict=True):
+                torch.testing.assert_close(y, x, **sums)
+            assert results[0][1][0] > 0.0
+            assert bool(results[0][1][1] > 0.0) == scaled
+    none = [torch.zeros(0, dtype=torch.float64, device=device) for _ in both]
+    lengths = [
+        v.combine(out, v.number(1.0), v.basis(1)[:0], c, None)[1]
+        for v, out, c in zip(both, (a, b), none, strict=True)
+    ]
+    torch.testing.assert_close(lengths[1], lengths[0], rtol=1e-6, atol=0.0)
