@@ -12,6 +12,7 @@ import pytest
 import torch
 import triton
 import triton.language as tl
+import vector_cases
 from cases import (
     CASES,
     SCHEDULES,
@@ -25,6 +26,7 @@ from cases import (
 from test_backends import EPS, check_pair, check_single_steps, run_pair
 from torch.nn import Parameter
 from triton.runtime.interpreter import TensorHandle
+from vector_cases import check_operations, draw, make_pair
 
 import fused_warmup as fw
 from fused_warmup.backends.triton import memory, rules, schedules
@@ -349,3 +351,24 @@ def test_rounding(dtype):
     assert torch.equal(out.isnan(), expected.isnan())
     assert torch.equal(out.nan_to_num(0.0), expected.nan_to_num(0.0))
     assert torch.equal(back.nan_to_num(0.0), expected.float().nan_to_num(0.0))
+
+
+@pytest.mark.parametrize("scaled", [True, False])
+@pytest.mark.parametrize("dtypes", [[d] for d in EPS] + [list(EPS)], ids=str)
+def test_vector_operations(dtypes, scaled):
+    check_operations(dtypes, TritonBackend(), vector_cases.FEW_SHAPES, scaled=scaled, n_basis=(1, 6))
+
+
+def test_vector_sums_do_not_depend_on_the_grid():
+    bits = []
+    for programs in (1, 2, 3):
+        _, fused = make_pair([torch.float32], TritonBackend(programs), [(40_000,), (300,), (5,)])
+        basis = fused.basis(2)
+        for i in range(2):
+            basis[i].copy_(draw(fused, i))
+        out = draw(fused, 9)
+        coefficients = torch.linspace(0.1, 0.3, 2, dtype=torch.float64)
+        sums = fused.combine(out, fused.number(0.5), basis, coefficients, basis[0])
+        bits.append(torch.cat([*sums, out.double()]))
+    assert torch.equal(bits[0], bits[1])
+    assert torch.equal(bits[0], bits[2])

@@ -21,6 +21,8 @@ ARCHS = os.environ.get(
 ).split()
 # registers that leave room for the threads that launch bounds promise, of 65,536 on every processor
 LIMITS = {"measure": 65536 // 1280, "decide": 65536 // 512, "update": 65536 // 640, "update of doubles": 128}
+VECTOR_PARTS = ("Perturb", "Finish", "Combine")
+LIMITS |= dict.fromkeys(VECTOR_PARTS, 65536 // 512)
 
 
 def find_tool(name):
@@ -53,7 +55,9 @@ def dump(*options):
 
 
 def kernel_of(symbol):
-    """The stage and the rule that a mangled name stands for."""
+    """The stage and the rule that a mangled name stands for; the operation on vectors."""
+    if match := re.search(rf"vector_kernel.*({'|'.join(VECTOR_PARTS)})", symbol):
+        return match.group(1), None
     stage = re.search(r"(measure|decide|update)_kernel", symbol).group(1)
     rule = re.search(rf"\d({'|'.join(RULES)})(?=E)", symbol)
     doubles = stage == "update" and "Lb1E" in symbol
@@ -94,7 +98,9 @@ def test_every_device_has_every_kernel(resources):
             counts[kernel_of(symbol)] += 1
         variants = {"decide": 2, "update": 1, "update of doubles": 1}
         wanted = {(stage, rule): n for stage, n in variants.items() for rule in RULES}
-        assert dict(counts) == {**wanted, ("measure", None): 2 * len(RULES)}, arch
+        # vectors of float32 and of float64
+        vectors = {(part, None): 2 for part in VECTOR_PARTS}
+        assert dict(counts) == {**wanted, ("measure", None): 2 * len(RULES), **vectors}, arch
 
 
 def test_text_for_devices_to_come():
@@ -131,6 +137,10 @@ def test_vectors_of_16_bytes(code):
         if stage == "measure":
             # float32 and float64 take one; both kinds of 16 bits one, or two beside float32 gradients
             assert loads >= 1 + 1 + 2 * (1 + 2), (symbol, loads)
+        elif stage in VECTOR_PARTS:
+            # of each type of parameters: values, vector and scale; the gradients and basis; or the basis
+            assert loads >= (3 * 3 if stage != "Combine" else 3 * 5), (symbol, loads)
+            assert stores >= 3, (symbol, stores)
         elif stage != "decide":
             # the states and the average of eight elements of 16 bits take two vectors each
             wide = sum(1 + 1 + n + 1 for n in states[rule])

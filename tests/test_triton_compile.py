@@ -21,7 +21,7 @@ from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.backends.nvidia.compiler import get_ptxas  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 
-from fused_warmup.backends.triton import kernels, launch  # noqa: E402
+from fused_warmup.backends.triton import kernels, launch, vectors  # noqa: E402
 
 F32, F64, BF16, F16 = (DTYPES[d] for d in (torch.float32, torch.float64, torch.bfloat16, torch.float16))
 SIZES = {F32: 4, F64: 8, BF16: 2, F16: 2}
@@ -42,7 +42,7 @@ def compile_kernel(kernel, constants, target):
     names = kernel.arg_names
     options = {name: value for name, value in constants.items() if name not in names}
     constexprs = {(names.index(name),): value for name, value in constants.items() if name in names}
-    signature = {name: "*i64" if name == "step" else "constexpr" for name in names}
+    signature = {name: "*i64" if name in ("step", "call") else "constexpr" for name in names}
     source = ASTSource(kernel, signature, constexprs, {})
     ptx = triton.compile(source, target=GPUTarget("cuda", target, 32), options=options).asm["ptx"]
     arch = f"sm_{target}" + ("a" if target >= 90 else "")
@@ -247,3 +247,14 @@ def test_init_state_compiles_and_loads_what_steps_may_need(driver):
         opt.step()
     assert compiled() == [1, 1, 2]
     assert driver.loaded == 4
+
+
+@pytest.mark.parametrize("operation", ["perturb", "finish", "combine"])
+@pytest.mark.parametrize("dtype", [F32, F64, BF16], ids=["float32", "float64", "bfloat16"])
+def test_vector_operations_move_16_bytes_at_a_time_and_spill_nothing(dtype, operation):
+    constants = launch.vector_constants(operation, (dtype,), dtype == F64)
+    ptx, numbers = compile_kernel(vectors.vector_kernel, constants, 90)
+    assert numbers["stack"] == numbers["spills"] == 0, numbers
+    # the snapshot, the vector and the scale; gradients and basis; or the vector and the basis
+    assert wide_bytes(ptx, "ld") >= 3 * 16
+    assert wide_bytes(ptx, "st") >= 16

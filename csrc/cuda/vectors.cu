@@ -103,19 +103,27 @@ FW_DEVICE void load_gradient(const P* grad, int32_t i, P (&to)[N]) {
   }
 }
 
+// elements of a vector that a thread works on at a time, of the pack of a parameter
+template <int N, class C>
+constexpr int kRun = N < kPack<C> ? N : kPack<C>;
+
 struct Perturb {
   static constexpr bool kSums = false;
 
   template <int N, class P, class C>
   FW_DEVICE static void run(const Streams<P, C>& s, const Algebra& call, int32_t i, Sums&) {
+    constexpr int kPart = kRun<N, C>;
     P value[N];
-    C v[N], scale[N];
     load(s.value + i, value);
-    load(s.basis + i, v);
-    load_scale(s, i, scale);
     const C size = static_cast<C>(*at<double>(call.factors));
-    for (int k = 0; k < N; ++k)
-      value[k] = stored<P>(displaced(static_cast<C>(widen(value[k])), size, scale[k], v[k]));
+#pragma unroll
+    for (int part = 0; part < N; part += kPart) {
+      C v[kPart], scale[kPart];
+      load(s.basis + i + part, v);
+      load_scale(s, i + part, scale);
+      for (int k = 0; k < kPart; ++k)
+        value[part + k] = stored<P>(displaced(static_cast<C>(widen(value[part + k])), size, scale[k], v[k]));
+    }
     store(value, s.param + i);
   }
 };
@@ -125,28 +133,37 @@ struct Finish {
 
   template <int N, class P, class C>
   FW_DEVICE static void run(const Streams<P, C>& s, const Algebra& call, int32_t i, Sums& sums) {
+    constexpr int kPart = kRun<N, C>;
     P value[N], plus[N], minus[N];
-    C out[N], scale[N], held[kHeld][N];
     load(s.value + i, value);
     load_gradient(s.plus, i, plus);
     load_gradient(s.minus, i, minus);
-    load_scale(s, i, scale);
-    load_held(s, i, held);
-    for (int k = 0; k < N; ++k) out[k] = static_cast<C>(widen(plus[k])) - static_cast<C>(widen(minus[k]));
-    if (call.narrow) {
-      const C size = static_cast<C>(*at<double>(call.factors));
-      C last[N];
-      load(s.basis + (s.n_basis - 1) * s.stride + i, last);
-      for (int k = 0; k < N; ++k) {
-        const C way = moved(value[k], size, scale[k], last[k]);
-        accumulate_product(sums.extra[0], way, way);
-        accumulate_product(sums.extra[1], way, out[k]);
-      }
+#pragma unroll
+    for (int part = 0; part < N; part += kPart) {
+      C out[kPart], scale[kPart], held[kHeld][kPart];
+      load_scale(s, i + part, scale);
+      load_held(s, i + part, held);
+      for (int k = 0; k < kPart; ++k)
+        out[k] = static_cast<C>(widen(plus[part + k])) - static_cast<C>(widen(minus[part + k]));
+      if (call.narrow) add_moved(s, call, i + part, value + part, scale, out, sums);
+      for (int k = 0; k < kPart; ++k) out[k] *= scale[k];
+      store(out, s.out + i + part);
+      add_products(sums, held, out, s.n_basis);
     }
-    for (int k = 0; k < N; ++k) out[k] *= scale[k];
-    store(out, s.out + i);
     store(value, s.param + i);
-    add_products(sums, held, out, s.n_basis);
+  }
+
+  template <int N, class P, class C>
+  FW_DEVICE static void add_moved(const Streams<P, C>& s, const Algebra& call, int32_t i, const P* value,
+                                  const C (&scale)[N], const C (&difference)[N], Sums& sums) {
+    const C size = static_cast<C>(*at<double>(call.factors));
+    C last[N];
+    load(s.basis + (s.n_basis - 1) * s.stride + i, last);
+    for (int k = 0; k < N; ++k) {
+      const C way = moved(value[k], size, scale[k], last[k]);
+      accumulate_product(sums.extra[0], way, way);
+      accumulate_product(sums.extra[1], way, difference[k]);
+    }
   }
 };
 
@@ -155,6 +172,12 @@ struct Combine {
 
   template <int N, class P, class C>
   FW_DEVICE static void run(const Streams<P, C>& s, const Algebra& call, int32_t i, Sums& sums) {
+#pragma unroll 1
+    for (int part = 0; part < N; part += kRun<N, C>) run_part<kRun<N, C>>(s, call, i + part, sums);
+  }
+
+  template <int N, class P, class C>
+  FW_DEVICE static void run_part(const Streams<P, C>& s, const Algebra& call, int32_t i, Sums& sums) {
     const double* factors = at<double>(call.factors);
     C out[N] = {}, held[kHeld][N];
     if (!call.fresh) load(s.out + i, out);
@@ -164,6 +187,7 @@ struct Combine {
     for (int b = 0; b < kHeld; ++b)
       if (b < s.n_basis)
         for (int k = 0; k < N; ++k) out[k] = multiply_add(static_cast<C>(factors[b + 1]), held[b][k], out[k]);
+#pragma unroll 1
     for (int b = kHeld; b < s.n_basis; ++b) {
       C v[N];
       load(s.basis + b * s.stride + i, v);
@@ -183,10 +207,14 @@ struct Combine {
 struct Products {
   template <int N, class P, class C>
   FW_DEVICE static void run(const Streams<P, C>& s, const Algebra&, int32_t i, Sums& sums) {
-    C out[N], held[kHeld][N];
-    load(s.out + i, out);
-    load_held(s, i, held);
-    add_products(sums, held, out, s.n_basis);
+    constexpr int kPart = kRun<N, C>;
+#pragma unroll 1
+    for (int part = 0; part < N; part += kPart) {
+      C out[kPart], held[kHeld][kPart];
+      load(s.out + i + part, out);
+      load_held(s, i + part, held);
+      add_products(sums, held, out, s.n_basis);
+    }
   }
 };
 

@@ -10,9 +10,11 @@ from typing import Any
 import torch
 
 from ...plan import Plan
+from ...spans import OPERATIONS, Spans
 from ...table import DTYPES
 from .kernels import decide_kernel, measure_kernel, update_kernel
 from .rules import RULES
+from .vectors import vector_kernel
 
 # elements that a program takes at a time: eight a thread, 16 bytes of bfloat16 and twice that of float32
 BLOCK = 2048
@@ -82,6 +84,22 @@ def _registers(kinds: Kinds, accumulate: bool) -> int:
     return 128 if accumulate or streams > 3 else 80
 
 
+def vector_constants(operation: str, dtypes: tuple[int, ...], doubles: bool) -> dict[str, Any]:
+    """Return constants and options of ``vector_kernel`` for ``Spans.dtypes`` and ``Spans.doubles``."""
+    # 16 bytes of the narrowest parameter for each thread
+    narrow = any(code in (DTYPES[torch.bfloat16], DTYPES[torch.float16]) for code in dtypes)
+    return {
+        "OPERATION": OPERATIONS.index(operation),
+        "KINDS": dtypes,
+        "WIDE": DTYPES[torch.float64 if doubles else torch.float32],
+        "BLOCK": BLOCK if narrow else BLOCK // 2,
+        "TAIL": TAIL,
+        "LANES": LANES,
+        "maxnreg": 255,
+        **_OPTIONS,
+    }
+
+
 @functools.cache
 def _programs(device: torch.device) -> int:
     """How many programs a launch makes at most; few in the interpreter, which runs one after the other."""
@@ -122,6 +140,14 @@ class TritonBackend:
         with _on(plan.device):
             for kernel, programs, constants in self._launches(plan, plan.settings.measure):
                 kernel[(programs,)](column, **constants)
+
+    def vectors(self, operation: str, spans: Spans) -> None:
+        """Queue one of ``spans.OPERATIONS`` on the current stream; the same bits for any grid."""
+        programs = max(1, min(spans.n_chunks, self._programs or _programs(spans.device)))
+        column = spans.call_column().view(torch.int64)
+        with _on(spans.device):
+            constants = vector_constants(operation, spans.dtypes, spans.doubles)
+            vector_kernel[(programs,)](column, **constants)
 
     def _launches(self, plan: Plan, measure: bool) -> Iterator[tuple[Any, int, dict[str, Any]]]:
         """Give kernel, number of programs and constants of each launch of a step.

@@ -53,9 +53,8 @@ def _struct(name: str) -> Any:
     return type(name, (base,), {"__new__": new})
 
 
-Row, Chunk, Hyper, Segment, Rates, Scalars, Partial, Counters, Slots, Telemetry, Verdict, Step = map(
-    _struct, STRUCTS
-)
+Row, Chunk, Hyper, Segment, Rates, Scalars, Partial, *_LATER = map(_struct, STRUCTS)
+Counters, Slots, Telemetry, Verdict, Step, Span, Algebra = _LATER
 
 
 @triton.constexpr_function
