@@ -107,7 +107,7 @@ def cpu_lines(target: Path) -> list[str]:
     ]
     objects = ["bindings.o"]
     for isa, flags in ISA_FLAGS.items():
-        for name in ("kernels", "vectors"):
+        for name in ("kernels", "vectors", "response"):
             objects.append(f"{name}_{isa}.o")
             lines.append(f"build {objects[-1]}: cxx {escaped(ROOT / f'csrc/cpu/{name}.cpp')}")
             lines.append(f"  isa = -DFW_ISA={isa} {flags}")
@@ -137,8 +137,10 @@ def cuda_lines(target: Path, nvcc: str) -> list[str]:
         "  command = $nvcc -shared -cudart static -Xlinker --exclude-libs,ALL $in -o $out",
         f"build bindings.o: cxx {escaped(ROOT / 'csrc/cuda/bindings.cpp')}",
     ]
-    objects = ["bindings.o", "vectors.o"]
-    lines.append(f"build vectors.o: nvcc {escaped(ROOT / 'csrc/cuda/vectors.cu')}")
+    objects = ["bindings.o"]
+    for name in ("vectors", "response"):
+        objects.append(f"{name}.o")
+        lines.append(f"build {objects[-1]}: nvcc {escaped(ROOT / f'csrc/cuda/{name}.cu')}")
     for rule in RULES:
         objects.append(f"kernels_{rule}.o")
         lines.append(f"build {objects[-1]}: nvcc {escaped(ROOT / 'csrc/cuda/kernels.cu')}")

@@ -32,14 +32,19 @@ FW_HD Verdict judge(const Step& step, const Partial& total) {
   return verdict;
 }
 
-FW_HD void set_rates(const Step& step, const Verdict& verdict, int64_t group) {
+FW_HD Rates rates_of(const Step& step, const Verdict& verdict, int64_t group) {
   const Hyper& h = at<Hyper>(step.hypers)[group];
   const Segment* segments = at<Segment>(step.segments);
   const double* values = at<double>(step.values);
-  Rates& rates = at<Rates>(step.rates)[group];
+  Rates rates;
   rates.lr = h.lr * multiplier(segments + h.lr_segment, h.lr_segments, values, verdict.t);
   rates.weight_decay =
       h.weight_decay * multiplier(segments + h.decay_segment, h.decay_segments, values, verdict.t);
+  return rates;
+}
+
+FW_HD void set_rates(const Step& step, const Verdict& verdict, int64_t group) {
+  at<Rates>(step.rates)[group] = rates_of(step, verdict, group);
 }
 
 // rows of one group at one step share their scalars, so a serial caller need not compute them again
@@ -48,20 +53,27 @@ FW_HD bool same_scalars(const Step& step, int64_t row, int64_t other) {
   return a.group == b.group && a.initialized == b.initialized && *at<int64_t>(a.step) == *at<int64_t>(b.step);
 }
 
+// what update number `updates` of a row needs
 template <class Rule>
-FW_HD void set_scalars(const Step& step, const Verdict& verdict, int64_t row) {
+FW_HD Scalars scalars_of(const Step& step, const Verdict& verdict, const Rates& rates, int64_t row,
+                         int64_t updates) {
   const Row& r = at<Row>(step.rows)[row];
   const Hyper& h = at<Hyper>(step.hypers)[r.group];
-  const Rates& rates = at<Rates>(step.rates)[r.group];
   Scalars s = common_scalars(h, rates, verdict.clip_coef * verdict.unscale);
-  int64_t updates = *at<int64_t>(r.step);
   Rule::scalars(h, rates.lr, updates, s);
   if (updates == 1 && !r.initialized && h.init == kInitGrad) s.init_grad = h.init_scale;
   if (updates == 1 && !r.initialized && h.init == kInitRandom) {
     double norm = verdict.grad_norm * verdict.clip_coef;
     s.init_state = h.init_scale * norm * norm / step.init_norm_sq;
   }
-  at<Scalars>(step.scalars)[row] = s;
+  return s;
+}
+
+template <class Rule>
+FW_HD void set_scalars(const Step& step, const Verdict& verdict, int64_t row) {
+  const Row& r = at<Row>(step.rows)[row];
+  const Rates& rates = at<Rates>(step.rates)[r.group];
+  at<Scalars>(step.scalars)[row] = scalars_of<Rule>(step, verdict, rates, row, *at<int64_t>(r.step));
 }
 
 // the telemetry row of this step, and the counts of the next

@@ -8,6 +8,8 @@
 
 // the names that the bindings and the launchers iterate over
 #define FW_RULES(X) X(Adam) X(RAdam) X(SGD)
+// those whose step is a diagonal times the first moment, so that sharpness can be measured against it
+#define FW_PRECONDITIONED(X) X(Adam) X(RAdam) X(SGD)
 
 namespace fw {
 
@@ -155,6 +157,21 @@ FW_HD void average_update(C& average, C param, C weight) {
   C difference = param - average;
   average = weight < C(0.5) ? multiply_add(weight, difference, average)
                             : multiply_add(weight - C(1), difference, param);
+}
+
+// What a first moment of ones would do to a parameter at rate 1: one over the pre-conditioner of this step,
+// whose gradient is in the second moment. A rule without second moments has none.
+template <class Rule, int kStates, class C>
+FW_HD C response(C param, C grad, C* state, const ScalarsOf<C>& s) {
+  if constexpr (Rule::kMinStates < 2) return C(1);
+  Rule::template update<kStates>(param, grad, state, s);
+  ScalarsOf<C> still = s;
+  still.weight_decay = still.decay = still.one_minus_beta1 = still.one_minus_beta2 = still.init_grad = C(0);
+  still.init_state = C(1);
+  state[0] = C(1);
+  C moved = C(0);
+  Rule::template update<kStates>(moved, C(0), state, still);
+  return -moved;
 }
 
 }  // namespace fw

@@ -198,6 +198,18 @@ enum SegmentKind : int32_t {
   X(int32_t, fresh, 96)     \
   X(int32_t, narrow, 100)
 
+// the pre-conditioner of the step about to be made, see response.h: per row of the step where its piece of
+// the vectors begins, or -1, and the threshold of its learning rate times an eigenvalue
+#define FW_RESPONSE(X)    \
+  X(uint64_t, offsets, 0) \
+  X(uint64_t, edges, 8)   \
+  X(uint64_t, l2_sq, 16)  \
+  X(uint64_t, scale, 24)  \
+  X(uint64_t, folded, 32) \
+  X(uint64_t, rates, 40)  \
+  X(int32_t, doubles, 48) \
+  X(int32_t, reserved, 52)
+
 #define FW_STRUCTS(X)        \
   X(Row, FW_ROW)             \
   X(Chunk, FW_CHUNK)         \
@@ -212,7 +224,8 @@ enum SegmentKind : int32_t {
   X(Verdict, FW_VERDICT)     \
   X(Step, FW_STEP)           \
   X(Span, FW_SPAN)           \
-  X(Algebra, FW_ALGEBRA)
+  X(Algebra, FW_ALGEBRA)     \
+  X(Response, FW_RESPONSE)
 
 #define FW_FIELD(type, name, offset) type name;
 #define FW_DECLARE(Struct, FIELDS) \

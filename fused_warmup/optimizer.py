@@ -324,6 +324,18 @@ class FusedOptimizer(Optimizer):
         self._plan, self._backend = plan, backend
         return plan, backend
 
+    def _plan_ahead(self) -> tuple[Plan, Backend] | None:
+        """Return the table for a look at the step about to be made, None if that will build another.
+
+        The caller releases the plan when it has looked.
+        """
+        if self._plan is None or self.average != self._planned_average or not self._plan.refresh(True):
+            return None
+        plan, backend = self._prepared_plan()
+        if plan.fresh_grads:
+            plan.push_grads()
+        return plan, backend
+
     def traffic(self) -> Traffic:
         """Return launches and bytes of the next step, for the gradients now in ``.grad``; nothing is run."""
         plan, _ = self._prepared_plan()

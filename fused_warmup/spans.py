@@ -1,4 +1,4 @@
-"""The table of a sharpness measurement: parameters, what they were, gradients, and pieces of flat vectors."""
+"""The tables of a sharpness measurement: what its kernels read beside the table of the optimizer."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .columns import Columns
-from .plan import address_of, watch
+from .plan import Plan, address_of, watch
 from .table import DTYPES, STRUCTS, chunks
 
 # operations of ``csrc/vectors.h``, in the order of its enum
@@ -31,6 +31,7 @@ class Spans:
     Attributes:
         address: Address of the struct ``Algebra`` on the host.
         device: Where everything is.
+        offsets: Where the piece of each parameter begins in a flat vector.
         numel: Number of elements.
         n_chunks: Number of chunks.
         n_basis: Basis vectors of the present call.
@@ -41,7 +42,7 @@ class Spans:
     def __init__(
         self, params: Sequence[Tensor], snapshot: Sequence[Tensor], offsets: Sequence[int], dtype: torch.dtype
     ) -> None:
-        self.device = params[0].device
+        self.device, self.offsets = params[0].device, list(offsets)
         self._params = list(params)
         self._forms = watch()[0](self._params)
         self._columns = Columns(self.device)
@@ -126,4 +127,56 @@ class Spans:
 
     def call_column(self) -> Tensor:
         """Return the struct ``Algebra`` on the device, for kernels that take its address."""
+        return self._columns.put("call", self._call)
+
+
+class ResponseTable:
+    """What the kernels that make the pre-conditioner of the next step read beside the table of the step.
+
+    Args:
+        plan: The table of the optimizer, refreshed for the step about to be made.
+        params: Parameters that are measured.
+        offsets: Where the piece of each begins in a flat vector.
+        edges: Threshold of the learning rate times an eigenvalue, for each of them.
+        l2_sq: 0-dim float64 on the device, the squared norm of all gradients; read where the step would clip.
+        scale: ``P**-1/2``, ``[n]``, is written there unless it is None.
+        folded: The same with the square root of ``lr / edge``, ``[n]``, unless it is None.
+
+    Attributes:
+        address: Address of the struct ``Response`` on the host.
+        doubles: Whether the vectors are float64.
+        rates: Float64 of ``[groups, 2]`` on the device: learning rate and weight decay that will be in force.
+    """
+
+    def __init__(
+        self,
+        plan: Plan,
+        params: Sequence[Tensor],
+        offsets: Sequence[int],
+        edges: Sequence[float],
+        l2_sq: Tensor,
+        scale: Tensor | None,
+        folded: Tensor | None,
+    ) -> None:
+        places = {id(p): (offset, edge) for p, offset, edge in zip(params, offsets, edges, strict=True)}
+        found = [places.get(id(row.param), (-1, 1.0)) for row in plan.rows]
+        self._columns = Columns(plan.device)
+        self.rates = torch.zeros_like(plan.rates)
+        self.doubles = any(t is not None and t.dtype == torch.float64 for t in (scale, folded))
+        self._call = np.zeros(1, STRUCTS["Response"])
+        self.address: int = self._call.ctypes.data
+        # held for the addresses in the table
+        self._kept = l2_sq, scale, folded
+        self._call["offsets"] = address_of(
+            self._columns.put("offsets", np.array([offset for offset, _ in found], np.int64))
+        )
+        self._call["edges"] = address_of(
+            self._columns.put("edges", np.array([edge for _, edge in found], np.float64))
+        )
+        for name, tensor in (("l2_sq", l2_sq), ("scale", scale), ("folded", folded), ("rates", self.rates)):
+            self._call[name] = address_of(tensor)
+        self._call["doubles"] = self.doubles
+
+    def call_column(self) -> Tensor:
+        """Return the struct ``Response`` on the device, for kernels that take its address."""
         return self._columns.put("call", self._call)

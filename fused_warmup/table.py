@@ -152,6 +152,10 @@ _FIELDS: dict[str, list[tuple[str, str]]] = {
         *((name, "i8") for name in ("n_chunks", "stride")),
         *((name, "i4") for name in ("n_basis", "doubles", "fresh", "narrow")),
     ],
+    "Response": [
+        *((name, "u8") for name in ("offsets", "edges", "l2_sq", "scale", "folded", "rates")),
+        *((name, "i4") for name in ("doubles", "reserved")),
+    ],
 }
 
 STRUCTS: dict[str, np.dtype] = {name: np.dtype(fields) for name, fields in _FIELDS.items()}

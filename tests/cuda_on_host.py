@@ -29,7 +29,7 @@ def compile_all(folder: Path, extra: str) -> Path:
     common = ["-include", str(ROOT / "tests" / "cuda_on_host.h"), "-x", "c++", "-c"]
     includes = [f"-I{path}" for path in (pybind11.get_include(), sysconfig.get_paths()["include"])]
     sources = {f"kernels_{rule}.o": ("kernels.cu", [f"-DFW_RULE={rule}"]) for rule in _cpu.rules()}
-    sources["vectors.o"] = ("vectors.cu", [])
+    sources |= {f"{name}.o": (f"{name}.cu", []) for name in ("vectors", "response")}
     sources["bindings.o"] = ("bindings.cpp", includes)
     running = []
     for name, (source, more) in sources.items():

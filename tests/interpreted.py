@@ -26,7 +26,7 @@ from cases import (
 from test_backends import EPS, check_pair, check_single_steps, run_pair
 from torch.nn import Parameter
 from triton.runtime.interpreter import TensorHandle
-from vector_cases import check_operations, draw, make_pair
+from vector_cases import check_operations, check_response, draw, make_pair
 
 import fused_warmup as fw
 from fused_warmup.backends.triton import memory, rules, schedules
@@ -372,3 +372,15 @@ def test_vector_sums_do_not_depend_on_the_grid():
         bits.append(torch.cat([*sums, out.double()]))
     assert torch.equal(bits[0], bits[1])
     assert torch.equal(bits[0], bits[2])
+
+
+@pytest.mark.parametrize("name", ["adam-amsgrad", "giadam", "radam-l2", "sgd-momentum"])
+def test_preconditioner_is_that_of_the_reference(name):
+    """Two groups over all dtypes, so that rates and thresholds are folded in; before the second step and the sixth."""
+    params = [p for dtype in EPS for p in make_params(dtype, [(33,), ()])]
+    groups = [{"params": params[:3]}, {"params": params[3:], "lr": 3e-3, "weight_decay": 0.01}]
+
+    def make(case, _, **options):
+        return case.make(groups, backend="triton", **options), TritonBackend()
+
+    check_response(BY_NAME[name], make, params, schedule=SCHEDULES["warmup_linear"])

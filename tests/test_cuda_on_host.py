@@ -12,7 +12,7 @@ import cuda_on_host
 import pytest
 import torch
 import vector_cases
-from cases import CASES, assert_close, assert_same_bits, make_params, set_grads, states_of
+from cases import CASES, SCHEDULES, assert_close, assert_same_bits, make_params, set_grads, states_of
 from test_backends import (  # noqa: F401
     EPS,
     test_one_step_from_the_same_state,
@@ -40,7 +40,7 @@ from test_properties import (  # noqa: F401
     test_strided_views_train_as_the_reference_does,
     test_the_layout_of_memory_does_not_change_a_bit,
 )
-from vector_cases import check_operations, draw, make_pair
+from vector_cases import check_operations, check_response, draw, make_pair
 
 import fused_warmup as fw
 from fused_warmup import _cpu, columns, optimizer
@@ -333,3 +333,18 @@ def test_a_vector_operation_is_one_launch(module):
     before = launches.value
     fused.perturb(draw(fused, 0), None, fused.number(1e-3))
     assert launches.value == before + 1
+
+
+@pytest.mark.parametrize("dtype", vector_cases.DTYPES, ids=str)
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_preconditioner_is_that_of_the_reference(module, case, dtype):
+    def make(case, params, **options):
+        return case.make(params, **options), CudaBackend(module)
+
+    clip = None if "weight_decay" in case.options else 5.0
+    params = make_params(dtype, [(3,), (0,), (), (33, 101)])
+    options = {"max_grad_norm": clip, "schedule": SCHEDULES["warmup_linear"]}
+    check_response(case, make, params, **options)
+    mixed = [p for d in vector_cases.DTYPES for p in make_params(d, [(33,)])]
+    groups = [{"params": mixed[:1]}, {"params": mixed[1:], "lr": 3e-3}]
+    check_response(case, lambda case, _, **more: make(case, groups, **more), mixed, steps=(1,))

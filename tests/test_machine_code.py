@@ -22,7 +22,7 @@ ARCHS = os.environ.get(
 # registers that leave room for the threads that launch bounds promise, of 65,536 on every processor
 LIMITS = {"measure": 65536 // 1280, "decide": 65536 // 512, "update": 65536 // 640, "update of doubles": 128}
 VECTOR_PARTS = ("Perturb", "Finish", "Combine")
-LIMITS |= dict.fromkeys(VECTOR_PARTS, 65536 // 512)
+LIMITS |= dict.fromkeys((*VECTOR_PARTS, "response"), 65536 // 512)
 
 
 def find_tool(name):
@@ -58,7 +58,7 @@ def kernel_of(symbol):
     """The stage and the rule that a mangled name stands for; the operation on vectors."""
     if match := re.search(rf"vector_kernel.*({'|'.join(VECTOR_PARTS)})", symbol):
         return match.group(1), None
-    stage = re.search(r"(measure|decide|update)_kernel", symbol).group(1)
+    stage = re.search(r"(measure|decide|update|response)_kernel", symbol).group(1)
     rule = re.search(rf"\d({'|'.join(RULES)})(?=E)", symbol)
     doubles = stage == "update" and "Lb1E" in symbol
     return "update of doubles" if doubles else stage, rule and rule.group(1)
@@ -100,6 +100,7 @@ def test_every_device_has_every_kernel(resources):
         wanted = {(stage, rule): n for stage, n in variants.items() for rule in RULES}
         # vectors of float32 and of float64
         vectors = {(part, None): 2 for part in VECTOR_PARTS}
+        vectors |= {("response", rule): 2 for rule in _cpu.preconditioned()}
         assert dict(counts) == {**wanted, ("measure", None): 2 * len(RULES), **vectors}, arch
 
 
@@ -137,6 +138,9 @@ def test_vectors_of_16_bytes(code):
         if stage == "measure":
             # float32 and float64 take one; both kinds of 16 bits one, or two beside float32 gradients
             assert loads >= 1 + 1 + 2 * (1 + 2), (symbol, loads)
+        elif stage == "response":
+            assert loads >= 3 * min(states[rule]), (symbol, loads)
+            assert stores >= 2, (symbol, stores)
         elif stage in VECTOR_PARTS:
             # of each type of parameters: values, vector and scale; the gradients and basis; or the basis
             assert loads >= (3 * 3 if stage != "Combine" else 3 * 5), (symbol, loads)

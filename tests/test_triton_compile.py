@@ -21,7 +21,7 @@ from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.backends.nvidia.compiler import get_ptxas  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 
-from fused_warmup.backends.triton import kernels, launch, vectors  # noqa: E402
+from fused_warmup.backends.triton import kernels, launch, response, vectors  # noqa: E402
 
 F32, F64, BF16, F16 = (DTYPES[d] for d in (torch.float32, torch.float64, torch.bfloat16, torch.float16))
 SIZES = {F32: 4, F64: 8, BF16: 2, F16: 2}
@@ -258,3 +258,12 @@ def test_vector_operations_move_16_bytes_at_a_time_and_spill_nothing(dtype, oper
     # the snapshot, the vector and the scale; gradients and basis; or the vector and the basis
     assert wide_bytes(ptx, "ld") >= 3 * 16
     assert wide_bytes(ptx, "st") >= 16
+
+
+@pytest.mark.parametrize(("rule", "n_states"), [("Adam", 2), ("Adam", 3), ("RAdam", 2), ("SGD", 1)])
+def test_the_preconditioner_moves_16_bytes_at_a_time_and_spills_nothing(rule, n_states):
+    constants = launch.response_constants(rule, ((F32, F32, n_states),), False)
+    ptx, numbers = compile_kernel(response.response_kernel, constants, 90)
+    assert numbers["spills"] == 0, numbers
+    assert wide_bytes(ptx, "ld") >= 16 * (2 + n_states if rule != "SGD" else 0)
+    assert wide_bytes(ptx, "st") >= 2 * 16

@@ -1,9 +1,11 @@
 """The fused vector operations of sharpness measurements against plain PyTorch, and their bits."""
 
+import cases
 import pytest
 import torch
 import vector_cases
-from vector_cases import DTYPES, check_operations, draw, make_pair
+from cases import CASES, SCHEDULES
+from vector_cases import DTYPES, check_operations, check_response, draw, make_pair
 
 from fused_warmup import _cpu
 from fused_warmup.backends.native import CpuBackend
@@ -67,5 +69,32 @@ def test_strided_views_are_left_to_pytorch():
 def test_cases_reach_every_branch():
     """What the cases are there for: odd sizes, several chunks, dense layouts that are not contiguous."""
     params = vector_cases.make_params([torch.float32], vector_cases.SHAPES)
-    assert {p.numel() for p in params} >= {0, 1, 3, 1023, 4097, 40_000}
+    assert {p.numel() for p in params} >= {0, 1, 3, 1023, 4097, 33_000}
     assert sum(not p.is_contiguous() for p in params) == 2
+
+
+def on_cpu(case, params, **options):
+    opt = case.make(params, backend="cpu", **options)
+    return opt, CpuBackend()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_preconditioner_is_that_of_the_reference(case, dtype):
+    params = cases.make_params(dtype, [(3,), (0,), (), (33, 101)])
+    # a penalty may cancel a gradient that was clipped, and leave its rounding error alone
+    clip = None if "weight_decay" in case.options else 5.0
+    check_response(case, on_cpu, params, max_grad_norm=clip, schedule=SCHEDULES["warmup_linear"])
+
+
+@pytest.mark.parametrize("name", ["adamw", "radam-l2", "sgd-momentum"])
+def test_preconditioner_of_groups_and_mixed_dtypes(name):
+    """Rates and decays of their own."""
+    case = next(case for case in CASES if case.name == name)
+    params = [p for dtype in DTYPES for p in cases.make_params(dtype, [(33,), (4, 5)])]
+    groups = [{"params": params[:3]}, {"params": params[3:], "lr": 3e-3, "weight_decay": 0.01}]
+
+    def make(case, params, **options):
+        return on_cpu(case, groups, **options)
+
+    check_response(case, make, params)

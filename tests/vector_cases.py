@@ -1,12 +1,15 @@
 """The vector operations of a backend against those in plain PyTorch, for every backend that has kernels."""
 
+import pytest
 import torch
+from cases import set_grads
 from torch.nn import Parameter
 
+from fused_warmup.sharpness.preview import Preview
 from fused_warmup.sharpness.vectors import FusedVectors, Vectors
 
 # odd sizes, an empty tensor, 0-dim, one beyond a chunk; channels-last and a transposed matrix are dense too
-SHAPES = [(3,), (0,), (), (1023,), (4097,), (8, 16), (40_000,)]
+SHAPES = [(3,), (0,), (), (1023,), (4097,), (8, 16), (33_000,)]
 FEW_SHAPES = [(3,), (0,), (), (40,), (300,)]
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 # half a unit in the last place of a parameter
@@ -103,3 +106,46 @@ def check_operations(dtypes, backend, shapes=SHAPES, device="cpu", scaled=True, 
         for v, out, c in zip(both, (a, b), none, strict=True)
     ]
     torch.testing.assert_close(lengths[1], lengths[0], rtol=1e-6, atol=0.0)
+
+
+def check_response(case, resolve, params, *, steps=(1, 6), **options):
+    """The kernels' pre-conditioner against the reference: elements, rates and L2 penalties, after some steps.
+
+    ``resolve`` makes the optimizer and its backend for a list of parameters.
+    """
+    opt, backend = resolve(case, params, **options)
+    for step in range(max(steps) + 1):
+        set_grads(params, step)
+        if step in steps:
+            preview = Preview("test", opt)
+            vectors = FusedVectors(preview.params, preview.params, wide_of(params), backend)
+            found = preview.ahead(vectors)
+            assert found is not None
+            members = preview.members
+            inverse = preview.inverse_preconditioners(preview.grads)
+            factors = [m.lr / m.edge for m in members]
+            assert found.factor.item() == pytest.approx(factors[0], rel=1e-12)
+            if found.scale is None:
+                assert opt.rule == "SGD"
+            else:
+                close(vectors, found.scale, [x.sqrt() for x in inverse])
+            if len(set(factors)) == 1:
+                assert found.folded is None
+            else:
+                pairs = zip(inverse, factors, strict=True)
+                close(vectors, found.folded, [(x.double() * f).sqrt().to(x.dtype) for x, f in pairs])
+            decays = [m.coupled_decay for m in members]
+            assert [d.item() for d in found.decays] == (pytest.approx(decays) if any(decays) else [])
+            for p, grad in zip(preview.params, preview.grads, strict=True):
+                p.grad = grad
+        opt.step()
+
+
+def wide_of(params):
+    return torch.float64 if any(p.dtype == torch.float64 for p in params) else torch.float32
+
+
+def close(vectors, found, wanted):
+    for p, a, b in zip(vectors.params, vectors.split(found), wanted, strict=True):
+        rtol = 1e-12 if p.dtype == torch.float64 else 2e-6
+        torch.testing.assert_close(a.to(b.dtype), b, rtol=rtol, atol=0.0)

@@ -29,11 +29,20 @@ const fw::VectorFunction* const kVectors[] = {
     &fw::vectors_avx512,
 #endif
 };
+const fw::ResponseFunction* const* const kResponses[] = {
+    &fw::responses_baseline,
+#if defined(FW_X86_64)
+    &fw::responses_avx2,
+    &fw::responses_avx512,
+#endif
+};
 
 #define FW_NAME(Rule) #Rule,
 const char* const kRules[] = {FW_RULES(FW_NAME)};
+const char* const kPreconditioned[] = {FW_PRECONDITIONED(FW_NAME)};
 #undef FW_NAME
 constexpr int kRuleCount = sizeof kRules / sizeof kRules[0];
+constexpr int kPreconditionedCount = sizeof kPreconditioned / sizeof kPreconditioned[0];
 
 // names of the instruction sets that this machine runs, narrowest first
 py::tuple instruction_sets() {
@@ -46,6 +55,12 @@ py::tuple instruction_sets() {
 py::tuple rules() {
   py::list names;
   for (const char* name : kRules) names.append(name);
+  return py::tuple(names);
+}
+
+py::tuple preconditioned() {
+  py::list names;
+  for (const char* name : kPreconditioned) names.append(name);
   return py::tuple(names);
 }
 
@@ -70,6 +85,15 @@ void vectors(int isa, int operation, std::uintptr_t address, int threads) {
   FW_CHECK(threads > 0, "threads must be at least 1");
   py::gil_scoped_release release;
   (*kVectors[isa])(*fw::at<const fw::Algebra>(address), operation, threads);
+}
+
+void response(int isa, int rule, std::uintptr_t step, std::uintptr_t address, int threads) {
+  check_isa(isa);
+  FW_CHECK(rule >= 0 && rule < kPreconditionedCount, "rule must be an index into preconditioned()");
+  FW_CHECK(step != 0 && address != 0, "addresses must be those of a Step and a Response");
+  FW_CHECK(threads > 0, "threads must be at least 1");
+  py::gil_scoped_release release;
+  (*kResponses[isa])[rule](*fw::at<const fw::Step>(step), *fw::at<const fw::Response>(address), threads);
 }
 
 // offset and size of every field of every shared struct, and the size of the struct under the empty name
@@ -194,6 +218,9 @@ PYBIND11_MODULE(_cpu, m) {
   m.def("layout", &layout);
   m.def("step", &step, py::arg("isa"), py::arg("rule"), py::arg("address"), py::arg("threads"));
   m.def("vectors", &vectors, py::arg("isa"), py::arg("operation"), py::arg("address"), py::arg("threads"));
+  m.def("preconditioned", &preconditioned);
+  m.def("response", &response, py::arg("isa"), py::arg("rule"), py::arg("step"), py::arg("address"),
+        py::arg("threads"));
   m.def("same_members", &same_members, py::arg("groups"), py::arg("members"));
   m.def("same_entries", &same_entries, py::arg("dicts"), py::arg("names"), py::arg("objects"));
   py::class_<Forms>(m, "Forms")

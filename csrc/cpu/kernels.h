@@ -16,9 +16,13 @@ struct Kernels {
 // one of the operations of vectors.h
 using VectorFunction = void (*)(const Algebra&, int operation, int threads);
 
-#define FW_DECLARE(isa)               \
-  extern const Kernels kernels_##isa; \
-  extern const VectorFunction vectors_##isa;
+using ResponseFunction = void (*)(const Step&, const Response&, int threads);
+
+// responses in the order of FW_PRECONDITIONED
+#define FW_DECLARE(isa)                      \
+  extern const Kernels kernels_##isa;        \
+  extern const VectorFunction vectors_##isa; \
+  extern const ResponseFunction* const responses_##isa;
 FW_DECLARE(baseline)
 #if defined(FW_X86_64)
 FW_DECLARE(avx2)

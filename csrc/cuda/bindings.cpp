@@ -14,10 +14,20 @@ namespace {
 const fw::CudaKernels* const kRules[] = {FW_RULES(FW_ENTRY)};
 #undef FW_ENTRY
 constexpr int kRuleCount = sizeof kRules / sizeof kRules[0];
+#define FW_NAME(Rule) #Rule,
+const char* const kPreconditioned[] = {FW_PRECONDITIONED(FW_NAME)};
+#undef FW_NAME
+constexpr int kPreconditionedCount = sizeof kPreconditioned / sizeof kPreconditioned[0];
 
 py::tuple rules() {
   py::list names;
   for (const fw::CudaKernels* kernels : kRules) names.append(kernels->rule);
+  return py::tuple(names);
+}
+
+py::tuple preconditioned() {
+  py::list names;
+  for (const char* name : kPreconditioned) names.append(name);
   return py::tuple(names);
 }
 
@@ -55,6 +65,17 @@ void vectors(int operation, std::uintptr_t address, int device, std::uintptr_t s
   fw::run_vectors(how, call, operation);
 }
 
+void response(int rule, std::uintptr_t step, std::uintptr_t address, int device, std::uintptr_t stream,
+              int64_t max_blocks) {
+  FW_CHECK(rule >= 0 && rule < kPreconditionedCount, "rule must be an index into preconditioned()");
+  FW_CHECK(step != 0 && address != 0, "addresses must be those of a Step and a Response");
+  FW_CHECK(device >= 0 && max_blocks >= 0, "device and max_blocks must be at least 0");
+  const fw::Response& call = *fw::at<const fw::Response>(address);
+  const fw::Launch how{device, fw::at<void>(stream), call.doubles != 0, nullptr, 0, max_blocks};
+  py::gil_scoped_release release;
+  fw::run_response(how, rule, *fw::at<const fw::Step>(step), call);
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_cuda, m) {
@@ -66,4 +87,7 @@ PYBIND11_MODULE(_cuda, m) {
         py::arg("doubles"), py::arg("device"), py::arg("stream"), py::arg("max_blocks") = 0);
   m.def("vectors", &vectors, py::arg("operation"), py::arg("address"), py::arg("device"), py::arg("stream"),
         py::arg("max_blocks") = 0);
+  m.def("preconditioned", &preconditioned);
+  m.def("response", &response, py::arg("rule"), py::arg("step"), py::arg("address"), py::arg("device"),
+        py::arg("stream"), py::arg("max_blocks") = 0);
 }

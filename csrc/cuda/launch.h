@@ -30,5 +30,7 @@ FW_RULES(FW_DECLARE)
 
 // queues one of the operations of vectors.h
 void run_vectors(const Launch&, const Algebra&, int operation);
+// queues the pre-conditioner of a rule of FW_PRECONDITIONED
+void run_response(const Launch&, int rule, const Step&, const Response&);
 
 }  // namespace fw

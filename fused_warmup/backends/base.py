@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Protocol, runtime_checkable
 
 from ..plan import Plan
-from ..spans import Spans
+from ..spans import ResponseTable, Spans
 
 
 class Backend(Protocol):
@@ -40,4 +40,15 @@ class VectorBackend(Protocol):
         Args:
             operation: Its name.
             spans: A table whose ``prepare`` has just run.
+        """
+
+    def response(self, plan: Plan, table: ResponseTable) -> bool:
+        """Queue the pre-conditioner of the step about to be made.
+
+        Args:
+            plan: The table of the step, with its gradients where the kernels read them.
+            table: Where to write.
+
+        Returns:
+            False, with nothing done, if the rule of the plan has none.
         """

@@ -8,7 +8,7 @@ import torch
 
 from .. import _checks as check
 from ..plan import Plan
-from ..spans import OPERATIONS, Spans
+from ..spans import OPERATIONS, ResponseTable, Spans
 
 # below so many elements a thread costs more than it saves
 _ELEMENTS_PER_THREAD = 1 << 14
@@ -50,6 +50,15 @@ class CpuBackend:
     def vectors(self, operation: str, spans: Spans) -> None:
         """Do one of ``spans.OPERATIONS``; the same bits for any number of threads."""
         self._cpu.vectors(self._isa, OPERATIONS.index(operation), spans.address, _threads(spans.numel))
+
+    def response(self, plan: Plan, table: ResponseTable) -> bool:
+        """Make the pre-conditioner of the step about to be made, if its rule has one."""
+        rules = self._cpu.preconditioned()
+        if plan.rule not in rules:
+            return False
+        rule = rules.index(plan.rule)
+        self._cpu.response(self._isa, rule, plan.address, table.address, _threads(plan.numel))
+        return True
 
 
 class CudaBackend:
@@ -97,6 +106,21 @@ class CudaBackend:
             _stream(spans.device),
             self._max_blocks,
         )
+
+    def response(self, plan: Plan, table: ResponseTable) -> bool:
+        """Queue the pre-conditioner of the step about to be made, if its rule has one."""
+        rules = self._cuda.preconditioned()
+        if plan.rule not in rules:
+            return False
+        self._cuda.response(
+            rules.index(plan.rule),
+            plan.address,
+            table.address,
+            plan.device.index or 0,
+            _stream(plan.device),
+            self._max_blocks,
+        )
+        return True
 
 
 def _stream(device: torch.device) -> int:

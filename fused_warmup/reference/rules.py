@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Protocol
 
 import torch
@@ -207,6 +207,24 @@ def average_update(average: Tensor, param: Tensor, weight: float) -> Tensor:
     """Move the average towards the parameter; weight 1 gives the parameter itself."""
     difference = param - average
     return average + weight * difference if weight < 0.5 else param - difference * (1.0 - weight)
+
+
+def response(rule: type[Rule], param: Tensor, grad: Tensor, state: Sequence[Tensor], s: Scalars) -> Tensor:
+    """What a first moment of ones would do to a parameter at rate 1: one over the pre-conditioner."""
+    if rule.min_states < 2:
+        return torch.ones_like(param)
+    _, new_state = rule.update(param, grad, state, s)
+    still = replace(s)
+    still.weight_decay = 0.0
+    still.decay = 0.0
+    still.one_minus_beta1 = 0.0
+    still.one_minus_beta2 = 0.0
+    still.init_grad = 0.0
+    still.init_state = 1.0
+    zero = torch.zeros_like(param)
+    new_state = [torch.ones_like(param), *new_state[1:]]
+    moved, _ = rule.update(zero, zero, new_state, still)
+    return -moved
 
 
 def init_exp_avg_sq(param: Tensor, grad: Tensor, h: Hyper, weight_decay: float, clip_coef: float) -> Tensor:

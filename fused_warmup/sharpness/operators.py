@@ -12,7 +12,7 @@ from .. import _checks as check
 from .hvp import Hessian
 from .keeper import Keeper, Loss
 from .lanczos import Spectrum, lanczos, lengths
-from .preview import Member, Preview
+from .preview import Preview
 from .reading import SharpnessReading, bracket
 from .vectors import dot
 
@@ -192,12 +192,12 @@ class Pair:
         plain: ``P^-1/2 H P^-1/2``.
         folded: The same over ``edge / lr`` of each group, whose largest eigenvalue is the edge ratio; None
             where that is the same for all.
-        factor: ``lr / edge`` where it is the same for all.
+        factor: ``lr / edge`` where it is the same for all, 0-dim.
     """
 
     plain: Operator
     folded: Operator | None
-    factor: float
+    factor: Tensor
 
     def edge_ratio(self, plain: Spectrum, folded: Spectrum | None) -> Tensor:
         """Return the ratio of sharpness and threshold."""
@@ -206,18 +206,25 @@ class Pair:
 
 def operators_of(preview: Preview, hessian: Hessian) -> Pair:
     """Return the operators of the step about to be made."""
-    keeper, members = hessian.keeper, preview.members
-    inverse = keeper.vectors.flat(preview.inverse_preconditioners(preview.grads_of(hessian)))
+    vectors = hessian.keeper.vectors
+    ahead = preview.ahead(vectors)
+    if ahead is not None:
+        decay = vectors.filled(ahead.decays) if ahead.decays else None
+        folded = None if ahead.folded is None else Operator(hessian, ahead.folded, decay)
+        return Pair(Operator(hessian, ahead.scale, decay), folded, ahead.factor)
+    members = preview.members
+    inverse = vectors.flat(preview.inverse_preconditioners(preview.grads_of(hessian)))
     plain_sgd = all(m.rule == "SGD" for m in members)
     scale = None if plain_sgd else inverse.sqrt()
     decay = None
     if any(m.coupled_decay for m in members):
-        decay = _spread(keeper, members, [m.coupled_decay for m in members])
+        decay = vectors.filled([vectors.number(m.coupled_decay) for m in members])
     plain = Operator(hessian, scale, decay)
     factors = [m.lr / m.edge for m in members]
     if len(set(factors)) == 1:
-        return Pair(plain, None, factors[0])
-    return Pair(plain, Operator(hessian, (inverse * _spread(keeper, members, factors)).sqrt(), decay), 0.0)
+        return Pair(plain, None, vectors.number(factors[0]))
+    spread = vectors.filled([vectors.number(factor) for factor in factors])
+    return Pair(plain, Operator(hessian, (inverse * spread).sqrt(), decay), vectors.number(0.0))
 
 
 def make_reading(
@@ -264,10 +271,3 @@ def random_vector(keeper: Keeper, seed: int | torch.Generator) -> Tensor:
     vectors = keeper.vectors
     drawn = torch.randn(vectors.numel, dtype=vectors.dtype, device=vectors.device, generator=generator)
     return vectors.from_params_order(drawn)
-
-
-def _spread(keeper: Keeper, members: list[Member], values: list[float]) -> Tensor:
-    """Return a vector of ``[n]`` with one value for each parameter."""
-    vectors = keeper.vectors
-    full = [torch.full_like(m.param, v, dtype=vectors.dtype) for m, v in zip(members, values, strict=True)]
-    return vectors.flat(full)

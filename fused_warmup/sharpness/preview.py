@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from .. import _checks as check
+from ..backends.base import VectorBackend
 from ..layout import compute_dtype
 from ..optimizer import FusedOptimizer
 from ..optimizers import SGD, Adam, RAdam
-from ..reference.rules import RULES, Scalars, common_scalars
+from ..plan import Plan
+from ..reference.rules import RULES, Scalars, common_scalars, response
+from ..spans import ResponseTable
 from ..table import Hyper
 from .hvp import Hessian
-from .vectors import dot
+from .vectors import FusedVectors, Vectors, dot
 
 _TORCH: dict[type[torch.optim.Optimizer], type[FusedOptimizer]] = {
     torch.optim.Adam: Adam,
@@ -24,6 +28,15 @@ _TORCH: dict[type[torch.optim.Optimizer], type[FusedOptimizer]] = {
     torch.optim.RAdam: RAdam,
     torch.optim.SGD: SGD,
 }
+
+
+def edge_of(rule: str, h: Hyper) -> float:
+    """Return the stability threshold of ``lr * eigenvalue`` late in training, table A4."""
+    if rule != "SGD":
+        return 2.0 * (1.0 + h.beta1) / (1.0 - h.beta1)
+    if h.nesterov:
+        return 2.0 * (1.0 + h.momentum) / (1.0 + 2.0 * h.momentum)
+    return 2.0 * (1.0 + h.momentum) / (1.0 - h.dampening if h.momentum else 1.0)
 
 
 @dataclass
@@ -52,13 +65,8 @@ class Member:
 
     @property
     def edge(self) -> float:
-        """Stability threshold of ``lr * eigenvalue`` late in training, table A4."""
-        h = self.hyper
-        if self.rule != "SGD":
-            return 2.0 * (1.0 + h.beta1) / (1.0 - h.beta1)
-        if h.nesterov:
-            return 2.0 * (1.0 + h.momentum) / (1.0 + 2.0 * h.momentum)
-        return 2.0 * (1.0 + h.momentum) / (1.0 - h.dampening if h.momentum else 1.0)
+        """Stability threshold of ``lr * eigenvalue`` late in training."""
+        return edge_of(self.rule, self.hyper)
 
     @property
     def early_edge(self) -> float:
@@ -95,7 +103,7 @@ class Preview:
         ValueError: If some groups ascend and others descend, or no parameter takes part.
 
     Attributes:
-        members: The parameters.
+        params: The parameters.
         grads: Their gradients, or None if the closure must give them.
         made: Updates that the optimizer has made, 0-dim int64 of its own, or an int.
         sign: -1 if the optimizer ascends.
@@ -110,29 +118,52 @@ class Preview:
         if not chosen:
             check.fail(owner, "optimizer", "have parameters that require a gradient", optimizer)
         # a look at the property would make each later step check all states
-        state: Mapping[Tensor, Any] = optimizer.state if ours is None else ours._state
+        self._state: Mapping[Tensor, Any] = optimizer.state if ours is None else ours._state
         counters = None if ours is None else ours._counters
+        self._hypers = {id(g): _hyper(owner, optimizer, g) for g in optimizer.param_groups}
+        self._chosen = chosen
+        self.params = [p for _, p in chosen]
         self.made: Tensor | int = 0 if counters is None else counters[0].clone()
-        t, steps = _counts(self.made, [state.get(p, {}) for _, p in chosen])
-        hypers = {id(g): _hyper(owner, optimizer, g) for g in optimizer.param_groups}
-        self.members = [
-            _member(optimizer, p, *hypers[id(g)], g, state.get(p, {}), step, t)
-            for (g, p), step in zip(chosen, steps, strict=True)
-        ]
         if ours is None:
-            self.made = max(steps) - 1
+            self.made = max(_counts(0, [self._state.get(p, {}) for p in self.params])[1]) - 1
         self.grads = [p.grad.detach() for _, p in with_grad] if with_grad else None
-        signs = {-1.0 if m.hyper.maximize else 1.0 for m in self.members}
+        self._own = [self._hypers[id(g)] for g, _ in chosen]
+        signs = {-1.0 if hyper.maximize else 1.0 for _, hyper in self._own}
         if len(signs) > 1:
             check.fail(owner, "maximize", "be the same for all groups", sorted(signs))
         self.sign = signs.pop()
         self._max_grad_norm = None if ours is None else ours.max_grad_norm
         self._init_norm_sq = 0.0 if ours is None else ours._init_norm_sq
 
-    @property
-    def params(self) -> list[Tensor]:
-        """The parameters that take part."""
-        return [m.param for m in self.members]
+    @functools.cached_property
+    def members(self) -> list[Member]:
+        """The parameters with what their update needs; reading the step counts waits for the device."""
+        t, steps = _counts(self.made, [self._state.get(p, {}) for p in self.params])
+        return [
+            _member(self.optimizer, p, *self._hypers[id(g)], g, self._state.get(p, {}), step, t)
+            for (g, p), step in zip(self._chosen, steps, strict=True)
+        ]
+
+    def ahead(self, vectors: Vectors) -> Ahead | None:
+        """Return the pre-conditioner by the kernels of the optimizer's backend, which wait for nothing.
+
+        None where they cannot: before the first step, for an optimizer of torch or gradients of a closure.
+        """
+        optimizer = self.optimizer
+        if not (isinstance(optimizer, FusedOptimizer) and isinstance(vectors, FusedVectors) and self.grads):
+            return None
+        for param, grad in zip(self.params, self.grads, strict=True):
+            param.grad = grad
+        prepared = optimizer._plan_ahead()
+        for param in self.params:
+            param.grad = None
+        if prepared is None:
+            return None
+        plan, backend = prepared
+        try:
+            return _ahead(self, plan, backend, vectors) if isinstance(backend, VectorBackend) else None
+        finally:
+            plan.release()
 
     @property
     def lr(self) -> float:
@@ -188,16 +219,17 @@ class Preview:
 
     def _factor(self, grads: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
         """Return the clip coefficient and the scale of a random second moment, 0-dim float64."""
-        norm = torch.stack([dot(g, g) for g in grads]).sum().sqrt()
+        # in double before they are squared, which 16 bits would round
+        norm = torch.stack([dot(g.double(), g.double()) for g in grads]).sum().sqrt()
         clip = torch.ones_like(norm)
         if self._max_grad_norm is not None:
             clip = (self._max_grad_norm / (norm + 1e-6)).clamp(max=1.0)
         return clip, (norm * clip).square()
 
-    def _updated(
+    def _arguments(
         self, m: Member, grad: Tensor, eta: float, factor: tuple[Tensor, Tensor]
-    ) -> tuple[Tensor, list[Tensor]]:
-        """Return the new parameter and states of the rule, in double precision."""
+    ) -> tuple[Tensor, Tensor, list[Tensor], Scalars]:
+        """Return what the rule takes, in double precision."""
         clip, norm_sq = factor
         states = [s.to(torch.float64) for s in m.states]
         if m.step == 1 and not m.initialized and m.hyper.init == "random":
@@ -207,26 +239,58 @@ class Preview:
                 )
             states[1] = states[1] * (m.hyper.init_scale * norm_sq / self._init_norm_sq)
         grad = grad.to(torch.float64) * clip
-        return RULES[m.rule].update(m.param.detach().to(torch.float64), grad, states, m.scalars(eta))
+        return m.param.detach().to(torch.float64), grad, states, m.scalars(eta)
 
     @torch.no_grad()
     def _moved(self, m: Member, grad: Tensor, ratio: float, factor: tuple[Tensor, Tensor]) -> Tensor:
-        moved, _ = self._updated(m, grad, ratio, factor)
-        return (m.param.detach().to(torch.float64) - moved).to(compute_dtype(m.param.dtype))
+        param, grad, states, s = self._arguments(m, grad, ratio, factor)
+        moved, _ = RULES[m.rule].update(param, grad, states, s)
+        return (param - moved).to(compute_dtype(m.param.dtype))
 
     @torch.no_grad()
     def _response(self, m: Member, grad: Tensor, factor: tuple[Tensor, Tensor]) -> Tensor:
         """Return the update that a first moment of ones would give, which is ``1 / P``."""
-        dtype = compute_dtype(m.param.dtype)
-        if m.rule == "SGD":
-            return torch.ones_like(m.param, dtype=dtype)
-        _, states = self._updated(m, grad, 1.0, factor)
-        zeros = torch.zeros_like(states[0])
-        states[0] = torch.ones_like(zeros)
-        still = {"weight_decay": 0.0, "decay": 0.0, "one_minus_beta1": 0.0, "one_minus_beta2": 0.0}
-        s = replace(m.scalars(1.0), **still, init_grad=0.0)
-        moved, _ = RULES[m.rule].update(zeros, zeros, states, s)
-        return (-moved).to(dtype)
+        param, grad, states, s = self._arguments(m, grad, 1.0, factor)
+        return response(RULES[m.rule], param, grad, states, s).to(compute_dtype(m.param.dtype))
+
+
+@dataclass
+class Ahead:
+    """The pre-conditioner of the step about to be made, as the optimizer's kernels find it; on the device.
+
+    Attributes:
+        scale: ``P**-1/2``, ``[n]``, or None for the identity.
+        folded: The same with the square root of ``lr / edge``, or None where that is the same for all.
+        factor: ``lr / edge`` of the first parameter, 0-dim float64.
+        decays: L2 penalty of each parameter, 0-dim float64 each; empty without any.
+    """
+
+    scale: Tensor | None
+    folded: Tensor | None
+    factor: Tensor
+    decays: list[Tensor]
+
+
+def _ahead(preview: Preview, plan: Plan, backend: VectorBackend, vectors: FusedVectors) -> Ahead | None:
+    """Run the kernels over a table that is ready for the step."""
+    assert preview.grads is not None
+    hypers = [hyper for _, hyper in preview._own]
+    rule = preview._own[0][0].rule
+    edges = [edge_of(rule, h) for h in hypers]
+    shared = len({(h.lr / edge, h.schedule) for h, edge in zip(hypers, edges, strict=True)}) == 1
+    scale, folded = (vectors.basis(1)[0] if wanted else None for wanted in (rule != "SGD", not shared))
+    l2_sq = vectors.number(0.0)
+    if plan.settings.measure:
+        norms = torch.stack([torch.linalg.vector_norm(g, dtype=vectors.dtype) for g in preview.grads])
+        l2_sq = norms.to(torch.float64).square().sum()
+    table = ResponseTable(plan, preview.params, vectors.offsets, edges, l2_sq, scale, folded)
+    if not backend.response(plan, table):
+        return None
+    groups = {id(row.param): row.group for row in plan.rows}
+    rates = [table.rates[groups[id(p)]] for p in preview.params]
+    decays = [rate[1] for rate in rates] if any(h.weight_decay and not h.decoupled for h in hypers) else []
+    decays = [d * 0.0 if h.decoupled else d for d, h in zip(decays, hypers, strict=False)]
+    return Ahead(scale, folded, rates[0][0] / edges[0], decays)
 
 
 def _counts(made: Tensor | int, states: Sequence[Mapping[str, Any]]) -> tuple[int, list[int]]:

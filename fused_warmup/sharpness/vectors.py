@@ -55,6 +55,13 @@ class Vectors:
             view.copy_(t.detach()) if t is not None else view.zero_()
         return vector
 
+    def filled(self, values: Sequence[Tensor]) -> Tensor:
+        """Return a vector of ``[n]`` with one value for each parameter, 0-dim each."""
+        vector = self.basis(1)[0]
+        for view, value in zip(self.split(vector), values, strict=True):
+            view.copy_(value)
+        return vector
+
     def from_params_order(self, vector: Tensor) -> Tensor:
         """Return a vector of ``[n]`` that was drawn parameter by parameter: backends share its values."""
         return vector
@@ -149,6 +156,9 @@ class FusedVectors(Vectors):
         snapshot: Their values, laid out like them.
         dtype: Dtype of the vectors.
         backend: Has the kernels.
+
+    Attributes:
+        offsets: Where the piece of each parameter begins in a flat vector.
     """
 
     def __init__(
@@ -157,14 +167,14 @@ class FusedVectors(Vectors):
         super().__init__(params, snapshot, dtype)
         # whole vectors of the device first: what follows a tensor of odd size has no alignment
         order = sorted(range(len(params)), key=lambda i: params[i].numel() % 8 != 0)
-        self._offsets = [0] * len(params)
+        self.offsets = [0] * len(params)
         total = 0
         for i in order:
-            self._offsets[i] = total
+            self.offsets[i] = total
             total += params[i].numel()
         self._in_order = order == sorted(order) and all(p.is_contiguous() for p in params)
         self._backend = backend
-        self._spans = Spans(params, snapshot, self._offsets, dtype)
+        self._spans = Spans(params, snapshot, self.offsets, dtype)
 
     def basis(self, count: int) -> Tensor:
         """Return room for ``count`` vectors, each of which begins at a multiple of 32 bytes."""
@@ -174,7 +184,7 @@ class FusedVectors(Vectors):
     def split(self, vector: Tensor) -> list[Tensor]:
         """Return views of a vector of ``[n]`` that are laid out like the parameters."""
         first = vector.storage_offset()
-        parts = zip(self.params, self._offsets, strict=True)
+        parts = zip(self.params, self.offsets, strict=True)
         return [vector.as_strided(p.shape, p.stride(), first + offset) for p, offset in parts]
 
     def from_params_order(self, vector: Tensor) -> Tensor:

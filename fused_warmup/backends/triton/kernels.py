@@ -178,6 +178,21 @@ def set_rates(step, t, LANES: tl.constexpr):
 
 
 @triton.jit
+def scalars_of_rows(step, verdict, row, h, rates, updates, SCALARS: tl.constexpr):
+    """What the update of a number needs, of one row or a block of them."""
+    s = common_scalars(h, rates, verdict.clip_coef * verdict.unscale)
+    s = SCALARS(h, rates.lr, updates, s)
+    fresh = (updates == 1) & (row.initialized == 0)
+    norm = verdict.grad_norm * verdict.clip_coef
+    start_sq = h.init_scale * norm * norm / step.init_norm_sq
+    return Scalars(
+        s,
+        init_grad=tl.where(fresh & (h.init == INIT_GRAD), h.init_scale, 0.0),
+        init_state=tl.where(fresh & (h.init == INIT_RANDOM), start_sq, 1.0),
+    )
+
+
+@triton.jit
 def set_scalars(step, verdict, SCALARS: tl.constexpr, LANES: tl.constexpr):
     """Count the update of every row that has a gradient, and prepare it; returns the first rectification."""
     first = verdict.grad_norm * float("nan")
@@ -191,16 +206,7 @@ def set_scalars(step, verdict, SCALARS: tl.constexpr, LANES: tl.constexpr):
         tl.store(counter, updates, active)
         h = load_struct(step.hypers, row.group, Hyper, active)
         rates = load_struct(step.rates, row.group, Rates, active)
-        s = common_scalars(h, rates, verdict.clip_coef * verdict.unscale)
-        s = SCALARS(h, rates.lr, updates, s)
-        fresh = (updates == 1) & (row.initialized == 0)
-        norm = verdict.grad_norm * verdict.clip_coef
-        start_sq = h.init_scale * norm * norm / step.init_norm_sq
-        s = Scalars(
-            s,
-            init_grad=tl.where(fresh & (h.init == INIT_GRAD), h.init_scale, 0.0),
-            init_state=tl.where(fresh & (h.init == INIT_RANDOM), start_sq, 1.0),
-        )
+        s = scalars_of_rows(step, verdict, row, h, rates, updates, SCALARS)
         store_struct(step.scalars, i, s, Scalars, active)
         leader = tl.min(tl.where(active, i, step.n_rows))
         rect = tl.sum(tl.where(i == leader, s.rect, 0.0))

@@ -10,10 +10,11 @@ from typing import Any
 import torch
 
 from ...plan import Plan
-from ...spans import OPERATIONS, Spans
+from ...spans import OPERATIONS, ResponseTable, Spans
 from ...table import DTYPES
 from .kernels import decide_kernel, measure_kernel, update_kernel
-from .rules import RULES
+from .response import response_kernel
+from .rules import PRECONDITIONED, RULES
 from .vectors import vector_kernel
 
 # elements that a program takes at a time: eight a thread, 16 bytes of bfloat16 and twice that of float32
@@ -100,6 +101,21 @@ def vector_constants(operation: str, dtypes: tuple[int, ...], doubles: bool) -> 
     }
 
 
+def response_constants(rule: str, kinds: Kinds, doubles: bool) -> dict[str, Any]:
+    """Return constants and options of ``response_kernel``, see ``Plan.kinds`` and ``ResponseTable``."""
+    return {
+        "SCALARS": RULES[rule].scalars,
+        "UPDATE": RULES[rule].update,
+        "KINDS": kinds,
+        "WIDE": DTYPES[torch.float64 if doubles else torch.float32],
+        "BLOCK": BLOCK,
+        "TAIL": TAIL,
+        "LANES": LANES,
+        "maxnreg": 255,
+        **_OPTIONS,
+    }
+
+
 @functools.cache
 def _programs(device: torch.device) -> int:
     """How many programs a launch makes at most; few in the interpreter, which runs one after the other."""
@@ -148,6 +164,17 @@ class TritonBackend:
         with _on(spans.device):
             constants = vector_constants(operation, spans.dtypes, spans.doubles)
             vector_kernel[(programs,)](column, **constants)
+
+    def response(self, plan: Plan, table: ResponseTable) -> bool:
+        """Queue the pre-conditioner of the step about to be made, if its rule has one."""
+        if plan.rule not in PRECONDITIONED:
+            return False
+        programs = max(1, min(plan.n_chunks, self._programs or _programs(plan.device)))
+        columns = (c.view(torch.int64) for c in (plan.step_column(), table.call_column()))
+        with _on(plan.device):
+            constants = response_constants(plan.rule, plan.kinds, table.doubles)
+            response_kernel[(programs,)](*columns, **constants)
+        return True
 
     def _launches(self, plan: Plan, measure: bool) -> Iterator[tuple[Any, int, dict[str, Any]]]:
         """Give kernel, number of programs and constants of each launch of a step.

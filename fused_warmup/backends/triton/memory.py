@@ -54,7 +54,7 @@ def _struct(name: str) -> Any:
 
 
 Row, Chunk, Hyper, Segment, Rates, Scalars, Partial, *_LATER = map(_struct, STRUCTS)
-Counters, Slots, Telemetry, Verdict, Step, Span, Algebra = _LATER
+Counters, Slots, Telemetry, Verdict, Step, Span, Algebra, Response = _LATER
 
 
 @triton.constexpr_function

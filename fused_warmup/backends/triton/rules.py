@@ -192,4 +192,28 @@ def average_update(average, param, weight):
     return tl.where(weight < 0.5, small, tl.fma(weight - 1.0, difference, param))
 
 
+@triton.jit
+def response(param, grad, state, s, UPDATE: tl.constexpr):
+    """What a first moment of ones would do to a parameter at rate 1: one over the pre-conditioner."""
+    if len(state) < 2:
+        return tl.full(param.shape, 1.0, param.dtype)
+    else:
+        _, new_state = UPDATE(param, grad, state, s)
+        still = Scalars(
+            s,
+            weight_decay=s.weight_decay * 0.0,
+            decay=s.decay * 0.0,
+            one_minus_beta1=s.one_minus_beta1 * 0.0,
+            one_minus_beta2=s.one_minus_beta2 * 0.0,
+            init_grad=s.init_grad * 0.0,
+            init_state=s.init_state * 0.0 + 1.0,
+        )
+        zero = tl.zeros(param.shape, param.dtype)
+        new_state = (zero + 1.0,) + new_state[1:]
+        moved, _ = UPDATE(zero, zero, new_state, still)
+        return -moved
+
+
+# those whose step is a diagonal times the first moment
+PRECONDITIONED = ("Adam", "RAdam", "SGD")
 RULES: dict[str, Any] = {"Adam": Adam, "RAdam": RAdam, "SGD": SGD}
