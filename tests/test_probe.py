@@ -144,22 +144,23 @@ def test_schedule_telemetry_and_step():
     opt = fw.SGD(model.parameters(), lr=0.1)
     probe = fw.SharpnessProbe(opt, every=4)
     made = []
-    for _ in range(10):
+    for _ in range(22):
         opt.zero_grad()
         loss().backward()
         made.append(probe.measure(loss))
         opt.step()
-    assert [i for i, m in enumerate(made) if m] == [0, 4, 8]
-    readings = [probe.poll() for _ in range(4)]
-    assert readings[3] is None
-    assert [r.asdict()["step"] for r in readings[:3]] == [0, 4, 8]
+    assert [i for i, m in enumerate(made) if m] == [0, 4, 8, 12, 16, 20]
+    readings = [probe.poll() for _ in range(7)]
+    assert readings.pop() is None
+    assert [r.asdict()["step"] for r in readings] == [0, 4, 8, 12, 16, 20]
     assert readings[0].asdict()["flags"] == ["cold"]
-    assert readings[1].hvps == 3
-    assert readings[1].cost == 6
+    # two more after the cold one are for the error of differences
+    assert [r.hvps for r in readings] == [12, 5, 5, 5, 5, 3]
+    assert [r.cost for r in readings] == [24, 10, 10, 10, 10, 6]
     assert math.isnan(readings[0].err_batch.item())
     assert readings[1].err_batch.item() >= 0.0
     sharpness = opt.telemetry.history()["sharpness"]
-    assert sharpness.isfinite().nonzero().flatten().tolist() == [0, 4, 8]
+    assert sharpness.isfinite().nonzero().flatten().tolist() == [0, 4, 8, 12, 16, 20]
     assert sharpness[4].item() == readings[1].value.item()
     assert readings[1].edge_ratio.item() == pytest.approx(readings[1].value.item() * 0.1 / 2)
 
@@ -177,9 +178,38 @@ def test_groups_with_other_rates():
         reading = probe.poll()
         opt.step()
         opt.zero_grad()
-    assert reading.hvps == 6
+    assert reading.hvps == 10
     assert reading.edge_ratio.item() == pytest.approx(exact.edge_ratio.item(), rel=2e-2)
     assert reading.value.item() == pytest.approx(exact.value.item(), rel=2e-2)
+
+
+@pytest.mark.parametrize("make", [
+    lambda p: fw.Adam(p, lr=1e-2, weight_decay=0.01, max_grad_norm=0.5),
+    lambda p: fw.SGD([{"params": p[:2], "lr": 0.2}, {"params": p[2:]}], lr=0.1, momentum=0.9),
+])  # fmt: skip
+def test_step_counts_stay_on_the_device(make, monkeypatch):
+    """After the first step nothing of the optimizer is read on the host, and the readings are those of the reference."""
+    found = []
+    for backend in ("cpu", "reference"):
+        model, loss = tanh_model(torch.float32, sizes=(4, 6, 3))
+        opt = make(list(model.parameters()))
+        opt.backend = backend
+        probe = fw.SharpnessProbe(opt, loss, every=1)
+        readings = []
+        for step in range(4):
+            loss().backward()
+            with monkeypatch.context() as patch:
+                if step and backend == "cpu":
+                    patch.delattr("fused_warmup.sharpness.preview._counts")
+                probe.measure()
+            readings.append(probe.poll().asdict())
+            opt.step()
+            opt.zero_grad()
+        found.append(readings)
+    for a, b in zip(*found, strict=True):
+        assert a["value"] == pytest.approx(b["value"], rel=1e-3)
+        assert a["edge_ratio"] == pytest.approx(b["edge_ratio"], rel=1e-3)
+        assert a["step"] == b["step"]
 
 
 def test_a_loss_that_is_not_finite():

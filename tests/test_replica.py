@@ -161,6 +161,28 @@ def test_without_warmup_at_a_rate_of_a_tenth(cls, trains):
         assert accuracy() < 0.4
 
 
+@pytest.mark.parametrize("seed", [0, 1])
+def test_without_warmup_at_three_hundredths(seed):
+    """Adam's loss first rises more than 50 times (239 and 107), and it lags after 120 steps; theirs never rises by 5 %."""
+    peaks, ends = {}, {}
+    for cls in (fw.Adam, fw.GIAdam, fw.RAdam):
+        model, loss, accuracy = problem(seed)
+        opt = cls(model.parameters(), lr=0.03)
+        generator = torch.Generator().manual_seed(seed)
+        losses = []
+        for _ in range(120):
+            opt.zero_grad()
+            value = loss(torch.randint(1000, (128,), generator=generator))
+            value.backward()
+            opt.step()
+            losses.append(value.item())
+        peaks[cls], ends[cls] = max(losses) / losses[0], accuracy()
+    print(f"seed {seed}: peaks {list(peaks.values())}, accuracies {list(ends.values())}")
+    assert peaks[fw.Adam] > 50.0
+    assert max(peaks[fw.GIAdam], peaks[fw.RAdam]) < 1.05
+    assert min(ends[fw.GIAdam], ends[fw.RAdam]) > ends[fw.Adam] + 0.03
+
+
 def test_edge_of_stability():
     """GD at 32 / lambda_0 with warmup: the sharpness comes down 16 times and stays near its threshold."""
     model, loss, _ = problem(0)
