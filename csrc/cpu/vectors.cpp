@@ -31,16 +31,22 @@ struct Streams {
   int block(int32_t done) const { return count - done < kBlock ? count - done : kBlock; }
 };
 
-// the sum of products of two blocks; the lanes fix the order
+// the sum of products of two blocks: a lane adds eight of them in the type of the vectors, whose elements are
+// no better; the lanes fix the order
+constexpr int kDotLanes = kBlock / 8;
+
 template <class C>
 FW_LEAF double dot(const C* __restrict a, const C* __restrict b, int count) {
-  double lanes[kLanes] = {};
-  int whole = count - count % kLanes;
-  for (int i = 0; i < whole; i += kLanes)
-    for (int lane = 0; lane < kLanes; ++lane) accumulate_product(lanes[lane], a[i + lane], b[i + lane]);
-  for (int i = whole; i < count; ++i) accumulate_product(lanes[i - whole], a[i], b[i]);
+  C lanes[kDotLanes] = {};
+  int whole = count - count % kDotLanes;
+  for (int i = 0; i < whole; i += kDotLanes)
+    for (int lane = 0; lane < kDotLanes; ++lane)
+      lanes[lane] = multiply_add(a[i + lane], b[i + lane], lanes[lane]);
+  for (int i = whole; i < count; ++i) lanes[i - whole] = multiply_add(a[i], b[i], lanes[i - whole]);
+  double sums[kLanes] = {};
+  for (int lane = 0; lane < kDotLanes; ++lane) sums[lane % kLanes] += static_cast<double>(lanes[lane]);
   double sum = 0.0;
-  for (int lane = 0; lane < kLanes; ++lane) sum += lanes[lane];
+  for (int lane = 0; lane < kLanes; ++lane) sum += sums[lane];
   return sum;
 }
 
