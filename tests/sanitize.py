@@ -19,11 +19,12 @@ TESTS = [
     ROOT / "tests" / "test_properties.py",
     ROOT / "tests" / "test_bitwise.py",
     ROOT / "tests" / "test_backends.py",
+    ROOT / "tests" / "test_vectors.py",
     ROOT / "tests" / "test_cuda_on_host.py",
 ]
 CHOICE = (
     "not error_is_no_larger and not test_schedules and not float16 "
-    "and not (test_cuda_on_host and (test_trajectory or large or from_the_same_state))"
+    "and not (test_cuda_on_host and (test_trajectory or large or from_the_same_state or do_not_depend))"
 )
 OVERFLOWS = {
     "CPU": "CpuBackend()",

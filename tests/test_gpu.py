@@ -4,9 +4,11 @@ import math
 
 import pytest
 import torch
+import vector_cases
 from cases import CASES, assert_close, assert_same_bits, make_params, set_grads, states_of
 
 import fused_warmup as fw
+from fused_warmup.backends import resolve
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
@@ -333,3 +335,61 @@ def test_launches(count, clip, backend):
     if not kernels:
         pytest.skip("the profiler records no kernels here")
     assert len([k for k in kernels if "emcpy" not in k.name]) == opt.traffic().launches
+
+
+def kernels_of(backend):
+    return resolve(backend, torch.device("cuda"))
+
+
+@pytest.mark.parametrize("scaled", [True, False])
+@pytest.mark.parametrize("dtypes", [[d] for d in vector_cases.DTYPES] + [vector_cases.DTYPES], ids=str)
+def test_vector_operations(backend, dtypes, scaled):
+    vector_cases.check_operations(dtypes, kernels_of(backend), device="cuda", scaled=scaled)
+
+
+@pytest.mark.parametrize("dtype", vector_cases.DTYPES, ids=str)
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_preconditioner_is_that_of_the_reference(backend, case, dtype):
+    def make(case, params, **options):
+        return case.make(params, backend=backend, **options), kernels_of(backend)
+
+    clip = None if "weight_decay" in case.options else 5.0
+    schedule = fw.schedules.warmup(5)
+    vector_cases.check_response(
+        case, make, params_on("cuda", dtype=dtype), max_grad_norm=clip, schedule=schedule
+    )
+
+
+def test_measuring_does_not_wait(backend):
+    """Readings of a probe under an optimizer of ours, in telemetry and polled, without one wait for the device."""
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(10, 32), torch.nn.Tanh(), torch.nn.Linear(32, 1)).cuda()
+    x, y = torch.randn(64, 10, device="cuda"), torch.randn(64, 1, device="cuda")
+    opt = fw.Adam(model.parameters(), lr=1e-2, max_grad_norm=1.0, backend=backend)
+    probe = fw.SharpnessProbe(opt, lambda: torch.nn.functional.mse_loss(model(x), y), every=2)
+    for step in range(50):
+        torch.nn.functional.mse_loss(model(x), y).backward()
+        if step == 1:
+            # the first measurement reads step counts, before there is a table, and compiles
+            torch.cuda.synchronize()
+            torch.cuda.set_sync_debug_mode("error")
+        probe.measure()
+        opt.step()
+        opt.zero_grad()
+    torch.cuda.set_sync_debug_mode("default")
+    torch.cuda.synchronize()
+    readings = []
+    while (reading := probe.poll()) is not None:
+        readings.append(reading.asdict())
+    assert len(readings) == 25
+    assert all(r["value"] > 0.0 for r in readings)
+    exact = fw.sharpness.top_eigenvalue(
+        lambda: torch.nn.functional.mse_loss(model(x), y),
+        model.parameters(),
+        method="autograd",
+        iterations=20,
+    )
+    found = fw.sharpness.top_eigenvalue(
+        lambda: torch.nn.functional.mse_loss(model(x), y), model.parameters(), iterations=20
+    )
+    assert found.value.item() == pytest.approx(exact.value.item(), rel=1e-3)
