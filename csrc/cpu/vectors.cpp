@@ -10,6 +10,11 @@
 namespace fw {
 namespace {
 
+// elements that are worked on at a time: as many as all vectors of a warm measurement have room for in the
+// first-level cache, so that adding up the lanes of a product counts for little
+constexpr int kRun = 1024;
+constexpr int kDotLanes = 64;
+
 // the columns of one chunk from its start on; null where there is none
 template <class C>
 struct Streams {
@@ -28,13 +33,11 @@ struct Streams {
         out(call.out ? at<C>(call.out) + span.offset + chunk.offset : nullptr),
         scale(call.scale ? at<C>(call.scale) + span.offset + chunk.offset : nullptr) {}
 
-  int block(int32_t done) const { return count - done < kBlock ? count - done : kBlock; }
+  int block(int32_t done) const { return count - done < kRun ? count - done : kRun; }
 };
 
-// the sum of products of two blocks: a lane adds eight of them in the type of the vectors, whose elements are
-// no better; the lanes fix the order
-constexpr int kDotLanes = kBlock / 8;
-
+// the sum of products of two blocks: a lane adds 16 of them in the type of the vectors, whose elements are no
+// better; the lanes fix the order
 template <class C>
 FW_LEAF double dot(const C* __restrict a, const C* __restrict b, int count) {
   C lanes[kDotLanes] = {};
@@ -115,8 +118,8 @@ struct Chunks {
     const C size = static_cast<C>(*at<double>(call.factors));
     const C* last = s.basis + (call.n_basis - 1) * call.stride;
     const P* values = at<P>(s.span.snapshot) + s.first;
-    alignas(64) C plus_scratch[kBlock], minus_scratch[kBlock];
-    for (int32_t done = 0; done < s.count; done += kBlock) {
+    alignas(64) C plus_scratch[kRun], minus_scratch[kRun];
+    for (int32_t done = 0; done < s.count; done += kRun) {
       const int count = s.block(done);
       C* out = s.out + done;
       difference_block(out, load_gradient(s.span.plus, s.span, s.first + done, count, plus_scratch),
@@ -136,8 +139,8 @@ struct Chunks {
   static void combine(const Algebra& call, const Chunk& chunk, double* sums) {
     const Streams<C> s(call, chunk);
     const double* factors = at<double>(call.factors);
-    alignas(64) C scratch[kBlock];
-    for (int32_t done = 0; done < s.count; done += kBlock) {
+    alignas(64) C scratch[kRun];
+    for (int32_t done = 0; done < s.count; done += kRun) {
       const int count = s.block(done);
       C* out = s.out + done;
       start_block(out, static_cast<C>(factors[0]), call.fresh != 0, count);
