@@ -19,9 +19,9 @@ SEEDS, STEPS, FINE_STEPS, LOW, HIGH = range(10), 40_000, 10_000, 3.16e-5, 7.5e-3
 RATES = (3.16e-4, 1e-3, 3.16e-3, 5.62e-3, 7.5e-3, 1e-2, 1.15e-2, 1.33e-2, 1.78e-2, 3.16e-2, 1e-1, 1.0)
 
 
-def train(lr, kept):
-    """Train all seeds at a rate; what the table shows goes to ``kept``."""
-    batch = Batch(SEEDS, [lr])
+def train(rates):
+    """Train all seeds at all of the rates as one batch; return by rate the trial and what the table shows."""
+    batch = Batch(SEEDS, rates)
     last = [STEPS - 100 * i for i in range(5)]
     weights, losses, checkpoints = batch.train(batch.weights, batch.rates, STEPS, seed=0, kept=last)
     low, high = (
@@ -29,44 +29,46 @@ def train(lr, kept):
         for rate in (LOW, HIGH)
     )
     mean = normalised(torch.stack(checkpoints).mean(0).detach())
-    scores = {
-        "pretrained": batch.accuracy(weights),
-        "averaged": batch.accuracy(mean),
-        "low": batch.accuracy(low),
-        "high": batch.accuracy(high),
-    }
-    kept[lr] = {name: score[:, 0].double() for name, score in scores.items()}
-    kept[lr]["converged"] = (losses < 1e-2).any(0)
-    alphas = torch.linspace(0, 1, 11)
+    ends = {"pretrained": weights, "averaged": mean, "low": low, "high": high}
+    scores = {name: batch.accuracy(w).double() for name, w in ends.items()}
+    alphas = torch.linspace(0, 1, 11)[:, None, None]
     errors = torch.stack([
-        1 - batch.accuracy(normalised((1 - a) * low + a * high), batch.x, batch.y)[:, 0] for a in alphas
+        1 - batch.accuracy(normalised((1 - a) * low + a * high), batch.x, batch.y) for a in alphas[..., None]
     ])
-    excess = errors - (1 - alphas)[:, None] * errors[0] - alphas[:, None] * errors[-1]
-    kept[lr]["barrier"] = excess.max(0).values.median()
-    tuned = max(float(kept[lr][name].mean()) for name in ("averaged", "low"))
-    trial = Trial(
-        tuple(losses.max(1).values.tolist()),
-        (float(scores["pretrained"].mean()),),
-        tuned,
-        float(kept[lr]["barrier"]),
-    )
-    print(f"{lr:.3g}: {int(kept[lr]['converged'].sum())} converge, tuned {tuned:.4f}", flush=True)
-    return trial
+    excess = errors - (1 - alphas) * errors[0] - alphas * errors[-1]
+    barriers = excess.max(0).values.median(0).values
+    worst = losses.view(len(losses), *batch.shape).max(1).values
+    converged = (losses < 1e-2).any(0).view(batch.shape)
+    found = {}
+    for j, lr in enumerate(rates):
+        shown = {name: score[:, j] for name, score in scores.items()}
+        shown |= {"converged": int(converged[:, j].sum()), "barrier": float(barriers[j])}
+        tuned = max(float(shown[name].mean()) for name in ("averaged", "low"))
+        accuracy = float(shown["pretrained"].mean())
+        found[lr] = Trial(tuple(worst[:, j].tolist()), (accuracy,), tuned, shown["barrier"]), shown
+        print(f"{lr:.3g}: {shown['converged']} converge, tuned {tuned:.4f}", flush=True)
+    return found
 
 
 def main():
     torch.set_num_threads(1)
-    kept = {}
-    found = find_regimes(lambda lr: train(lr, kept), RATES, chance=0.5)
+    known = train(RATES)
+
+    def train_once(lr):
+        if lr not in known:
+            known.update(train([lr]))
+        return known[lr][0]
+
+    found = find_regimes(train_once, RATES, chance=0.5)
     head = ("rate", "regime", "seeds that converge", "loss, worst seed", "accuracy, pre-trained", "averaged",
             "fine-tuned at 3.16e-5", "at 7.5e-3", "at 3.16e-5, seeds 0-4", "seeds 5-9", "barrier")  # fmt: skip
     lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
     for point in found.points:
-        k = kept[point.lr]
+        k = known[point.lr][1]
         means = [f"{float(k[name].mean()):.4f}" for name in ("pretrained", "averaged", "low", "high")]
         halves = [f"{float(half.mean()):.4f}" for half in k["low"].split(5)]
-        cells = (f"{point.lr:.3g}", point.regime, f"{int(k['converged'].sum())} of 10", f"{point.loss:.2g}", *means,
-                 *halves, f"{float(k['barrier']):.3f}")  # fmt: skip
+        cells = (f"{point.lr:.3g}", point.regime, f"{k['converged']} of 10", f"{point.loss:.2g}", *means,
+                 *halves, f"{k['barrier']:.3f}")  # fmt: skip
         lines.append("| " + " | ".join(cells) + " |")
     low, high = found.threshold
     lines += ["", f"Threshold between {low:.4g} and {high:.4g}, divergence from {found.divergence}, window {found.window}, "

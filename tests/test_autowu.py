@@ -127,6 +127,18 @@ def test_default_does_not_depend_on_scale_or_shift():
     assert shifted.back_at == 220
 
 
+def test_tests_take_one_thread(monkeypatch):
+    """Their last digits do not depend on the threads of the training, which are as before afterwards."""
+    seen = []
+    real = gp.ScaleFree.votes
+    monkeypatch.setattr(
+        gp.ScaleFree, "votes", lambda self, losses: seen.append(torch.get_num_threads()) or real(self, losses)
+    )
+    torch.set_num_threads(2)
+    drive(fw.AutoWU(800, 20), steps=60)
+    assert (seen, torch.get_num_threads()) == ([1, 1, 1], 2)
+
+
 @pytest.mark.parametrize("parity", [True, False])
 def test_falling_losses_never_end_the_warmup(parity):
     wu = fw.AutoWU(800, 20, parity=parity)

@@ -7,10 +7,10 @@ import re
 import pytest
 import torch
 from cases import assert_same_bits
-from benchmarks.tick import MARGIN, Batch, boundary_features, draw, draw_features, normalised
 from torch import nn
 
 import fused_warmup as fw
+from benchmarks.tick import MARGIN, Batch, boundary_features, draw, draw_features, normalised
 from fused_warmup.tuning import (
     Trial,
     angular_distance,

@@ -16,7 +16,7 @@ from ..columns import is_capturing
 from ..live import LiveSchedule
 from ..schedules import Schedule, Segment
 from .epochs import LossBuffer
-from .gp import Parity, ScaleFree
+from .gp import Parity, ScaleFree, one_thread
 from .states import checked_state
 
 _VERSION = 1
@@ -289,7 +289,8 @@ class AutoWU(LiveSchedule):
     def _test(self, losses: Tensor, made: int) -> None:
         """Test all losses of the warmup, and end it if it is time to."""
         self._losses = torch.cat([self._losses, losses])
-        votes = self._smoother.votes(self._losses)
+        with one_thread():
+            votes = self._smoother.votes(self._losses)
         positive = 2 * sum(p > self._options["confidence"] for p, _ in votes) > len(votes)
         now = float(self._rates[min(made, self._total - 1)])
         back = float(np.mean([self._grown(now, place) for _, place in votes]))

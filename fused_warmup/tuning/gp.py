@@ -6,6 +6,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -205,6 +207,17 @@ class Parity:
         self._raw, self._first, self._second = state["fitted"].to("cpu", torch.float64, copy=True)
         self._steps = state["steps"]
         self._generator.set_state(state["generator"].cpu())
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Run with one thread of torch: matrices are small, and more threads may give other last digits."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def _vector(*values: float) -> Tensor:
