@@ -56,7 +56,7 @@ class Batch:
             starts.append(torch.randn(2, 32, 32, generator=generator))
             last = torch.randn(32, 1, generator=generator)
             lasts.append(10 * last / last.norm())
-        self.shape = len(seeds), len(rates)
+        self.seeds, self.shape = list(seeds), (len(seeds), len(rates))
 
         def spread(tensors):
             return torch.stack(tensors).repeat_interleave(len(rates), 0)
@@ -74,18 +74,19 @@ class Batch:
 
     def train(self, weights, rates, steps, seed, kept=()):
         """Train on batches of 16; return weights, mean losses ``[epochs, models]`` and the weights after some steps."""
-        generator = torch.Generator().manual_seed(seed)
+        generators = [torch.Generator().manual_seed(1000 * seed + own) for own in self.seeds]
         models = torch.arange(len(rates))[:, None]
         losses, total, found = [], 0.0, []
         for step in range(steps):
             if step % PER_EPOCH == 0:
-                order = torch.rand(len(rates), 512, generator=generator).argsort(1)
-            rows = order[:, step % PER_EPOCH * 16 :][:, :16]
+                # an order for each seed, whatever else is in the batch
+                orders = torch.stack([torch.randperm(512, generator=own) for own in generators])
+                order = orders.repeat_interleave(self.shape[1], 0)
+                x, y = self.x[models, order], self.y[models, order]
+            rows = slice(step % PER_EPOCH * 16, step % PER_EPOCH * 16 + 16)
             weights.requires_grad_(True)
-            z = self.logits(weights, self.x[models, rows])
-            loss = functional.binary_cross_entropy_with_logits(
-                z, self.y[models, rows], reduction="none"
-            ).mean(1)
+            z = self.logits(weights, x[:, rows])
+            loss = functional.binary_cross_entropy_with_logits(z, y[:, rows], reduction="none").mean(1)
             (gradient,) = torch.autograd.grad(loss.sum(), weights)
             with torch.no_grad():
                 weights = normalised(weights - rates[:, None, None, None] * gradient)

@@ -347,8 +347,8 @@ class FusedOptimizer(Optimizer):
             ValueError: If a tensor has more than one element.
             RuntimeError: If an ``AutoWU`` is fed from elsewhere, or while a graph is captured.
         """
-        self._record("loss", loss)
         changed = [live.feed(loss, self, self._counters) for live in live_schedules(self.param_groups)]
+        self._record("loss", loss)
         if any(changed):
             for plan in (self._plan, *self._captured):
                 if plan is not None:

@@ -523,6 +523,7 @@ def test_bad_use():
     one.record_loss(1.0)
     with pytest.raises(RuntimeError, match="losses must come from one place"):
         two.record_loss(1.0)
+    assert two.telemetry.slots is None
     with pytest.raises(RuntimeError, match="losses must come from one place"):
         wu.step(1.0)
     alone = fw.AutoWU(100, 10)

@@ -480,7 +480,7 @@ def test_signatures_of_the_regimes():
     accuracy = batch.accuracy(weights)
     assert ((accuracy[:, 4] - 0.5).abs() < 0.05).all()
     low, high = (
-        batch.train(weights, torch.full_like(batch.rates, r), 1600, seed=1)[0] for r in (3.16e-5, 3.16e-3)
+        batch.train(weights, torch.full_like(batch.rates, r), 1600, seed=1)[0] for r in (3.16e-5, 7.5e-3)
     )
 
     class One(nn.Module):
