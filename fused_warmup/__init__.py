@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from . import sharpness, tuning
     from .sharpness import SharpnessProbe
     from .sharpness import SharpnessReading as SharpnessReading
-    from .tuning import PersistentCatapult
+    from .tuning import AutoWU, PersistentCatapult
 
 __all__ = [
     "EMA",
@@ -22,6 +22,7 @@ __all__ = [
     "SWA",
     "Adam",
     "AdamW",
+    "AutoWU",
     "FusedOptimizer",
     "GIAdam",
     "PersistentCatapult",
@@ -41,6 +42,7 @@ _LATER = {
     "SharpnessProbe": "sharpness",
     "SharpnessReading": "sharpness",
     "PersistentCatapult": "tuning",
+    "AutoWU": "tuning",
 }
 
 

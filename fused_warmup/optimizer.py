@@ -18,6 +18,7 @@ from .backends import BACKENDS, resolve
 from .backends.base import Backend
 from .build import build_plan
 from .columns import is_capturing
+from .live import LiveSchedule, live_schedules
 from .plan import Plan
 from .schedules import Schedule
 from .state import load_state, pack_state
@@ -31,7 +32,7 @@ Params = Iterable[Tensor] | Iterable[dict[str, Any]] | Iterable[tuple[str, Tenso
 class Options(TypedDict, total=False):
     """Keyword arguments that every optimizer takes; ``FusedOptimizer`` explains them."""
 
-    schedule: Schedule | None
+    schedule: Schedule | LiveSchedule | None
     weight_decay_schedule: Schedule | None
     max_grad_norm: float | None
     nonfinite: str
@@ -51,7 +52,8 @@ class FusedOptimizer(Optimizer):
         params: Parameters or parameter groups, as for ``torch.optim``; float32, float64, bfloat16 or float16
             tensors of any shape, dense or strided, on one device.
         defaults: Hyper-parameters of the rule.
-        schedule: Multiplier of ``lr`` over the steps; may be set per group. None is the constant 1.
+        schedule: Multiplier of ``lr`` over the steps; may be set per group. None is the constant 1. An
+            ``AutoWU`` is fed by ``record_loss``.
         weight_decay_schedule: Multiplier of ``weight_decay`` over the steps; may be set per group.
         max_grad_norm: Clip the gradients of all groups together to this L2 norm, > 0, as
             ``torch.nn.utils.clip_grad_norm_`` does, without changing ``.grad``. None does not clip.
@@ -78,7 +80,7 @@ class FusedOptimizer(Optimizer):
         params: Params,
         defaults: dict[str, Any],
         *,
-        schedule: Schedule | None = None,
+        schedule: Schedule | LiveSchedule | None = None,
         weight_decay_schedule: Schedule | None = None,
         max_grad_norm: float | None = None,
         nonfinite: str = "propagate",
@@ -145,11 +147,14 @@ class FusedOptimizer(Optimizer):
         """Validate a group, its schedules included."""
         name = type(self).__name__
         hyper = self._hyper(name, group)
-        for key in ("schedule", "weight_decay_schedule"):
-            if group[key] is not None and not isinstance(group[key], Schedule):
+        schedules = {key: group[key] for key in ("schedule", "weight_decay_schedule")}
+        if isinstance(schedules["schedule"], LiveSchedule):
+            schedules["schedule"] = schedules["schedule"].schedule
+        for key, schedule in schedules.items():
+            if schedule is not None and not isinstance(schedule, Schedule):
                 hint = "Arbitrary functions of the step go to torch.optim.lr_scheduler.LambdaLR."
                 check.fail(name, key, "be a fused_warmup schedule or None", group[key], hint, TypeError)
-        hyper.schedule, hyper.weight_decay_schedule = group["schedule"], group["weight_decay_schedule"]
+        hyper.schedule, hyper.weight_decay_schedule = schedules.values()
         return hyper
 
     def _check_settings(self) -> None:
@@ -345,13 +350,22 @@ class FusedOptimizer(Optimizer):
     def record_loss(self, loss: Tensor | float) -> None:
         """Put a loss into the telemetry row of the next step; nothing waits.
 
+        An ``AutoWU`` is fed, too, which waits once per epoch of its warmup.
+
         Args:
             loss: 0-dim tensor or number. ``step(closure)`` records what the closure returned.
 
         Raises:
             ValueError: If a tensor has more than one element.
+            RuntimeError: If an ``AutoWU`` is fed from elsewhere, or while a graph is captured.
         """
+        changed = [live.feed(loss, self, self._counters) for live in live_schedules(self.param_groups)]
         self._record("loss", loss)
+        if any(changed):
+            for plan in (self._plan, *self._captured):
+                if plan is not None:
+                    plan.forget_groups()
+            self.update_captured()
 
     def record_sharpness(self, sharpness: Tensor | float) -> None:
         """Put a sharpness into the telemetry row of the next step; nothing waits.

@@ -21,6 +21,7 @@ from . import averaging, layout
 from .averaging import Average
 from .columns import Columns, is_capturing
 from .layout import check_grad, compute_dtype, describe, local_tensor, same_layout
+from .live import LiveSchedule
 from .rows import Row
 from .schedules import Schedule
 from .table import (
@@ -40,7 +41,8 @@ def _is_frozen(value: Any) -> bool:
     """Whether a hyper-parameter can change only by being replaced."""
     if isinstance(value, tuple):
         return all(map(_is_frozen, value))
-    return value is None or isinstance(value, (bool, int, float, str, Schedule))
+    # a live schedule says when it has changed
+    return value is None or isinstance(value, (bool, int, float, str, Schedule, LiveSchedule))
 
 
 def address_of(tensor: Tensor | None) -> int:
@@ -419,6 +421,10 @@ class Plan:
         else:
             self._pack_hypers()
         return not all(only_lr)
+
+    def forget_groups(self) -> None:
+        """Read all hyper-parameters again at the next step: a schedule has changed by itself."""
+        self._signatures = [None] * len(self._signatures)
 
     def scale(self, grad_scale: Tensor | None, found_inf: Tensor | None) -> None:
         """Take over what a ``GradScaler`` leaves: 0-dim float32 tensors on the device of the parameters.

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import numpy as np
@@ -72,7 +72,8 @@ class Segment:
     start: float
     end: float
     shape: float = 0.0
-    values: tuple[float, ...] = ()
+    # a table may have one for every step of a long training: nothing to print
+    values: tuple[float, ...] = field(default=(), repr=False)
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from . import _checks as check
 from .layout import state_like
-from .schedules import Schedule, from_dict
+from .live import LiveSchedule, live_schedules, restored
+from .schedules import Schedule
 from .table import COUNTERS, TELEMETRY
 
 if TYPE_CHECKING:
@@ -34,10 +35,14 @@ def pack_state(opt: FusedOptimizer, state_dict: dict[str, Any]) -> dict[str, Any
     """
     states = state_dict["state"]
     groups = [dict(group) for group in state_dict["param_groups"]]
+    # groups share a live schedule, and so they do in the state dict
+    live = {id(schedule): schedule.state_dict() for schedule in live_schedules(groups)}
     for group in groups:
         for key in _SCHEDULES:
             if isinstance(group[key], Schedule):
                 group[key] = group[key].to_dict()
+            elif isinstance(group[key], LiveSchedule):
+                group[key] = live[id(group[key])]
     counted = [k for k, state in states.items() if "step" in state]
     steps = (
         torch.stack([states[k]["step"] for k in counted])
@@ -79,7 +84,7 @@ def load_state(opt: FusedOptimizer, state_dict: dict[str, Any]) -> None:
     states = _loaded_states(owner, opt, state_dict, own, groups)
 
     for group, loaded in zip(opt.param_groups, groups, strict=True):
-        group.update(loaded)
+        group.update(_kept_live(group, loaded))
     with torch.no_grad():
         for param in [p for group in opt.param_groups for p in group["params"]]:
             _fill(opt, param, states.get(param))
@@ -114,6 +119,7 @@ def _loaded_groups(owner: str, opt: FusedOptimizer, state_dict: Mapping[str, Any
     if len(saved) != len(opt.param_groups):
         check.fail(owner, "state_dict", f"have {len(opt.param_groups)} parameter groups", len(saved))
     groups = []
+    made: dict[int, Any] = {}
     for i, (live, group) in enumerate(zip(opt.param_groups, saved, strict=True)):
         if len(group["params"]) != len(live["params"]):
             name = f"state_dict['param_groups'][{i}]"
@@ -121,12 +127,23 @@ def _loaded_groups(owner: str, opt: FusedOptimizer, state_dict: Mapping[str, Any
         loaded = {key: value for key, value in group.items() if key != "params"}
         for key in _SCHEDULES:
             if isinstance(loaded.get(key), Mapping):
-                loaded[key] = from_dict(loaded[key])
+                place = id(loaded[key])
+                made[place] = made[place] if place in made else restored(loaded[key])
+                loaded[key] = made[place]
         opt._make_hyper({**live, **loaded})
         if isinstance(loaded.get("lr"), Tensor):
             loaded["lr"] = loaded["lr"].clone()
         groups.append(loaded)
     return groups
+
+
+def _kept_live(group: Mapping[str, Any], loaded: dict[str, Any]) -> dict[str, Any]:
+    """Return what a group takes over; a live schedule stays the object that the user holds."""
+    held, new = group["schedule"], loaded.get("schedule")
+    if not isinstance(held, LiveSchedule) or not isinstance(new, LiveSchedule):
+        return loaded
+    held.load_state_dict(new.state_dict())
+    return {**loaded, "schedule": held}
 
 
 def _loaded_states(

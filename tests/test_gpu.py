@@ -393,3 +393,26 @@ def test_measuring_does_not_wait(backend):
         lambda: torch.nn.functional.mse_loss(model(x), y), model.parameters(), iterations=20
     )
     assert found.value.item() == pytest.approx(exact.value.item(), rel=1e-3)
+
+
+def test_a_graph_follows_autowu(backend):
+    """The table is rewritten where a graph reads it; what waits is one call of an epoch of the warmup."""
+    wu = fw.AutoWU(400, 10, max_warmup_fraction=0.6)
+    loop = Loop(lambda params: fw.SGD(params, lr=1.0, schedule=wu, backend=backend))
+    graph = None
+    for i in range(400):
+        lr = wu.schedule(i)
+        loss = torch.tensor(2 - 0.35 * math.log10(lr / 1e-5) + 160 * lr + 0.02 * math.sin(i), device="cuda")
+        ends_an_epoch = wu.phase == "warmup" and i % 10 == 9
+        torch.cuda.set_sync_debug_mode("default" if ends_an_epoch else "error")
+        try:
+            loop.opt.record_loss(loss)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        if graph is None:
+            loop.step()
+            graph = loop.capture()
+        else:
+            graph.replay()
+    assert wu.back_at in range(100, 200)
+    assert loop.opt.telemetry.history()["lr"].tolist() == wu.schedule.values(400).tolist()

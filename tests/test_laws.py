@@ -216,7 +216,7 @@ def test_import_is_light():
 
 def test_public_names():
     assert sorted(fw.__all__) == sorted(set(fw.__all__))
-    assert len(fw.__all__) <= 15
+    assert len(fw.__all__) <= 20
     for name in fw.__all__:
         assert hasattr(fw, name)
 

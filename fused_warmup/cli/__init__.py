@@ -1,4 +1,4 @@
-"""The command ``fused-warmup``: doctor, bench, train and report."""
+"""The command ``fused-warmup``: doctor, bench, train, refine and report."""
 
 from __future__ import annotations
 

@@ -16,6 +16,7 @@ COMMANDS = {
     "doctor": "Show versions, the machine and which backends work.",
     "bench": "Measure the step against the torch lines it replaces.",
     "train": "Train a small model beside the torch lines it replaces.",
+    "refine": "Refine a schedule from the gradient norms of an earlier run.",
     "report": "Redraw the chart and the table of a saved training.",
 }
 

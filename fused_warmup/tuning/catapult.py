@@ -12,6 +12,7 @@ from ..sharpness.critical import Line
 from ..sharpness.keeper import Keeper, Loss
 from ..sharpness.preview import Preview
 from .initial import search
+from .states import checked_state
 
 _VERSION = 1
 
@@ -121,11 +122,7 @@ class PersistentCatapult:
             ValueError: If something is missing, or it is of another version; nothing is changed then.
         """
         name = type(self).__name__
-        missing = sorted({"version", *self.state_dict()} - set(state_dict))
-        if missing:
-            check.fail(name, "state_dict", "have the keys " + ", ".join(missing), sorted(state_dict))
-        if state_dict["version"] != _VERSION:
-            check.fail(name, "state_dict['version']", f"be {_VERSION}", state_dict["version"])
+        checked_state(name, state_dict, self.state_dict(), _VERSION)
         for key, value in state_dict.items():
             if key != "version":
                 setattr(self, key, value)

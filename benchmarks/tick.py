@@ -1,0 +1,110 @@
+"""The tick task of Sadrtdinov et al. 2024: 16 features that each tell the classes apart, on a sphere.
+
+Many models train at once, as a batch of matrices, each with its own data, rate and order of the data.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch.nn import functional
+
+FEATURES, MARGIN = 16, 0.1 * math.sqrt(2)
+PER_EPOCH = 32
+
+
+def draw_features(y, generator):
+    """One feature for each label, float32 of ``[n, 2]``, by rejection from the square of side 4."""
+    found = torch.empty(len(y), 2)
+    todo = torch.arange(len(y))
+    while len(todo):
+        x = torch.rand(len(todo), 2, generator=generator) * 4 - 2
+        roof, height = x[:, 0].abs(), x[:, 1]
+        below = (roof - 2 + MARGIN <= height) & (height <= roof - MARGIN)
+        above = (height >= roof + MARGIN) | (height <= roof - 2 - MARGIN)
+        fits = torch.where(y[todo] == 1, above, below)
+        found[todo[fits]] = x[fits]
+        todo = todo[~fits]
+    return found
+
+
+def boundary_features(n, generator):
+    """Features that say nothing about the class."""
+    first = torch.rand(n, generator=generator) * 4 - 2
+    return torch.stack([first, first.abs() - 2.0 * torch.randint(2, (n,), generator=generator)], 1)
+
+
+def draw(n, generator):
+    """Inputs ``[n, 32]`` and labels 0 or 1 of ``[n]``."""
+    y = torch.randint(2, (n,), generator=generator)
+    return torch.cat([draw_features(y, generator) for _ in range(FEATURES)], 1), y.float()
+
+
+class Batch:
+    """A model 32-32-32-1 for each pair of seed and rate; rates vary fastest.
+
+    Hidden layers are followed by a layer norm, so that their 2048 weights, kept at norm 1, are scale-invariant;
+    the last layer is frozen at norm 10.
+    """
+
+    def __init__(self, seeds, rates):
+        starts, lasts, data = [], [], []
+        for seed in seeds:
+            generator = torch.Generator().manual_seed(seed)
+            data.append((*draw(512, generator), *draw(2000, generator)))
+            starts.append(torch.randn(2, 32, 32, generator=generator))
+            last = torch.randn(32, 1, generator=generator)
+            lasts.append(10 * last / last.norm())
+        self.seeds, self.shape = list(seeds), (len(seeds), len(rates))
+
+        def spread(tensors):
+            return torch.stack(tensors).repeat_interleave(len(rates), 0)
+
+        self.x, self.y, self.x_test, self.y_test = (spread(list(part)) for part in zip(*data, strict=True))
+        self.last = spread(lasts)
+        self.weights = normalised(spread(starts))
+        self.rates = torch.tensor(list(rates) * len(seeds))
+
+    def logits(self, weights, x):
+        h = x
+        for layer in (weights[:, 0], weights[:, 1]):
+            h = functional.layer_norm(h @ layer, (32,), eps=1e-7).relu()
+        return (h @ self.last)[..., 0]
+
+    def train(self, weights, rates, steps, seed, kept=()):
+        """Train on batches of 16; return weights, mean losses ``[epochs, models]`` and the weights after some steps."""
+        generators = [torch.Generator().manual_seed(1000 * seed + own) for own in self.seeds]
+        models = torch.arange(len(rates))[:, None]
+        losses, total, found = [], 0.0, []
+        for step in range(steps):
+            if step % PER_EPOCH == 0:
+                # an order for each seed, whatever else is in the batch
+                orders = torch.stack([torch.randperm(512, generator=own) for own in generators])
+                order = orders.repeat_interleave(self.shape[1], 0)
+                x, y = self.x[models, order], self.y[models, order]
+            rows = slice(step % PER_EPOCH * 16, step % PER_EPOCH * 16 + 16)
+            weights.requires_grad_(True)
+            z = self.logits(weights, x[:, rows])
+            loss = functional.binary_cross_entropy_with_logits(z, y[:, rows], reduction="none").mean(1)
+            (gradient,) = torch.autograd.grad(loss.sum(), weights)
+            with torch.no_grad():
+                weights = normalised(weights - rates[:, None, None, None] * gradient)
+                total = total + loss
+            if step % PER_EPOCH == PER_EPOCH - 1:
+                losses.append(total / PER_EPOCH)
+                total = 0.0
+            if step + 1 in kept:
+                found.append(weights)
+        return weights.detach(), torch.stack(losses).detach(), found
+
+    @torch.no_grad()
+    def accuracy(self, weights, x=None, y=None):
+        """Accuracy on the test data, or on others, of ``[seeds, rates]``."""
+        x, y = (self.x_test, self.y_test) if x is None else (x, y)
+        return ((self.logits(weights, x) > 0) == (y > 0.5)).float().mean(1).view(self.shape)
+
+
+def normalised(weights):
+    """Weights ``[models, 2, 32, 32]`` with the norm 1 over all layers of a model."""
+    return weights / weights.flatten(1).norm(dim=1)[:, None, None, None]

@@ -1,0 +1,101 @@
+"""``fused-warmup refine``: a schedule from the gradient norms of an earlier run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+
+from ..schedules import Schedule
+from ..tuning.norms import read_norms
+from ..tuning.refine import ADVICE, Refinement, refinement
+from .charts import GREY, INK, OURS, PALE, THEIRS, logarithmic
+from .group import OneLineError
+
+
+def draw(norms: np.ndarray, found: Refinement, schedule: Schedule) -> Any:
+    """Return a figure of the norms, and below it the schedule with its fit.
+
+    Args:
+        norms: Recorded norms, float64 of ``[steps]``.
+        found: What was refined from them.
+        schedule: What is written, the refined schedule or the fallback.
+
+    Returns:
+        A matplotlib figure.
+    """
+    from matplotlib.figure import Figure
+
+    n = len(found.smoothed)
+    figure = Figure(figsize=(7.2, 5.6), layout="constrained", facecolor="white")
+    upper, lower = figure.subplots(2, 1, sharex=True)
+    upper.plot(np.linspace(0, n - 1, len(norms)), norms, color=PALE, lw=0.8, label="recorded")
+    upper.plot(found.smoothed, color=OURS, lw=1.8, label=f"median of {found.width}")
+    upper.set_ylabel("gradient norm")
+    logarithmic(upper, [float(x) for x in norms[np.isfinite(norms)]])
+    fit = found.fit()
+    lower.plot(found.schedule.values(n), color=OURS, lw=1.8, label="refined")
+    label = f"warmup {fit.warmup:.0%}, power {fit.power:.2g}"
+    lower.plot(fit.schedule.values(n), color=GREY, lw=1.2, ls="--", label=label)
+    if schedule != found.schedule:
+        lower.plot(schedule.values(n), color=THEIRS, lw=1.6, label="fallback, written")
+    lower.set(ylabel="multiplier", xlabel="step", ylim=(0, 1.05))
+    for panel in (upper, lower):
+        panel.spines[["top", "right"]].set_visible(False)
+        panel.tick_params(colors=INK, labelsize=9)
+        panel.legend(frameon=False)
+    return figure
+
+
+def table_of(found: Refinement) -> Table:
+    """Return what is to know about a refinement."""
+    fit = found.fit()
+    table = Table(show_header=False)
+    for label, value in (
+        ("steps", f"{len(found.smoothed):,}"),
+        ("median filter", f"{found.width} steps"),
+        ("norms left out, not finite", str(found.dropped)),
+        ("norms raised to the floor", str(found.raised)),
+        ("range of the smoothed norms", f"{found.norm_range:.3g}"),
+        ("peak of the rate", f"after {found.peak:.1%}"),
+        ("closest polynomial", f"warmup {fit.warmup:.0%}, power {fit.power:.2f}, rmse {fit.rmse:.3f}"),
+    ):
+        table.add_row(label, value)
+    return table
+
+
+@click.command()
+@click.argument("norms", type=click.Path(path_type=Path), metavar="NORMS.csv")
+@click.option("-o", "--out", type=click.Path(path_type=Path), required=True, help="Schedule to write, JSON.")
+@click.option("--plot", type=click.Path(path_type=Path), default=None, help="Chart to write.")
+@click.option("--kind", default="adam", show_default=True, help="adam (L1 norms) or sgd (L2 norms).")
+@click.option(
+    "--smoothing", type=float, default=0.1, show_default=True, help="Part of the run to smooth over."
+)
+@click.option("--steps", type=int, default=None, help="Length of the schedule; by default as recorded.")
+@click.option("--power", type=float, default=None, help="By default 1 for adam, 2 for sgd.")
+@click.option("--floor", type=float, default=1e-3, show_default=True, help="Least norm over the median one.")
+@click.option("--column", default=None, help="Column of the file; by default grad_norm_l1 or grad_norm.")
+@click.option("--fallback", is_flag=True, help="Write warmup and linear decay if the norms collapse.")
+def refine(norms: Path, out: Path, plot: Path | None, fallback: bool, **options: Any) -> None:
+    """Refine a learning-rate schedule from the norms that a telemetry recorded."""
+    console = Console()
+    try:
+        found = refinement(norms, **options)
+        schedule = found.fallback if fallback and found.trouble else found.schedule
+        if plot is not None:
+            recorded = read_norms("refine", norms, options["kind"], options["column"])
+            draw(recorded, found, schedule).savefig(plot, dpi=100)
+        out.write_text(schedule.to_json() + "\n", encoding="utf-8")
+    except (ValueError, TypeError, OSError) as error:
+        raise OneLineError(str(error)) from None
+    console.print(table_of(found))
+    if found.trouble:
+        kept = "the fallback was written" if fallback else f"{ADVICE} --fallback writes the former"
+        click.echo(f"refine: {' and '.join(found.trouble)}. {kept.rstrip('.')}.", err=True)
+    files = ", ".join(str(path) for path in (out, plot) if path is not None)
+    console.print(f"written: {files}", highlight=False, markup=False, soft_wrap=True)

@@ -1,0 +1,102 @@
+"""Gradient norms from where they were recorded."""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from .. import _checks as check
+from ..telemetry import Telemetry
+
+COLUMNS = {"sgd": "grad_norm", "adam": "grad_norm_l1"}
+
+
+def read_norms(owner: str, source: Any, kind: str, column: str | None = None) -> np.ndarray:
+    """Return one norm per step; rows of steps that were skipped are left out.
+
+    Args:
+        owner: Name for messages.
+        source: ``Telemetry``, its ``history()``, the path of a CSV file, or numbers of shape ``[steps]``.
+        kind: ``"sgd"`` takes the L2 norm of a telemetry, ``"adam"`` the L1 norm.
+        column: Name of the column to take instead.
+
+    Returns:
+        float64 array of ``[steps]``; entries may be zero or not finite.
+
+    Raises:
+        TypeError: If the source is of another kind.
+        ValueError: If a column is missing, the file was cut short, or a norm is negative.
+        OSError: If the file cannot be read.
+    """
+    wanted = COLUMNS[check.one_of(owner, "kind", kind, tuple(COLUMNS))] if column is None else column
+    if isinstance(source, Telemetry):
+        source = source.history()
+    if isinstance(source, (str, Path)):
+        source = _read_csv(owner, Path(source), wanted, named=column is not None)
+    if isinstance(source, Mapping):
+        if wanted not in source:
+            check.fail(owner, "norms", f"have the column {wanted!r}", list(source))
+        norms = _array(owner, source[wanted])
+        skipped = _array(owner, source["skipped"]) if "skipped" in source else np.zeros(len(norms))
+        norms = norms[skipped == 0.0]
+    else:
+        norms = _array(owner, source)
+    if norms.ndim != 1 or len(norms) < 2:
+        check.fail(owner, "norms", "hold one number per step, of two steps at least", norms.shape)
+    negative = np.flatnonzero(norms < 0.0)
+    if len(negative):
+        check.fail(owner, f"norms[{negative[0]}]", "be >= 0", float(norms[negative[0]]))
+    if not np.isfinite(norms).any():
+        check.fail(owner, "norms", "have an entry that is finite", "none")
+    return norms
+
+
+def _array(owner: str, numbers: Any) -> np.ndarray:
+    """Return numbers as a float64 array."""
+    if isinstance(numbers, torch.Tensor):
+        numbers = numbers.detach().to("cpu", torch.float64).numpy()
+    try:
+        return np.asarray(numbers, dtype=np.float64)
+    except (TypeError, ValueError):
+        check.fail(owner, "norms", "be numbers, a telemetry or a path", numbers, error=TypeError)
+
+
+def _read_csv(owner: str, path: Path, wanted: str, *, named: bool) -> dict[str, list[float]]:
+    """Return the wanted column of a file with a header line, and the column ``skipped`` if it has one.
+
+    A file without the wanted column may have a single one, or steps and one value first, as exports of
+    experiment trackers do.
+    """
+    text = path.read_text(encoding="utf-8")
+    lines = list(csv.reader(text.splitlines()))
+    if not lines:
+        check.fail(owner, str(path), "have a header line", "an empty file")
+    header = lines[0]
+    take = wanted
+    if wanted not in header and not named:
+        first = header[0].strip().lower() if header else ""
+        take = header[0] if len(header) == 1 else header[1] if first in ("step", "_step") else wanted
+    if take not in header:
+        check.fail(owner, str(path), f"have the column {wanted!r}", header, "Name the one to take.")
+    if not text.endswith("\n"):
+        condition = "end with a line break"
+        check.fail(owner, f"line {len(lines)} of {path}", condition, lines[-1], "The file was cut short.")
+    places = {wanted: header.index(take)}
+    if "skipped" in header:
+        places["skipped"] = header.index("skipped")
+    columns: dict[str, list[float]] = {name: [] for name in places}
+    for number, fields in enumerate(lines[1:], 2):
+        where = f"line {number} of {path}"
+        if len(fields) != len(header):
+            check.fail(owner, where, f"have {len(header)} fields", len(fields), "The file was cut short.")
+        for name, place in places.items():
+            try:
+                columns[name].append(float(fields[place]))
+            except ValueError:
+                check.fail(owner, where, f"have a number in the column {header[place]!r}", fields[place])
+    return columns
