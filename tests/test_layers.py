@@ -287,12 +287,12 @@ def layouts(dtype, seed=0):
     ]
 
 
-def assert_like_the_reference(cls, dtype, params, backend, **options):
-    """Three steps from the same start; the reference runs in float64 on plain tensors."""
+def assert_like_the_reference(cls, dtype, params, backend, steps=3, **options):
+    """Some steps from the same start; the reference runs in float64 on plain tensors."""
     truth = [Parameter(p.detach().double().contiguous()) for p in params]
     opt, ref = cls(params, backend=backend, **options), cls(truth, backend="reference", **options)
     unit = torch.finfo(dtype).eps
-    for step in range(3):
+    for step in range(steps):
         set_grads(params, step)
         set_grads(truth, step)
         opt.step()

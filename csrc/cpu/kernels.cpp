@@ -5,6 +5,8 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "kernels.h"
 
+#include <cstdlib>
+
 #include "../decide.h"
 #include "../dtypes.h"
 
@@ -151,18 +153,27 @@ FW_LEAF void propose_block(const C* __restrict param, const C* __restrict grad, 
   }
 }
 
-// the second part, which finds the update again from the states
+// the update that the states mean, found again
 template <class Rule, int kStates, class C>
-FW_LEAF void apply_block(C* __restrict param, const C* __restrict grad, const C* __restrict state0,
-                         const C* __restrict state1, const C* __restrict radial, int count,
-                         const ScalarsOf<C>& scalars) {
+FW_LEAF void candidate_block(const C* __restrict param, const C* __restrict grad, const C* __restrict state0,
+                             const C* __restrict state1, C* __restrict update, int count,
+                             const ScalarsOf<C>& scalars) {
   const ScalarsOf<C> s = scalars;
   for (int i = 0; i < count; ++i) {
     C state[kMaxStates] = {};
     if constexpr (kStates > 0) state[0] = state0[i];
     if constexpr (kStates > 1) state[1] = state1[i];
+    update[i] = Rule::template candidate<kStates>(param[i], grad[i], state, s);
+  }
+}
+
+template <class Rule, class C>
+FW_LEAF void apply_block(C* __restrict param, const C* __restrict update, const C* __restrict radial,
+                         int count, const ScalarsOf<C>& scalars) {
+  const ScalarsOf<C> s = scalars;
+  for (int i = 0; i < count; ++i) {
     C value = param[i];
-    Rule::apply(value, Rule::template candidate<kStates>(value, grad[i], state, s), radial[i], s);
+    Rule::apply(value, update[i], radial[i], s);
     param[i] = value;
   }
 }
@@ -171,9 +182,14 @@ FW_LEAF void apply_block(C* __restrict param, const C* __restrict grad, const C*
 template <class Rule, class C>
 FW_LEAF void sum_part(double (&total)[Rule::kSums], const C* __restrict param, const C* __restrict grad,
                       const C* __restrict update, int count, const ScalarsOf<C>& scalars) {
-  constexpr int kSumLanes = 8;
-  double lanes[Rule::kSums][kSumLanes] = {};
+  constexpr int kSumLanes = 16;
   const ScalarsOf<C> s = scalars;
+  // lanes of so few elements cost more than they save
+  if (count < kSumLanes) {
+    for (int i = 0; i < count; ++i) Rule::accumulate(total, param[i], grad[i], update[i], s);
+    return;
+  }
+  double lanes[Rule::kSums][kSumLanes] = {};
   auto add = [&](int lane, int i) {
     double sums[Rule::kSums];
     for (int k = 0; k < Rule::kSums; ++k) sums[k] = lanes[k][lane];
@@ -257,6 +273,30 @@ void visit_parts(const Pieces& pieces, int32_t& next, int32_t begin, int32_t end
   }
 }
 
+// Memory of one thread that stays from step to step. No container of the standard library: its functions
+// would be compiled for wide machines here, and the linker could take them for all.
+struct Room {
+  void* data = nullptr;
+  size_t bytes = 0;
+
+  void* of(size_t wanted) {
+    if (bytes < wanted) {
+      std::free(data);
+      bytes = (wanted + 63) / 64 * 64;
+      data = std::aligned_alloc(64, bytes);
+    }
+    return data;
+  }
+  ~Room() { std::free(data); }
+};
+thread_local Room room;
+
+// where the updates of a row of one chunk stay, so that they need not be found again
+template <class C>
+C* room_for_updates(const Row& row, const Chunk& chunk) {
+  return chunk.count < row.numel ? nullptr : static_cast<C*>(room.of(chunk.count * sizeof(C)));
+}
+
 template <class Rule, int kStates, class C>
 Partial propose_chunk(const Step& step, const Chunk& chunk) {
   const Row& row = at<Row>(step.rows)[chunk.row];
@@ -264,7 +304,8 @@ Partial propose_chunk(const Step& step, const Chunk& chunk) {
   if (!grads) return Partial{};
   const ScalarsOf<C> scalars(at<Scalars>(step.scalars)[chunk.row]);
   const bool accumulate = accumulates(step);
-  alignas(64) C param_scratch[kBlock], grad_scratch[kBlock], update[kBlock];
+  alignas(64) C param_scratch[kBlock], grad_scratch[kBlock], update_scratch[kBlock];
+  C* const kept = room_for_updates<C>(row, chunk);
   const Pieces pieces(row, chunk);
   double* out = at<double>(step.sums) + pieces.first * Rule::kSums;
   for (int64_t i = 0; i < int64_t(pieces.count) * Rule::kSums; ++i) out[i] = 0.0;
@@ -280,6 +321,7 @@ Partial propose_chunk(const Step& step, const Chunk& chunk) {
       lanes.add(grad, count,
                 Ahead{here, kStates > 0 ? row.state0 + skip : here, kStates > 1 ? row.state1 + skip : here});
     }
+    C* update = kept ? kept + done : update_scratch;
     propose_block<Rule, kStates, C>(param, grad, at<C>(row.state0) + offset, at<C>(row.state1) + offset,
                                     update, count, scalars);
     visit_parts(pieces, next, done, done + count, [&](int32_t piece, int32_t begin, int32_t size) {
@@ -301,22 +343,27 @@ void apply_chunk(const Step& step, const Verdict& verdict, const Chunk& chunk) {
   const C weight = static_cast<C>(verdict.average_weight);
   const Pieces pieces(row, chunk);
   const double* radials = at<double>(step.radials) + pieces.first;
-  alignas(64) C param_scratch[kBlock], grad_scratch[kBlock] = {}, radial[kBlock] = {};
+  alignas(64) C param_scratch[kBlock], grad_scratch[kBlock] = {}, update_scratch[kBlock], radial[kBlock] = {};
+  const C* const kept = room_for_updates<C>(row, chunk);
   int32_t next = 0;
   for (int32_t done = 0; done < chunk.count; done += kBlock) {
     int64_t offset = chunk.offset + done;
     int count = chunk.count - done < kBlock ? chunk.count - done : kBlock;
     C* param = load<C>(row.param, row.dtype, offset, count, param_scratch);
     if (grads) {
-      const C* grad = looks_back ? load<C>(grads, row.grad_dtype, offset, count, grad_scratch) : grad_scratch;
+      if (!kept) {
+        const C* grad = grad_scratch;
+        if (looks_back) grad = load<C>(grads, row.grad_dtype, offset, count, grad_scratch);
+        candidate_block<Rule, kStates, C>(param, grad, at<C>(row.state0) + offset, at<C>(row.state1) + offset,
+                                          update_scratch, count, scalars);
+      }
       if constexpr (Rule::kProjects) {
         visit_parts(pieces, next, done, done + count, [&](int32_t piece, int32_t begin, int32_t size) {
           const C value = static_cast<C>(radials[piece]);
           for (int32_t i = 0; i < size; ++i) radial[begin - done + i] = value;
         });
       }
-      apply_block<Rule, kStates, C>(param, grad, at<C>(row.state0) + offset, at<C>(row.state1) + offset,
-                                    radial, count, scalars);
+      apply_block<Rule, C>(param, kept ? kept + done : update_scratch, radial, count, scalars);
       store(param, row.param, row.dtype, offset, count);
     }
     average<C>(row, offset, count, weight, param_scratch);
