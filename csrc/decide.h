@@ -76,6 +76,13 @@ FW_HD void set_scalars(const Step& step, const Verdict& verdict, int64_t row) {
   at<Scalars>(step.scalars)[row] = scalars_of<Rule>(step, verdict, rates, row, *at<int64_t>(r.step));
 }
 
+// how much of the parameter leaves the update in one channel, for all pieces of it
+FW_HD void set_radial(const Step& step, const Row& row, int64_t channel, double radial) {
+  const int64_t each = pieces_of_channel(row);
+  double* radials = at<double>(step.radials) + row.first_piece + channel * each;
+  for (int64_t i = 0; i < each; ++i) radials[i] = radial;
+}
+
 // the telemetry row of this step, and the counts of the next
 FW_HD void record(const Step& step, const Verdict& verdict) {
   Counters& counters = *at<Counters>(step.counters);

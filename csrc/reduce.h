@@ -36,4 +36,47 @@ FW_HD Partial combine_all(const Partial* partials, int64_t count) {
   return total;
 }
 
+// Sums over channels: each is cut into pieces of kPiece elements, whose sums are added up in order.
+
+FW_HD int64_t pieces_of_channel(const Row& row) { return (row.channel_size + kPiece - 1) / kPiece; }
+
+// a piece from the start of its chunk on
+struct Piece {
+  int32_t begin, count;
+};
+
+// the pieces of a chunk, which holds whole channels or a part of one
+struct Pieces {
+  int64_t first;
+  int32_t count, of_channel, channel_size, elements;
+
+  FW_HD Pieces(const Row& row, const Chunk& chunk) {
+    const int64_t each = pieces_of_channel(row), channel = chunk.offset / row.channel_size;
+    first = row.first_piece + channel * each + (chunk.offset - channel * row.channel_size) / kPiece;
+    elements = chunk.count;
+    channel_size = static_cast<int32_t>(row.channel_size < elements ? row.channel_size : elements);
+    of_channel = (channel_size + kPiece - 1) / kPiece;
+    count = elements / channel_size * of_channel;
+  }
+
+  FW_HD Piece operator[](int32_t i) const {
+    const int32_t channel = i / of_channel, skipped = (i - channel * of_channel) * kPiece;
+    const int32_t left = channel_size - skipped;
+    return {channel * channel_size + skipped, left < kPiece ? left : kPiece};
+  }
+};
+
+template <int N>
+FW_HD void combine(double (&total)[N], const double* part) {
+  for (int k = 0; k < N; ++k) total[k] += part[k];
+}
+
+// the sums over one channel of a row
+template <int N>
+FW_HD void combine_channel(double (&total)[N], const Step& step, const Row& row, int64_t channel) {
+  const int64_t each = pieces_of_channel(row);
+  const double* sums = at<double>(step.sums) + (row.first_piece + channel * each) * N;
+  for (int64_t i = 0; i < each; ++i) combine(total, sums + i * N);
+}
+
 }  // namespace fw

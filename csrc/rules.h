@@ -1,13 +1,16 @@
 // Every update rule, once for the CPU and CUDA. reference/rules.py states the same in the same order.
-// A rule has scalars(), run once per row and step in double, and update(), run per element.
-// Adam: Kingma & Ba 2015. Gradient initialisation: Kalra & Barkeshli 2024, arXiv:2406.09405.
-// RAdam: Liu et al. 2020, arXiv:1908.03265. SGD: heavy ball without dampening of the first step, as torch.
-// SPDX-License-Identifier: Apache-2.0
+// A rule has scalars(), run once per row and step in double, and update(), run per element. A rule that must
+// know sums over a layer (kSums of them) makes its update in two parts: advance() moves the states,
+// candidate() is the update that they mean, accumulate() what is summed; settle() and radial() turn the sums
+// into what apply() moves the parameter by. Adam: Kingma & Ba 2015. Gradient initialisation: Kalra &
+// Barkeshli 2024, arXiv:2406.09405. RAdam: Liu et al. 2020, arXiv:1908.03265. SGD: heavy ball without
+// dampening of the first step, as torch. LAMB: You et al. 2020, arXiv:1904.00962. AdamP and SGDP: Heo et al.
+// 2021, arXiv:2006.08217. SPDX-License-Identifier: Apache-2.0
 #pragma once
 #include "table.h"
 
 // the names that the bindings and the launchers iterate over
-#define FW_RULES(X) X(Adam) X(RAdam) X(SGD)
+#define FW_RULES(X) X(Adam) X(RAdam) X(SGD) X(LAMB) X(AdamP) X(SGDP)
 // those whose step is a diagonal times the first moment, so that sharpness can be measured against it
 #define FW_PRECONDITIONED(X) X(Adam) X(RAdam) X(SGD)
 
@@ -18,7 +21,7 @@ namespace fw {
 template <class C>
 struct ScalarsOf {
   C grad_scale, weight_decay, decay, one_minus_beta1, one_minus_beta2, step_size, denom_scale, eps, momentum,
-      one_minus_dampening, rect, init_grad, init_state, nesterov;
+      one_minus_dampening, rect, init_grad, init_state, nesterov, moment_scale, grad_gain, update_decay;
 
   FW_HD explicit ScalarsOf(const Scalars& s)
       : grad_scale(static_cast<C>(s.grad_scale)),
@@ -34,7 +37,10 @@ struct ScalarsOf {
         rect(static_cast<C>(s.rect)),
         init_grad(static_cast<C>(s.init_grad)),
         init_state(static_cast<C>(s.init_state)),
-        nesterov(static_cast<C>(s.nesterov)) {}
+        nesterov(static_cast<C>(s.nesterov)),
+        moment_scale(static_cast<C>(s.moment_scale)),
+        grad_gain(static_cast<C>(s.grad_gain)),
+        update_decay(static_cast<C>(s.update_decay)) {}
 };
 
 // 1 - beta^step without the cancellation of the direct form at the first steps
@@ -70,6 +76,7 @@ FW_HD Scalars common_scalars(const Hyper& h, const Rates& rates, double clip_coe
 }
 
 struct Adam {
+  static constexpr int kSums = 0;
   static constexpr int kMinStates = 2;
   static constexpr int kMaxStates = 3;
 
@@ -101,6 +108,7 @@ struct Adam {
 };
 
 struct RAdam {
+  static constexpr int kSums = 0;
   static constexpr int kMinStates = 2;
   static constexpr int kMaxStates = 2;
 
@@ -129,6 +137,7 @@ struct RAdam {
 };
 
 struct SGD {
+  static constexpr int kSums = 0;
   static constexpr int kMinStates = 0;
   static constexpr int kMaxStates = 1;
 
@@ -148,6 +157,174 @@ struct SGD {
       grad = s.nesterov > C(0) ? multiply_add(s.momentum, momentum_buffer, grad) : momentum_buffer;
     }
     param = multiply_add(-s.step_size, grad, param);
+  }
+};
+
+// x inside an interval; NaN stays
+FW_HD double bounded(double x, double low, double high) {
+  x = x < low ? low : x;
+  return x > high ? high : x;
+}
+
+// both moments of Adam with the gradient in them; grad_gain is 1 for averages
+template <class C>
+FW_HD void moments(C grad, C& exp_avg, C& exp_avg_sq, const ScalarsOf<C>& s) {
+  exp_avg = multiply_add(s.one_minus_beta1, multiply_add(s.grad_gain, grad, -exp_avg), exp_avg);
+  exp_avg_sq = multiply_add(s.one_minus_beta2, multiply_add(grad, grad, -exp_avg_sq), exp_avg_sq);
+}
+
+struct LAMB {
+  static constexpr int kMinStates = 2;
+  static constexpr int kMaxStates = 2;
+  static constexpr int kSums = 2;
+  static constexpr bool kProjects = false;
+
+  FW_HD static void scalars(const Hyper& h, double eta, int64_t step, Scalars& s) {
+    s.step_size = eta;
+    s.moment_scale = h.bias_correction ? 1.0 / bias_correction(h.beta1, step) : 1.0;
+    s.denom_scale = h.bias_correction ? 1.0 / sqrt(bias_correction(h.beta2, step)) : 1.0;
+    s.grad_gain = h.grad_averaging ? 1.0 : 1.0 / s.one_minus_beta1;
+    s.update_decay = h.decays_update ? s.weight_decay : 0.0;
+    s.weight_decay = h.decays_update ? 0.0 : s.weight_decay;
+  }
+
+  // whether the candidate needs the gradient besides the states
+  FW_HD static bool looks_back(const Hyper&, int32_t) { return false; }
+
+  template <int kStates, class C>
+  FW_HD static void advance(C param, C grad, C* state, const ScalarsOf<C>& s) {
+    grad = multiply_add(s.weight_decay, param, grad * s.grad_scale);
+    moments(grad, state[0], state[1], s);
+  }
+
+  template <int kStates, class C>
+  FW_HD static C candidate(C param, C, const C* state, const ScalarsOf<C>& s) {
+    C denom = multiply_add(root(state[1]), s.denom_scale, s.eps);
+    return multiply_add(s.update_decay, param, s.moment_scale * state[0] / denom);
+  }
+
+  template <class C>
+  FW_HD static void accumulate(double (&sums)[kSums], C param, C, C update, const ScalarsOf<C>&) {
+    double p = static_cast<double>(param), u = static_cast<double>(update);
+    sums[0] = multiply_add(p, p, sums[0]);
+    sums[1] = multiply_add(u, u, sums[1]);
+  }
+
+  FW_HD static bool scale_invariant(const Hyper&, const double*, int64_t) { return false; }
+  FW_HD static double radial(const Hyper&, const double*) { return 0.0; }
+
+  // the trust ratio: 1 where a norm is 0, which then trains as Adam does
+  FW_HD static void settle(const Hyper& h, const double* sums, bool, Scalars& s) {
+    double param_norm = sqrt(sums[0]);
+    double update_norm = sqrt(sums[1]);
+    bool defined = h.adapts && param_norm != 0.0 && update_norm != 0.0;
+    double trust = defined ? bounded(param_norm, h.min_norm, h.max_norm) / update_norm : 1.0;
+    s.step_size = s.step_size * (trust > h.trust_clip ? h.trust_clip : trust);
+  }
+
+  template <class C>
+  FW_HD static void apply(C& param, C update, C, const ScalarsOf<C>& s) {
+    param = param - multiply_add(s.decay, param, s.step_size * update);
+  }
+};
+
+// takes the part along the parameter out of the update where the loss does not feel its scale
+struct Projection {
+  static constexpr int kSums = 4;
+  static constexpr bool kProjects = true;
+
+  template <class C>
+  FW_HD static void accumulate(double (&sums)[kSums], C param, C grad, C update, const ScalarsOf<C>& s) {
+    double p = static_cast<double>(param), u = static_cast<double>(update);
+    double g = static_cast<double>(grad * s.grad_scale);
+    sums[0] = multiply_add(g, g, sums[0]);
+    sums[1] = multiply_add(p, p, sums[1]);
+    sums[2] = multiply_add(g, p, sums[2]);
+    sums[3] = multiply_add(u, p, sums[3]);
+  }
+
+  // whether gradient and parameter are as good as orthogonal; not so for NaN
+  FW_HD static bool scale_invariant(const Hyper& h, const double* sums, int64_t size) {
+    double grad_norm = sqrt(sums[0]);
+    double param_norm = sqrt(sums[1]);
+    double norms = grad_norm > h.eps ? grad_norm : h.eps;
+    norms = norms * (param_norm > h.eps ? param_norm : h.eps);
+    return magnitude(sums[2]) * sqrt(static_cast<double>(size)) < h.delta * norms;
+  }
+
+  // <n, u> / norm for the direction n = param / norm
+  FW_HD static double radial(const Hyper& h, const double* sums) {
+    double norm = sqrt(sums[1]) + h.eps;
+    return sums[3] / (norm * norm);
+  }
+
+  // little decay where the scale does not matter
+  FW_HD static void settle(const Hyper& h, const double*, bool projected, Scalars& s) {
+    s.decay = s.decay * (projected ? h.wd_ratio : 1.0);
+  }
+
+  template <class C>
+  FW_HD static void apply(C& param, C update, C radial, const ScalarsOf<C>& s) {
+    update = multiply_add(-radial, param, update);
+    param = param - multiply_add(s.decay, param, s.step_size * update);
+  }
+};
+
+struct AdamP : Projection {
+  static constexpr int kMinStates = 2;
+  static constexpr int kMaxStates = 2;
+
+  FW_HD static void scalars(const Hyper& h, double eta, int64_t step, Scalars& s) {
+    s.step_size = eta / bias_correction(h.beta1, step);
+    s.denom_scale = 1.0 / sqrt(bias_correction(h.beta2, step));
+    s.grad_gain = 1.0;
+    s.nesterov = h.nesterov ? 1.0 : 0.0;
+  }
+
+  FW_HD static bool looks_back(const Hyper& h, int32_t) { return h.nesterov; }
+
+  template <int kStates, class C>
+  FW_HD static void advance(C, C grad, C* state, const ScalarsOf<C>& s) {
+    grad = grad * s.grad_scale;
+    moments(grad, state[0], state[1], s);
+  }
+
+  template <int kStates, class C>
+  FW_HD static C candidate(C, C grad, const C* state, const ScalarsOf<C>& s) {
+    C exp_avg = state[0];
+    grad = grad * s.grad_scale;
+    exp_avg = s.nesterov > C(0) ? multiply_add(s.one_minus_beta1, grad - exp_avg, exp_avg) : exp_avg;
+    C denom = multiply_add(root(state[1]), s.denom_scale, s.eps);
+    return exp_avg / denom;
+  }
+};
+
+struct SGDP : Projection {
+  static constexpr int kMinStates = 0;
+  static constexpr int kMaxStates = 1;
+
+  FW_HD static void scalars(const Hyper& h, double eta, int64_t, Scalars& s) {
+    s.step_size = eta;
+    s.momentum = h.momentum;
+    s.one_minus_dampening = 1.0 - h.dampening;
+    s.nesterov = h.nesterov ? 1.0 : 0.0;
+    s.decay = s.decay / (1.0 - h.momentum);
+  }
+
+  FW_HD static bool looks_back(const Hyper& h, int32_t n_states) { return h.nesterov || n_states == 0; }
+
+  template <int kStates, class C>
+  FW_HD static void advance(C, C grad, C* state, const ScalarsOf<C>& s) {
+    grad = grad * s.grad_scale;
+    if constexpr (kStates == 1) state[0] = multiply_add(s.momentum, state[0], s.one_minus_dampening * grad);
+  }
+
+  template <int kStates, class C>
+  FW_HD static C candidate(C, C grad, const C* state, const ScalarsOf<C>& s) {
+    grad = grad * s.grad_scale;
+    C momentum_buffer = s.one_minus_dampening * grad;
+    if constexpr (kStates == 1) momentum_buffer = state[0];
+    return s.nesterov > C(0) ? multiply_add(s.momentum, momentum_buffer, grad) : momentum_buffer;
   }
 };
 

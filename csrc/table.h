@@ -8,6 +8,8 @@
 namespace fw {
 
 constexpr int kMaxStates = 3;
+// elements of a channel that are summed at a time
+constexpr int kPiece = 2048;
 
 enum DType : int32_t { kFloat32 = 0, kFloat64 = 1, kBFloat16 = 2, kFloat16 = 3 };
 enum InitKind : int32_t { kInitZeros = 0, kInitGrad = 1, kInitRandom = 2 };
@@ -23,49 +25,61 @@ enum SegmentKind : int32_t {
   kTable = 7
 };
 
-// one tensor; states and average are float32, or float64 beside a float64 parameter
-#define FW_ROW(X)             \
-  X(uint64_t, param, 0)       \
-  X(uint64_t, state0, 8)      \
-  X(uint64_t, state1, 16)     \
-  X(uint64_t, state2, 24)     \
-  X(uint64_t, average, 32)    \
-  X(uint64_t, step, 40)       \
-  X(int64_t, numel, 48)       \
-  X(int32_t, group, 56)       \
-  X(int32_t, dtype, 60)       \
-  X(int32_t, grad_dtype, 64)  \
-  X(int32_t, n_states, 68)    \
-  X(int32_t, initialized, 72) \
-  X(int32_t, reserved, 76)
+// one tensor; states and average are float32, or float64 beside a float64 parameter. Its channels follow one
+// another in memory, and so do their pieces of kPiece elements, the first of which is first_piece.
+#define FW_ROW(X)              \
+  X(uint64_t, param, 0)        \
+  X(uint64_t, state0, 8)       \
+  X(uint64_t, state1, 16)      \
+  X(uint64_t, state2, 24)      \
+  X(uint64_t, average, 32)     \
+  X(uint64_t, step, 40)        \
+  X(int64_t, numel, 48)        \
+  X(int32_t, group, 56)        \
+  X(int32_t, dtype, 60)        \
+  X(int32_t, grad_dtype, 64)   \
+  X(int32_t, n_states, 68)     \
+  X(int32_t, initialized, 72)  \
+  X(int32_t, projects, 76)     \
+  X(int64_t, channel_size, 80) \
+  X(int64_t, first_piece, 88)
 
-// a piece of one row, small enough for 32-bit arithmetic inside it
+// a part of one row, small enough for 32-bit arithmetic inside it: whole channels, or a part of one
 #define FW_CHUNK(X)     \
   X(int64_t, offset, 0) \
   X(int32_t, count, 8)  \
   X(int32_t, row, 12)
 
 // one parameter group; rates are per step, before schedules
-#define FW_HYPER(X)                \
-  X(double, lr, 0)                 \
-  X(double, weight_decay, 8)       \
-  X(double, beta1, 16)             \
-  X(double, beta2, 24)             \
-  X(double, eps, 32)               \
-  X(double, momentum, 40)          \
-  X(double, dampening, 48)         \
-  X(double, rho_threshold, 56)     \
-  X(double, init_scale, 64)        \
-  X(int32_t, init, 72)             \
-  X(int32_t, decoupled, 76)        \
-  X(int32_t, maximize, 80)         \
-  X(int32_t, nesterov, 84)         \
-  X(int32_t, skip_unrectified, 88) \
-  X(int32_t, lr_segment, 92)       \
-  X(int32_t, lr_segments, 96)      \
-  X(int32_t, decay_segment, 100)   \
-  X(int32_t, decay_segments, 104)  \
-  X(int32_t, reserved, 108)
+#define FW_HYPER(X)                 \
+  X(double, lr, 0)                  \
+  X(double, weight_decay, 8)        \
+  X(double, beta1, 16)              \
+  X(double, beta2, 24)              \
+  X(double, eps, 32)                \
+  X(double, momentum, 40)           \
+  X(double, dampening, 48)          \
+  X(double, rho_threshold, 56)      \
+  X(double, init_scale, 64)         \
+  X(double, delta, 72)              \
+  X(double, wd_ratio, 80)           \
+  X(double, min_norm, 88)           \
+  X(double, max_norm, 96)           \
+  X(double, trust_clip, 104)        \
+  X(int32_t, init, 112)             \
+  X(int32_t, decoupled, 116)        \
+  X(int32_t, maximize, 120)         \
+  X(int32_t, nesterov, 124)         \
+  X(int32_t, skip_unrectified, 128) \
+  X(int32_t, bias_correction, 132)  \
+  X(int32_t, grad_averaging, 136)   \
+  X(int32_t, adapts, 140)           \
+  X(int32_t, decays_update, 144)    \
+  X(int32_t, lr_segment, 148)       \
+  X(int32_t, lr_segments, 152)      \
+  X(int32_t, decay_segment, 156)    \
+  X(int32_t, decay_segments, 160)   \
+  X(int32_t, reserved, 164)
 
 // a stretch of a schedule: begin and steps count optimizer steps, steps = 0 has no end
 #define FW_SEGMENT(X)  \
@@ -97,7 +111,10 @@ enum SegmentKind : int32_t {
   X(double, rect, 80)                \
   X(double, init_grad, 88)           \
   X(double, init_state, 96)          \
-  X(double, nesterov, 104)
+  X(double, nesterov, 104)           \
+  X(double, moment_scale, 112)       \
+  X(double, grad_gain, 120)          \
+  X(double, update_decay, 128)
 
 // sums over one chunk, or over all of them
 #define FW_PARTIAL(X) \
@@ -167,7 +184,9 @@ enum SegmentKind : int32_t {
   X(int32_t, clip, 180)               \
   X(uint64_t, verdict, 184)           \
   X(uint64_t, grad_scale, 192)        \
-  X(uint64_t, found_inf, 200)
+  X(uint64_t, found_inf, 200)         \
+  X(uint64_t, sums, 208)              \
+  X(uint64_t, radials, 216)
 
 // one tensor of a sharpness measurement: its values, where they are kept meanwhile, the gradients at both
 // ends of a difference (0 for none), and where its piece of every vector begins

@@ -8,7 +8,7 @@ from ._version import __version__
 from .averaging import EMA, SWA
 from .backends import available_backends
 from .optimizer import FusedOptimizer
-from .optimizers import SGD, Adam, AdamW, GIAdam, RAdam
+from .optimizers import LAMB, SGD, SGDP, Adam, AdamP, AdamW, GIAdam, RAdam
 
 if TYPE_CHECKING:
     from . import sharpness, tuning
@@ -18,9 +18,12 @@ if TYPE_CHECKING:
 
 __all__ = [
     "EMA",
+    "LAMB",
     "SGD",
+    "SGDP",
     "SWA",
     "Adam",
+    "AdamP",
     "AdamW",
     "AutoWU",
     "FusedOptimizer",

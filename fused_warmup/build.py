@@ -12,6 +12,7 @@ from . import layout
 from .backends.base import Backend
 from .columns import is_capturing
 from .plan import Plan, check_disjoint
+from .reference.rules import LAYER_RULES
 from .rows import make_row
 from .table import COUNTERS, Hyper
 
@@ -59,6 +60,9 @@ def build_plan(opt: FusedOptimizer, every: bool) -> tuple[Plan, Backend]:
             value = (opt.max_grad_norm, opt.nonfinite)
             condition = "be (None, 'propagate') beside sharded parameters"
             check.fail(name, "(max_grad_norm, nonfinite)", condition, value, hint)
+        if layout.is_sharded(param) and opt.rule in LAYER_RULES:
+            hint = "A process sees its part of a layer only, and this rule needs sums over all of it."
+            check.fail(name, f"parameter {index}", "be whole in each process", tuple(param.shape), hint)
         for key in (*opt._state_names(opt.param_groups[g]), "average"):
             state = opt._state.get(param, {}).get(key)
             if isinstance(state, Tensor) and state.shape != param.shape:
@@ -74,9 +78,11 @@ def build_plan(opt: FusedOptimizer, every: bool) -> tuple[Plan, Backend]:
     opt.telemetry.allocate(device, opt._counters)
     _allocate(opt, [(g, p, local) for g, _, p, local in known], hypers)
     names = [opt._state_names(group) for group in opt.param_groups]
-    averaged = opt.average is not None
+    averaged, by_channel = opt.average is not None, _by_channel(opt)
     rows = [
-        make_row(p, local, opt._state[p], names[g], averaged=averaged, group=g, index=index)
+        make_row(
+            p, local, opt._state[p], names[g], averaged=averaged, group=g, index=index, by_channel=by_channel
+        )
         for g, index, p, local in known
     ]
     record = {"counters": opt._counters, "slots": opt.telemetry.slots, "page": opt.telemetry.page}
@@ -84,11 +90,16 @@ def build_plan(opt: FusedOptimizer, every: bool) -> tuple[Plan, Backend]:
     return Plan(name, opt.rule, rows, groups, state, average, record, device), backend
 
 
+def _by_channel(opt: FusedOptimizer) -> bool:
+    """Whether the rule looks at output channels by themselves."""
+    return opt.rule in LAYER_RULES and LAYER_RULES[opt.rule].projects
+
+
 def _allocate(opt: FusedOptimizer, members: list[tuple[int, Tensor, Tensor]], hypers: list[Hyper]) -> None:
     """Make the states that are missing; new step counts share one buffer."""
     fresh = [param for _, param, _ in members if "step" not in opt._state[param]]
     steps = iter(torch.zeros(len(fresh), dtype=torch.int64, device=fresh[0].device) if fresh else ())
-    drawn = 0.0
+    drawn, by_channel = 0.0, _by_channel(opt)
     for g, param, local in members:
         state, group = opt._state[param], opt.param_groups[g]
         random = "step" not in state and hypers[g].init == "random"
@@ -99,13 +110,13 @@ def _allocate(opt: FusedOptimizer, members: list[tuple[int, Tensor, Tensor]], hy
             state["step"].zero_()
         for state_name in opt._state_names(group):
             if not isinstance(state.get(state_name), Tensor):
-                state[state_name] = layout.state_like(param)
+                state[state_name] = layout.state_like(param, by_channel)
         if opt.average is not None and "average" not in state:
-            state["average"] = layout.state_like(param).copy_(param)
+            state["average"] = layout.state_like(param, by_channel).copy_(param)
         for key in (*opt._state_names(group), *(["average"] if opt.average is not None else [])):
-            if not layout.fits(state[key], local):
+            if not layout.fits(state[key], local, by_channel):
                 # the parameter got another dtype or layout since
-                state[key] = layout.state_like(param).copy_(state[key])
+                state[key] = layout.state_like(param, by_channel).copy_(state[key])
         if random:
             # drawn on the host, so that its norm is known without a wait
             noise = torch.randn(param.shape, dtype=torch.float64, device="cpu")

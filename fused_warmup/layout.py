@@ -59,9 +59,23 @@ def is_dense(tensor: Tensor) -> bool:
     return True
 
 
-def work_layout(local: Tensor) -> Tensor:
-    """Return a meta tensor with the layout that the row of a parameter has: its own if that is dense."""
-    return torch.empty_like(local, device="meta", requires_grad=False)
+def work_layout(local: Tensor, by_channel: bool = False) -> Tensor:
+    """Return a meta tensor with the layout that the row of a parameter has: its own if that is dense.
+
+    Args:
+        local: The parameter.
+        by_channel: Whether each index of the first dimension must have one stretch of memory.
+    """
+    kind = work_format(local, by_channel)
+    return torch.empty_like(local, device="meta", requires_grad=False, memory_format=kind)
+
+
+def work_format(local: Tensor, by_channel: bool) -> torch.memory_format:
+    """Return the memory format that makes a tensor like ``local`` one with the layout of its row."""
+    kept = torch.empty_like(local, device="meta", requires_grad=False)
+    if not by_channel or local.dim() < 2 or len(local) == 1 or kept.stride(0) * len(kept) == kept.numel():
+        return torch.preserve_format
+    return torch.contiguous_format
 
 
 def same_layout(a: Tensor, b: Tensor) -> bool:
@@ -141,16 +155,16 @@ def _is_fake(tensor: Tensor) -> bool:
     return isinstance(tensor, FakeTensor) or isinstance(getattr(tensor, "data", None), FakeTensor)
 
 
-def fits(state: Tensor, local: Tensor) -> bool:
+def fits(state: Tensor, local: Tensor, by_channel: bool = False) -> bool:
     """Whether a state has the dtype and layout that the row of a parameter needs."""
-    return state.dtype == compute_dtype(local.dtype) and same_layout(local_tensor(state), work_layout(local))
+    wanted = work_layout(local, by_channel)
+    return state.dtype == compute_dtype(local.dtype) and same_layout(local_tensor(state), wanted)
 
 
-def state_like(param: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+def state_like(param: Tensor, by_channel: bool = False) -> Tensor:
     """Return zeros in the layout that the row of ``param`` has and in the dtype of its arithmetic."""
-    return torch.zeros_like(
-        param, dtype=dtype or compute_dtype(param.dtype), memory_format=torch.preserve_format
-    )
+    kind = work_format(local_tensor(param), by_channel)
+    return torch.zeros_like(param, dtype=compute_dtype(param.dtype), memory_format=kind)
 
 
 def check_disjoint(owner: str, indexed: Sequence[tuple[int, Tensor, int]]) -> None:

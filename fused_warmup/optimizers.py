@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -16,7 +17,7 @@ from .table import INIT_KINDS, Hyper
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
-__all__ = ["SGD", "Adam", "AdamW", "GIAdam", "RAdam"]
+__all__ = ["LAMB", "SGD", "SGDP", "Adam", "AdamP", "AdamW", "GIAdam", "RAdam"]
 
 
 def _shared(owner: str, group: Mapping[str, Any]) -> dict[str, Any]:
@@ -28,12 +29,25 @@ def _shared(owner: str, group: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def _moments(owner: str, group: Mapping[str, Any]) -> dict[str, Any]:
+def _averages(owner: str, group: Mapping[str, Any]) -> dict[str, Any]:
     """Return the hyper-parameters of rules with two moments."""
     beta1, beta2 = check.betas(owner, group["betas"])
-    decoupled = check.flag(owner, "decoupled_weight_decay", group["decoupled_weight_decay"])
     eps = check.number(owner, "eps", group["eps"])
-    return {**_shared(owner, group), "beta1": beta1, "beta2": beta2, "eps": eps, "decoupled": decoupled}
+    return {**_shared(owner, group), "beta1": beta1, "beta2": beta2, "eps": eps}
+
+
+def _moments(owner: str, group: Mapping[str, Any]) -> dict[str, Any]:
+    """Return those of rules that decay in one of two ways."""
+    decoupled = check.flag(owner, "decoupled_weight_decay", group["decoupled_weight_decay"])
+    return {**_averages(owner, group), "decoupled": decoupled}
+
+
+def _projection(owner: str, group: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the hyper-parameters of a projected update, which decays apart from the gradient."""
+    delta = check.number(owner, "delta", group["delta"])
+    wd_ratio = check.number(owner, "wd_ratio", group["wd_ratio"])
+    nesterov = check.flag(owner, "nesterov", group["nesterov"])
+    return {"delta": delta, "wd_ratio": wd_ratio, "nesterov": nesterov, "decoupled": True}
 
 
 class Adam(FusedOptimizer):
@@ -340,3 +354,245 @@ class SGD(FusedOptimizer):
         if nesterov and (momentum == 0.0 or dampening != 0.0):
             check.fail(owner, "nesterov", "be False unless momentum > 0 and dampening = 0", nesterov)
         return Hyper(**_shared(owner, group), momentum=momentum, dampening=dampening, nesterov=nesterov)
+
+
+# what the options of LAMB are where nobody gives them
+_LAMB_PRESETS: dict[str | None, dict[str, Any]] = {
+    None: {"always_adapt": False, "trust_clip": math.inf, "max_grad_norm": None},
+    "paper": {"always_adapt": True, "trust_clip": math.inf, "max_grad_norm": None},
+    "apex": {"always_adapt": False, "trust_clip": math.inf, "max_grad_norm": 1.0},
+    "nvlamb": {"always_adapt": True, "trust_clip": math.inf, "max_grad_norm": 1.0},
+    "lambc": {"always_adapt": True, "trust_clip": 1.0, "max_grad_norm": None},
+}
+_DECAY_MODES = ("update", "gradient", "decoupled")
+
+
+class LAMB(FusedOptimizer):
+    """Adam whose update is scaled to the norm of its layer: ``param -= lr * ||param|| / ||u|| * u``.
+
+    ``u = m_hat / (sqrt(v_hat) + eps) + weight_decay * param``, and a layer is a parameter tensor, whole. The
+    ratio of the norms is 1 where one of them is 0, and where ``weight_decay`` is 0 unless ``always_adapt``.
+
+    Args:
+        params: Parameters or groups.
+        lr: Learning rate, >= 0: without clipping, the relative step ``||step|| / ||param||`` of each layer.
+        betas: Coefficients of the two averages, each in [0, 1).
+        eps: Added outside the square root, >= 0.
+        weight_decay: Decay, >= 0.
+        bias_correction: Divide the averages by ``1 - beta**t``.
+        grad_averaging: The gradient enters the first average times ``1 - beta1``, else whole.
+        trust_clip: Upper bound of the ratio, > 0; infinity has none, None is as the preset says.
+        always_adapt: Scale the update without weight decay too; None is as the preset says.
+        norm_clip: Lower and upper bound of ``||param||`` in the ratio, or None.
+        decay_mode: ``"update"`` decays inside the update, before its norm; ``"gradient"`` is an L2 penalty;
+            ``"decoupled"`` is as for AdamW, and in no norm.
+        maximize: Ascend.
+        preset: ``"paper"`` always adapts; ``"apex"`` clips gradients to norm 1 and adapts where there is
+            weight decay; ``"nvlamb"`` clips and always adapts; ``"lambc"`` always adapts, with ratios of at
+            most 1. What is given beside it wins. Without one: that of apex without clipping.
+        options: What every optimizer takes, see ``FusedOptimizer``.
+
+    Source: You et al. 2020, arXiv:1904.00962, algorithm 2, and the FusedLAMB of NVIDIA's Apex.
+    """
+
+    rule = "LAMB"
+
+    def __init__(
+        self,
+        params: Params,
+        lr: float | Tensor = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-6,
+        weight_decay: float = 0.0,
+        *,
+        bias_correction: bool = True,
+        grad_averaging: bool = True,
+        trust_clip: float | None = None,
+        always_adapt: bool | None = None,
+        norm_clip: tuple[float, float] | None = None,
+        decay_mode: str = "update",
+        maximize: bool = False,
+        preset: str | None = None,
+        **options: Unpack[Options],
+    ) -> None:
+        if preset is not None:
+            check.one_of(type(self).__name__, "preset", preset, [p for p in _LAMB_PRESETS if p is not None])
+        usual = _LAMB_PRESETS[preset]
+        defaults = {
+            "lr": lr,
+            "betas": betas,
+            "eps": eps,
+            "weight_decay": weight_decay,
+            "bias_correction": bias_correction,
+            "grad_averaging": grad_averaging,
+            "trust_clip": usual["trust_clip"] if trust_clip is None else trust_clip,
+            "always_adapt": usual["always_adapt"] if always_adapt is None else always_adapt,
+            "norm_clip": norm_clip,
+            "decay_mode": decay_mode,
+            "maximize": maximize,
+        }
+        options.setdefault("max_grad_norm", usual["max_grad_norm"])
+        super().__init__(params, defaults, **options)
+
+    @staticmethod
+    def _state_names(group: Mapping[str, Any]) -> tuple[str, ...]:
+        return ("exp_avg", "exp_avg_sq")
+
+    @staticmethod
+    def _hyper(owner: str, group: Mapping[str, Any]) -> Hyper:
+        always, clip = check.flag(owner, "always_adapt", group["always_adapt"]), group["trust_clip"]
+        if clip != math.inf:
+            clip = check.number(owner, "trust_clip", clip, ends="()")
+        low, high = _bounds(owner, "norm_clip", group["norm_clip"])
+        mode = check.one_of(owner, "decay_mode", group["decay_mode"], _DECAY_MODES)
+        averages = _averages(owner, group)
+        return Hyper(
+            **averages,
+            bias_correction=check.flag(owner, "bias_correction", group["bias_correction"]),
+            grad_averaging=check.flag(owner, "grad_averaging", group["grad_averaging"]),
+            trust_clip=clip,
+            min_norm=low,
+            max_norm=high,
+            adapts=always or averages["weight_decay"] != 0.0,
+            decays_update=mode == "update",
+            decoupled=mode == "decoupled",
+        )
+
+
+def _bounds(owner: str, name: str, value: Any) -> tuple[float, float]:
+    """Return the ends of an interval of numbers >= 0; of all of them for None."""
+    if value is None:
+        return 0.0, math.inf
+    if isinstance(value, (str, bytes)) or not isinstance(value, Sequence) or len(value) != 2:
+        check.fail(owner, name, "be a pair of numbers or None", value, error=TypeError)
+    low = check.number(owner, f"{name}[0]", value[0])
+    high = value[1] if value[1] == math.inf else check.number(owner, f"{name}[1]", value[1], low, ends="[)")
+    return low, high
+
+
+class AdamP(FusedOptimizer):
+    """AdamW that takes the part along the parameter out of the update where the loss ignores its scale.
+
+    Where the cosine of gradient and parameter is below ``delta / sqrt(n)`` in every output channel of ``n``
+    elements (the first dimension counts them), each channel of the update is made orthogonal to that of the
+    parameter; else the whole tensor is, if its cosine is that small. Decay is multiplied by ``wd_ratio``
+    then. The choice is made anew at every step, on the device. Parameters of one dimension are not projected.
+
+    Args:
+        params: Parameters or groups.
+        lr: Learning rate, >= 0.
+        betas: Coefficients of the two averages, each in [0, 1).
+        eps: Added outside the square root, and a lower bound of the norms in the cosines, >= 0.
+        weight_decay: Decoupled decay, >= 0.
+        delta: Threshold of the cosines, >= 0; 0 never projects.
+        wd_ratio: Decay of projected parameters over that of others, >= 0.
+        nesterov: Look one gradient ahead.
+        maximize: Ascend.
+        options: What every optimizer takes, see ``FusedOptimizer``.
+
+    Source: Heo et al. 2021, arXiv:2006.08217.
+    """
+
+    rule = "AdamP"
+
+    def __init__(
+        self,
+        params: Params,
+        lr: float | Tensor = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+        *,
+        delta: float = 0.1,
+        wd_ratio: float = 0.1,
+        nesterov: bool = False,
+        maximize: bool = False,
+        **options: Unpack[Options],
+    ) -> None:
+        defaults = {
+            "lr": lr,
+            "betas": betas,
+            "eps": eps,
+            "weight_decay": weight_decay,
+            "delta": delta,
+            "wd_ratio": wd_ratio,
+            "nesterov": nesterov,
+            "maximize": maximize,
+        }
+        super().__init__(params, defaults, **options)
+
+    @staticmethod
+    def _state_names(group: Mapping[str, Any]) -> tuple[str, ...]:
+        return ("exp_avg", "exp_avg_sq")
+
+    @staticmethod
+    def _hyper(owner: str, group: Mapping[str, Any]) -> Hyper:
+        return Hyper(**_averages(owner, group), **_projection(owner, group))
+
+
+class SGDP(FusedOptimizer):
+    """Momentum with the projection of ``AdamP``.
+
+    Decay is decoupled, ``param -= lr * weight_decay / (1 - momentum) * param``, about as strong as an L2
+    penalty that goes through the momentum. The buffer itself is not projected, as in the paper; the authors'
+    package does so by accident where ``nesterov`` is False.
+
+    Args:
+        params: Parameters or groups.
+        lr: Learning rate, >= 0.
+        momentum: Coefficient of the buffer, in [0, 1); 0 keeps no buffer.
+        dampening: The gradient enters the buffer times ``1 - dampening``, at the first step too.
+        weight_decay: Decoupled decay, >= 0.
+        nesterov: Look ahead.
+        eps: Lower bound of the norms in the cosines, >= 0.
+        delta: Threshold of the cosines, >= 0; 0 never projects.
+        wd_ratio: Decay of projected parameters over that of others, >= 0.
+        maximize: Ascend.
+        options: What every optimizer takes, see ``FusedOptimizer``.
+
+    Source: Heo et al. 2021, arXiv:2006.08217.
+    """
+
+    rule = "SGDP"
+
+    def __init__(
+        self,
+        params: Params,
+        lr: float | Tensor,
+        momentum: float = 0.0,
+        dampening: float = 0.0,
+        weight_decay: float = 0.0,
+        nesterov: bool = False,
+        *,
+        eps: float = 1e-8,
+        delta: float = 0.1,
+        wd_ratio: float = 0.1,
+        maximize: bool = False,
+        **options: Unpack[Options],
+    ) -> None:
+        defaults = {
+            "lr": lr,
+            "momentum": momentum,
+            "dampening": dampening,
+            "weight_decay": weight_decay,
+            "nesterov": nesterov,
+            "eps": eps,
+            "delta": delta,
+            "wd_ratio": wd_ratio,
+            "maximize": maximize,
+        }
+        super().__init__(params, defaults, **options)
+
+    @staticmethod
+    def _state_names(group: Mapping[str, Any]) -> tuple[str, ...]:
+        return ("momentum_buffer",) if group["momentum"] != 0.0 else ()
+
+    @staticmethod
+    def _hyper(owner: str, group: Mapping[str, Any]) -> Hyper:
+        return Hyper(
+            **_shared(owner, group),
+            **_projection(owner, group),
+            eps=check.number(owner, "eps", group["eps"]),
+            momentum=check.number(owner, "momentum", group["momentum"], 0.0, 1.0),
+            dampening=check.number(owner, "dampening", group["dampening"], float("-inf")),
+        )

@@ -22,11 +22,13 @@ from .averaging import Average
 from .columns import Columns, is_capturing
 from .layout import check_grad, compute_dtype, describe, local_tensor, same_layout
 from .live import LiveSchedule
+from .reference.rules import LAYER_RULES
 from .rows import Row
 from .schedules import Schedule
 from .table import (
     AVERAGE_KINDS,
     DTYPES,
+    PIECE,
     RATES,
     STRUCTS,
     Hyper,
@@ -176,13 +178,20 @@ class Plan:
             packed["dtype"] = packed["grad_dtype"] = DTYPES[row.work.dtype]
             packed["n_states"] = len(states)
             packed["initialized"] = row.initialized
+        sizes = table["numel"]
+        table["projects"] = [row.work.dim() > 1 for row in self.rows]
+        table["channel_size"] = sizes // [row.channels for row in self.rows] if n else 0
+        pieces = sizes // np.maximum(table["channel_size"], 1) * -(-table["channel_size"] // PIECE)
+        table["first_piece"] = np.cumsum(pieces) - pieces
+        n_sums = LAYER_RULES[self.rule].n_sums if self.rule in LAYER_RULES else 0
+        n_pieces = int(pieces.sum()) if n_sums else 0
         self._table = table
         self._kinds: tuple[tuple[int, int, int], ...] | None = None
         self._grads = np.zeros(n, np.uint64)
         self._grads_out = self._grads.ctypes.data
         # what the device has, where that is another copy
         self._sent_grads = self._grads.copy()
-        self._chunks = chunks([row.work.numel() for row in self.rows])
+        self._chunks = chunks(sizes, table["channel_size"])
         self._step = np.zeros(1, STRUCTS["Step"])
         self._stale_step = True
         kind, decay, start, every = self.average
@@ -193,6 +202,8 @@ class Plan:
             chunks=self.columns.put("chunks", self._chunks),
             scalars=self.columns.scratch("scalars", STRUCTS["Scalars"], n),
             partials=self.columns.scratch("partials", STRUCTS["Partial"], len(self._chunks)),
+            sums=self.columns.scratch("sums", np.dtype(np.float64), n_pieces * n_sums),
+            radials=self.columns.scratch("radials", np.dtype(np.float64), n_pieces),
             verdict=self.columns.scratch("verdict", STRUCTS["Verdict"], 1),
             counters=self.record["counters"],
             slots=self.record["slots"],

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .layout import is_dense, local_tensor
+from .layout import is_dense, local_tensor, work_format
 from .table import MAX_STATES
 
 
@@ -28,6 +28,7 @@ class Row:
         index: Position among all parameters, for messages.
         local: The memory of the parameter on this device: the shard of a DTensor, else the parameter.
         work: What a kernel may update: the local tensor if it is dense, else a dense copy of it.
+        channels: How many stretches of memory a rule may treat apart.
     """
 
     param: Tensor
@@ -40,6 +41,7 @@ class Row:
     index: int
     local: Tensor
     work: Tensor
+    channels: int = 1
 
 
 def make_row(
@@ -51,8 +53,11 @@ def make_row(
     averaged: bool,
     group: int,
     index: int,
+    by_channel: bool,
 ) -> Row:
-    """Return the row of a parameter, with a dense copy to work on where the parameter is a strided view."""
+    """Return the row of a parameter, with a copy to work on where its layout is not that of a row."""
+    kind = work_format(local, by_channel)
+    in_place = is_dense(local) and kind is torch.preserve_format
     assert len(names) <= MAX_STATES
     written = {name: state[name] for name in (*names, "step", *(["average"] if averaged else []))}
     return Row(
@@ -65,5 +70,6 @@ def make_row(
         initialized=bool(state.get("initialized", False)),
         index=index,
         local=local,
-        work=local if is_dense(local) else torch.empty_like(local).copy_(local),
+        work=local if in_place else torch.empty_like(local, memory_format=kind).copy_(local),
+        channels=len(local) if by_channel and local.dim() > 1 and local.numel() else 1,
     )

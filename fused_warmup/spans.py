@@ -52,7 +52,7 @@ class Spans:
         self._spans["offset"] = offsets
         self._spans["dtype"] = [DTYPES[p.dtype] for p in params]
         sizes = [p.numel() for p in params]
-        pieces = chunks(sizes)
+        pieces = chunks(sizes, sizes)
         self.numel, self.n_chunks = sum(sizes), len(pieces)
         self.dtypes = tuple(sorted({DTYPES[p.dtype] for p in params}))
         self.doubles, self.n_basis = dtype == torch.float64, 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -23,12 +24,18 @@ INIT_KINDS = {"zeros": 0, "grad": 1, "random": 2}
 AVERAGE_KINDS = {None: 0, "EMA": 1, "SWA": 2}
 # elements of one chunk: a hundred kilobytes or so of each stream, and enough chunks to share among threads
 CHUNK = 1 << 15
+# elements of a channel that are summed at a time
+PIECE = 1 << 11
+# elements that fill vectors of every kind, so that a chunk of whole channels ends where vectors do if it can
+_ALIGNED = 16
 
 _FIELDS: dict[str, list[tuple[str, str]]] = {
     "Row": [
         *((name, "u8") for name in ("param", "state0", "state1", "state2", "average", "step")),
         ("numel", "i8"),
-        *((name, "i4") for name in ("group", "dtype", "grad_dtype", "n_states", "initialized", "reserved")),
+        *((name, "i4") for name in ("group", "dtype", "grad_dtype", "n_states", "initialized", "projects")),
+        ("channel_size", "i8"),
+        ("first_piece", "i8"),
     ],
     "Chunk": [("offset", "i8"), ("count", "i4"), ("row", "i4")],
     "Hyper": [
@@ -44,6 +51,11 @@ _FIELDS: dict[str, list[tuple[str, str]]] = {
                 "dampening",
                 "rho_threshold",
                 "init_scale",
+                "delta",
+                "wd_ratio",
+                "min_norm",
+                "max_norm",
+                "trust_clip",
             )
         ),
         *(
@@ -54,6 +66,10 @@ _FIELDS: dict[str, list[tuple[str, str]]] = {
                 "maximize",
                 "nesterov",
                 "skip_unrectified",
+                "bias_correction",
+                "grad_averaging",
+                "adapts",
+                "decays_update",
                 "lr_segment",
                 "lr_segments",
                 "decay_segment",
@@ -89,6 +105,9 @@ _FIELDS: dict[str, list[tuple[str, str]]] = {
             "init_grad",
             "init_state",
             "nesterov",
+            "moment_scale",
+            "grad_gain",
+            "update_decay",
         )
     ],
     "Partial": [("l1", "f8"), ("l2_sq", "f8"), ("nonfinite", "i8")],
@@ -139,7 +158,7 @@ _FIELDS: dict[str, list[tuple[str, str]]] = {
         *((name, "f8") for name in ("max_grad_norm", "init_norm_sq", "average_decay")),
         *((name, "i8") for name in ("average_start", "average_every")),
         *((name, "i4") for name in ("average_kind", "skip_nonfinite", "measure", "clip")),
-        *((name, "u8") for name in ("verdict", "grad_scale", "found_inf")),
+        *((name, "u8") for name in ("verdict", "grad_scale", "found_inf", "sums", "radials")),
     ],
     "Span": [
         *((name, "u8") for name in ("param", "snapshot", "plus", "minus")),
@@ -179,11 +198,20 @@ class Hyper:
     dampening: float = 0.0
     rho_threshold: float = 0.0
     init_scale: float = 1.0
+    delta: float = 0.0
+    wd_ratio: float = 0.0
+    min_norm: float = 0.0
+    max_norm: float = math.inf
+    trust_clip: float = math.inf
     init: str = "zeros"
     decoupled: bool = False
     maximize: bool = False
     nesterov: bool = False
     skip_unrectified: bool = False
+    bias_correction: bool = True
+    grad_averaging: bool = True
+    adapts: bool = True
+    decays_update: bool = False
     schedule: Schedule | None = None
     weight_decay_schedule: Schedule | None = None
 
@@ -237,12 +265,26 @@ def pack_hypers(hypers: Sequence[Hyper]) -> tuple[np.ndarray, np.ndarray, np.nda
     return table, np.array(segments, STRUCTS["Segment"]), np.array(values, np.float64)
 
 
-def chunks(sizes: Sequence[int]) -> np.ndarray:
-    """Return the column Chunk: rows of the given numbers of elements cut into pieces, in order."""
-    counts = [-(-size // CHUNK) for size in sizes]
-    column = np.zeros(sum(counts), STRUCTS["Chunk"])
-    column["row"] = np.repeat(np.arange(len(sizes)), counts)
-    first = np.repeat(np.cumsum([0, *counts[:-1]]) if counts else np.zeros(0, np.int64), counts)
-    column["offset"] = (np.arange(len(column)) - first) * CHUNK
-    column["count"] = np.minimum(np.repeat(np.asarray(sizes, np.int64), counts) - column["offset"], CHUNK)
+def chunks(sizes: Sequence[int] | np.ndarray, channel_sizes: Sequence[int] | np.ndarray) -> np.ndarray:
+    """Return the column Chunk: rows cut into pieces, in order.
+
+    Args:
+        sizes: Elements of each row.
+        channel_sizes: Elements of each channel of a row. Channels of up to ``CHUNK`` elements are not cut,
+            others are cut every ``CHUNK`` elements.
+    """
+    size, channel = np.asarray(sizes, np.int64), np.maximum(np.asarray(channel_sizes, np.int64), 1)
+    whole = np.maximum(CHUNK // channel, 1)
+    grain = _ALIGNED // np.gcd(channel, _ALIGNED)
+    whole = np.where(whole >= grain, whole - whole % grain, whole)
+    # what is cut together, and the chunks of it
+    span = np.where(channel > CHUNK, channel, whole * channel)
+    each = -(-span // CHUNK)
+    counts = size // span * each + -(-(size % span) // CHUNK)
+    row = np.repeat(np.arange(len(size)), counts)
+    index = np.arange(len(row)) - np.repeat(np.cumsum(counts) - counts, counts)
+    begin = index // each[row] * span[row]
+    column = np.zeros(len(row), STRUCTS["Chunk"])
+    column["row"], column["offset"] = row, begin + index % each[row] * CHUNK
+    column["count"] = np.minimum(np.minimum(begin + span[row], size[row]) - column["offset"], CHUNK)
     return column

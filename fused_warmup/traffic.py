@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from .plan import Plan
+from .reference.rules import LAYER_RULES
 from .rows import Row
 from .table import Settings
 
@@ -39,11 +40,18 @@ def traffic(plan: Plan) -> Traffic:
     Args:
         plan: A plan whose groups and settings are those of the step.
     """
-    sizes = plan.grad_sizes()
-    stages = [_row_bytes(row, size, plan.settings) for row, size in zip(plan.rows, sizes, strict=True)]
+    sizes, layered = plan.grad_sizes(), LAYER_RULES.get(plan.rule)
+    stages = [
+        _row_bytes(row, size, plan.settings)
+        if layered is None
+        else _layer_bytes(
+            row, size, plan.settings, layered.looks_back(plan.hypers[row.group], len(row.states))
+        )
+        for row, size in zip(plan.rows, sizes, strict=True)
+    ]
     return Traffic(
-        # decide and update, and a pass before them where the update must know the norm
-        launches=3 if plan.settings.measure else 2,
+        # decide and update, with the two parts of an update between sums; a pass before them for the norm
+        launches=(2 if layered is None else 4) + plan.settings.measure,
         read=sum(read for read, _ in stages),
         written=sum(written for _, written in stages),
         numel=plan.numel,
@@ -56,3 +64,10 @@ def _row_bytes(row: Row, grad_size: int, settings: Settings) -> tuple[int, int]:
     updated = sum(tensor.element_size() for tensor in kept)
     passes = 2 if settings.measure else 1
     return row.work.numel() * (updated + passes * grad_size), row.work.numel() * updated
+
+
+def _layer_bytes(row: Row, grad_size: int, settings: Settings, looks_back: bool) -> tuple[int, int]:
+    """Return them for a rule that reads parameter and states once more after the sums."""
+    read, written = _row_bytes(row, grad_size, settings)
+    again = row.work.element_size() + sum(state.element_size() for state in row.states)
+    return read + row.work.numel() * (again + looks_back * grad_size), written

@@ -46,6 +46,10 @@ def _sgd(name: str, **options: Any) -> Case:
     return Case(name, fw.SGD, options, torch.optim.SGD)
 
 
+def _layer(name: str, cls: type[fw.FusedOptimizer], **options: Any) -> Case:
+    return Case(name, cls, {"lr": 1e-2, **options})
+
+
 # decay 0.093: no parameter of make_params times it comes near a gradient of set_grads, which would leave rounding
 # errors alone for Adam to normalise
 CASES = [
@@ -72,6 +76,28 @@ CASES = [
     _sgd("sgd-momentum", lr=1e-2, momentum=0.9, weight_decay=0.093),
     _sgd("sgd-dampening", lr=1e-2, momentum=0.9, dampening=0.5),
     _sgd("sgd-nesterov", lr=1e-2, momentum=0.9, nesterov=True),
+    _layer("lamb", fw.LAMB, weight_decay=0.093),
+    _layer("lamb-nvlamb", fw.LAMB, preset="nvlamb", max_grad_norm=None),
+    _layer(
+        "lamb-bounds",
+        fw.LAMB,
+        preset="lambc",
+        norm_clip=(0.5, 20.0),
+        bias_correction=False,
+        betas=(0.8, 0.95),
+    ),
+    _layer(
+        "lamb-l2", fw.LAMB, weight_decay=0.093, decay_mode="gradient", grad_averaging=False, maximize=True
+    ),
+    _layer("lamb-decoupled", fw.LAMB, weight_decay=0.093, decay_mode="decoupled", always_adapt=True),
+    _layer("adamp", fw.AdamP, weight_decay=0.093),
+    _layer("adamp-channel", fw.AdamP, weight_decay=0.093, delta=1e3, nesterov=True),
+    _layer("adamp-never", fw.AdamP, weight_decay=0.093, delta=0.0, maximize=True),
+    _layer("sgdp", fw.SGDP, weight_decay=0.093, delta=1.0),
+    _layer(
+        "sgdp-momentum", fw.SGDP, momentum=0.9, dampening=0.5, delta=3.0, wd_ratio=0.5, weight_decay=0.093
+    ),
+    _layer("sgdp-nesterov", fw.SGDP, momentum=0.9, nesterov=True, maximize=True),
 ]
 TORCH_CASES = [case for case in CASES if case.torch_cls is not None]
 

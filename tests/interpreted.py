@@ -24,6 +24,14 @@ from cases import (
     states_of,
 )
 from test_backends import EPS, check_pair, check_single_steps, run_pair
+from test_layers import (
+    INPUTS,
+    LAMBS,
+    assert_like_the_reference,
+    layouts,
+    test_golden_lamb,
+    test_golden_projections,
+)
 from torch.nn import Parameter
 from triton.runtime.interpreter import TensorHandle
 from vector_cases import check_operations, check_response, draw, make_pair
@@ -39,6 +47,7 @@ pytestmark = pytest.mark.filterwarnings(
     "ignore:(overflow|invalid value|divide by zero) encountered:RuntimeWarning"
 )
 FEW_SHAPES = [(0,), (), (63,)]
+ALL_RULES = {**rules.RULES, **rules.LAYER_RULES}
 BY_NAME = {case.name: case for case in CASES}
 some = pytest.mark.parametrize("name", ["adamw", "radam-l2", "sgd-nesterov"])
 
@@ -154,6 +163,56 @@ def test_grids_give_the_same_bits(clip):
     for other in results[1:]:
         for a, b in zip(results[0], other, strict=True):
             assert_same_bits("result", a.detach(), b.detach())
+
+
+def test_grids_share_layers_without_a_trace():
+    """Rows that several chunks share, and chunks of several rows."""
+    results = []
+    for programs in (1, 5):
+        params = make_params(torch.float32, [(2, 33_000), (3,), (50, 9)])
+        opt = fw.AdamP(params, lr=1e-2, weight_decay=0.1, backend="triton")
+        opt._backend = TritonBackend(programs)
+        set_grads(params, 0)
+        opt.step()
+        states = [value for p in params for value in states_of(opt, p).values()]
+        results.append([*params, *states, opt.telemetry.rows()])
+    for a, b in zip(*results, strict=True):
+        assert_same_bits("result", a.detach(), b.detach())
+
+
+@pytest.mark.parametrize("pattern", INPUTS["grad"])
+def test_layers_make_the_golden_steps_of_projections(pattern):
+    test_golden_projections(pattern, "triton", torch.float64)
+
+
+@pytest.mark.parametrize("name", LAMBS)
+def test_layers_make_the_golden_steps_of_lamb(name):
+    test_golden_lamb(name, "triton", torch.float64)
+
+
+# rows around vectors, tiles, pieces and chunks
+ROWS = [(7, 1), (40, 9), (3, 136), (18, 64), (2, 2049), (3, 4104), (1, 33_000), (1, 5), (4, 0)]
+
+
+@pytest.mark.parametrize(
+    ("cls", "dtype", "options"),
+    [
+        (fw.AdamP, torch.float32, {"delta": 1e9, "average": fw.SWA(1)}),
+        (fw.AdamP, torch.bfloat16, {"delta": 1.0}),
+        (fw.LAMB, torch.float32, {}),
+    ],
+    ids=["channels", "bfloat16", "lamb"],
+)
+def test_layers_of_rows_of_every_length(cls, dtype, options):
+    params = make_params(dtype, ROWS)
+    options = {"lr": 0.01, "weight_decay": 0.1, **options}
+    assert_like_the_reference(cls, dtype, params, "triton", steps=1, **options)
+
+
+def test_layers_in_any_layout():
+    params = layouts(torch.float32)
+    options = {"lr": 0.01, "delta": 1e9, "momentum": 0.9, "nesterov": True, "max_grad_norm": 1.0}
+    assert_like_the_reference(fw.SGDP, torch.float32, params, "triton", steps=1, **options)
 
 
 def test_skip_leaves_everything_as_it_was():
@@ -304,11 +363,12 @@ def scalars_kernel(hypers, step, out, SCALARS: tl.constexpr, N: tl.constexpr):
     memory.store_struct(out.to(tl.int64), i, s, memory.Scalars, i < N)
 
 
-@pytest.mark.parametrize("rule", rules.RULES)
+@pytest.mark.parametrize("rule", ALL_RULES)
 def test_scalars(rule):
     """Bias corrections and rectification to thirteen digits, at the first steps and after millions."""
     steps = [*range(1, 40), 100, 1000, 10**5, 10**7]
     flags = [{}, {"decoupled": True, "maximize": True, "nesterov": True, "skip_unrectified": True}]
+    flags += [{"bias_correction": False, "grad_averaging": False}, {"decays_update": True}]
     cases = [
         (Hyper(0.1, 0.01, b1, b2, 1e-8, 0.9, 0.5, rho, **kinds), step)
         for b1, b2 in ((0.9, 0.999), (0.0, 0.6), (0.5, 0.0), (0.99, 0.9999999))
@@ -322,10 +382,10 @@ def test_scalars(rule):
     out = np.zeros(n, STRUCTS["Scalars"])
     columns = [torch.from_numpy(c.view(np.uint8).reshape(-1)) for c in (hypers, out)]
     step = torch.tensor([step for _, step in cases])
-    scalars_kernel[(1,)](columns[0], step, columns[1], SCALARS=rules.RULES[rule].scalars, N=n)
+    scalars_kernel[(1,)](columns[0], step, columns[1], SCALARS=ALL_RULES[rule].scalars, N=n)
     for (h, step), ours in zip(cases, out, strict=True):
         expected = truth.common_scalars(h, h.lr, h.weight_decay, 0.5)
-        truth.RULES[rule].scalars(h, h.lr, step, expected)
+        (truth.RULES.get(rule) or truth.LAYER_RULES[rule]).scalars(h, h.lr, step, expected)
         for name in out.dtype.names:
             assert ours[name] == pytest.approx(getattr(expected, name), rel=1e-13), (name, step, h)
 

@@ -28,6 +28,9 @@ OPTIMIZERS: dict[str, tuple[str, dict[str, Any]]] = {
     "RAdam": ("RAdam", {"betas": (0.9, 0.95)}),
     "SGD": ("SGD", {}),
     "SGD-nesterov": ("SGD", {"momentum": 0.9, "nesterov": True}),
+    "LAMB": ("LAMB", {"weight_decay": 0.1}),
+    "AdamP": ("AdamP", {"weight_decay": 0.1, "delta": 1.0}),
+    "SGDP-nesterov": ("SGDP", {"momentum": 0.9, "nesterov": True, "delta": 1e9}),
 }
 OPTIONS: dict[str, dict[str, Any]] = {
     "plain": {},

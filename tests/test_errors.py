@@ -26,8 +26,10 @@ OPTIMIZERS: dict[str, tuple[str, dict[str, Any]]] = {
     "RAdam": ("RAdam", {}),
     "SGD": ("SGD", {}),
     "SGD-momentum": ("SGD", {"momentum": 0.9, "nesterov": True}),
+    "LAMB": ("LAMB", {"eps": 1e-3}),
+    "AdamP": ("AdamP", {"delta": 1e9}),
 }
-CLASSES = ["Adam", "AdamW", "GIAdam", "RAdam", "SGD"]
+CLASSES = ["Adam", "AdamW", "GIAdam", "RAdam", "SGD", "LAMB", "AdamP"]
 
 
 def parameter(*shape: int, grad: float | None = 0.5, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -156,6 +158,26 @@ HYPERS = {
         ("nesterov", True, ValueError, "be False unless momentum > 0 and dampening = 0", "True"),
     ],
 }
+HYPERS["LAMB"] = [
+    *SHARED,
+    *MOMENTS,
+    *flags("grad_averaging")[1:],
+    *flags("bias_correction")[1:],
+    *(("trust_clip", x, ValueError, "be finite and > 0", repr(x)) for x in (0.0, -1.0, NAN, -INF)),
+    *(("trust_clip", x, TypeError, NUMBER, repr(x)) for x in ("1", [1.0])),
+    *(("norm_clip", x, TypeError, "be a pair of numbers or None", repr(x)) for x in (1.0, (1.0,), "ab")),
+    *(
+        ("decay_mode", x, ValueError, "be one of 'update', 'gradient', 'decoupled'", repr(x))
+        for x in ("l2", None)
+    ),
+]
+HYPERS["AdamP"] = [
+    *SHARED,
+    *MOMENTS,
+    *numbers("delta", AT_LEAST_0, -0.1, NAN, INF),
+    *numbers("wd_ratio", AT_LEAST_0, -0.1, NAN, INF),
+    *flags("nesterov"),
+]
 HYPER_CASES = [
     pytest.param(owner, *row, id=f"{owner}-{row[0]}-{i}")
     for owner, rows in HYPERS.items()

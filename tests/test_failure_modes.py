@@ -35,13 +35,18 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "RAdam": ("RAdam", {}),
     "SGD": ("SGD", {}),
     "SGD-momentum": ("SGD", {"momentum": 0.9}),
+    "LAMB": ("LAMB", {"weight_decay": 0.1}),
+    "AdamP": ("AdamP", {"delta": 1.0, "weight_decay": 0.1}),
+    "SGDP-momentum": ("SGDP", {"momentum": 0.9, "delta": 1e9}),
 }
 each_case = pytest.mark.parametrize("case", list(CASES))
 
 
 def build(case: str, params: Any, ours: bool = True, **options: Any) -> torch.optim.Optimizer:
-    """Return our optimizer, or that of torch with the same name."""
+    """Return our optimizer, or that of torch with the same name; the reference where torch has none."""
     name, hyper = CASES[case]
+    if not ours and not hasattr(torch.optim, name):
+        ours, options = True, {**options, "backend": "reference"}
     return getattr(fw if ours else torch.optim, name)(params, **{"lr": 0.05, **hyper, **options})
 
 

@@ -25,7 +25,7 @@ def relative(paths, pattern, root):
 
 
 def test_update_mathematics_stands_in_rules_only():
-    words = r"bias_correction|sma_length|rectification\("
+    words = r"bias_correction\(|sma_length|rectification\("
     assert relative(PYTHON, words, PACKAGE) == ["backends/triton/rules.py", "reference/rules.py"]
     assert relative(CPP, words, CSRC) == ["rules.h"]
     # hd.h has the cosine that each machine does best
@@ -43,16 +43,18 @@ def test_rules_and_schedules_have_the_same_names_in_the_same_order():
         return re.findall(pattern, text, re.M)
 
     # what Python and Triton need beside the statements
-    extra = {"Hyper", "Rule", "Scalars", "init_exp_avg_sq", "root", "divide", "expm1", "power"}
+    extra = {"Hyper", "LayerRule", "Rule", "Scalars", "init_exp_avg_sq", "root", "divide", "expm1", "power"}
     for stem, module in (("rules", rules), ("schedules", schedules)):
-        cpp = functions((CSRC / f"{stem}.h").read_text(), r"^(?:FW_HD \w+ (\w+)\(|struct (\w+) \{)")
+        cpp = functions(
+            (CSRC / f"{stem}.h").read_text(), r"^(?:FW_HD \w+ (\w+)\(|struct (\w+) (?:: \w+ )?\{)"
+        )
         names = [a or b for a, b in cpp if b != "ScalarsOf"]
         for path in (Path(module.__file__), TRITON / f"{stem}.py"):
             python = [node.name for node in ast.parse(path.read_text()).body
                       if isinstance(node, (ast.FunctionDef, ast.ClassDef))]  # fmt: skip
             assert [name for name in python if name in names] == names, path
             assert set(python) - set(names) <= extra, path
-    assert tuple(rules.RULES) == _cpu.rules()
+    assert (*rules.RULES, *rules.LAYER_RULES) == _cpu.rules()
 
 
 def assigned(function):
@@ -71,6 +73,7 @@ def test_rules_of_triton_assign_what_the_reference_assigns():
     """A diff of the two reads as a translation: the same local names in the same order."""
     # where the two languages differ: a choice must be computed on both sides, and fields are set at the end
     free = {"s", "beta2", "adaptive", "nesterov", "decoupled", "positive", "small", "new_state"}
+    free |= {"corrected", "inside", "ratio"}
     trees = [ast.parse(path.read_text()) for path in (Path(rules.__file__), TRITON / "rules.py")]
     functions = [
         {

@@ -13,6 +13,7 @@ import pytest
 
 from fused_warmup import _cpu
 from fused_warmup.backends import unavailable_reason
+from fused_warmup.reference.rules import LAYER_RULES
 
 ROOT = Path(__file__).resolve().parent.parent
 RULES = _cpu.rules()
@@ -23,6 +24,7 @@ ARCHS = os.environ.get(
 LIMITS = {"measure": 65536 // 1280, "decide": 65536 // 512, "update": 65536 // 640, "update of doubles": 128}
 VECTOR_PARTS = ("Perturb", "Finish", "Combine")
 LIMITS |= dict.fromkeys((*VECTOR_PARTS, "response"), 65536 // 512)
+LIMITS |= dict.fromkeys(("propose", "propose of doubles", "settle"), 65536 // 512)
 
 
 def find_tool(name):
@@ -58,10 +60,10 @@ def kernel_of(symbol):
     """The stage and the rule that a mangled name stands for; the operation on vectors."""
     if match := re.search(rf"vector_kernel.*({'|'.join(VECTOR_PARTS)})", symbol):
         return match.group(1), None
-    stage = re.search(r"(measure|decide|update|response)_kernel", symbol).group(1)
+    stage = re.search(r"(measure|decide|propose|settle|update|response)_kernel", symbol).group(1)
     rule = re.search(rf"\d({'|'.join(RULES)})(?=E)", symbol)
-    doubles = stage == "update" and "Lb1E" in symbol
-    return "update of doubles" if doubles else stage, rule and rule.group(1)
+    doubles = stage in ("propose", "update") and "Lb1E" in symbol
+    return f"{stage} of doubles" if doubles else stage, rule and rule.group(1)
 
 
 @pytest.fixture(scope="module")
@@ -98,6 +100,7 @@ def test_every_device_has_every_kernel(resources):
             counts[kernel_of(symbol)] += 1
         variants = {"decide": 2, "update": 1, "update of doubles": 1}
         wanted = {(stage, rule): n for stage, n in variants.items() for rule in RULES}
+        wanted |= {(s, rule): 1 for s in ("propose", "propose of doubles", "settle") for rule in LAYER_RULES}
         # vectors of float32 and of float64
         vectors = {(part, None): 2 for part in VECTOR_PARTS}
         vectors |= {("response", rule): 2 for rule in _cpu.preconditioned()}
@@ -125,13 +128,13 @@ def test_no_local_memory(code):
 def test_memory_is_known_to_be_global(code):
     """A load from anywhere must first find out where it is."""
     for symbol, body in code.items():
-        if "decide" not in symbol:
+        if kernel_of(symbol)[0] not in ("decide", "settle"):
             assert not [op for op in body if re.match(r"(LD|ST)\.", op)], symbol
 
 
 def test_vectors_of_16_bytes(code):
     """Per variant of the element types: parameter, gradient and states, each loaded and stored as vectors."""
-    states = {"Adam": (2, 3), "RAdam": (2,), "SGD": (0, 1)}
+    states = {"Adam": (2, 3), "RAdam": (2,), "SGD": (0, 1), "LAMB": (2,), "AdamP": (2,), "SGDP": (0, 1)}
     for symbol, body in code.items():
         stage, rule = kernel_of(symbol)
         loads, stores = (sum(op.startswith(f"{op_code}.E.128") for op in body) for op_code in ("LDG", "STG"))
@@ -145,7 +148,20 @@ def test_vectors_of_16_bytes(code):
             # of each type of parameters: values, vector and scale; the gradients and basis; or the basis
             assert loads >= (3 * 3 if stage != "Combine" else 3 * 5), (symbol, loads)
             assert stores >= 3, (symbol, stores)
-        elif stage != "decide":
+        elif stage.startswith("propose"):
+            # parameter, gradient and states in, states out, of four kinds and of two beside float32 gradients
+            assert loads >= sum((1 + 1 + n) + 2 * (1 + 1 + 2 * n) + 2 * (1 + 2 + 2 * n) for n in states[rule])
+            assert stores >= sum(n + 4 * 2 * n for n in states[rule])
+        elif rule in LAYER_RULES and stage.startswith("update"):
+            # The gradient is read for Nesterov's form and where there is no state. LAMB never reads it, so that
+            # its type makes no difference. States are not written.
+            grads = (0,) if rule == "LAMB" else (1, 2)
+            assert loads >= sum(1 + grads[0] + n + 1 for n in states[rule]) + 2 * sum(
+                1 + grad + 2 * n + 2 for n in states[rule] for grad in grads
+            ), (symbol, loads)
+            # variants that differ in the gradient alone may end in the same stores
+            assert stores >= (1 + 1 + 2 * (1 + 2)) * len(states[rule]), (symbol, stores)
+        elif stage in ("update", "update of doubles"):
             # the states and the average of eight elements of 16 bits take two vectors each
             wide = sum(1 + 1 + n + 1 for n in states[rule])
             half = 2 * sum((1 + 1 + 2 * n + 2) + (1 + 2 + 2 * n + 2) for n in states[rule])

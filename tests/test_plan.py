@@ -136,10 +136,30 @@ def test_parameters_that_left_are_freed():
     "sizes", [[], [0], [1], [table.CHUNK], [table.CHUNK + 1, 0, 3, 2 * table.CHUNK], [0, 5, 0]]
 )
 def test_chunks_cover_every_element_once(sizes):
-    column = table.chunks(sizes)
+    column = table.chunks(sizes, sizes)
     seen = [(int(c["row"]), int(c["offset"]) + i) for c in column for i in range(0, int(c["count"]), 1)]
     assert seen == [(row, i) for row, size in enumerate(sizes) for i in range(size)]
     assert all(0 < int(c["count"]) <= table.CHUNK for c in column)
+
+
+@pytest.mark.parametrize("channel", [1, 3, 9, 255, 256, 2047, 2049, 32767, 32768, 32769, 70_001])
+@pytest.mark.parametrize("count", [1, 2, 17, 300])
+def test_chunks_hold_whole_channels_or_parts_of_one(channel, count):
+    """And begin where vectors do, unless a few channels are too long for that."""
+    sizes, channels = [5, count * channel, 7], [5, channel, 7]
+    column = table.chunks(sizes, channels)
+    chunks = column[column["row"] == 1]
+    ends = chunks["offset"] + chunks["count"]
+    assert chunks["offset"].tolist() == [0, *ends[:-1].tolist()]
+    assert ends[-1] == count * channel
+    assert (chunks["count"] <= table.CHUNK).all()
+    if channel <= table.CHUNK:
+        assert not (chunks["offset"] % channel).any()
+    else:
+        assert not (chunks["offset"] % channel % table.CHUNK).any()
+        assert (chunks["offset"] // channel == (ends - 1) // channel).all()
+    if 16 * channel <= table.CHUNK:
+        assert not (chunks["offset"] % 16).any()
 
 
 def test_one_region_of_chunks_for_all_groups():

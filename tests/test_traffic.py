@@ -46,6 +46,27 @@ def test_bytes_and_launches(optimizer, options, total):
     assert (both.launches, both.per_parameter) == (3, total + 12)
 
 
+# what is read twice: parameter and states, and the gradient where the update needs it again
+LAYERS = {
+    "lamb": (fw.LAMB, {}, 40),
+    "adamp": (fw.AdamP, {}, 40),
+    "adamp-nesterov": (fw.AdamP, {"nesterov": True}, 44),
+    "sgdp": (fw.SGDP, {"lr": 0.1}, 20),
+    "sgdp-momentum": (fw.SGDP, {"lr": 0.1, "momentum": 0.9}, 28),
+    "sgdp-nesterov": (fw.SGDP, {"lr": 0.1, "momentum": 0.9, "nesterov": True}, 32),
+}
+
+
+@pytest.mark.parametrize(("optimizer", "options", "total"), LAYERS.values(), ids=LAYERS)
+def test_bytes_and_launches_with_sums_over_layers(optimizer, options, total):
+    plain = ledger(optimizer, **options)
+    assert (plain.launches, plain.per_parameter) == (4, total)
+    clipped = ledger(optimizer, **options, max_grad_norm=1.0)
+    assert (clipped.launches, clipped.per_parameter) == (5, total + 4)
+    averaged = ledger(optimizer, **options, average=fw.EMA(0.9))
+    assert (averaged.launches, averaged.per_parameter) == (4, total + 8)
+
+
 def test_telemetry_costs_no_pass():
     assert ledger(fw.Adam, telemetry=True) == ledger(fw.Adam, telemetry=False)
 

@@ -21,7 +21,7 @@ from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.backends.nvidia.compiler import get_ptxas  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 
-from fused_warmup.backends.triton import kernels, launch, response, vectors  # noqa: E402
+from fused_warmup.backends.triton import kernels, launch, layers, response, vectors  # noqa: E402
 
 F32, F64, BF16, F16 = (DTYPES[d] for d in (torch.float32, torch.float64, torch.bfloat16, torch.float16))
 SIZES = {F32: 4, F64: 8, BF16: 2, F16: 2}
@@ -85,7 +85,29 @@ def measure(dtype):
     return kernels.measure_kernel, launch.measure_constants(((dtype, dtype, 2),)), SIZES[dtype], 0
 
 
+def propose(rule, dtype, n_states, full):
+    """The first part of an update in two; the norms read the gradient once more."""
+    constants = launch.propose_constants(rule, ((dtype, dtype, n_states),), accumulate=full)
+    state = n_states * SIZES[F64 if dtype == F64 else F32]
+    return layers.propose_kernel, constants, (2 + full) * SIZES[dtype] + state, state
+
+
+def apply(rule, dtype, n_states, full):
+    """The second part; the rule may read the gradient again, which LAMB never does."""
+    constants = launch.apply_constants(rule, ((dtype, dtype, n_states),), average=full)
+    state = SIZES[F64 if dtype == F64 else F32]
+    again = 0 if rule == "LAMB" else SIZES[dtype]
+    own = SIZES[dtype] + full * state
+    return layers.apply_kernel, constants, own + again + n_states * state, own
+
+
 JOBS = {
+    "lamb-propose-float32": propose("LAMB", F32, 2, False),
+    "lamb-apply-bfloat16": apply("LAMB", BF16, 2, True),
+    "adamp-propose-float32-full": propose("AdamP", F32, 2, True),
+    "adamp-propose-bfloat16-full": propose("AdamP", BF16, 2, True),
+    "adamp-apply-float32-full": apply("AdamP", F32, 2, True),
+    "sgdp-propose-float32": propose("SGDP", F32, 1, False),
     "measure-float32": measure(F32),
     "measure-bfloat16": measure(BF16),
     "adam-float32": update("Adam", F32, 2, False),
@@ -99,6 +121,8 @@ JOBS = {
     "sgd-bfloat16": update("SGD", BF16, 1, False),
 }
 RARE = {
+    "adamp-propose-float64": propose("AdamP", F64, 2, False),
+    "sgdp-apply-plain-float32": apply("SGDP", F32, 0, False),
     "measure-float64": measure(F64),
     "adam-float16": update("Adam", F16, 2, False),
     "adam-float64-full": update("Adam", F64, 2, True),
@@ -120,7 +144,17 @@ def test_whole_blocks_move_16_bytes_at_a_time_and_nothing_spills(job, target):
     programs = REGISTERS // (numbers["registers"] * THREADS)
     # how many share a multiprocessor
     wanted = 1 if "float64" in job else 2 if job.endswith("full") else 4 if "measure" in job else 3
+    if "propose" in job or "apply" in job:
+        wanted = min(wanted, 2)
     assert programs >= wanted, numbers
+
+
+@pytest.mark.parametrize("rule", ["LAMB", "AdamP"])
+@pytest.mark.parametrize("target", TARGETS)
+def test_settle_spills_nothing(target, rule):
+    constants = launch.settle_constants(rule, accumulate=True)
+    _, numbers = compile_kernel(layers.settle_kernel, constants, target)
+    assert (numbers["stack"], numbers["spills"]) == (0, 0)
 
 
 @pytest.mark.parametrize("target", TARGETS)
@@ -149,6 +183,12 @@ def test_several_kinds_in_one_kernel():
     assert (numbers["stack"], numbers["spills"]) == (0, 0)
     _, numbers = compile_kernel(kernels.measure_kernel, launch.measure_constants(kinds), 90)
     assert (numbers["stack"], numbers["spills"]) == (0, 0)
+    for kernel, constants in (
+        (layers.propose_kernel, launch.propose_constants("AdamP", kinds, accumulate=True)),
+        (layers.apply_kernel, launch.apply_constants("AdamP", kinds, average=True)),
+    ):
+        _, numbers = compile_kernel(kernel, constants, 90)
+        assert (numbers["stack"], numbers["spills"]) == (0, 0)
 
 
 class NoDevice:
@@ -231,6 +271,20 @@ def test_clipping_takes_three_launches_and_compiles_once(driver):
     names = [name for name, _, _ in driver.launches]
     assert names == ["measure_kernel", "decide_kernel", "update_kernel"] * 3
     assert all(programs == 1 for name, programs, _ in driver.launches if name == "decide_kernel")
+
+
+def test_layers_take_two_more_launches_and_compile_once(driver):
+    """Nesterov's form, rates and decay are not compiled in."""
+    params = make_params(torch.float32, [(50, 100), (3,), (4, 9)])
+    opt = fw.AdamP(params, backend="triton")
+    for step in range(3):
+        set_grads(params, step)
+        opt.param_groups[0]["nesterov"] = step == 1
+        opt.param_groups[0]["delta"] = 0.1 * step
+        opt.step()
+    names = [name for name, _, _ in driver.launches]
+    assert names == ["decide_kernel", "propose_kernel", "settle_kernel", "apply_kernel"] * 3
+    assert driver.loaded == 4
 
 
 def test_init_state_compiles_and_loads_what_steps_may_need(driver):

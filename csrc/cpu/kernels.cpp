@@ -5,6 +5,8 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "kernels.h"
 
+#include <cstdlib>
+
 #include "../decide.h"
 #include "blocks.h"
 
@@ -99,9 +101,85 @@ FW_LEAF void update_block(C* __restrict param, const C* __restrict grad, C* __re
   }
 }
 
+// the first part of an update in two: the states move, and the update that they mean is what is summed
+template <class Rule, int kStates, class C>
+FW_LEAF void propose_block(const C* __restrict param, const C* __restrict grad, C* __restrict state0,
+                           C* __restrict state1, C* __restrict update, int count,
+                           const ScalarsOf<C>& scalars) {
+  const ScalarsOf<C> s = scalars;
+  for (int i = 0; i < count; ++i) {
+    C state[kMaxStates] = {};
+    if constexpr (kStates > 0) state[0] = state0[i];
+    if constexpr (kStates > 1) state[1] = state1[i];
+    Rule::template advance<kStates>(param[i], grad[i], state, s);
+    update[i] = Rule::template candidate<kStates>(param[i], grad[i], state, s);
+    if constexpr (kStates > 0) state0[i] = state[0];
+    if constexpr (kStates > 1) state1[i] = state[1];
+  }
+}
+
+// the update that the states mean, found again
+template <class Rule, int kStates, class C>
+FW_LEAF void candidate_block(const C* __restrict param, const C* __restrict grad, const C* __restrict state0,
+                             const C* __restrict state1, C* __restrict update, int count,
+                             const ScalarsOf<C>& scalars) {
+  const ScalarsOf<C> s = scalars;
+  for (int i = 0; i < count; ++i) {
+    C state[kMaxStates] = {};
+    if constexpr (kStates > 0) state[0] = state0[i];
+    if constexpr (kStates > 1) state[1] = state1[i];
+    update[i] = Rule::template candidate<kStates>(param[i], grad[i], state, s);
+  }
+}
+
+template <class Rule, class C>
+FW_LEAF void apply_block(C* __restrict param, const C* __restrict update, const C* __restrict radial,
+                         int count, const ScalarsOf<C>& scalars) {
+  const ScalarsOf<C> s = scalars;
+  for (int i = 0; i < count; ++i) {
+    C value = param[i];
+    Rule::apply(value, update[i], radial[i], s);
+    param[i] = value;
+  }
+}
+
+// what a rule sums over a part of a piece; the lanes fix the order
+template <class Rule, class C>
+FW_LEAF void sum_part(double (&total)[Rule::kSums], const C* __restrict param, const C* __restrict grad,
+                      const C* __restrict update, int count, const ScalarsOf<C>& scalars) {
+  constexpr int kSumLanes = 16;
+  const ScalarsOf<C> s = scalars;
+  // lanes of so few elements cost more than they save
+  if (count < kSumLanes) {
+    for (int i = 0; i < count; ++i) Rule::accumulate(total, param[i], grad[i], update[i], s);
+    return;
+  }
+  double lanes[Rule::kSums][kSumLanes] = {};
+  auto add = [&](int lane, int i) {
+    double sums[Rule::kSums];
+    for (int k = 0; k < Rule::kSums; ++k) sums[k] = lanes[k][lane];
+    Rule::accumulate(sums, param[i], grad[i], update[i], s);
+    for (int k = 0; k < Rule::kSums; ++k) lanes[k][lane] = sums[k];
+  };
+  const int whole = count - count % kSumLanes;
+  for (int i = 0; i < whole; i += kSumLanes)
+    for (int lane = 0; lane < kSumLanes; ++lane) add(lane, i + lane);
+  for (int i = whole; i < count; ++i) add(i - whole, i);
+  for (int k = 0; k < Rule::kSums; ++k)
+    for (int lane = 0; lane < kSumLanes; ++lane) total[k] += lanes[k][lane];
+}
+
 template <class C>
 FW_LEAF void average_block(C* __restrict average, const C* __restrict param, int count, C weight) {
   for (int i = 0; i < count; ++i) average_update(average[i], param[i], weight);
+}
+
+// of the parameter as it is stored, so a rounded one is read back
+template <class C>
+void average(const Row& row, int64_t offset, int count, C weight, C* scratch) {
+  if (!row.average || !(weight > C(0))) return;
+  const C* param = load<C>(row.param, row.dtype, offset, count, scratch);
+  average_block(at<C>(row.average) + offset, param, count, weight);
 }
 
 template <class C>
@@ -143,21 +221,156 @@ Partial update_chunk(const Step& step, const Verdict& verdict, const Chunk& chun
                                      at<C>(row.state2) + offset, count, scalars);
       store(param, row.param, row.dtype, offset, count);
     }
-    if (row.average && weight > C(0)) {
-      // the average is of the parameter as it is stored, so a rounded one is read back
-      param = load<C>(row.param, row.dtype, offset, count, param_scratch);
-      average_block(at<C>(row.average) + offset, param, count, weight);
-    }
+    average<C>(row, offset, count, weight, param_scratch);
   }
   return lanes.sum();
 }
 
-template <class Rule, class C, int kStates>
-Partial update_states(const Step& step, const Verdict& verdict, const Chunk& chunk, int32_t n_states) {
-  if constexpr (kStates < Rule::kMaxStates)
-    if (n_states > kStates) return update_states<Rule, C, kStates + 1>(step, verdict, chunk, n_states);
-  return update_chunk<Rule, kStates, C>(step, verdict, chunk);
+// calls visit(piece, begin, count) for the parts of a chunk's pieces that lie between two of its elements
+template <class Visit>
+void visit_parts(const Pieces& pieces, int32_t& next, int32_t begin, int32_t end, const Visit& visit) {
+  while (begin < end) {
+    const Piece piece = pieces[next];
+    const int32_t last = piece.begin + piece.count, stop = last < end ? last : end;
+    visit(next, begin, stop - begin);
+    if (stop == last) ++next;
+    begin = stop;
+  }
 }
+
+// Memory of one thread that stays from step to step. No container of the standard library: its functions
+// would be compiled for wide machines here, and the linker could take them for all.
+struct Room {
+  void* data = nullptr;
+  size_t bytes = 0;
+
+  void* of(size_t wanted) {
+    if (bytes < wanted) {
+      std::free(data);
+      bytes = (wanted + 63) / 64 * 64;
+      data = std::aligned_alloc(64, bytes);
+    }
+    return data;
+  }
+  ~Room() { std::free(data); }
+};
+thread_local Room room;
+
+// where the updates of a row of one chunk stay, so that they need not be found again
+template <class C>
+C* room_for_updates(const Row& row, const Chunk& chunk) {
+  return chunk.count < row.numel ? nullptr : static_cast<C*>(room.of(chunk.count * sizeof(C)));
+}
+
+template <class Rule, int kStates, class C>
+Partial propose_chunk(const Step& step, const Chunk& chunk) {
+  const Row& row = at<Row>(step.rows)[chunk.row];
+  const uint64_t grads = at<uint64_t>(step.grads)[chunk.row];
+  if (!grads) return Partial{};
+  const ScalarsOf<C> scalars(at<Scalars>(step.scalars)[chunk.row]);
+  const bool accumulate = accumulates(step);
+  alignas(64) C param_scratch[kBlock], grad_scratch[kBlock], update_scratch[kBlock];
+  C* const kept = room_for_updates<C>(row, chunk);
+  const Pieces pieces(row, chunk);
+  double* out = at<double>(step.sums) + pieces.first * Rule::kSums;
+  for (int64_t i = 0; i < int64_t(pieces.count) * Rule::kSums; ++i) out[i] = 0.0;
+  int32_t next = 0;
+  NormLanes lanes;
+  for (int32_t done = 0; done < chunk.count; done += kBlock) {
+    int64_t offset = chunk.offset + done;
+    int count = chunk.count - done < kBlock ? chunk.count - done : kBlock;
+    const C* param = load<C>(row.param, row.dtype, offset, count, param_scratch);
+    const C* grad = load<C>(grads, row.grad_dtype, offset, count, grad_scratch);
+    if (accumulate) {
+      const uint64_t here = reinterpret_cast<uint64_t>(param), skip = offset * sizeof(C);
+      lanes.add(grad, count,
+                Ahead{here, kStates > 0 ? row.state0 + skip : here, kStates > 1 ? row.state1 + skip : here});
+    }
+    C* update = kept ? kept + done : update_scratch;
+    propose_block<Rule, kStates, C>(param, grad, at<C>(row.state0) + offset, at<C>(row.state1) + offset,
+                                    update, count, scalars);
+    visit_parts(pieces, next, done, done + count, [&](int32_t piece, int32_t begin, int32_t size) {
+      auto& sums = *reinterpret_cast<double (*)[Rule::kSums]>(out + int64_t(piece) * Rule::kSums);
+      const int32_t k = begin - done;
+      sum_part<Rule, C>(sums, param + k, grad + k, update + k, size, scalars);
+    });
+  }
+  return lanes.sum();
+}
+
+template <class Rule, int kStates, class C>
+void apply_chunk(const Step& step, const Verdict& verdict, const Chunk& chunk) {
+  const Row& row = at<Row>(step.rows)[chunk.row];
+  const Scalars& s = at<Scalars>(step.scalars)[chunk.row];
+  const uint64_t grads = at<uint64_t>(step.grads)[chunk.row];
+  const bool looks_back = Rule::looks_back(at<Hyper>(step.hypers)[row.group], row.n_states);
+  const ScalarsOf<C> scalars(s);
+  const C weight = static_cast<C>(verdict.average_weight);
+  const Pieces pieces(row, chunk);
+  const double* radials = at<double>(step.radials) + pieces.first;
+  alignas(64) C param_scratch[kBlock], grad_scratch[kBlock] = {}, update_scratch[kBlock], radial[kBlock] = {};
+  const C* const kept = room_for_updates<C>(row, chunk);
+  int32_t next = 0;
+  for (int32_t done = 0; done < chunk.count; done += kBlock) {
+    int64_t offset = chunk.offset + done;
+    int count = chunk.count - done < kBlock ? chunk.count - done : kBlock;
+    C* param = load<C>(row.param, row.dtype, offset, count, param_scratch);
+    if (grads) {
+      if (!kept) {
+        const C* grad = grad_scratch;
+        if (looks_back) grad = load<C>(grads, row.grad_dtype, offset, count, grad_scratch);
+        candidate_block<Rule, kStates, C>(param, grad, at<C>(row.state0) + offset, at<C>(row.state1) + offset,
+                                          update_scratch, count, scalars);
+      }
+      if constexpr (Rule::kProjects) {
+        visit_parts(pieces, next, done, done + count, [&](int32_t piece, int32_t begin, int32_t size) {
+          const C value = static_cast<C>(radials[piece]);
+          for (int32_t i = 0; i < size; ++i) radial[begin - done + i] = value;
+        });
+      }
+      apply_block<Rule, C>(param, kept ? kept + done : update_scratch, radial, count, scalars);
+      store(param, row.param, row.dtype, offset, count);
+    }
+    average<C>(row, offset, count, weight, param_scratch);
+  }
+}
+
+// calls visit with the type of the arithmetic and the number of states of a row
+template <class Rule, int kStates, class Visit>
+Partial with_states(const Row& row, const Visit& visit) {
+  if constexpr (kStates < Rule::kMaxStates)
+    if (row.n_states > kStates) return with_states<Rule, kStates + 1>(row, visit);
+  if (row.dtype == kFloat64) return visit.template run<kStates, double>();
+  return visit.template run<kStates, float>();
+}
+
+template <class Rule>
+struct Update {
+  const Step& step;
+  const Verdict& verdict;
+  const Chunk& chunk;
+
+  template <int kStates, class C>
+  Partial run() const {
+    if constexpr (Rule::kSums == 0) {
+      return update_chunk<Rule, kStates, C>(step, verdict, chunk);
+    } else {
+      apply_chunk<Rule, kStates, C>(step, verdict, chunk);
+      return Partial{};
+    }
+  }
+};
+
+template <class Rule>
+struct Propose {
+  const Step& step;
+  const Chunk& chunk;
+
+  template <int kStates, class C>
+  Partial run() const {
+    return propose_chunk<Rule, kStates, C>(step, chunk);
+  }
+};
 
 template <class Rule>
 Verdict decide(const Step& step, const Partial& total) {
@@ -178,6 +391,53 @@ Verdict decide(const Step& step, const Partial& total) {
   }
   record(step, verdict);
   return verdict;
+}
+
+// what the sums over a row and its channels say; the channels are looked at before the row as a whole
+template <class Rule>
+void settle(const Step& step, int64_t index) {
+  const Row& row = at<Row>(step.rows)[index];
+  const Hyper& h = at<Hyper>(step.hypers)[row.group];
+  const int64_t channels = row.numel / row.channel_size;
+  const bool projects = Rule::kProjects && row.projects;
+  double layer[Rule::kSums] = {};
+  bool by_channel = projects;
+  for (int64_t i = 0; i < channels; ++i) {
+    double channel[Rule::kSums] = {};
+    combine_channel(channel, step, row, i);
+    by_channel = by_channel && Rule::scale_invariant(h, channel, row.channel_size);
+    combine(layer, channel);
+  }
+  const bool by_layer = projects && !by_channel && Rule::scale_invariant(h, layer, row.numel);
+  Rule::settle(h, layer, by_channel || by_layer, at<Scalars>(step.scalars)[index]);
+  for (int64_t i = 0; i < channels && Rule::kProjects; ++i) {
+    double channel[Rule::kSums] = {};
+    if (by_channel) combine_channel(channel, step, row, i);
+    set_radial(step, row, i,
+               by_channel ? Rule::radial(h, channel) : (by_layer ? Rule::radial(h, layer) : 0.0));
+  }
+}
+
+// The first part of an update in two. Rows of one chunk are done with at once, while they are in the cache.
+template <class Rule>
+void propose(const Step& step, const Verdict& verdict) {
+  Partial* partials = at<Partial>(step.partials);
+#pragma omp for schedule(dynamic, 1)
+  for (int64_t i = 0; i < step.n_chunks; ++i) {
+    const Chunk& chunk = at<Chunk>(step.chunks)[i];
+    const Row& row = at<Row>(step.rows)[chunk.row];
+    const Partial part = with_states<Rule, Rule::kMinStates>(row, Propose<Rule>{step, chunk});
+    if (!step.measure) partials[i] = part;
+    if (chunk.count < row.numel) continue;
+    if (at<uint64_t>(step.grads)[chunk.row]) settle<Rule>(step, chunk.row);
+    with_states<Rule, Rule::kMinStates>(row, Update<Rule>{step, verdict, chunk});
+  }
+#pragma omp for schedule(dynamic, 1)
+  for (int64_t i = 0; i < step.n_chunks; ++i) {
+    const Chunk& chunk = at<Chunk>(step.chunks)[i];
+    const bool first_of_many = chunk.offset == 0 && chunk.count < at<Row>(step.rows)[chunk.row].numel;
+    if (first_of_many && at<uint64_t>(step.grads)[chunk.row]) settle<Rule>(step, chunk.row);
+  }
 }
 
 template <class Rule>
@@ -204,16 +464,17 @@ void run(const Step& step, int threads) {
     }
 #pragma omp single
     verdict = decide<Rule>(step, step.measure ? combine_all(partials, step.n_chunks) : Partial{});
+    if constexpr (Rule::kSums > 0)
+      if (!verdict.skipped) propose<Rule>(step, verdict);
     if (!verdict.skipped) {
       // last chunk first: the gradients measured last are still in the cache
 #pragma omp for schedule(dynamic, 1)
       for (int64_t i = step.n_chunks - 1; i >= 0; --i) {
         const Chunk& chunk = chunks[i];
         const Row& row = rows[chunk.row];
-        Partial part = row.dtype == kFloat64
-                           ? update_states<Rule, double, Rule::kMinStates>(step, verdict, chunk, row.n_states)
-                           : update_states<Rule, float, Rule::kMinStates>(step, verdict, chunk, row.n_states);
-        if (!step.measure) partials[i] = part;
+        if (Rule::kSums > 0 && chunk.count == row.numel) continue;
+        const Partial part = with_states<Rule, Rule::kMinStates>(row, Update<Rule>{step, verdict, chunk});
+        if (Rule::kSums == 0 && !step.measure) partials[i] = part;
       }
     }
   }

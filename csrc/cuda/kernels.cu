@@ -1,4 +1,5 @@
 // The CUDA step in two launches, or three when the norms must be known beforehand: measure, decide, update.
+// A rule that needs sums over layers takes two more between decide and update: propose and settle.
 // Compiled once per rule with FW_RULE naming it. Sums are taken in an order that the table alone fixes, so
 // that any grid gives the same bits. No mathematics here: rules.h, schedules.h, reduce.h and decide.h have
 // it. SPDX-License-Identifier: Apache-2.0
@@ -18,6 +19,8 @@ namespace {
 constexpr int kBlocksPerProcessor = 5;
 // float64 needs more registers for as many bytes
 constexpr int kBlocksPerProcessorOfDoubles = 4;
+// sums in double beside the states need more registers too
+constexpr int kBlocksPerProcessorOfSums = 4;
 // the arithmetic of this one block is in double and takes up to 80 registers
 constexpr int kDecideThreads = 512;
 
@@ -131,9 +134,9 @@ struct Streams {
         state2(column<C>(row.state2, chunk.offset)),
         average(column<C>(row.average, chunk.offset)),
         count(chunk.count) {
-    // chunks begin at multiples of 16 bytes of their row
+    // chunks begin at multiples of 16 bytes of their row, but for those of channels of odd lengths
     uint64_t addresses = row.param | grads | row.state0 | row.state1 | row.state2 | row.average;
-    aligned = addresses % kVectorBytes == 0;
+    aligned = addresses % kVectorBytes == 0 && chunk.offset % kPack<P> == 0;
   }
 
   // whether a pack may be taken as vectors; else it is taken one by one, up to the end of the chunk
@@ -249,6 +252,141 @@ FW_DEVICE NormSum update_states(const Streams<P, G>& s, const Scalars& row_scala
   return sum;
 }
 
+// the sums over a group of neighbouring threads of a warp, in the first of them
+template <int N>
+FW_DEVICE void group_sum(double (&sums)[N], int32_t width) {
+#pragma unroll 1
+  for (int32_t distance = width / 2; distance > 0; distance /= 2)
+    for (int k = 0; k < N; ++k) sums[k] += __shfl_down_sync(~0u, sums[k], distance);
+}
+
+// The threads of a block in groups that take a piece of a channel each: as many as the piece has work for,
+// but no more than a warp. All threads come to every call of visit(piece, its number, its columns), for they
+// may exchange sums there; those without a piece come with an empty one.
+template <class P, class G>
+struct Team {
+  int32_t width, lane, group, groups;
+
+  FW_DEVICE explicit Team(const Pieces& pieces) : width(1) {
+    const int32_t most = pieces.channel_size < kPiece ? pieces.channel_size : kPiece;
+    while (width < kWarp && width * kPack<P> < most) width *= 2;
+    lane = threadIdx.x % width, group = threadIdx.x / width, groups = kThreads / width;
+  }
+
+  template <class Visit>
+  FW_DEVICE void visit(const Pieces& pieces, const Row& row, uint64_t grads, const Chunk& chunk,
+                       const Visit& visit) const {
+#pragma unroll 1
+    for (int32_t first = 0; first < pieces.count; first += groups) {
+      const int32_t i = first + group;
+      const Piece piece = i < pieces.count ? pieces[i] : Piece{0, 0};
+      visit(i, Streams<P, G>(row, grads, Chunk{chunk.offset + piece.begin, piece.count, chunk.row}));
+    }
+  }
+
+  // calls pack(i) for whole packs from element i on, and element(i) for the elements of others
+  template <class Pack, class Element>
+  FW_DEVICE void share(const Streams<P, G>& s, const Pack& pack, const Element& element) const {
+#pragma unroll 1
+    for (int32_t i = lane * kPack<P>; i < s.count; i += width * kPack<P>) {
+      if (s.whole(i)) {
+        pack(i);
+      } else {
+#pragma unroll 1
+        for (int32_t k = i; k < s.end(i); ++k) element(k);
+      }
+    }
+  }
+};
+
+// the first part of an update in two: the states move, and the update that they mean is what is summed
+template <class Rule, int kStates, int N, class P, class G, class C>
+FW_DEVICE void propose_pack(const Streams<P, G>& s, int32_t i, const ScalarsOf<C>& scalars,
+                            double (&sums)[Rule::kSums]) {
+  C state0[N], state1[N];
+  G raw_grad[N];
+  P raw_param[N];
+  load(s.grad + i, raw_grad);
+  load(s.param + i, raw_param);
+  if constexpr (kStates > 0) load(s.state0 + i, state0);
+  if constexpr (kStates > 1) load(s.state1 + i, state1);
+  for (int k = 0; k < N; ++k) {
+    const C param = static_cast<C>(widen(raw_param[k])), grad = static_cast<C>(widen(raw_grad[k]));
+    C state[kMaxStates] = {};
+    if constexpr (kStates > 0) state[0] = state0[k];
+    if constexpr (kStates > 1) state[1] = state1[k];
+    Rule::template advance<kStates>(param, grad, state, scalars);
+    const C update = Rule::template candidate<kStates>(param, grad, state, scalars);
+    Rule::accumulate(sums, param, grad, update, scalars);
+    if constexpr (kStates > 0) state0[k] = state[0];
+    if constexpr (kStates > 1) state1[k] = state[1];
+  }
+  if constexpr (kStates > 0) store(state0, s.state0 + i);
+  if constexpr (kStates > 1) store(state1, s.state1 + i);
+}
+
+// the second part, which finds the update again from the states
+template <class Rule, int kStates, int N, class P, class G, class C>
+FW_DEVICE void apply_pack(const Streams<P, G>& s, int32_t i, const ScalarsOf<C>& scalars, C radial, C weight,
+                          bool looks_back) {
+  C state0[N], state1[N];
+  G raw_grad[N] = {};
+  P param[N];
+  if (looks_back) load(s.grad + i, raw_grad);
+  load(s.param + i, param);
+  if constexpr (kStates > 0) load(s.state0 + i, state0);
+  if constexpr (kStates > 1) load(s.state1 + i, state1);
+  for (int k = 0; k < N; ++k) {
+    C value = static_cast<C>(widen(param[k])), state[kMaxStates] = {};
+    const C grad = static_cast<C>(widen(raw_grad[k]));
+    if constexpr (kStates > 0) state[0] = state0[k];
+    if constexpr (kStates > 1) state[1] = state1[k];
+    Rule::apply(value, Rule::template candidate<kStates>(value, grad, state, scalars), radial, scalars);
+    narrow(value, param[k]);
+  }
+  store(param, s.param + i);
+  // of the parameter as it is stored
+  if (s.average) average_part<N>(s.average + i, param, weight);
+}
+
+template <class Rule, int kStates, class P, class G>
+FW_DEVICE void propose_chunk(const Step& step, const Row& row, uint64_t grads, const Chunk& chunk) {
+  using C = typename Streams<P, G>::C;
+  const ScalarsOf<C> scalars(at<Scalars>(step.scalars)[chunk.row]);
+  const Pieces pieces(row, chunk);
+  const Team<P, G> team(pieces);
+  team.visit(pieces, row, grads, chunk, [&](int32_t piece, const Streams<P, G>& s) {
+    double sums[Rule::kSums] = {};
+    team.share(
+        s, [&](int32_t i) { propose_pack<Rule, kStates, kPack<P>>(s, i, scalars, sums); },
+        [&](int32_t i) { propose_pack<Rule, kStates, 1>(s, i, scalars, sums); });
+    group_sum(sums, team.width);
+    double* out = at<double>(step.sums) + (pieces.first + piece) * Rule::kSums;
+    for (int k = 0; k < Rule::kSums; ++k)
+      if (team.lane == 0 && s.count > 0) out[k] = sums[k];
+  });
+}
+
+template <class Rule, int kStates, class P, class G>
+FW_DEVICE void apply_chunk(const Step& step, const Verdict& verdict, const Row& row, uint64_t grads,
+                           const Chunk& chunk) {
+  using C = typename Streams<P, G>::C;
+  const ScalarsOf<C> scalars(at<Scalars>(step.scalars)[chunk.row]);
+  const C weight = static_cast<C>(verdict.average_weight);
+  const bool looks_back = Rule::looks_back(at<Hyper>(step.hypers)[row.group], row.n_states);
+  const Pieces pieces(row, chunk);
+  const Team<P, G> team(pieces);
+  team.visit(pieces, row, grads, chunk, [&](int32_t piece, Streams<P, G> s) {
+    if (!(weight > C(0))) s.average = nullptr;
+    C radial = C(0);
+    if (Rule::kProjects && s.count > 0)
+      radial = static_cast<C>(at<double>(step.radials)[pieces.first + piece]);
+    team.share(
+        s, [&](int32_t i) { apply_pack<Rule, kStates, kPack<P>>(s, i, scalars, radial, weight, looks_back); },
+        [&](int32_t i) { apply_pack<Rule, kStates, 1>(s, i, scalars, radial, weight, looks_back); });
+  });
+}
+
 // a row without a gradient stays, but its average moves
 template <class P, class G>
 FW_DEVICE void average_chunk(const Streams<P, G>& s, double average_weight) {
@@ -270,7 +408,12 @@ struct Update {
   FW_DEVICE NormSum run(const Row& row, uint64_t grads, const Chunk& chunk) const {
     Streams<P, G> s(row, grads, chunk);
     if (!(verdict.average_weight > 0.0)) s.average = nullptr;
-    if (s.grad) return with_states<Rule::kMinStates>(s, row.n_states, chunk.row);
+    if constexpr (Rule::kSums == 0) {
+      if (s.grad) return with_states<Rule::kMinStates>(s, row.n_states, chunk.row);
+    } else if (s.grad) {
+      apply<Rule::kMinStates, P, G>(row, grads, chunk);
+      return NormSum{};
+    }
     if (s.average) average_chunk(s, verdict.average_weight);
     return NormSum{};
   }
@@ -281,6 +424,34 @@ struct Update {
       if (n_states > kStates) return with_states<kStates + 1>(s, n_states, row);
     return update_states<Rule, kStates>(s, at<Scalars>(step.scalars)[row], verdict.average_weight,
                                         accumulates(step));
+  }
+
+  template <int kStates, class P, class G>
+  FW_DEVICE void apply(const Row& row, uint64_t grads, const Chunk& chunk) const {
+    if constexpr (kStates < Rule::kMaxStates)
+      if (row.n_states > kStates) return apply<kStates + 1, P, G>(row, grads, chunk);
+    apply_chunk<Rule, kStates, P, G>(step, verdict, row, grads, chunk);
+  }
+};
+
+// the first part of an update whose types are known
+template <class Rule>
+struct Propose {
+  const Step& step;
+
+  template <class P, class G>
+  FW_DEVICE NormSum run(const Row& row, uint64_t grads, const Chunk& chunk) const {
+    if (!grads) return NormSum{};
+    with_states<Rule::kMinStates, P, G>(row, grads, chunk);
+    // once more, from the cache: in the order of the measure stage the norms are the same bits
+    return accumulates(step) ? measure_chunk<P, G>(row, grads, chunk) : NormSum{};
+  }
+
+  template <int kStates, class P, class G>
+  FW_DEVICE void with_states(const Row& row, uint64_t grads, const Chunk& chunk) const {
+    if constexpr (kStates < Rule::kMaxStates)
+      if (row.n_states > kStates) return with_states<kStates + 1, P, G>(row, grads, chunk);
+    propose_chunk<Rule, kStates, P, G>(step, row, grads, chunk);
   }
 };
 
@@ -380,6 +551,87 @@ FW_DEVICE void finish_norms(const Step& step, Verdict& verdict) {
 }
 
 template <class Rule, bool kDoubles>
+__global__ void __launch_bounds__(kThreads, kBlocksPerProcessorOfSums)
+    propose_kernel(const __grid_constant__ Step step) {
+  if (at<Verdict>(step.verdict)->skipped) return;
+  for (int64_t i = blockIdx.x; i < step.n_chunks; i += gridDim.x) {
+    const Chunk chunk = at<Chunk>(step.chunks)[i];
+    const uint64_t grads = at<uint64_t>(step.grads)[chunk.row];
+    const NormSum sum = visit<kDoubles>(Propose<Rule>{step}, at<Row>(step.rows)[chunk.row], grads, chunk);
+    if (accumulates(step)) keep_chunk_sum(step, i, sum);
+  }
+}
+
+// the sums over a block, in all threads of it
+template <int N>
+FW_DEVICE void share_block_sum(double (&sums)[N]) {
+  __shared__ double of_warp[kThreads / kWarp][N];
+  group_sum(sums, kWarp);
+  // the sums of the row before may still be read
+  __syncthreads();
+  for (int k = 0; k < N; ++k)
+    if (threadIdx.x % kWarp == 0) of_warp[threadIdx.x / kWarp][k] = sums[k];
+  __syncthreads();
+  for (int k = 0; k < N; ++k) {
+    sums[k] = 0.0;
+    for (int warp = 0; warp < kThreads / kWarp; ++warp) sums[k] += of_warp[warp][k];
+  }
+}
+
+// What the sums over a row and its channels say. The channels are looked at before the row as a whole; of a
+// single one, both say the same.
+template <class Rule>
+FW_DEVICE void settle_row(const Step& step, int64_t index) {
+  constexpr int kSums = Rule::kSums;
+  const Row& row = at<Row>(step.rows)[index];
+  const Hyper& h = at<Hyper>(step.hypers)[row.group];
+  const int64_t channels = row.numel / row.channel_size, pieces = channels * pieces_of_channel(row);
+  const double* sums = at<double>(step.sums) + row.first_piece * kSums;
+  // the last counts channels that have something along the gradient
+  double found[kSums + 1] = {}, layer[kSums];
+  if (channels == 1)
+#pragma unroll 4
+    for (int64_t i = threadIdx.x; i < pieces; i += kThreads)
+      for (int k = 0; k < kSums; ++k) found[k] += sums[i * kSums + k];
+  else
+    for (int64_t i = threadIdx.x; i < channels; i += kThreads) {
+      double channel[kSums] = {};
+      combine_channel(channel, step, row, i);
+      found[kSums] += Rule::scale_invariant(h, channel, row.channel_size) ? 0.0 : 1.0;
+      for (int k = 0; k < kSums; ++k) found[k] += channel[k];
+    }
+  share_block_sum(found);
+  for (int k = 0; k < kSums; ++k) layer[k] = found[k];
+  const bool projects = Rule::kProjects && row.projects;
+  const bool by_channel = projects && channels > 1 && found[kSums] == 0.0;
+  const bool by_layer = projects && !by_channel && Rule::scale_invariant(h, layer, row.numel);
+  if (threadIdx.x == 0) Rule::settle(h, layer, by_channel || by_layer, at<Scalars>(step.scalars)[index]);
+  if constexpr (Rule::kProjects) {
+    const double radial = by_layer ? Rule::radial(h, layer) : 0.0;
+    for (int64_t i = threadIdx.x; i < pieces && !by_channel; i += kThreads)
+      at<double>(step.radials)[row.first_piece + i] = radial;
+    for (int64_t i = threadIdx.x; i < channels && by_channel; i += kThreads) {
+      double channel[kSums] = {};
+      combine_channel(channel, step, row, i);
+      set_radial(step, row, i, Rule::radial(h, channel));
+    }
+  }
+}
+
+template <class Rule>
+__global__ void __launch_bounds__(kThreads, kBlocksPerProcessorOfSums)
+    settle_kernel(const __grid_constant__ Step step) {
+  Verdict& verdict = *at<Verdict>(step.verdict);
+  if (verdict.skipped) return;
+  for (int64_t row = blockIdx.x; row < step.n_rows; row += gridDim.x)
+    if (at<uint64_t>(step.grads)[row] && at<Row>(step.rows)[row].numel > 0) settle_row<Rule>(step, row);
+  if (blockIdx.x == 0 && accumulates(step)) {
+    const Partial total = sum_chunks(step);
+    if (threadIdx.x == 0) record_norms(step, verdict, total);
+  }
+}
+
+template <class Rule, bool kDoubles>
 __global__ void __launch_bounds__(kThreads, kDoubles ? kBlocksPerProcessorOfDoubles : kBlocksPerProcessor)
     update_kernel(const __grid_constant__ Step step) {
   Verdict& verdict = *at<Verdict>(step.verdict);
@@ -390,15 +642,15 @@ __global__ void __launch_bounds__(kThreads, kDoubles ? kBlocksPerProcessorOfDoub
     const Chunk chunk = at<Chunk>(step.chunks)[i];
     const uint64_t grads = at<uint64_t>(step.grads)[chunk.row];
     const NormSum sum = visit<kDoubles>(update, at<Row>(step.rows)[chunk.row], grads, chunk);
-    if (accumulates(step)) keep_chunk_sum(step, i, sum);
+    if (Rule::kSums == 0 && accumulates(step)) keep_chunk_sum(step, i, sum);
   }
-  if (accumulates(step)) finish_norms(step, verdict);
+  if (Rule::kSums == 0 && accumulates(step)) finish_norms(step, verdict);
 }
 
 // the host side
 
 struct Grids {
-  int64_t measure = 0, update = 0;
+  int64_t measure = 0, propose = 0, settle = 0, update = 0;
 };
 
 // sizes of the grids on the current device, whose kernels are loaded at the first call
@@ -414,6 +666,10 @@ Grids grids_on(int device) {
     resident_blocks(decide_kernel<Rule, kSmallCarry>, device);
     resident_blocks(decide_kernel<Rule, kCarryLimit>, device);
     grids.measure = resident_blocks(measure_kernel<kSmallCarry>, device);
+    if constexpr (Rule::kSums > 0) {
+      grids.propose = resident_blocks(propose_kernel<Rule, kDoubles>, device);
+      grids.settle = resident_blocks(settle_kernel<Rule>, device);
+    }
     grids.update = resident_blocks(update_kernel<Rule, kDoubles>, device);
   }
   return grids;
@@ -433,6 +689,11 @@ void launch_all(const Launch& how, const Step& step) {
     launch(decide_kernel<Rule, kSmallCarry>, 1, kDecideThreads, how.stream, step, none);
   } else {
     launch(decide_kernel<Rule, kSize>, 1, kDecideThreads, how.stream, step, carry);
+  }
+  if constexpr (Rule::kSums > 0) {
+    launch(propose_kernel<Rule, kDoubles>, grid(grids.propose, how.max_blocks, step.n_chunks), kThreads,
+           how.stream, step);
+    launch(settle_kernel<Rule>, grid(grids.settle, how.max_blocks, step.n_rows), kThreads, how.stream, step);
   }
   launch(update_kernel<Rule, kDoubles>, grid(grids.update, how.max_blocks, step.n_chunks), kThreads,
          how.stream, step);

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .rules import RULES, average_update, common_scalars
+from .rules import LAYER_RULES, RULES, LayerRule, Scalars, average_update, common_scalars
 from .schedules import average_weight, multiplier
 
 
@@ -31,7 +31,7 @@ class ReferenceBackend:
         Args:
             plan: A refreshed ``fused_warmup.plan.Plan``.
         """
-        rule = RULES[plan.rule]
+        rule = RULES.get(plan.rule) or LAYER_RULES[plan.rule]
         counters, settings = plan.record["counters"], plan.settings
         active = [(row, grad) for row, grad in zip(plan.rows, plan.grads, strict=True) if grad is not None]
         t = int(counters[0])
@@ -72,7 +72,11 @@ class ReferenceBackend:
                 s.init_state = h.init_scale * norm * norm / settings.init_norm_sq
             rect = s.rect if math.isnan(rect) else rect
             arithmetic = torch.float64 if row.work.dtype == torch.float64 else torch.float32
-            param, states = rule.update(row.work.to(arithmetic), grad.to(arithmetic), row.states, s)
+            param, grad = row.work.to(arithmetic), grad.to(arithmetic)
+            if plan.rule in RULES:
+                param, states = RULES[plan.rule].update(param, grad, row.states, s)
+            else:
+                param, states = _update_layer(LAYER_RULES[plan.rule], param, grad, row.states, h, s)
             row.work.copy_(param)
             for state, new in zip(row.states, states, strict=True):
                 state.copy_(new)
@@ -89,6 +93,46 @@ class ReferenceBackend:
             page[int(counters[1]) % len(page)] = torch.tensor(line, dtype=torch.float64, device=page.device)
         slots.fill_(math.nan)
         counters[1] += 1
+
+
+def _update_layer(
+    rule: type[LayerRule], param: Tensor, grad: Tensor, state: list[Tensor], h: Any, s: Scalars
+) -> tuple[Tensor, list[Tensor]]:
+    """Return the new parameter and states by a rule that needs sums over the layer."""
+    states = rule.advance(param, grad, state, s)
+    update = rule.candidate(param, grad, states, s)
+    products = rule.products(param.to(torch.float64), grad.to(torch.float64), update.to(torch.float64), s)
+    channels = len(param) if rule.projects and param.dim() > 1 and param.numel() else 1
+    sums = torch.stack([x.reshape(channels, -1).sum(1) for x in products], dim=1)
+    radial = _settle(rule, param, sums, h, s).to(param.dtype)
+    return rule.apply(param, update, radial, s), states
+
+
+def _settle(rule: type[LayerRule], param: Tensor, sums: Tensor, h: Any, s: Scalars) -> Tensor:
+    """Choose the view, channels before the layer; return how much of the parameter leaves the update.
+
+    Args:
+        rule: The rule.
+        param: The parameter.
+        sums: Sums of products, float64 of shape ``[channels, products]``.
+        h: Hyper-parameters.
+        s: Changed to what the sums say.
+
+    Returns:
+        Float64 that broadcasts to the parameter.
+    """
+    layer, size = sums.sum(0).tolist(), param.numel()
+    radial = torch.zeros(len(sums), dtype=torch.float64, device=param.device)
+    by_channel = by_layer = False
+    if rule.projects and param.dim() > 1:
+        by_channel = all(rule.scale_invariant(h, c, size // len(sums)) for c in sums.tolist())
+        by_layer = not by_channel and rule.scale_invariant(h, layer, size)
+    if by_channel:
+        radial.copy_(torch.tensor([rule.radial(h, c) for c in sums.tolist()], dtype=torch.float64))
+    if by_layer:
+        radial.fill_(rule.radial(h, layer))
+    rule.settle(h, layer, by_channel or by_layer, s)
+    return radial.reshape(-1, *[1] * (param.dim() - 1)) if param.dim() > 1 else radial.sum()
 
 
 def _norms(grads: list[Tensor]) -> tuple[float, float]:

@@ -2,9 +2,13 @@
 
 A rule has ``scalars``, Python floats that are the same for every element, and ``update``, which takes
 tensors of one shape and dtype and returns the new parameter and the new states. Nothing is changed in place.
+A rule that must know sums over a layer before it can move it makes its update in two parts instead:
+``advance`` gives the new states and ``candidate`` the update that they mean; ``settle`` turns the sums of
+``products`` into what ``apply`` moves the parameter by.
 
 Adam: Kingma & Ba 2015. Gradient initialisation: Kalra & Barkeshli 2024, arXiv:2406.09405.
 RAdam: Liu et al. 2020, arXiv:1908.03265. SGD: heavy ball, without dampening of the first step, as torch.
+LAMB: You et al. 2020, arXiv:1904.00962. AdamP and SGDP: Heo et al. 2021, arXiv:2006.08217.
 """
 
 from __future__ import annotations
@@ -30,11 +34,20 @@ class Hyper(Protocol):
     dampening: float
     rho_threshold: float
     init_scale: float
+    delta: float
+    wd_ratio: float
+    min_norm: float
+    max_norm: float
+    trust_clip: float
     init: str
     decoupled: bool
     maximize: bool
     nesterov: bool
     skip_unrectified: bool
+    bias_correction: bool
+    grad_averaging: bool
+    adapts: bool
+    decays_update: bool
 
 
 @dataclass
@@ -55,6 +68,9 @@ class Scalars:
     init_grad: float = 0.0
     init_state: float = 1.0
     nesterov: float = 0.0
+    moment_scale: float = 0.0
+    grad_gain: float = 0.0
+    update_decay: float = 0.0
 
 
 def bias_correction(beta: float, step: int) -> float:
@@ -104,6 +120,51 @@ class Rule(Protocol):
         param: Tensor, grad: Tensor, state: Sequence[Tensor], s: Scalars
     ) -> tuple[Tensor, list[Tensor]]:
         """Return the new parameter and the new states."""
+
+
+class LayerRule(Protocol):
+    """A rule that needs sums over the elements of a layer, or of each of its output channels."""
+
+    min_states: ClassVar[int]
+    max_states: ClassVar[int]
+    n_sums: ClassVar[int]
+    projects: ClassVar[bool]
+
+    @staticmethod
+    def scalars(h: Any, eta: float, step: int, s: Scalars) -> None:
+        """Fill ``s`` for update number ``step`` (from 1) at learning rate ``eta``."""
+
+    @staticmethod
+    def looks_back(h: Any, n_states: int) -> bool:
+        """Whether the candidate needs the gradient besides the states."""
+
+    @staticmethod
+    def advance(param: Tensor, grad: Tensor, state: Sequence[Tensor], s: Scalars) -> list[Tensor]:
+        """Return the new states."""
+
+    @staticmethod
+    def candidate(param: Tensor, grad: Tensor, state: Sequence[Tensor], s: Scalars) -> Tensor:
+        """Return the update that the new states mean, in the direction that is subtracted."""
+
+    @staticmethod
+    def products(param: Tensor, grad: Tensor, update: Tensor, s: Scalars) -> list[Tensor]:
+        """Return what is summed over a layer or a channel."""
+
+    @staticmethod
+    def scale_invariant(h: Any, sums: Sequence[float], size: int) -> bool:
+        """Whether the sums over ``size`` elements show a gradient that has nothing along the parameter."""
+
+    @staticmethod
+    def radial(h: Any, sums: Sequence[float]) -> float:
+        """Return how much of the parameter to take out of the update."""
+
+    @staticmethod
+    def settle(h: Any, sums: Sequence[float], projected: bool, s: Scalars) -> None:
+        """Change ``s`` to what the sums over the layer say."""
+
+    @staticmethod
+    def apply(param: Tensor, update: Tensor, radial: Tensor, s: Scalars) -> Tensor:
+        """Return the new parameter."""
 
 
 class Adam:
@@ -203,6 +264,194 @@ class SGD:
         return param, new_state
 
 
+def bounded(x: float, low: float, high: float) -> float:
+    """``x`` inside an interval; NaN stays."""
+    x = low if x < low else x
+    return high if x > high else x
+
+
+def moments(grad: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, s: Scalars) -> list[Tensor]:
+    """Both moments of Adam with the gradient in them; ``grad_gain`` is 1 for averages."""
+    exp_avg = exp_avg + s.one_minus_beta1 * (s.grad_gain * grad - exp_avg)
+    exp_avg_sq = exp_avg_sq + s.one_minus_beta2 * (grad * grad - exp_avg_sq)
+    return [exp_avg, exp_avg_sq]
+
+
+class LAMB:
+    """Adam whose update is scaled to the norm of its layer."""
+
+    min_states: ClassVar[int] = 2
+    max_states: ClassVar[int] = 2
+    n_sums: ClassVar[int] = 2
+    projects: ClassVar[bool] = False
+
+    @staticmethod
+    def scalars(h: Hyper, eta: float, step: int, s: Scalars) -> None:
+        """Bias corrections if wanted, and decay as a part of the update."""
+        s.step_size = eta
+        s.moment_scale = 1.0 / bias_correction(h.beta1, step) if h.bias_correction else 1.0
+        s.denom_scale = 1.0 / math.sqrt(bias_correction(h.beta2, step)) if h.bias_correction else 1.0
+        s.grad_gain = 1.0 if h.grad_averaging else 1.0 / s.one_minus_beta1
+        s.update_decay = s.weight_decay if h.decays_update else 0.0
+        s.weight_decay = 0.0 if h.decays_update else s.weight_decay
+
+    @staticmethod
+    def looks_back(h: Hyper, n_states: int) -> bool:
+        """The states say everything."""
+        return False
+
+    @staticmethod
+    def advance(param: Tensor, grad: Tensor, state: Sequence[Tensor], s: Scalars) -> list[Tensor]:
+        """Both moments."""
+        grad = grad * s.grad_scale + s.weight_decay * param
+        return moments(grad, state[0], state[1], s)
+
+    @staticmethod
+    def candidate(param: Tensor, grad: Tensor, state: Sequence[Tensor], s: Scalars) -> Tensor:
+        """Adam's update with decay in it."""
+        denom = state[1].sqrt() * s.denom_scale + s.eps
+        return s.update_decay * param + s.moment_scale * state[0] / denom
+
+    @staticmethod
+    def products(param: Tensor, grad: Tensor, update: Tensor, s: Scalars) -> list[Tensor]:
+        """Squares of parameter and update."""
+        return [param * param, update * update]
+
+    @staticmethod
+    def scale_invariant(h: Hyper, sums: Sequence[float], size: int) -> bool:
+        """Nothing is projected."""
+        return False
+
+    @staticmethod
+    def radial(h: Hyper, sums: Sequence[float]) -> float:
+        """Nothing is projected."""
+        return 0.0
+
+    @staticmethod
+    def settle(h: Hyper, sums: Sequence[float], projected: bool, s: Scalars) -> None:
+        """The trust ratio: 1 where a norm is 0, which then trains as Adam does."""
+        param_norm = math.sqrt(sums[0])
+        update_norm = math.sqrt(sums[1])
+        defined = h.adapts and param_norm != 0.0 and update_norm != 0.0
+        trust = bounded(param_norm, h.min_norm, h.max_norm) / update_norm if defined else 1.0
+        s.step_size = s.step_size * (h.trust_clip if trust > h.trust_clip else trust)
+
+    @staticmethod
+    def apply(param: Tensor, update: Tensor, radial: Tensor, s: Scalars) -> Tensor:
+        """Decoupled decay, if that is wanted, and the step."""
+        return param - (s.decay * param + s.step_size * update)
+
+
+class Projection:
+    """Takes the part along the parameter out of the update where the loss does not feel its scale."""
+
+    n_sums: ClassVar[int] = 4
+    projects: ClassVar[bool] = True
+
+    @staticmethod
+    def products(param: Tensor, grad: Tensor, update: Tensor, s: Scalars) -> list[Tensor]:
+        """What cosines and projections are made of."""
+        grad = grad * s.grad_scale
+        return [grad * grad, param * param, grad * param, update * param]
+
+    @staticmethod
+    def scale_invariant(h: Hyper, sums: Sequence[float], size: int) -> bool:
+        """Whether gradient and parameter are as good as orthogonal; not so for NaN."""
+        grad_norm = math.sqrt(sums[0])
+        param_norm = math.sqrt(sums[1])
+        norms = grad_norm if grad_norm > h.eps else h.eps
+        norms = norms * (param_norm if param_norm > h.eps else h.eps)
+        return abs(sums[2]) * math.sqrt(size) < h.delta * norms
+
+    @staticmethod
+    def radial(h: Hyper, sums: Sequence[float]) -> float:
+        """``<n, u> / norm`` for the direction ``n = param / norm``."""
+        norm = math.sqrt(sums[1]) + h.eps
+        return sums[3] / (norm * norm)
+
+    @staticmethod
+    def settle(h: Hyper, sums: Sequence[float], projected: bool, s: Scalars) -> None:
+        """Little decay where the scale does not matter."""
+        s.decay = s.decay * (h.wd_ratio if projected else 1.0)
+
+    @staticmethod
+    def apply(param: Tensor, update: Tensor, radial: Tensor, s: Scalars) -> Tensor:
+        """Decay and the projected step."""
+        update = update - radial * param
+        return param - (s.decay * param + s.step_size * update)
+
+
+class AdamP(Projection):
+    """AdamW with projection; Nesterov's form looks one gradient ahead."""
+
+    min_states: ClassVar[int] = 2
+    max_states: ClassVar[int] = 2
+
+    @staticmethod
+    def scalars(h: Hyper, eta: float, step: int, s: Scalars) -> None:
+        """Bias corrections of both moments."""
+        s.step_size = eta / bias_correction(h.beta1, step)
+        s.denom_scale = 1.0 / math.sqrt(bias_correction(h.beta2, step))
+        s.grad_gain = 1.0
+        s.nesterov = 1.0 if h.nesterov else 0.0
+
+    @staticmethod
+    def looks_back(h: Hyper, n_states: int) -> bool:
+        """For Nesterov's form only."""
+        return h.nesterov
+
+    @staticmethod
+    def advance(param: Tensor, grad: Tensor, state: Sequence[Tensor], s: Scalars) -> list[Tensor]:
+        """Both moments."""
+        grad = grad * s.grad_scale
+        return moments(grad, state[0], state[1], s)
+
+    @staticmethod
+    def candidate(param: Tensor, grad: Tensor, state: Sequence[Tensor], s: Scalars) -> Tensor:
+        """Adam's update without the correction of the first moment, which is in the step size."""
+        exp_avg = state[0]
+        grad = grad * s.grad_scale
+        exp_avg = exp_avg + s.one_minus_beta1 * (grad - exp_avg) if s.nesterov > 0.0 else exp_avg
+        denom = state[1].sqrt() * s.denom_scale + s.eps
+        return exp_avg / denom
+
+
+class SGDP(Projection):
+    """Momentum with projection; dampening counts from the first step on."""
+
+    min_states: ClassVar[int] = 0
+    max_states: ClassVar[int] = 1
+
+    @staticmethod
+    def scalars(h: Hyper, eta: float, step: int, s: Scalars) -> None:
+        """Decay as strong as an L2 penalty that went through the momentum."""
+        s.step_size = eta
+        s.momentum = h.momentum
+        s.one_minus_dampening = 1.0 - h.dampening
+        s.nesterov = 1.0 if h.nesterov else 0.0
+        s.decay = s.decay / (1.0 - h.momentum)
+
+    @staticmethod
+    def looks_back(h: Hyper, n_states: int) -> bool:
+        """For Nesterov's form, or without momentum."""
+        return h.nesterov or n_states == 0
+
+    @staticmethod
+    def advance(param: Tensor, grad: Tensor, state: Sequence[Tensor], s: Scalars) -> list[Tensor]:
+        """The buffer, if there is momentum."""
+        grad = grad * s.grad_scale
+        return [s.momentum * momentum_buffer + s.one_minus_dampening * grad for momentum_buffer in state]
+
+    @staticmethod
+    def candidate(param: Tensor, grad: Tensor, state: Sequence[Tensor], s: Scalars) -> Tensor:
+        """The buffer, or the gradient with the buffer ahead."""
+        grad = grad * s.grad_scale
+        momentum_buffer = s.one_minus_dampening * grad
+        if len(state) == 1:
+            momentum_buffer = state[0]
+        return grad + s.momentum * momentum_buffer if s.nesterov > 0.0 else momentum_buffer
+
+
 def average_update(average: Tensor, param: Tensor, weight: float) -> Tensor:
     """Move the average towards the parameter; weight 1 gives the parameter itself."""
     difference = param - average
@@ -235,3 +484,4 @@ def init_exp_avg_sq(param: Tensor, grad: Tensor, h: Hyper, weight_decay: float, 
 
 
 RULES: dict[str, type[Rule]] = {"Adam": Adam, "RAdam": RAdam, "SGD": SGD}
+LAYER_RULES: dict[str, type[LayerRule]] = {"LAMB": LAMB, "AdamP": AdamP, "SGDP": SGDP}

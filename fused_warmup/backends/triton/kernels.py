@@ -117,6 +117,23 @@ def measure_blocks(part, address, first, last, DTYPE: tl.constexpr, BLOCK: tl.co
 
 
 @triton.jit
+def measure_chunk(
+    step, i, chunk, row, grad, GRAD_DTYPES: tl.constexpr, BLOCK: tl.constexpr, TAIL: tl.constexpr
+):
+    """Sums of one chunk of gradients."""
+    # chunks of channels of odd lengths do not begin where vectors do
+    aligned = (grad % VECTOR == 0) & (chunk.offset % VECTOR == 0)
+    whole = tl.where(aligned, chunk.count // BLOCK * BLOCK, 0)
+    part = no_part()
+    for k in tl.static_range(len(GRAD_DTYPES)):
+        if (grad != 0) & (row.grad_dtype == GRAD_DTYPES[k]):
+            here = grad + chunk.offset * item_size(GRAD_DTYPES[k])
+            part = measure_blocks(part, here, 0, whole, GRAD_DTYPES[k], BLOCK, True)
+            part = measure_blocks(part, here, whole, chunk.count, GRAD_DTYPES[k], TAIL, False)
+    store_struct(step.partials, i, part, Partial)
+
+
+@triton.jit
 def measure_kernel(step, GRAD_DTYPES: tl.constexpr, BLOCK: tl.constexpr, TAIL: tl.constexpr):
     """Sums of every chunk of gradients."""
     step = load_struct(step.to(tl.int64), 0, Step)
@@ -124,14 +141,7 @@ def measure_kernel(step, GRAD_DTYPES: tl.constexpr, BLOCK: tl.constexpr, TAIL: t
         chunk = load_struct(step.chunks, i, Chunk)
         row = load_struct(step.rows, chunk.row, Row)
         grad = tl.load(grad_of(step, chunk.row))
-        whole = tl.where(grad % VECTOR == 0, chunk.count // BLOCK * BLOCK, 0)
-        part = no_part()
-        for k in tl.static_range(len(GRAD_DTYPES)):
-            if (grad != 0) & (row.grad_dtype == GRAD_DTYPES[k]):
-                here = grad + chunk.offset * item_size(GRAD_DTYPES[k])
-                part = measure_blocks(part, here, 0, whole, GRAD_DTYPES[k], BLOCK, True)
-                part = measure_blocks(part, here, whole, chunk.count, GRAD_DTYPES[k], TAIL, False)
-        store_struct(step.partials, i, part, Partial)
+        measure_chunk(step, i, chunk, row, grad, GRAD_DTYPES, BLOCK, TAIL)
 
 
 # decide: the statements of csrc/decide.h

@@ -1,4 +1,7 @@
-"""How a step is launched: two kernels, three where the norms must be known beforehand."""
+"""How a step is launched: two kernels, three where the norms must be known beforehand.
+
+Rules that need sums over layers take two more.
+"""
 
 from __future__ import annotations
 
@@ -10,11 +13,13 @@ from typing import Any
 import torch
 
 from ...plan import Plan
+from ...reference import rules as reference
 from ...spans import OPERATIONS, ResponseTable, Spans
 from ...table import DTYPES
 from .kernels import decide_kernel, measure_kernel, update_kernel
+from .layers import apply_kernel, propose_kernel, settle_kernel
 from .response import response_kernel
-from .rules import PRECONDITIONED, RULES
+from .rules import LAYER_RULES, PRECONDITIONED, RULES
 from .vectors import vector_kernel
 
 # elements that a program takes at a time: eight a thread, 16 bytes of bfloat16 and twice that of float32
@@ -28,6 +33,8 @@ NUM_WARPS = 8
 PROGRAMS_PER_MULTIPROCESSOR = 16
 
 
+# pieces and columns of a tile, which has as many elements as a block, and of one that is not aligned
+_TILES = {"PIECES": 16, "COLUMNS": BLOCK // 16, "ODD_PIECES": 32, "ODD_COLUMNS": TAIL // 32}
 # rounded as the sources say: the compiler must not make other fused multiply-adds
 _OPTIONS = {"num_warps": NUM_WARPS, "enable_fp_fusion": False}
 
@@ -44,7 +51,8 @@ def measure_constants(kinds: Kinds) -> dict[str, Any]:
 def decide_constants(rule: str) -> dict[str, Any]:
     """Return constants and options of ``decide_kernel`` for the rule of a name."""
     # the only program: it may have all registers
-    return {"SCALARS": RULES[rule].scalars, "LANES": LANES, "maxnreg": 255, **_OPTIONS}
+    scalars = (RULES.get(rule) or LAYER_RULES[rule]).scalars
+    return {"SCALARS": scalars, "LANES": LANES, "maxnreg": 255, **_OPTIONS}
 
 
 def update_constants(rule: str, kinds: Kinds, *, accumulate: bool, average: bool) -> dict[str, Any]:
@@ -70,6 +78,62 @@ def update_constants(rule: str, kinds: Kinds, *, accumulate: bool, average: bool
         "maxnreg": _registers(kinds, accumulate),
         **_OPTIONS,
     }
+
+
+def propose_constants(rule: str, kinds: Kinds, *, accumulate: bool) -> dict[str, Any]:
+    """Return constants and options of ``propose_kernel``, see ``update_constants``."""
+    made = LAYER_RULES[rule]
+    return {
+        "ADVANCE": made.advance,
+        "CANDIDATE": made.candidate,
+        "PRODUCTS": made.products,
+        "N_SUMS": reference.LAYER_RULES[rule].n_sums,
+        "KINDS": kinds,
+        "GRAD_DTYPES": tuple(sorted({grad_dtype for _, grad_dtype, _ in kinds})),
+        "ACCUMULATE": accumulate,
+        "BLOCK": BLOCK,
+        "TAIL": TAIL,
+        "maxnreg": _layer_registers(kinds),
+        **_TILES,
+        **_OPTIONS,
+    }
+
+
+def settle_constants(rule: str, *, accumulate: bool) -> dict[str, Any]:
+    """Return constants and options of ``settle_kernel``, see ``update_constants``."""
+    made, truth = LAYER_RULES[rule], reference.LAYER_RULES[rule]
+    return {
+        "INVARIANT": made.scale_invariant,
+        "RADIAL": made.radial,
+        "SETTLE": made.settle,
+        "N_SUMS": truth.n_sums,
+        "PROJECTS": truth.projects,
+        "ACCUMULATE": accumulate,
+        "LANES": LANES,
+        "maxnreg": 255,
+        **_OPTIONS,
+    }
+
+
+def apply_constants(rule: str, kinds: Kinds, *, average: bool) -> dict[str, Any]:
+    """Return constants and options of ``apply_kernel``, see ``update_constants``."""
+    made = LAYER_RULES[rule]
+    return {
+        "CANDIDATE": made.candidate,
+        "APPLY": made.apply,
+        "LOOKS_BACK": made.looks_back,
+        "PROJECTS": reference.LAYER_RULES[rule].projects,
+        "KINDS": kinds,
+        "AVERAGE": average,
+        "maxnreg": _layer_registers(kinds),
+        **_TILES,
+        **_OPTIONS,
+    }
+
+
+def _layer_registers(kinds: Kinds) -> int:
+    """Registers a thread of ``propose_kernel`` or ``apply_kernel`` may have, for two programs or for one."""
+    return 128 if len(kinds) == 1 and kinds[0][0] != DTYPES[torch.float64] else 255
 
 
 def _registers(kinds: Kinds, accumulate: bool) -> int:
@@ -191,11 +255,15 @@ class TritonBackend:
         if measure:
             yield measure_kernel, programs, measure_constants(plan.kinds)
         yield decide_kernel, 1, decide_constants(plan.rule)
-        yield (
-            update_kernel,
-            programs,
-            update_constants(plan.rule, plan.kinds, accumulate=telemetry and not measure, average=averages),
-        )
+        accumulate = telemetry and not measure
+        if plan.rule in RULES:
+            constants = update_constants(plan.rule, plan.kinds, accumulate=accumulate, average=averages)
+            yield update_kernel, programs, constants
+            return
+        yield propose_kernel, programs, propose_constants(plan.rule, plan.kinds, accumulate=accumulate)
+        most = max(1, min(len(plan.rows), self._programs or _programs(plan.device)))
+        yield settle_kernel, most, settle_constants(plan.rule, accumulate=accumulate)
+        yield apply_kernel, programs, apply_constants(plan.rule, plan.kinds, average=averages)
 
 
 def _on(device: torch.device) -> contextlib.AbstractContextManager[Any]:

@@ -154,6 +154,19 @@ def load_block(address, lanes, mask, DTYPE: tl.constexpr, C: tl.constexpr, WHOLE
 
 
 @triton.jit
+def load_tile(address, places, mask, DTYPE: tl.constexpr, C: tl.constexpr, ALIGNED: tl.constexpr):
+    """Elements of a column in the type of the arithmetic; zeros where the mask is off."""
+    pointer = pointers(address, places, storage(DTYPE), ALIGNED)
+    return widen(tl.load(pointer, mask=mask, other=0), DTYPE).to(C)
+
+
+@triton.jit
+def store_tile(address, places, mask, value, DTYPE: tl.constexpr, ALIGNED: tl.constexpr):
+    """Write stored values into a column."""
+    tl.store(pointers(address, places, storage(DTYPE), ALIGNED), value, mask=mask)
+
+
+@triton.jit
 def store_block(address, lanes, mask, value, DTYPE: tl.constexpr, WHOLE: tl.constexpr):
     """Write a block of stored values."""
     pointer = pointers(address, lanes, storage(DTYPE), WHOLE)

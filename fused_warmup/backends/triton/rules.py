@@ -1,9 +1,11 @@
 """Update rules inside Triton kernels; the statements of ``csrc/rules.h`` in the same order.
 
-A rule has ``scalars``, computed for a block of rows in double, and ``update`` for a block of elements.
+A rule has ``scalars``, computed for a block of rows in double, and ``update`` for a block of elements. A rule
+that must know sums over a layer makes its update in two parts, as ``reference/rules.py`` says.
 
 Adam: Kingma & Ba 2015. Gradient initialisation: Kalra & Barkeshli 2024, arXiv:2406.09405.
 RAdam: Liu et al. 2020, arXiv:1908.03265. SGD: heavy ball, without dampening of the first step, as torch.
+LAMB: You et al. 2020, arXiv:1904.00962. AdamP and SGDP: Heo et al. 2021, arXiv:2006.08217.
 """
 
 from __future__ import annotations
@@ -185,6 +187,219 @@ class SGD:
 
 
 @triton.jit
+def bounded(x, low, high):
+    """``x`` inside an interval; NaN stays."""
+    x = tl.where(x < low, low, x)
+    return tl.where(x > high, high, x)
+
+
+@triton.jit
+def moments(grad, exp_avg, exp_avg_sq, s):
+    """Both moments of Adam with the gradient in them; ``grad_gain`` is 1 for averages."""
+    exp_avg = tl.fma(s.one_minus_beta1, tl.fma(s.grad_gain, grad, -exp_avg), exp_avg)
+    exp_avg_sq = tl.fma(s.one_minus_beta2, tl.fma(grad, grad, -exp_avg_sq), exp_avg_sq)
+    return exp_avg, exp_avg_sq
+
+
+class LAMB:
+    """Adam whose update is scaled to the norm of its layer."""
+
+    @staticmethod
+    @triton.jit
+    def scalars(h, eta, step, s):
+        """Bias corrections if wanted, and decay as a part of the update."""
+        corrected = h.bias_correction != 0
+        inside = h.decays_update != 0
+        return Scalars(
+            s,
+            step_size=eta,
+            moment_scale=tl.where(corrected, 1.0 / bias_correction(h.beta1, step), 1.0),
+            denom_scale=tl.where(corrected, 1.0 / tl.sqrt(bias_correction(h.beta2, step)), 1.0),
+            grad_gain=tl.where(h.grad_averaging != 0, 1.0, 1.0 / s.one_minus_beta1),
+            update_decay=tl.where(inside, s.weight_decay, 0.0),
+            weight_decay=tl.where(inside, 0.0, s.weight_decay),
+        )
+
+    @staticmethod
+    @triton.jit
+    def looks_back(h, n_states):
+        """The states say everything."""
+        return False
+
+    @staticmethod
+    @triton.jit
+    def advance(param, grad, state, s):
+        """Both moments."""
+        grad = tl.fma(s.weight_decay, param, grad * s.grad_scale)
+        return moments(grad, state[0], state[1], s)
+
+    @staticmethod
+    @triton.jit
+    def candidate(param, grad, state, s):
+        """Adam's update with decay in it."""
+        denom = tl.fma(root(state[1]), s.denom_scale, s.eps)
+        return tl.fma(s.update_decay, param, divide(s.moment_scale * state[0], denom))
+
+    @staticmethod
+    @triton.jit
+    def products(param, grad, update, s):
+        """Squares of parameter and update."""
+        return param * param, update * update
+
+    @staticmethod
+    @triton.jit
+    def scale_invariant(h, sums, size):
+        """Nothing is projected."""
+        return sums[0] < 0.0
+
+    @staticmethod
+    @triton.jit
+    def radial(h, sums):
+        """Nothing is projected."""
+        return 0.0 * sums[0]
+
+    @staticmethod
+    @triton.jit
+    def settle(h, sums, projected, s):
+        """The trust ratio: 1 where a norm is 0, which then trains as Adam does."""
+        param_norm = tl.sqrt(sums[0])
+        update_norm = tl.sqrt(sums[1])
+        defined = (h.adapts != 0) & (param_norm != 0.0) & (update_norm != 0.0)
+        ratio = bounded(param_norm, h.min_norm, h.max_norm) / tl.where(defined, update_norm, 1.0)
+        trust = tl.where(defined, ratio, 1.0)
+        return Scalars(s, step_size=s.step_size * tl.where(trust > h.trust_clip, h.trust_clip, trust))
+
+    @staticmethod
+    @triton.jit
+    def apply(param, update, radial, s):
+        """Decoupled decay, if that is wanted, and the step."""
+        return param - tl.fma(s.decay, param, s.step_size * update)
+
+
+class Projection:
+    """Takes the part along the parameter out of the update where the loss does not feel its scale."""
+
+    @staticmethod
+    @triton.jit
+    def products(param, grad, update, s):
+        """What cosines and projections are made of."""
+        grad = grad * s.grad_scale
+        return grad * grad, param * param, grad * param, update * param
+
+    @staticmethod
+    @triton.jit
+    def scale_invariant(h, sums, size):
+        """Whether gradient and parameter are as good as orthogonal; not so for NaN."""
+        grad_norm = tl.sqrt(sums[0])
+        param_norm = tl.sqrt(sums[1])
+        norms = tl.where(grad_norm > h.eps, grad_norm, h.eps)
+        norms = norms * tl.where(param_norm > h.eps, param_norm, h.eps)
+        return tl.abs(sums[2]) * tl.sqrt(size.to(tl.float64)) < h.delta * norms
+
+    @staticmethod
+    @triton.jit
+    def radial(h, sums):
+        """``<n, u> / norm`` for the direction ``n = param / norm``."""
+        norm = tl.sqrt(sums[1]) + h.eps
+        return sums[3] / (norm * norm)
+
+    @staticmethod
+    @triton.jit
+    def settle(h, sums, projected, s):
+        """Little decay where the scale does not matter."""
+        return Scalars(s, decay=s.decay * tl.where(projected, h.wd_ratio, 1.0))
+
+    @staticmethod
+    @triton.jit
+    def apply(param, update, radial, s):
+        """Decay and the projected step."""
+        update = tl.fma(-radial, param, update)
+        return param - tl.fma(s.decay, param, s.step_size * update)
+
+
+class AdamP(Projection):
+    """AdamW with projection; Nesterov's form looks one gradient ahead."""
+
+    @staticmethod
+    @triton.jit
+    def scalars(h, eta, step, s):
+        """Bias corrections of both moments."""
+        return Scalars(
+            s,
+            step_size=eta / bias_correction(h.beta1, step),
+            denom_scale=1.0 / tl.sqrt(bias_correction(h.beta2, step)),
+            grad_gain=1.0,
+            nesterov=tl.where(h.nesterov != 0, 1.0, 0.0),
+        )
+
+    @staticmethod
+    @triton.jit
+    def looks_back(h, n_states):
+        """For Nesterov's form only."""
+        return h.nesterov != 0
+
+    @staticmethod
+    @triton.jit
+    def advance(param, grad, state, s):
+        """Both moments."""
+        grad = grad * s.grad_scale
+        return moments(grad, state[0], state[1], s)
+
+    @staticmethod
+    @triton.jit
+    def candidate(param, grad, state, s):
+        """Adam's update without the correction of the first moment, which is in the step size."""
+        exp_avg = state[0]
+        grad = grad * s.grad_scale
+        exp_avg = tl.where(s.nesterov > 0.0, tl.fma(s.one_minus_beta1, grad - exp_avg, exp_avg), exp_avg)
+        denom = tl.fma(root(state[1]), s.denom_scale, s.eps)
+        return divide(exp_avg, denom)
+
+
+class SGDP(Projection):
+    """Momentum with projection; dampening counts from the first step on."""
+
+    @staticmethod
+    @triton.jit
+    def scalars(h, eta, step, s):
+        """Decay as strong as an L2 penalty that went through the momentum."""
+        return Scalars(
+            s,
+            step_size=eta,
+            momentum=h.momentum,
+            one_minus_dampening=1.0 - h.dampening,
+            nesterov=tl.where(h.nesterov != 0, 1.0, 0.0),
+            decay=s.decay / (1.0 - h.momentum),
+        )
+
+    @staticmethod
+    @triton.jit
+    def looks_back(h, n_states):
+        """For Nesterov's form, or without momentum."""
+        return (h.nesterov != 0) | (n_states == 0)
+
+    @staticmethod
+    @triton.jit
+    def advance(param, grad, state, s):
+        """The buffer, if there is momentum."""
+        grad = grad * s.grad_scale
+        new_state = ()
+        if len(state) == 1:
+            new_state = (tl.fma(s.momentum, state[0], s.one_minus_dampening * grad),)
+        return new_state
+
+    @staticmethod
+    @triton.jit
+    def candidate(param, grad, state, s):
+        """The buffer, or the gradient with the buffer ahead."""
+        grad = grad * s.grad_scale
+        momentum_buffer = s.one_minus_dampening * grad
+        if len(state) == 1:
+            momentum_buffer = state[0]
+        return tl.where(s.nesterov > 0.0, tl.fma(s.momentum, momentum_buffer, grad), momentum_buffer)
+
+
+@triton.jit
 def average_update(average, param, weight):
     """Move the average towards the parameter; weight 1 gives the parameter itself."""
     difference = param - average
@@ -217,3 +432,4 @@ def response(param, grad, state, s, UPDATE: tl.constexpr):
 # those whose step is a diagonal times the first moment
 PRECONDITIONED = ("Adam", "RAdam", "SGD")
 RULES: dict[str, Any] = {"Adam": Adam, "RAdam": RAdam, "SGD": SGD}
+LAYER_RULES: dict[str, Any] = {"LAMB": LAMB, "AdamP": AdamP, "SGDP": SGDP}
