@@ -365,7 +365,7 @@ def test_a_vector_operation_is_one_launch(module):
 
 
 @pytest.mark.parametrize("dtype", vector_cases.DTYPES, ids=str)
-@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+@pytest.mark.parametrize("case", vector_cases.PRECONDITIONED, ids=lambda case: case.name)
 def test_preconditioner_is_that_of_the_reference(module, case, dtype):
     def make(case, params, **options):
         return case.make(params, **options), CudaBackend(module)

@@ -348,7 +348,7 @@ def test_vector_operations(backend, dtypes, scaled):
 
 
 @pytest.mark.parametrize("dtype", vector_cases.DTYPES, ids=str)
-@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+@pytest.mark.parametrize("case", vector_cases.PRECONDITIONED, ids=lambda case: case.name)
 def test_preconditioner_is_that_of_the_reference(backend, case, dtype):
     def make(case, params, **options):
         return case.make(params, backend=backend, **options), kernels_of(backend)

@@ -19,7 +19,7 @@ from ...table import DTYPES
 from .kernels import decide_kernel, measure_kernel, update_kernel
 from .layers import apply_kernel, propose_kernel, settle_kernel
 from .response import response_kernel
-from .rules import LAYER_RULES, PRECONDITIONED, RULES
+from .rules import LAYER_RULES, RULES
 from .vectors import vector_kernel
 
 # elements that a program takes at a time: eight a thread, 16 bytes of bfloat16 and twice that of float32
@@ -231,7 +231,7 @@ class TritonBackend:
 
     def response(self, plan: Plan, table: ResponseTable) -> bool:
         """Queue the pre-conditioner of the step about to be made, if its rule has one."""
-        if plan.rule not in PRECONDITIONED:
+        if plan.rule not in RULES:
             return False
         programs = max(1, min(plan.n_chunks, self._programs or _programs(plan.device)))
         columns = (c.view(torch.int64) for c in (plan.step_column(), table.call_column()))

@@ -429,7 +429,5 @@ def response(param, grad, state, s, UPDATE: tl.constexpr):
         return -moved
 
 
-# those whose step is a diagonal times the first moment
-PRECONDITIONED = ("Adam", "RAdam", "SGD")
 RULES: dict[str, Any] = {"Adam": Adam, "RAdam": RAdam, "SGD": SGD}
 LAYER_RULES: dict[str, Any] = {"LAMB": LAMB, "AdamP": AdamP, "SGDP": SGDP}
