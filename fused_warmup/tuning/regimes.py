@@ -118,7 +118,9 @@ class Regimes:
                 other.plot([p.lr for p in self.points], value, style, color="#1f2430", lw=1.2, label=label)
         other.set_ylabel("accuracy")
         lines = [*ax.get_legend_handles_labels()[0], *other.get_legend_handles_labels()[0]]
-        ax.legend(handles=lines, frameon=False, loc="best", fontsize=8)
+        # below the axes: somewhere inside, a curve is always in the way
+        below = {"loc": "upper center", "bbox_to_anchor": (0.5, -0.16), "ncols": 3}
+        ax.legend(handles=lines, frameon=False, fontsize=8, **below)
         return ax
 
 
