@@ -28,8 +28,6 @@ def digits():
 
 def train(batch, epochs, seed, make_rate):
     """Train once; ``make_rate(steps, per_epoch)`` gives what takes a loss and returns the next rate."""
-    from adamp import AdamP
-
     x, y = digits()
     generator = torch.Generator().manual_seed(seed)
     order = torch.randperm(len(y), generator=generator)
@@ -42,7 +40,7 @@ def train(batch, epochs, seed, make_rate):
     )  # fmt: skip
     per_epoch = count // batch
     first, next_rate = make_rate(per_epoch * epochs, per_epoch)
-    opt = AdamP(model.parameters(), lr=first, weight_decay=1e-2)
+    opt = fw.AdamP(model.parameters(), lr=first, weight_decay=1e-2)
     for _ in range(epochs):
         shuffled = rows[torch.randperm(count, generator=generator)][: per_epoch * batch]
         for some in shuffled.split(batch):

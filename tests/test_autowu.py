@@ -571,7 +571,6 @@ def test_digits(batch, epochs):
     """MLP of 64-64 with batch norms, AdamP: accuracy >= 0.965 for each of three seeds without a rate given, the switch
     after the third epoch and before half of the run, back to a rate 5 to 15 times lower."""
     datasets = pytest.importorskip("sklearn.datasets", reason="scikit-learn is not installed")
-    AdamP = pytest.importorskip("adamp", reason="the package adamp is not installed").AdamP
     raw = datasets.load_digits()
     x, y = torch.tensor(raw.data / 16, dtype=torch.float32), torch.tensor(raw.target)
     for seed in range(3):
@@ -591,15 +590,15 @@ def test_digits(batch, epochs):
         model = nn.Sequential(*layers, nn.Linear(64, 10))
         per_epoch = 1347 // batch
         wu = fw.AutoWU(per_epoch * epochs, per_epoch)
-        opt = AdamP(model.parameters(), lr=wu.lr, weight_decay=1e-2)
+        opt = fw.AdamP(model.parameters(), lr=1.0, weight_decay=1e-2, schedule=wu)
         for _ in range(epochs):
             shuffled = train_rows[torch.randperm(1347, generator=generator)]
             for rows in shuffled[: per_epoch * batch].split(batch):
                 loss = nn.functional.cross_entropy(model(x[rows]), y[rows])
                 opt.zero_grad()
                 loss.backward()
+                opt.record_loss(loss)
                 opt.step()
-                opt.param_groups[0]["lr"] = wu.step(loss)
         model.eval()
         accuracy = (model(x[held_out]).argmax(1) == y[held_out]).double().mean().item()
         last = wu.tests[-1]
