@@ -20,6 +20,7 @@ TESTS = [
     ROOT / "tests" / "test_bitwise.py",
     ROOT / "tests" / "test_backends.py",
     ROOT / "tests" / "test_vectors.py",
+    ROOT / "tests" / "test_layers.py",
     ROOT / "tests" / "test_cuda_on_host.py",
 ]
 CHOICE = (

@@ -344,6 +344,7 @@ def test_doctor_shows_the_ledger():
     assert totals["Adam, AdamW, GIAdam", "clip"] == ("3", "32")
     assert totals["RAdam", "clip"] == ("3", "32")
     assert totals["RAdam", "EMA"] == ("2", "36")
+    assert totals["AdamP", "clip"] == ("5", "44")
 
 
 def test_doctor_fails_when_a_step_does(monkeypatch):

@@ -14,7 +14,10 @@ def code():
     """Disassembly by symbol and instruction set, told apart by the registers it uses."""
     command = ["objdump", "-d", "-C", "--no-show-raw-insn", _cpu.__file__]
     text = subprocess.run(command, check=True, capture_output=True, text=True).stdout
-    return [block for block in re.split(r"\n\n", text) if "update_block<" in block.split("\n", 1)[0]]
+    leaves = ("update_block<", "propose_block<", "candidate_block<", "sum_part<")
+    return [
+        block for block in re.split(r"\n\n", text) if any(leaf in block.split("\n", 1)[0] for leaf in leaves)
+    ]
 
 
 def test_widest_is_chosen_and_unknown_is_refused():
@@ -40,3 +43,31 @@ def test_updates_are_vectors(code, rule, states, register, dtype):
     wanted = [rf"vfn?m(add|sub)\d+{suffix}.*%{register}", rf"vmovup{suffix[1]} +%{register}\d+,"]
     wanted += [rf"vsqrt{suffix} .*%{register}", rf"vdiv{suffix} .*%{register}"] if rule != "SGD" else []
     assert any(all(re.search(pattern, block) for pattern in wanted) for block in blocks), len(blocks)
+
+
+@pytest.mark.skipif(
+    "avx2" not in _cpu.instruction_sets(), reason="the binary has x86-64 kernels only on x86-64"
+)
+@pytest.mark.parametrize(("rule", "states"), [("LAMB", 2), ("AdamP", 2), ("SGDP", 1)])
+@pytest.mark.parametrize("leaf", ["propose_block", "candidate_block"])
+@pytest.mark.parametrize(
+    ("register", "dtype"), [("ymm", "float"), ("ymm", "double"), ("zmm", "float"), ("zmm", "double")]
+)
+def test_both_parts_of_an_update_are_vectors(code, rule, states, leaf, register, dtype):
+    blocks = [b for b in code if f"{leaf}<fw::{rule}, {states}, {dtype}>" in b.split("\n", 1)[0]]
+    suffix = "ps" if dtype == "float" else "pd"
+    wanted = [rf"vmov[au]p{suffix[1]} +%{register}\d+,"]
+    wanted += [rf"vsqrt{suffix} .*%{register}", rf"vdiv{suffix} .*%{register}"] if rule != "SGDP" else []
+    assert any(all(re.search(pattern, block) for pattern in wanted) for block in blocks), len(blocks)
+
+
+@pytest.mark.skipif(
+    "avx2" not in _cpu.instruction_sets(), reason="the binary has x86-64 kernels only on x86-64"
+)
+@pytest.mark.parametrize("rule", ["LAMB", "AdamP"])
+@pytest.mark.parametrize(("register", "lanes"), [("ymm", 4), ("zmm", 8)])
+def test_sums_over_layers_are_vectors_of_doubles(code, rule, register, lanes):
+    blocks = [b for b in code if f"sum_part<fw::{rule}, float>" in b.split("\n", 1)[0]]
+    found = max(len(re.findall(rf"vfmadd\d+pd .*%{register}", block)) for block in blocks)
+    # sixteen lanes of each sum
+    assert found >= 16 // lanes * (2 if rule == "LAMB" else 4)

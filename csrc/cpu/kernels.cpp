@@ -418,9 +418,18 @@ void settle(const Step& step, int64_t index) {
   }
 }
 
+// whether every row is done with in its only chunk
+bool rows_are_whole(const Step& step) {
+  for (int64_t i = 0; i < step.n_chunks; ++i) {
+    const Chunk& chunk = at<Chunk>(step.chunks)[i];
+    if (chunk.count < at<Row>(step.rows)[chunk.row].numel) return false;
+  }
+  return true;
+}
+
 // The first part of an update in two. Rows of one chunk are done with at once, while they are in the cache.
 template <class Rule>
-void propose(const Step& step, const Verdict& verdict) {
+void propose(const Step& step, const Verdict& verdict, bool whole) {
   Partial* partials = at<Partial>(step.partials);
 #pragma omp for schedule(dynamic, 1)
   for (int64_t i = 0; i < step.n_chunks; ++i) {
@@ -432,6 +441,8 @@ void propose(const Step& step, const Verdict& verdict) {
     if (at<uint64_t>(step.grads)[chunk.row]) settle<Rule>(step, chunk.row);
     with_states<Rule, Rule::kMinStates>(row, Update<Rule>{step, verdict, chunk});
   }
+  // each loop is one more wait for all threads
+  if (whole) return;
 #pragma omp for schedule(dynamic, 1)
   for (int64_t i = 0; i < step.n_chunks; ++i) {
     const Chunk& chunk = at<Chunk>(step.chunks)[i];
@@ -447,6 +458,7 @@ void run(const Step& step, int threads) {
   const uint64_t* grads = at<uint64_t>(step.grads);
   Partial* partials = at<Partial>(step.partials);
   Verdict verdict;
+  const bool whole = Rule::kSums > 0 && rows_are_whole(step);
 #pragma omp parallel num_threads(threads)
   {
     if (step.measure) {
@@ -465,8 +477,8 @@ void run(const Step& step, int threads) {
 #pragma omp single
     verdict = decide<Rule>(step, step.measure ? combine_all(partials, step.n_chunks) : Partial{});
     if constexpr (Rule::kSums > 0)
-      if (!verdict.skipped) propose<Rule>(step, verdict);
-    if (!verdict.skipped) {
+      if (!verdict.skipped) propose<Rule>(step, verdict, whole);
+    if (!verdict.skipped && !whole) {
       // last chunk first: the gradients measured last are still in the cache
 #pragma omp for schedule(dynamic, 1)
       for (int64_t i = step.n_chunks - 1; i >= 0; --i) {

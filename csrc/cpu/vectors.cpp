@@ -122,18 +122,19 @@ struct Chunks {
     for (int32_t done = 0; done < s.count; done += kRun) {
       const int count = s.block(done);
       C* out = s.out + done;
-      difference_block(out, load_gradient(s.span.plus, s.span, s.first + done, count, plus_scratch),
-                       load_gradient(s.span.minus, s.span, s.first + done, count, minus_scratch), count);
+      const C* plus = load_gradient(s.span.plus, s.span, s.first + done, count, plus_scratch);
+      const C* minus = load_gradient(s.span.minus, s.span, s.first + done, count, minus_scratch);
+      difference_block(out, plus, minus, count);
       if (call.narrow) {
-        moved_block(plus_scratch, values + done, s.scale ? s.scale + done : nullptr, last + done, size,
-                    count);
-        sums[call.n_basis] += dot(plus_scratch, plus_scratch, count);
-        sums[call.n_basis + 1] += dot(plus_scratch, out, count);
+        alignas(64) C way[kRun];
+        moved_block(way, values + done, s.scale ? s.scale + done : nullptr, last + done, size, count);
+        sums[call.n_basis] += dot(way, way, count);
+        sums[call.n_basis + 1] += dot(way, out, count);
       }
       if (s.scale) scale_block(out, s.scale + done, count);
+      memcpy(at<P>(s.span.param) + s.first + done, values + done, count * sizeof(P));
       for (int i = 0; i < call.n_basis; ++i) sums[i] += dot(s.basis + i * call.stride + done, out, count);
     }
-    memcpy(at<P>(s.span.param) + s.first, values, s.count * sizeof(P));
   }
 
   static void combine(const Algebra& call, const Chunk& chunk, double* sums) {

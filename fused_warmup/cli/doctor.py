@@ -23,6 +23,8 @@ OPTIMIZERS: dict[str, Callable[..., fw.FusedOptimizer]] = {
     "Adam, AdamW, GIAdam": fw.Adam,
     "Adam, amsgrad": partial(fw.Adam, amsgrad=True),
     "RAdam": fw.RAdam,
+    "LAMB": fw.LAMB,
+    "AdamP": fw.AdamP,
     "SGD": fw.SGD,
     "SGD, momentum": partial(fw.SGD, momentum=0.9),
 }
