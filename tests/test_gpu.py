@@ -74,7 +74,9 @@ def assert_same_run(a, b):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize(
-    "case", [c for c in CASES if c.name in ("adamw", "giadam", "radam", "sgd-nesterov")], ids=lambda c: c.name
+    "case",
+    [c for c in CASES if c.name in ("adamw", "giadam", "radam", "sgd-nesterov", "lamb", "adamp")],
+    ids=lambda c: c.name,
 )
 @pytest.mark.parametrize("clip", [None, 20.0], ids=["unclipped", "clipped"])
 def test_a_thousand_replays_are_a_thousand_steps(case, dtype, clip, backend):
