@@ -34,7 +34,7 @@ from test_layers import (
 )
 from torch.nn import Parameter
 from triton.runtime.interpreter import TensorHandle
-from vector_cases import check_operations, check_response, draw, make_pair
+from vector_cases import check_operations, check_response, combination
 
 import fused_warmup as fw
 from fused_warmup.backends.triton import memory, rules, schedules
@@ -422,14 +422,7 @@ def test_vector_operations(dtypes, scaled):
 def test_vector_sums_do_not_depend_on_the_grid():
     bits = []
     for programs in (1, 2, 3):
-        _, fused = make_pair([torch.float32], TritonBackend(programs), [(40_000,), (300,), (5,)])
-        basis = fused.basis(2)
-        for i in range(2):
-            basis[i].copy_(draw(fused, i))
-        out = draw(fused, 9)
-        coefficients = torch.linspace(0.1, 0.3, 2, dtype=torch.float64)
-        sums = fused.combine(out, fused.number(0.5), basis, coefficients, basis[0])
-        bits.append(torch.cat([*sums, out.double()]))
+        bits.append(combination(TritonBackend(programs), [(40_000,), (300,), (5,)], 2))
     assert torch.equal(bits[0], bits[1])
     assert torch.equal(bits[0], bits[2])
 

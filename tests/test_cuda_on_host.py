@@ -51,7 +51,7 @@ from test_properties import (  # noqa: F401
     test_strided_views_train_as_the_reference_does,
     test_the_layout_of_memory_does_not_change_a_bit,
 )
-from vector_cases import check_operations, check_response, draw, make_pair
+from vector_cases import check_operations, check_response, combination, draw, make_pair
 
 import fused_warmup as fw
 from fused_warmup import _cpu, columns, optimizer
@@ -344,14 +344,7 @@ def test_vector_sums_do_not_depend_on_the_grid(module, backwards, monkeypatch):
     monkeypatch.setenv("CUDA_ON_HOST_ORDER", "backwards" if backwards else "forwards")
     bits = []
     for max_blocks in (0, 1, 3):
-        _, fused = make_pair([torch.float32], CudaBackend(module, max_blocks), [(100_003,), (70_001,)])
-        basis = fused.basis(6)
-        for i in range(6):
-            basis[i].copy_(draw(fused, i))
-        out = draw(fused, 9)
-        coefficients = torch.linspace(0.1, 0.3, 6, dtype=torch.float64)
-        sums = fused.combine(out, fused.number(0.5), basis, coefficients, basis[0])
-        bits.append(torch.cat([*sums, out.double()]))
+        bits.append(combination(CudaBackend(module, max_blocks), [(100_003,), (70_001,)], 6))
     assert torch.equal(bits[0], bits[1])
     assert torch.equal(bits[0], bits[2])
 

@@ -127,6 +127,16 @@ def test_logistic_regression(dtype, method, rtol):
     assert abs(found.lambda_min.item() - exact[0].item()) < 10 * rtol * exact[-1].item()
 
 
+def trained_model():
+    model, loss = tanh_model()
+    opt = torch.optim.SGD(model.parameters(), lr=0.5)
+    for _ in range(60):
+        opt.zero_grad()
+        loss().backward()
+        opt.step()
+    return model, loss
+
+
 @pytest.mark.parametrize(("dtype", "method", "iterations", "rtol"), [
     (torch.float64, "autograd", 20, 1e-6),
     (torch.float64, "difference", 20, 5e-4),
@@ -136,12 +146,7 @@ def test_logistic_regression(dtype, method, rtol):
 ])  # fmt: skip
 def test_mlp_against_the_dense_hessian(dtype, method, iterations, rtol):
     """A tanh MLP of 400 parameters after some training; bfloat16 parameters too."""
-    model, loss = tanh_model()
-    opt = torch.optim.SGD(model.parameters(), lr=0.5)
-    for _ in range(60):
-        opt.zero_grad()
-        loss().backward()
-        opt.step()
+    model, loss = trained_model()
     assert sum(p.numel() for p in model.parameters()) < 500
     rounded = {k: v.to(dtype).double() for k, v in model.state_dict().items()}
     model.load_state_dict(rounded)
@@ -159,12 +164,7 @@ def test_mlp_against_the_dense_hessian(dtype, method, iterations, rtol):
 @pytest.mark.parametrize("seed", [0, 1, 2])
 def test_mlp_under_autocast(seed):
     """Float32 parameters, a forward pass in bfloat16: within 5 % (0.5 % with these seeds), and err_fd says more."""
-    model, loss = tanh_model()
-    opt = torch.optim.SGD(model.parameters(), lr=0.5)
-    for _ in range(60):
-        opt.zero_grad()
-        loss().backward()
-        opt.step()
+    model, loss = trained_model()
     exact = torch.linalg.eigvalsh(dense_hessian(loss, model.parameters()))[-1].item()
     twin, data = tanh_model(torch.float32)
     twin.load_state_dict({k: v.float() for k, v in model.state_dict().items()})

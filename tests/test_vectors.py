@@ -5,7 +5,7 @@ import pytest
 import torch
 import vector_cases
 from cases import CASES, SCHEDULES
-from vector_cases import DTYPES, check_operations, check_response, draw, make_pair
+from vector_cases import DTYPES, check_operations, check_response, combination, draw, make_pair
 
 from fused_warmup import _cpu
 from fused_warmup.backends.native import CpuBackend
@@ -24,14 +24,7 @@ def test_sums_do_not_depend_on_threads():
     bits = []
     for threads in (1, 2, 5):
         torch.set_num_threads(threads)
-        _, fused = make_pair(DTYPES[:1], CpuBackend(), [(100_003,), (70_001,)])
-        basis = fused.basis(3)
-        for i in range(3):
-            basis[i].copy_(draw(fused, i))
-        out = draw(fused, 9)
-        coefficients = torch.linspace(0.1, 0.3, 3, dtype=torch.float64)
-        sums = fused.combine(out, fused.number(0.5), basis, coefficients, basis[0])
-        bits.append(torch.cat([*sums, out.double()]))
+        bits.append(combination(CpuBackend(), [(100_003,), (70_001,)], 3))
     assert torch.equal(bits[0], bits[1])
     assert torch.equal(bits[0], bits[2])
 

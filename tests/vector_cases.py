@@ -111,6 +111,18 @@ def check_operations(dtypes, backend, shapes=SHAPES, device="cpu", scaled=True, 
     torch.testing.assert_close(lengths[1], lengths[0], rtol=1e-6, atol=0.0)
 
 
+def combination(backend, shapes, m):
+    """All numbers that a combination of ``m`` vectors gives, to compare by their bits."""
+    _, fused = make_pair([torch.float32], backend, shapes)
+    basis = fused.basis(m)
+    for i in range(m):
+        basis[i].copy_(draw(fused, i))
+    out = draw(fused, 9)
+    coefficients = torch.linspace(0.1, 0.3, m, dtype=torch.float64)
+    sums = fused.combine(out, fused.number(0.5), basis, coefficients, basis[0])
+    return torch.cat([*sums, out.double()])
+
+
 def check_response(case, resolve, params, *, steps=(1, 6), **options):
     """The kernels' pre-conditioner against the reference: elements, rates and L2 penalties, after some steps.
 
