@@ -23,7 +23,7 @@ ARCHS = os.environ.get(
 # registers that leave room for the threads that launch bounds promise, of 65,536 on every processor
 LIMITS = {"measure": 65536 // 1280, "decide": 65536 // 512, "update": 65536 // 640, "update of doubles": 128}
 VECTOR_PARTS = ("Perturb", "Finish", "Combine")
-LIMITS |= dict.fromkeys((*VECTOR_PARTS, "response"), 65536 // 512)
+LIMITS |= dict.fromkeys((*VECTOR_PARTS, "response"), 65536 // 512) | {"Finish": 65536 // 384}
 LIMITS |= dict.fromkeys(("propose", "propose of doubles", "settle"), 65536 // 512)
 
 

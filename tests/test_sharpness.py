@@ -4,9 +4,10 @@ import math
 
 import pytest
 import torch
-from cases import CASES, make_params
+from cases import make_params
 from dense import DenseOperator, dense_hessian, symmetric, tanh_model
 from torch.nn import functional as F
+from vector_cases import PRECONDITIONED
 
 import fused_warmup as fw
 from fused_warmup import schedules
@@ -343,7 +344,7 @@ def test_sgd_schedule_and_maximize():
 
 def test_update_is_what_the_optimizer_does():
     """The preview of every rule is the step that it then makes, and 1 / P times its momentum."""
-    for case in CASES:
+    for case in PRECONDITIONED:
         params = make_params(torch.float64, [(5,), (3, 4)])
         opt = case.make(params, backend="reference")
         for step in range(3 if case.name != "radam-skip" else 8):

@@ -11,7 +11,6 @@
 namespace fw {
 namespace {
 
-constexpr int kBlocksPerProcessor = 4;
 // basis vectors that a thread holds while it makes a vector: those of a warm measurement
 constexpr int kHeld = 4;
 
@@ -109,6 +108,7 @@ constexpr int kRun = N < kPack<C> ? N : kPack<C>;
 
 struct Perturb {
   static constexpr bool kSums = false;
+  static constexpr int kBlocksPerProcessor = 4;
 
   template <int N, class P, class C>
   FW_DEVICE static void run(const Streams<P, C>& s, const Algebra& call, int32_t i, Sums&) {
@@ -130,6 +130,8 @@ struct Perturb {
 
 struct Finish {
   static constexpr bool kSums = true;
+  // values, gradients and vectors at once: more registers than a fourth block would leave
+  static constexpr int kBlocksPerProcessor = 3;
 
   template <int N, class P, class C>
   FW_DEVICE static void run(const Streams<P, C>& s, const Algebra& call, int32_t i, Sums& sums) {
@@ -169,6 +171,7 @@ struct Finish {
 
 struct Combine {
   static constexpr bool kSums = true;
+  static constexpr int kBlocksPerProcessor = 4;
 
   template <int N, class P, class C>
   FW_DEVICE static void run(const Streams<P, C>& s, const Algebra& call, int32_t i, Sums& sums) {
@@ -287,7 +290,7 @@ FW_DEVICE void finish_sums(const Algebra& call) {
 }
 
 template <class Part, class C>
-__global__ void __launch_bounds__(kThreads, kBlocksPerProcessor)
+__global__ void __launch_bounds__(kThreads, Part::kBlocksPerProcessor)
     vector_kernel(const __grid_constant__ Algebra call) {
   const int64_t width = sum_count(call);
   for (int64_t i = blockIdx.x; i < call.n_chunks; i += gridDim.x)
