@@ -5,17 +5,15 @@ import csv
 import io
 import json
 import math
-import os
 import pickle
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from cases import BACKENDS, assert_same_bits, make_params, set_grads
+from ranks import run_ranks
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import fused_warmup as fw
@@ -432,15 +430,8 @@ def test_captured_tables_are_rewritten_in_place():
 
 
 RANKS = """
-import sys
 import numpy as np
-import torch
-import torch.distributed as dist
-import fused_warmup as fw
 
-rank = int(sys.argv[1])
-dist.init_process_group("gloo", init_method="file://" + sys.argv[2], rank=rank, world_size=2)
-torch.set_num_threads(1)
 wu = fw.AutoWU(400, 10)
 p = torch.nn.Parameter(torch.ones(3))
 opt = fw.SGD([p], lr=1.0, schedule=wu)
@@ -457,24 +448,7 @@ print(wu.back_at, wu.schedule.values(400).tobytes().hex())
 
 def test_ranks_decide_the_same(tmp_path):
     """Two processes with losses of their own: the same rates, those of the mean loss."""
-    script = tmp_path / "rank.py"
-    script.write_text(RANKS)
-    root = str(Path(fw.__file__).parents[1])
-    environment = {"PYTHONPATH": root, "PATH": os.environ["PATH"], "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, str(script)]
-    both = [
-        subprocess.Popen(
-            [*command, str(rank), str(tmp_path / "store")],
-            env=environment,
-            text=True,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-        )
-        for rank in range(2)
-    ]
-    out = [process.communicate(timeout=120) for process in both]
-    assert [process.returncode for process in both] == [0, 0], out
-    first, second = (text.split() for text, _ in out)
+    first, second = run_ranks(tmp_path, RANKS)
     assert first == second
     noise = sum(np.random.default_rng(rank).standard_normal(400) for rank in range(2)) / 2
     wu = fw.AutoWU(400, 10)

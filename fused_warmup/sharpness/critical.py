@@ -46,8 +46,10 @@ class Line:
         vectors = self._keeper.vectors
         vectors.perturb(self._way, None, vectors.number(-eta))
         self.forwards += 1
-        loss = self._sign * float(self._keeper.evaluate())
-        return math.inf if math.isnan(loss) else loss
+        loss = self._keeper.evaluate().detach().to(torch.float64, copy=True)
+        self._keeper.share(loss)
+        value = self._sign * float(loss)
+        return math.inf if math.isnan(value) else value
 
 
 def critical_lr(
@@ -57,6 +59,7 @@ def critical_lr(
     previous: RateSearch | float | None = None,
     start: float | None = None,
     use_grad: bool = True,
+    reduce: bool = False,
 ) -> RateSearch:
     """Find the smallest learning rate at which the step about to be made would raise the loss.
 
@@ -70,6 +73,7 @@ def critical_lr(
             of an eighth instead of a sixteenth.
         start: Where a search without ``previous`` starts; the learning rate in force if None.
         use_grad: Use the gradients in ``.grad`` if there are any; otherwise they cost one backward pass.
+        reduce: As for ``top_eigenvalue``.
 
     Returns:
         The middle of the bracket ``lo``, ``hi``, as a learning rate of the first group; the others keep their
@@ -92,7 +96,7 @@ def critical_lr(
     else:
         eta = preview.lr or 1e-3
         eta = eta if start is None else check.number(owner, "start", start, ends="()")
-    with Keeper(owner, loss_fn, preview.params, preview.backend) as keeper:
+    with Keeper(owner, loss_fn, preview.params, preview.backend, reduce) as keeper:
         line = Line(keeper, preview)
         problem = _problem(line)
         if problem:

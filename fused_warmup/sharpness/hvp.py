@@ -51,7 +51,9 @@ class Hessian:
 
     def gradient(self) -> list[Tensor | None]:
         """Return the gradients of the loss at the parameters; ``sign`` does not count."""
-        return list(self._gradients(create_graph=False))
+        found = list(self._gradients(create_graph=False))
+        self.keeper.share(*found)
+        return found
 
     def product(
         self,
@@ -103,6 +105,8 @@ class Hessian:
         vectors.perturb(basis[-1], scale, -raw)
         minus = self._gradients(create_graph=False)
         products, moved = vectors.finish(basis, out, plus, minus, scale, raw)
+        # all that is made of the gradients is linear in them
+        self.keeper.share(out, products, moved)
         if not vectors.is_narrow:
             factor = torch.where(size == 0.0, 0.0, 0.5 / size)
             return factor, products, factor * inverse * products[-1]
@@ -145,6 +149,7 @@ class Hessian:
             found = torch.autograd.grad(ends, self.keeper.params, ways, retain_graph=True, allow_unused=True)
             product = vectors.flat(found)
             out.copy_(product if scale is None else scale * product)
+        self.keeper.share(out)
         products = torch.stack([dot(b, out) for b in basis])
         # of the raw vector, hence once more than its unit vector has
         return inverse, products, inverse * inverse * products[-1]

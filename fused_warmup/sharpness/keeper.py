@@ -19,6 +19,7 @@ from .. import _checks as check
 from ..backends import resolve
 from ..backends.base import VectorBackend
 from ..layout import compute_dtype, is_dense, local_tensor
+from ..processes import average
 from ..table import DTYPES
 from .vectors import FusedVectors, Vectors
 
@@ -39,6 +40,7 @@ class Keeper:
         loss_fn: Returns the loss, a tensor with one element, without calling ``backward()``.
         params: Parameters, dense tensors of float32, float64, bfloat16 or float16 on one device.
         backend: Name of the backend whose kernels work on the vectors.
+        reduce: Take the mean of losses and gradients over the default process group, where there is one.
 
     Raises:
         TypeError: If ``loss_fn`` cannot be called or a parameter is of another kind.
@@ -54,7 +56,14 @@ class Keeper:
 
     vectors: Vectors
 
-    def __init__(self, owner: str, loss_fn: Loss, params: Sequence[Tensor], backend: str = "auto") -> None:
+    def __init__(
+        self,
+        owner: str,
+        loss_fn: Loss,
+        params: Sequence[Tensor],
+        backend: str = "auto",
+        reduce: bool = False,
+    ) -> None:
         if not callable(loss_fn):
             check.fail(owner, "loss_fn", "be a function that returns the loss", loss_fn, error=TypeError)
         self.owner, self.params = owner, check_params(owner, params)
@@ -62,6 +71,7 @@ class Keeper:
         self._backend = resolve(backend, self.device)
         self.evaluations, self.autocast = 0, False
         self._loss_fn = loss_fn
+        self._reduce = check.flag(owner, "reduce", reduce)
         self._seen: set[int] = set()
         self._buffers: list[tuple[torch.nn.Module, dict[str, Tensor | None], dict[str, Tensor]]] = []
 
@@ -107,6 +117,12 @@ class Keeper:
         if any(p.grad is not None for p in self.params):
             check.fail(self.owner, "loss_fn", "return the loss without calling backward()", "new gradients")
         return loss.reshape(())
+
+    def share(self, *tensors: Tensor | None) -> None:
+        """Replace what is linear in the loss of this process by its mean over all, if that was asked for."""
+        for tensor in tensors if self._reduce else ():
+            if tensor is not None:
+                average(tensor)
 
     def _make_vectors(self) -> Vectors:
         """Return the operations of the backend; plain ones beside parameters that are strided views."""

@@ -27,6 +27,7 @@ def top_eigenvalue(
     iterations: int = 10,
     method: str = "difference",
     seed: int = 0,
+    reduce: bool = False,
 ) -> SharpnessReading:
     """Measure the largest eigenvalue, algebraically, of the Hessian of a loss; everything is left as it was.
 
@@ -39,6 +40,8 @@ def top_eigenvalue(
         method: ``"difference"`` of gradients, or ``"autograd"`` for double backward, the exact form where
             every operation has a second derivative.
         seed: Of the start vector.
+        reduce: Measure the mean of the losses of all ranks of the default process group, where there is one:
+            every rank calls this, with its own batch, and gets the same reading.
 
     Returns:
         The reading; ``edge_ratio`` is NaN.
@@ -51,7 +54,7 @@ def top_eigenvalue(
     """
     owner = "top_eigenvalue"
     steps = check.whole(owner, "iterations", iterations, 1)
-    with Keeper(owner, loss_fn, list(params)) as keeper:
+    with Keeper(owner, loss_fn, list(params), reduce=reduce) as keeper:
         hessian = Hessian(keeper, method)
         operator = Operator(hessian, None, None)
         start = random_vector(keeper, check.whole(owner, "seed", seed))
@@ -69,6 +72,7 @@ def preconditioned(
     method: str = "difference",
     use_grad: bool = True,
     seed: int = 0,
+    reduce: bool = False,
 ) -> SharpnessReading:
     """Measure the largest eigenvalue of ``P^-1 H`` for the step that an optimizer is about to make.
 
@@ -86,6 +90,8 @@ def preconditioned(
         use_grad: Use the gradients in ``.grad`` if there are any. False computes them from the closure, which
             is right where ``.grad`` is scaled for ``GradScaler`` or belongs to another step.
         seed: Of the start vector.
+        reduce: As for ``top_eigenvalue``; gradients in ``.grad`` are those of the mean already, as
+            ``DistributedDataParallel`` leaves them.
 
     Returns:
         The reading. Reading the step counts waits for the device once.
@@ -99,7 +105,7 @@ def preconditioned(
     owner = "preconditioned"
     steps = check.whole(owner, "iterations", iterations, 1)
     preview = Preview(owner, optimizer, check.flag(owner, "use_grad", use_grad))
-    with Keeper(owner, loss_fn, preview.params, preview.backend) as keeper:
+    with Keeper(owner, loss_fn, preview.params, preview.backend, reduce) as keeper:
         hessian = Hessian(keeper, method, preview.sign)
         pair = operators_of(preview, hessian)
         start = random_vector(keeper, check.whole(owner, "seed", seed))

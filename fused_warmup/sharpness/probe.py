@@ -44,6 +44,7 @@ class SharpnessProbe:
         method: ``"difference"`` or ``"autograd"``.
         use_grad: As for ``preconditioned``.
         seed: Of the random vectors.
+        reduce: As for ``preconditioned``; not with ``budget``, because the clocks of ranks differ.
 
     Raises:
         TypeError: If the rule of the optimizer is not known, or an argument has a wrong type.
@@ -72,6 +73,7 @@ class SharpnessProbe:
         method: str = "difference",
         use_grad: bool = True,
         seed: int = 0,
+        reduce: bool = False,
     ) -> None:
         name = type(self).__name__
         self.optimizer, self.loss_fn = optimizer, loss_fn
@@ -80,6 +82,9 @@ class SharpnessProbe:
         self._steps = check.whole(name, "steps", steps, 2)
         self._method = check.one_of(name, "method", method, ("difference", "autograd"))
         self._use_grad = check.flag(name, "use_grad", use_grad)
+        self._reduce = check.flag(name, "reduce", reduce)
+        if self._reduce and self.budget is not None:
+            check.fail(name, "budget", "be None where reduce is True", budget)
         # raises for an optimizer that nothing is known about, now rather than at the first measurement
         self._device = Preview(name, optimizer, use_grad=False).params[0].device
         self._generator = torch.Generator(self._device).manual_seed(check.whole(name, "seed", seed))
@@ -146,7 +151,7 @@ class SharpnessProbe:
         name = type(self).__name__
         preview = Preview(name, self.optimizer, self._use_grad)
         audit = self._measured > 0 and self._measured % _AUDIT_EVERY == 0
-        with Keeper(name, loss_fn, preview.params, preview.backend) as keeper:
+        with Keeper(name, loss_fn, preview.params, preview.backend, self._reduce) as keeper:
             hessian = Hessian(keeper, self._method, preview.sign, self._stretch)
             pair = operators_of(preview, hessian)
             cold = not self._is_warm(keeper)

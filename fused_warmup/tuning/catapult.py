@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from .. import _checks as check
+from ..processes import average
 from ..sharpness.critical import Line
 from ..sharpness.keeper import Keeper, Loss
 from ..sharpness.preview import Preview
@@ -32,6 +33,7 @@ class PersistentCatapult:
             it.
         start: First rate to try, > 0.
         tolerance: As for ``initial_lr``.
+        reduce: As for ``initial_lr``; it counts for the loss given to ``step`` as well.
 
     Raises:
         TypeError: If the rule of the optimizer is not known, or an argument has a wrong type.
@@ -53,12 +55,14 @@ class PersistentCatapult:
         *,
         start: float = 1e-4,
         tolerance: float = 0.1,
+        reduce: bool = True,
     ) -> None:
         name = type(self).__name__
         self.optimizer = optimizer
         self.start = check.number(name, "start", start, ends="()")
         self.target = check.number(name, "target", target, self.start)
         self.tolerance = check.number(name, "tolerance", tolerance, ends="()")
+        self.reduce = check.flag(name, "reduce", reduce)
         if any(group.get("schedule") is not None for group in optimizer.param_groups):
             check.fail(name, "schedule", "be None for all groups of the optimizer", "a schedule")
         # raises for an optimizer that nothing is known about
@@ -87,7 +91,10 @@ class PersistentCatapult:
         """
         if self.done:
             return self.lr
-        value = float(loss.detach() if isinstance(loss, torch.Tensor) else loss)
+        shared = torch.as_tensor(loss).detach().to(torch.float64, copy=True)
+        if self.reduce:
+            average(shared)
+        value = float(shared)
         if value < self.best or not self.searches:
             self._search(loss_fn)
             self.best = value if math.isfinite(value) else self.best
@@ -97,8 +104,9 @@ class PersistentCatapult:
 
     def _search(self, loss_fn: Loss) -> None:
         """Raise the rate to the critical one; it stays if that is lower."""
-        preview = Preview(type(self).__name__, self.optimizer)
-        with Keeper(type(self).__name__, loss_fn, preview.params, preview.backend) as keeper:
+        name = type(self).__name__
+        preview = Preview(name, self.optimizer)
+        with Keeper(name, loss_fn, preview.params, preview.backend, self.reduce) as keeper:
             line = Line(keeper, preview)
             line.forwards = 0
             if math.isfinite(line.start):

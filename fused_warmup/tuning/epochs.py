@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..processes import average
+
 
 class LossBuffer:
     """Collects as many losses as an epoch has; only ``drain`` waits for the device.
@@ -50,18 +52,7 @@ class LossBuffer:
         else:
             self.values[-1] = made
         if self.reduce:
-            _average(self.values[:-1])
+            average(self.values[:-1])
         self.filled = 0
         host = self.values.to("cpu", copy=True)
         return host[:-1], int(host[-1])
-
-
-def _average(losses: Tensor) -> None:
-    """Replace losses by their mean over the default process group, where there is one."""
-    dist = torch.distributed
-    if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
-        return
-    # nccl takes tensors of its own device only
-    shared = losses.cuda() if dist.get_backend() == "nccl" and not losses.is_cuda else losses
-    dist.all_reduce(shared)
-    losses.copy_(shared / dist.get_world_size())

@@ -24,6 +24,7 @@ def initial_lr(
     target: float,
     tolerance: float = 0.1,
     use_grad: bool = True,
+    reduce: bool = True,
 ) -> RateSearch:
     """Find the learning rate at which warmup may begin: where one step first raises the loss a little.
 
@@ -38,6 +39,8 @@ def initial_lr(
         target: Rate at which warmup ends, >= ``start``.
         tolerance: Increase of the loss that is accepted, > 0; the paper takes 0.1, or 0.01 for Adam.
         use_grad: Use the gradients in ``.grad`` if there are any; otherwise they cost one backward pass.
+        reduce: Search along the mean of the losses of all ranks of the default process group, where there is
+            one: every rank calls this and finds the same rate.
 
     Returns:
         The upper end, as a learning rate of the first group; the others keep their ratios to it. ``forwards``
@@ -57,7 +60,7 @@ def initial_lr(
     check.number(owner, "target", target, start)
     check.number(owner, "tolerance", tolerance, ends="()")
     preview = Preview(owner, optimizer, check.flag(owner, "use_grad", use_grad))
-    with Keeper(owner, loss_fn, preview.params, preview.backend) as keeper:
+    with Keeper(owner, loss_fn, preview.params, preview.backend, reduce) as keeper:
         line = Line(keeper, preview)
         line.forwards = 0
         if not math.isfinite(line.start):

@@ -1,0 +1,40 @@
+"""Runs a script as two processes that form a gloo group; the script prints what it found."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import fused_warmup as fw
+
+START = """
+import sys
+import torch
+import torch.distributed as dist
+import fused_warmup as fw
+
+rank = int(sys.argv[1])
+dist.init_process_group("gloo", init_method="file://" + sys.argv[2], rank=rank, world_size=2)
+torch.set_num_threads(1)
+"""
+
+
+def run_ranks(tmp_path, body):
+    """Return the words that each rank printed."""
+    script = tmp_path / "rank.py"
+    script.write_text(START + body)
+    root = str(Path(fw.__file__).parents[1])
+    environment = {"PYTHONPATH": root, "PATH": os.environ["PATH"], "OMP_NUM_THREADS": "1"}
+    both = [
+        subprocess.Popen(
+            [sys.executable, str(script), str(rank), str(tmp_path / "store")],
+            env=environment,
+            text=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+        )
+        for rank in range(2)
+    ]
+    out = [process.communicate(timeout=120) for process in both]
+    assert [process.returncode for process in both] == [0, 0], out
+    return [text.split() for text, _ in out]

@@ -1,0 +1,92 @@
+"""Sharpness and rates over two processes against one process that has both batches."""
+
+import pytest
+import torch
+from ranks import run_ranks
+from torch import nn
+from torch.nn import functional as F
+
+import fused_warmup as fw
+
+# of both ranks and of the one process: everything but the batch and the wrapper
+MODEL = """
+torch.manual_seed(3)
+model = torch.nn.Sequential(torch.nn.Linear(6, 12), torch.nn.Tanh(), torch.nn.Linear(12, 3)).to(dtype)
+x, y = torch.randn(40, 6, dtype=dtype), torch.randn(40, 3, dtype=dtype)
+opt = fw.Adam(model.parameters(), lr=1e-2)
+"""
+MEASURE = """
+def loss_fn():
+    return torch.nn.functional.mse_loss(run(x), y)
+
+found = []
+probe = fw.SharpnessProbe(opt, every=2, **reduce)
+for _ in range(4):
+    opt.zero_grad()
+    loss_fn().backward()
+    probe.measure(loss_fn)
+    opt.step()
+    if (reading := probe.poll()) is not None:
+        found += [reading.value, reading.lambda_min, reading.edge_ratio]
+opt.zero_grad()
+for method in ("difference", "autograd"):
+    reading = fw.sharpness.top_eigenvalue(loss_fn, model.parameters(), method=method, **reduce)
+    found += [reading.value, reading.lambda_min]
+    # the gradients come from the closure
+    found += [fw.sharpness.preconditioned(loss_fn, opt, method=method, **reduce).value]
+found += [fw.sharpness.critical_lr(loss_fn, opt, **reduce).value]
+found += [fw.tuning.initial_lr(loss_fn, opt, target=10.0).value]
+loss = loss_fn()
+loss.backward()
+found += [fw.PersistentCatapult(opt, 10.0).step(loss, loss_fn)]
+"""
+RANK = """
+x, y = x[20 * rank:20 * rank + 20], y[20 * rank:20 * rank + 20]
+run = torch.nn.parallel.DistributedDataParallel(model)
+reduce = {"reduce": True}
+"""
+SHOW = """
+dist.destroy_process_group()
+print(*(float(v).hex() for v in found))
+"""
+
+
+@pytest.mark.parametrize(
+    ("dtype", "rtol"), [(torch.float64, 1e-5), (torch.float32, 1e-3)], ids=["float64", "float32"]
+)
+def test_ranks_measure_the_mean(tmp_path, dtype, rtol):
+    first, second = run_ranks(tmp_path, f"dtype = {dtype}\n" + MODEL + RANK + MEASURE + SHOW)
+    assert first == second
+    scope = {"torch": torch, "fw": fw, "dtype": dtype, "reduce": {}}
+    exec(MODEL + "run = model\n" + MEASURE, scope)
+    assert [float.fromhex(word) for word in first] == pytest.approx(
+        [float(v) for v in scope["found"]], rel=rtol
+    )
+
+
+def test_ranks_of_their_own(tmp_path):
+    """Without ``reduce`` a rank measures its own batch, and asks nobody."""
+    body = "dtype = torch.float64\n" + MODEL + RANK
+    body += """
+if rank == 0:
+    found = [fw.sharpness.top_eigenvalue(lambda: torch.nn.functional.mse_loss(model(x), y), model.parameters())]
+    print(float(found[0].value).hex())
+dist.destroy_process_group()
+"""
+    (alone,), nothing = run_ranks(tmp_path, body)
+    scope = {"torch": torch, "fw": fw, "dtype": torch.float64}
+    exec(MODEL, scope)
+    model, x, y = scope["model"], scope["x"][:20], scope["y"][:20]
+    reading = fw.sharpness.top_eigenvalue(lambda: F.mse_loss(model(x), y), model.parameters())
+    assert nothing == []
+    assert float.fromhex(alone) == reading.value.item()
+
+
+def test_clocks_of_ranks_differ():
+    opt = fw.SGD(nn.Linear(2, 1).parameters(), lr=0.1)
+    with pytest.raises(
+        ValueError, match=r"SharpnessProbe: budget must be None where reduce is True, got 0\.02"
+    ):
+        fw.SharpnessProbe(opt, budget=0.02, reduce=True)
+    with pytest.raises(TypeError, match="critical_lr: reduce must be True or False, got 1"):
+        fw.sharpness.critical_lr(lambda: None, opt, reduce=1)
