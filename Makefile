@@ -22,8 +22,9 @@ demo: $(READY)
 	$(BIN)/fused-warmup train --model gpt --out out/demo
 	$(BIN)/fused-warmup train --model digits --out out/demo
 
+# threads of one worker that wait must leave the core to the others
 test: $(READY)
-	$(BIN)/pytest --cov --cov-report=term:skip-covered
+	OMP_WAIT_POLICY=passive $(BIN)/pytest -n auto --maxprocesses 8 --dist worksteal --cov --cov-report=term:skip-covered
 
 bench: $(READY)
 	$(BIN)/python -m benchmarks

@@ -31,17 +31,19 @@ def compile_all(folder: Path, extra: str) -> Path:
     sources = {f"kernels_{rule}.o": ("kernels.cu", [f"-DFW_RULE={rule}"]) for rule in _cpu.rules()}
     sources |= {f"{name}.o": (f"{name}.cu", []) for name in ("vectors", "response")}
     sources["bindings.o"] = ("bindings.cpp", includes)
+    # a sanitizer that is loaded into tests need not watch the compiler
+    environment = {k: v for k, v in os.environ.items() if k != "LD_PRELOAD"}
     running = []
     for name, (source, more) in sources.items():
         command = [*cxx, *more, *common, str(ROOT / "csrc" / "cuda" / source), "-o", str(folder / name)]
-        running.append((command, subprocess.Popen(command, stderr=subprocess.PIPE, text=True)))
+        process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment)
+        running.append((command, process))
     for command, process in running:
         errors = process.communicate()[1]
         assert process.returncode == 0, (command, errors)
     target = folder / ("_cuda" + str(sysconfig.get_config_var("EXT_SUFFIX")))
-    subprocess.run(
-        [*cxx, "-shared", *(str(folder / name) for name in sources), "-o", str(target)], check=True
-    )
+    objects = [str(folder / name) for name in sources]
+    subprocess.run([*cxx, "-shared", *objects, "-o", str(target)], check=True, env=environment)
     return target
 
 

@@ -16,6 +16,7 @@ BUILD = ROOT / "build" / "sanitize"
 FLAGS = "-g -O1 -fsanitize=address,undefined -fno-sanitize-recover=all -fno-omit-frame-pointer"
 # -O1 of the last flag wins over -O3: the loops stay readable in a report
 TESTS = [
+    BUILD / "test_origin.py",
     ROOT / "tests" / "test_properties.py",
     ROOT / "tests" / "test_bitwise.py",
     ROOT / "tests" / "test_backends.py",
@@ -33,11 +34,21 @@ OVERFLOWS = {
 }
 
 
+# a path of pytest's configuration would come before that of the copy
+ORIGIN = f"""
+import fused_warmup
+
+def test_origin():
+    assert fused_warmup.__file__.startswith({str(BUILD)!r})
+"""
+
+
 def build() -> None:
     """Copy the package and compile its extension with the sanitizers."""
     shutil.rmtree(BUILD, ignore_errors=True)
     ignored = shutil.ignore_patterns("*.so", "__pycache__")
     shutil.copytree(ROOT / "fused_warmup", BUILD / "fused_warmup", ignore=ignored)
+    (BUILD / "test_origin.py").write_text(ORIGIN, encoding="utf-8")
     command = [sys.executable, "setup.py", "-q", "build_ext", "-b", str(BUILD), "-t", str(BUILD / "objects")]
     extra = {"FUSED_WARMUP_CXXFLAGS": FLAGS, "FUSED_WARMUP_CUDA": "0"}
     subprocess.run(command, cwd=ROOT, env={**os.environ, **extra}, check=True)
@@ -54,6 +65,7 @@ def environment() -> dict[str, str]:
     return {
         **os.environ,
         "LD_PRELOAD": f"{library('libasan.so')}:{library('libubsan.so')}:{library('libstdc++.so')}",
+        "OMP_WAIT_POLICY": "passive",
         # the interpreter and torch keep memory until exit
         "ASAN_OPTIONS": "detect_leaks=0:abort_on_error=0:verify_asan_link_order=0",
         "UBSAN_OPTIONS": "print_stacktrace=1",
@@ -86,15 +98,18 @@ def main() -> int:
     options = [
         "-q",
         "-x",
+        "-n",
+        "auto",
+        "--maxprocesses",
+        "8",
+        "--dist",
+        "worksteal",
         "-p",
         "no:cacheprovider",
-        "-c",
-        ROOT / "pyproject.toml",
-        "--rootdir",
-        ROOT,
-        "-k",
-        CHOICE,
+        "-o",
+        "pythonpath=tests",
     ]
+    options += ["-c", str(ROOT / "pyproject.toml"), "--rootdir", str(ROOT), "-k", CHOICE]
     return subprocess.run([sys.executable, "-m", "pytest", *options, *TESTS], **run).returncode
 
 
