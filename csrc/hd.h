@@ -42,6 +42,10 @@ FW_HD double cos_of_pi(double x) { return cospi(x); }
 FW_HD double cos_of_pi(double x) { return cos(3.141592653589793 * x); }
 #endif
 
+// in the type of sums
+FW_HD double widened(float x) { return x; }
+FW_HD double widened(double x) { return x; }
+
 // a * b + c rounded once where the machine has the instruction: written out, and contraction by the compiler
 // turned off, so that every machine that has it gives the same bits
 #if defined(__CUDA_ARCH__) || defined(__FMA__) || defined(__ARM_FEATURE_FMA)

@@ -8,9 +8,9 @@ namespace fw {
 
 // the squares decide about clipping and are summed in double; magnitudes are only reported, so that a short
 // run of them may be summed in the type of the arithmetic
-template <class C>
-FW_HD void accumulate_l2(double& l2_sq, C grad) {
-  double x = static_cast<double>(grad);
+template <class S, class V>
+FW_HD void accumulate_l2(S& l2_sq, V grad) {
+  S x = widened(grad);
   l2_sq = multiply_add(x, x, l2_sq);
 }
 

@@ -203,9 +203,10 @@ struct LAMB {
     return multiply_add(s.update_decay, param, s.moment_scale * state[0] / denom);
   }
 
-  template <class C>
-  FW_HD static void accumulate(double (&sums)[kSums], C param, C, C update, const ScalarsOf<C>&) {
-    double p = static_cast<double>(param), u = static_cast<double>(update);
+  // of one element, or of as many as there are in an S
+  template <class S, class V, class C>
+  FW_HD static void accumulate(S (&sums)[kSums], V param, V, V update, const ScalarsOf<C>&) {
+    S p = widened(param), u = widened(update);
     sums[0] = multiply_add(p, p, sums[0]);
     sums[1] = multiply_add(u, u, sums[1]);
   }
@@ -233,10 +234,10 @@ struct Projection {
   static constexpr int kSums = 4;
   static constexpr bool kProjects = true;
 
-  template <class C>
-  FW_HD static void accumulate(double (&sums)[kSums], C param, C grad, C update, const ScalarsOf<C>& s) {
-    double p = static_cast<double>(param), u = static_cast<double>(update);
-    double g = static_cast<double>(grad * s.grad_scale);
+  template <class S, class V, class C>
+  FW_HD static void accumulate(S (&sums)[kSums], V param, V grad, V update, const ScalarsOf<C>& s) {
+    S p = widened(param), u = widened(update);
+    S g = widened(grad * s.grad_scale);
     sums[0] = multiply_add(g, g, sums[0]);
     sums[1] = multiply_add(p, p, sums[1]);
     sums[2] = multiply_add(g, p, sums[2]);

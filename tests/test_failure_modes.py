@@ -1136,6 +1136,50 @@ def test_38_dtensors_train_as_their_shards(case: str, backend: str, mesh: Any) -
             assert torch.equal(param, shard.to_local())
 
 
+@pytest.fixture
+def mesh_of_two() -> Iterator[Any]:
+    """A mesh of this process and one that is made up and never answers."""
+    import torch.distributed as dist
+
+    if not dist.is_available():
+        pytest.skip("this torch was built without distributed")
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=2)
+    try:
+        yield init_device_mesh("cpu", (2,))
+    finally:
+        dist.destroy_process_group()
+
+
+@each_backend
+@pytest.mark.parametrize("name", ["LAMB", "AdamP", "SGDP", "Adam"])
+def test_38_rules_of_whole_layers_refuse_shards(name: str, backend: str, mesh_of_two: Any) -> None:
+    """38: sums over a shard are not those over its layer; what each process holds whole is taken."""
+    from torch.distributed.tensor import DTensor, Replicate, Shard
+
+    def param_and_optimizer(placement: Any) -> tuple[torch.nn.Parameter, fw.FusedOptimizer]:
+        whole = DTensor.from_local(values(3, 5), mesh_of_two, [placement], run_check=False)
+        param = torch.nn.Parameter(whole)
+        gradient = DTensor.from_local(values(3, 5, seed=1), mesh_of_two, [placement], run_check=False)
+        param.grad = gradient
+        return param, getattr(fw, name)([param], lr=0.1, backend=backend)
+
+    for placement in (Replicate(), Shard(0)):
+        param, opt = param_and_optimizer(placement)
+        before = param.to_local().detach().clone()
+        if placement.is_shard() and name != "Adam":
+            message = rf"{name}: parameter 0 must be whole in each process, got \(6, 5\)\."
+            with pytest.raises(ValueError, match=message):
+                opt.step()
+            assert_same_bits("param", before, param.to_local().detach())
+            assert not opt.state
+        else:
+            opt.step()
+            assert not torch.equal(param.to_local(), before)
+
+
 # 39: meta
 
 

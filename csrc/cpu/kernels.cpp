@@ -9,6 +9,7 @@
 
 #include "../decide.h"
 #include "blocks.h"
+#include "wide.h"
 
 namespace fw {
 namespace {
@@ -26,25 +27,23 @@ struct NormLanes {
   template <class C>
   FW_LEAF void add(const C* __restrict grad, int count, const Ahead& ahead) {
     C a[kLanes] = {};
-    double b[kLanes];
-    for (int lane = 0; lane < kLanes; ++lane) b[lane] = l2_sq[lane];
+    Wide<double> b[kLanes / kWide];
+    for (int k = 0; k < kLanes / kWide; ++k) b[k] = load_wide(l2_sq + k * kWide);
     int whole = count - count % kLanes;
     for (int i = 0; i < whole; i += kLanes) {
       __builtin_prefetch(at<const void>(ahead.param + i * sizeof(C)), 1);
       __builtin_prefetch(at<const void>(ahead.state0 + i * sizeof(C)), 1);
       __builtin_prefetch(at<const void>(ahead.state1 + i * sizeof(C)), 1);
       for (int lane = 0; lane < kLanes; ++lane) accumulate_l1(a[lane], grad[i + lane]);
-      for (int lane = 0; lane < kLanes; ++lane) accumulate_l2(b[lane], grad[i + lane]);
+      for (int k = 0; k < kLanes / kWide; ++k) accumulate_l2(b[k], load_wide(grad + i + k * kWide));
     }
+    for (int k = 0; k < kLanes / kWide; ++k) store_wide(b[k], l2_sq + k * kWide);
     for (int i = whole; i < count; ++i) {
       accumulate_l1(a[i - whole], grad[i]);
-      accumulate_l2(b[i - whole], grad[i]);
+      accumulate_l2(l2_sq[i - whole], grad[i]);
     }
     C sum = 0;
-    for (int lane = 0; lane < kLanes; ++lane) {
-      l2_sq[lane] = b[lane];
-      sum += a[lane];
-    }
+    for (int lane = 0; lane < kLanes; ++lane) sum += a[lane];
     if (is_nonfinite(sum)) {
       add_slowly(grad, count);
       return;
@@ -143,30 +142,48 @@ FW_LEAF void apply_block(C* __restrict param, const C* __restrict update, const 
   }
 }
 
+// the sum of a power of two of numbers, each of the first half with its fellow of the second
+template <class S, int N>
+FW_HD S sum_by_halves(const S (&numbers)[N]) {
+  if constexpr (N == 1) {
+    return numbers[0];
+  } else {
+    S halves[N / 2];
+    for (int i = 0; i < N / 2; ++i) halves[i] = numbers[i] + numbers[i + N / 2];
+    return sum_by_halves(halves);
+  }
+}
+
 // what a rule sums over a part of a piece; the lanes fix the order
 template <class Rule, class C>
 FW_LEAF void sum_part(double (&total)[Rule::kSums], const C* __restrict param, const C* __restrict grad,
                       const C* __restrict update, int count, const ScalarsOf<C>& scalars) {
-  constexpr int kSumLanes = 16;
+  // as many as registers hold, whatever their width
+  constexpr int kSumLanes = 32 / Rule::kSums;
   const ScalarsOf<C> s = scalars;
   // lanes of so few elements cost more than they save
   if (count < kSumLanes) {
     for (int i = 0; i < count; ++i) Rule::accumulate(total, param[i], grad[i], update[i], s);
     return;
   }
-  double lanes[Rule::kSums][kSumLanes] = {};
-  auto add = [&](int lane, int i) {
-    double sums[Rule::kSums];
-    for (int k = 0; k < Rule::kSums; ++k) sums[k] = lanes[k][lane];
-    Rule::accumulate(sums, param[i], grad[i], update[i], s);
-    for (int k = 0; k < Rule::kSums; ++k) lanes[k][lane] = sums[k];
-  };
+  constexpr int kWides = kSumLanes / kWide;
+  Wide<double> wide[Rule::kSums][kWides] = {};
   const int whole = count - count % kSumLanes;
   for (int i = 0; i < whole; i += kSumLanes)
-    for (int lane = 0; lane < kSumLanes; ++lane) add(lane, i + lane);
-  for (int i = whole; i < count; ++i) add(i - whole, i);
-  for (int k = 0; k < Rule::kSums; ++k)
-    for (int lane = 0; lane < kSumLanes; ++lane) total[k] += lanes[k][lane];
+#pragma GCC unroll 16
+    for (int k = 0; k < kWides; ++k) {
+      const int j = i + k * kWide;
+      Wide<double> sums[Rule::kSums];
+      for (int n = 0; n < Rule::kSums; ++n) sums[n] = wide[n][k];
+      Rule::accumulate(sums, load_wide(param + j), load_wide(grad + j), load_wide(update + j), s);
+      for (int n = 0; n < Rule::kSums; ++n) wide[n][k] = sums[n];
+    }
+  for (int i = whole; i < count; ++i) Rule::accumulate(total, param[i], grad[i], update[i], s);
+  for (int k = 0; k < Rule::kSums; ++k) {
+    double lanes[kWide];
+    store_wide(sum_by_halves(wide[k]), lanes);
+    total[k] += sum_by_halves(lanes);
+  }
 }
 
 template <class C>
