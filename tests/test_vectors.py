@@ -29,6 +29,37 @@ def test_sums_do_not_depend_on_threads():
     assert torch.equal(bits[0], bits[2])
 
 
+@pytest.mark.parametrize("isa", BACKENDS)
+def test_vectors_longer_than_a_cache(isa):
+    """Written past the caches: tensors of odd sizes, one of them longer than the caches, none aligned."""
+    shapes = [(3,), (5,), (2_200_003,), (40,)]
+    check_operations([torch.float32, torch.bfloat16], CpuBackend(isa), shapes, n_basis=(2,))
+
+
+def test_parameters_do_not_depend_on_threads_or_the_caches():
+    """Neither do differences; bit for bit, also where the same tensors are a part of longer ones."""
+    kept = []
+    for threads, shapes in ((1, [(90_001,)]), (5, [(90_001,)]), (1, [(90_001,), (2_200_003,)])):
+        torch.set_num_threads(threads)
+        _, fused = make_pair([torch.float32], CpuBackend(), shapes)
+        basis = fused.basis(2)
+        for i in range(2):
+            basis[i].copy_(draw(fused, i))
+        scale = draw(fused, 2).abs()
+        fused.perturb(basis[1], scale, fused.number(0.1))
+        moved = fused.params[0].detach().clone()
+        grads = [[draw_like(p, seed) for p in fused.params] for seed in (3, 4)]
+        out = fused.basis(1)[0]
+        fused.finish(basis, out, *grads, scale, fused.number(0.1))
+        kept.append(torch.cat([moved, fused.split(out)[0], fused.params[0].detach()]))
+    assert torch.equal(kept[0], kept[1])
+    assert torch.equal(kept[0], kept[2])
+
+
+def draw_like(param, seed):
+    return torch.randn(param.shape, generator=torch.Generator().manual_seed(seed))
+
+
 def test_rounded_parameters_are_measured_where_they_went():
     """A step that moves only some of the bfloat16 weights: the sums are of the way that these went."""
     plain, fused = make_pair([torch.bfloat16], CpuBackend())

@@ -4,16 +4,68 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "../vectors.h"
 
+#if defined(FW_X86_64)
+#include <immintrin.h>
+#endif
+
+#include <type_traits>
+
 #include "blocks.h"
 #include "kernels.h"
 
 namespace fw {
 namespace {
 
-// elements that are worked on at a time: as many as all vectors of a warm measurement have room for in the
-// first-level cache, so that adding up the lanes of a product counts for little
-constexpr int kRun = 1024;
-constexpr int kDotLanes = 64;
+// elements that are worked on at a time: a lane of a sum adds 16 of them in the type of the vectors, whose
+// elements are no better, before it goes on in double
+constexpr int kRun = 256;
+// basis vectors that one loop takes, those of a warm measurement; any more take loops of their own
+constexpr int kHeld = 4;
+constexpr int64_t kLine = 64;
+// Vectors longer than this, in bytes, are written past the caches, which spares reading the lines that are
+// written whole: perturb has four columns of this length, which a last-level cache of 32 MiB does not hold,
+// so that what it wrote first would be gone before anybody reads it.
+constexpr int64_t kCached = 8 << 20;
+
+#if defined(FW_X86_64)
+void line_past_caches(char* to, const char* from) {
+#if defined(__AVX__)
+  using Wide = __m256i;
+  for (int64_t i = 0; i < kLine; i += sizeof(Wide))
+    _mm256_stream_si256(reinterpret_cast<Wide*>(to + i),
+                        _mm256_loadu_si256(reinterpret_cast<const Wide*>(from + i)));
+#else
+  using Wide = __m128i;
+  for (int64_t i = 0; i < kLine; i += sizeof(Wide))
+    _mm_stream_si128(reinterpret_cast<Wide*>(to + i),
+                     _mm_loadu_si128(reinterpret_cast<const Wide*>(from + i)));
+#endif
+}
+// before another thread may read
+void finish_past_caches() { _mm_sfence(); }
+#else
+void line_past_caches(char* to, const char* from) { memcpy(to, from, kLine); }
+void finish_past_caches() {}
+#endif
+
+// memcpy past the caches; the lines that are not written whole go through them
+FW_LEAF void copy_past_caches(void* to, const void* from, int64_t bytes) {
+  char* out = static_cast<char*>(to);
+  const char* in = static_cast<const char*>(from);
+  int64_t done = -reinterpret_cast<intptr_t>(out) & (kLine - 1);
+  if (done > bytes) done = bytes;
+  memcpy(out, in, done);
+  for (; done + kLine <= bytes; done += kLine) line_past_caches(out + done, in + done);
+  memcpy(out + done, in + done, bytes - done);
+}
+
+template <class T>
+void copy(T* to, const T* from, int count, bool past_caches) {
+  if (past_caches)
+    copy_past_caches(to, from, count * sizeof(T));
+  else
+    memcpy(to, from, count * sizeof(T));
+}
 
 // the columns of one chunk from its start on; null where there is none
 template <class C>
@@ -36,21 +88,63 @@ struct Streams {
   int block(int32_t done) const { return count - done < kRun ? count - done : kRun; }
 };
 
-// the sum of products of two blocks: a lane adds 16 of them in the type of the vectors, whose elements are no
-// better; the lanes fix the order
+// Adds to kSums sums over a block in one loop; the lanes fix the order. body(i, lane) adds element i to
+// lane[0], lane[kLanes] and so on.
+template <int kSums, class C, class Body>
+FW_HD void add_up(double* __restrict sums, int count, Body body) {
+  C lanes[kSums * kLanes] = {};
+  int whole = count - count % kLanes;
+  for (int i = 0; i < whole; i += kLanes)
+#pragma omp simd
+    for (int lane = 0; lane < kLanes; ++lane) body(i + lane, lanes + lane);
+  for (int i = whole; i < count; ++i) body(i, lanes + i - whole);
+  for (int k = 0; k < kSums; ++k) {
+    double sum = 0.0;
+    for (int lane = 0; lane < kLanes; ++lane) sum += static_cast<double>(lanes[k * kLanes + lane]);
+    sums[k] += sum;
+  }
+}
+
 template <class C>
-FW_LEAF double dot(const C* __restrict a, const C* __restrict b, int count) {
-  C lanes[kDotLanes] = {};
-  int whole = count - count % kDotLanes;
-  for (int i = 0; i < whole; i += kDotLanes)
-    for (int lane = 0; lane < kDotLanes; ++lane)
-      lanes[lane] = multiply_add(a[i + lane], b[i + lane], lanes[lane]);
-  for (int i = whole; i < count; ++i) lanes[i - whole] = multiply_add(a[i], b[i], lanes[i - whole]);
-  double sums[kLanes] = {};
-  for (int lane = 0; lane < kDotLanes; ++lane) sums[lane % kLanes] += static_cast<double>(lanes[lane]);
-  double sum = 0.0;
-  for (int lane = 0; lane < kLanes; ++lane) sum += sums[lane];
-  return sum;
+FW_HD void add_product(C& sum, C a, C b) {
+  sum = multiply_add(a, b, sum);
+}
+
+template <class C>
+FW_LEAF void add_dot(double* sum, const C* __restrict a, const C* __restrict b, int count) {
+  add_up<1, C>(sum, count, [=](int i, C* lane) { add_product(*lane, a[i], b[i]); });
+}
+
+// finish, and its products with kBasis vectors
+template <int kBasis, bool kScaled, class C>
+FW_LEAF void finish_block(double* sums, C* __restrict out, const C* __restrict plus,
+                          const C* __restrict minus, const C* __restrict scale, const C* __restrict basis,
+                          int64_t stride, int count) {
+  add_up<kBasis, C>(sums, count, [=](int i, C* lane) {
+    C x = plus[i] - minus[i];
+    if constexpr (kScaled) x *= scale[i];
+    out[i] = x;
+    for (int k = 0; k < kBasis; ++k) add_product(lane[k * kLanes], basis[k * stride + i], x);
+  });
+}
+
+// combine with kBasis vectors, its products with them and the squares
+template <int kBasis, bool kScaled, class C>
+FW_LEAF void combine_block(double* sums, C* __restrict out, C keep, const double* factors,
+                           const C* __restrict scale, const C* __restrict basis, int64_t stride, int count) {
+  C factor[kBasis + 1] = {};
+  for (int k = 0; k < kBasis; ++k) factor[k] = static_cast<C>(factors[k]);
+  add_up<kBasis + 1 + kScaled, C>(sums, count, [=](int i, C* lane) {
+    C x = keep * out[i];
+    for (int k = 0; k < kBasis; ++k) x = multiply_add(factor[k], basis[k * stride + i], x);
+    out[i] = x;
+    for (int k = 0; k < kBasis; ++k) add_product(lane[k * kLanes], basis[k * stride + i], x);
+    add_product(lane[kBasis * kLanes], x, x);
+    if constexpr (kScaled) {
+      C y = scale[i] * x;
+      add_product(lane[(kBasis + 1) * kLanes], y, y);
+    }
+  });
 }
 
 template <class P, class C>
@@ -70,11 +164,6 @@ FW_LEAF void difference_block(C* __restrict out, const C* __restrict plus, const
   for (int i = 0; i < count; ++i) out[i] = plus[i] - minus[i];
 }
 
-template <class C>
-FW_LEAF void scale_block(C* __restrict out, const C* __restrict scale, int count) {
-  for (int i = 0; i < count; ++i) out[i] *= scale[i];
-}
-
 template <class P, class C>
 FW_LEAF void moved_block(C* __restrict out, const P* __restrict value, const C* __restrict scale,
                          const C* __restrict v, C size, int count) {
@@ -91,11 +180,6 @@ FW_LEAF void start_block(C* __restrict out, C keep, bool fresh, int count) {
   for (int i = 0; i < count; ++i) out[i] = fresh ? C(0) : keep * out[i];
 }
 
-template <class C>
-FW_LEAF void product_block(C* __restrict out, const C* __restrict a, const C* __restrict b, int count) {
-  for (int i = 0; i < count; ++i) out[i] = a[i] * b[i];
-}
-
 // a block of a gradient, zeros where there is none
 template <class C>
 const C* load_gradient(uint64_t column, const Span& span, int64_t offset, int count, C* scratch) {
@@ -104,60 +188,89 @@ const C* load_gradient(uint64_t column, const Span& span, int64_t offset, int co
   return scratch;
 }
 
+// calls body with the number of vectors that one loop takes, and whether there is a scale, as constants
+template <int kBasis = 0, class Body>
+FW_HD void with_constants(int held, bool scaled, Body body) {
+  if constexpr (kBasis < kHeld)
+    if (held > kBasis) return with_constants<kBasis + 1>(held, scaled, body);
+  std::integral_constant<int, kBasis> basis;
+  if (scaled)
+    body(basis, std::true_type());
+  else
+    body(basis, std::false_type());
+}
+
 template <class P, class C>
 struct Chunks {
-  static void perturb(const Algebra& call, const Chunk& chunk, double*) {
+  static void perturb(const Algebra& call, const Chunk& chunk, double*, bool past_caches) {
     const Streams<C> s(call, chunk);
     const C size = static_cast<C>(*at<double>(call.factors));
     P* param = at<P>(s.span.param) + s.first;
-    perturb_block(param, at<P>(s.span.snapshot) + s.first, s.scale, s.basis, size, s.count);
-  }
-
-  static void finish(const Algebra& call, const Chunk& chunk, double* sums) {
-    const Streams<C> s(call, chunk);
-    const C size = static_cast<C>(*at<double>(call.factors));
-    const C* last = s.basis + (call.n_basis - 1) * call.stride;
     const P* values = at<P>(s.span.snapshot) + s.first;
-    alignas(64) C plus_scratch[kRun], minus_scratch[kRun];
+    if (!past_caches) return perturb_block(param, values, s.scale, s.basis, size, s.count);
+    alignas(64) P scratch[kRun];
     for (int32_t done = 0; done < s.count; done += kRun) {
       const int count = s.block(done);
-      C* out = s.out + done;
-      const C* plus = load_gradient(s.span.plus, s.span, s.first + done, count, plus_scratch);
-      const C* minus = load_gradient(s.span.minus, s.span, s.first + done, count, minus_scratch);
-      difference_block(out, plus, minus, count);
-      if (call.narrow) {
-        alignas(64) C way[kRun];
-        moved_block(way, values + done, s.scale ? s.scale + done : nullptr, last + done, size, count);
-        sums[call.n_basis] += dot(way, way, count);
-        sums[call.n_basis + 1] += dot(way, out, count);
-      }
-      if (s.scale) scale_block(out, s.scale + done, count);
-      memcpy(at<P>(s.span.param) + s.first + done, values + done, count * sizeof(P));
-      for (int i = 0; i < call.n_basis; ++i) sums[i] += dot(s.basis + i * call.stride + done, out, count);
+      perturb_block(scratch, values + done, s.scale ? s.scale + done : nullptr, s.basis + done, size, count);
+      copy(param + done, scratch, count, true);
     }
   }
 
-  static void combine(const Algebra& call, const Chunk& chunk, double* sums) {
+  static void finish(const Algebra& call, const Chunk& chunk, double* sums, bool past_caches) {
     const Streams<C> s(call, chunk);
-    const double* factors = at<double>(call.factors);
-    alignas(64) C scratch[kRun];
+    const C size = static_cast<C>(*at<double>(call.factors));
+    const int held = call.n_basis < kHeld ? call.n_basis : kHeld, before = call.n_basis - held;
+    P* param = at<P>(s.span.param) + s.first;
+    const P* values = at<P>(s.span.snapshot) + s.first;
+    alignas(64) C plus_scratch[kRun], minus_scratch[kRun], out_scratch[kRun];
     for (int32_t done = 0; done < s.count; done += kRun) {
       const int count = s.block(done);
-      C* out = s.out + done;
-      start_block(out, static_cast<C>(factors[0]), call.fresh != 0, count);
-      for (int i = 0; i < call.n_basis; ++i)
-        axpy_block(out, static_cast<C>(factors[i + 1]), s.basis + i * call.stride + done, count);
-      for (int i = 0; i < call.n_basis; ++i) sums[i] += dot(s.basis + i * call.stride + done, out, count);
-      sums[call.n_basis] += dot(out, out, count);
-      if (s.scale) {
-        product_block(scratch, s.scale + done, out, count);
-        sums[call.n_basis + 1] += dot(scratch, scratch, count);
+      const C *scale = s.scale ? s.scale + done : nullptr, *basis = s.basis + done;
+      C* out = past_caches ? out_scratch : s.out + done;
+      const C* plus = load_gradient(s.span.plus, s.span, s.first + done, count, plus_scratch);
+      const C* minus = load_gradient(s.span.minus, s.span, s.first + done, count, minus_scratch);
+      if (call.narrow) {
+        alignas(64) C way[kRun];
+        difference_block(out, plus, minus, count);
+        moved_block(way, values + done, scale, basis + (call.n_basis - 1) * call.stride, size, count);
+        add_dot(sums + call.n_basis, way, way, count);
+        add_dot(sums + call.n_basis + 1, way, out, count);
       }
+      with_constants(held, scale, [&](auto kBasis, auto kScaled) {
+        finish_block<kBasis(), kScaled()>(sums + before, out, plus, minus, scale,
+                                          basis + before * call.stride, call.stride, count);
+      });
+      for (int i = 0; i < before; ++i) add_dot(sums + i, basis + i * call.stride, out, count);
+      if (past_caches) copy(s.out + done, out, count, true);
+      copy(param + done, values + done, count, past_caches);
+    }
+  }
+
+  static void combine(const Algebra& call, const Chunk& chunk, double* sums, bool) {
+    const Streams<C> s(call, chunk);
+    const double* factors = at<double>(call.factors);
+    const int held = call.n_basis < kHeld ? call.n_basis : kHeld, before = call.n_basis - held;
+    for (int32_t done = 0; done < s.count; done += kRun) {
+      const int count = s.block(done);
+      const C *scale = s.scale ? s.scale + done : nullptr, *basis = s.basis + done;
+      C* out = s.out + done;
+      C keep = static_cast<C>(factors[0]);
+      if (call.fresh || before) {
+        start_block(out, keep, call.fresh != 0, count);
+        keep = C(1);
+      }
+      for (int i = 0; i < before; ++i)
+        axpy_block(out, static_cast<C>(factors[i + 1]), basis + i * call.stride, count);
+      with_constants(held, scale, [&](auto kBasis, auto kScaled) {
+        combine_block<kBasis(), kScaled()>(sums + before, out, keep, factors + 1 + before, scale,
+                                           basis + before * call.stride, call.stride, count);
+      });
+      for (int i = 0; i < before; ++i) add_dot(sums + i, basis + i * call.stride, out, count);
     }
   }
 };
 
-using ChunkFunction = void (*)(const Algebra&, const Chunk&, double*);
+using ChunkFunction = void (*)(const Algebra&, const Chunk&, double*, bool past_caches);
 
 template <class P, class C>
 ChunkFunction operation_on(int operation) {
@@ -179,15 +292,23 @@ void run(const Algebra& call, int operation, int threads) {
   const Chunk* chunks = at<Chunk>(call.chunks);
   const int64_t width = sum_count(call);
   double* partials = at<double>(call.partials);
-#pragma omp parallel for num_threads(threads) schedule(dynamic, 1)
-  for (int64_t i = 0; i < call.n_chunks; ++i) {
-    const int32_t dtype = at<Span>(call.spans)[chunks[i].row].dtype;
-    double* sums = partials + i * width;
-    if (operation != kPerturb)
-      for (int64_t k = 0; k < width; ++k) sums[k] = 0.0;
-    auto function =
-        call.doubles ? function_of<double>(operation, dtype) : function_of<float>(operation, dtype);
-    function(call, chunks[i], sums);
+  int64_t bytes = 0;
+  for (int64_t i = 0; i < call.n_chunks; ++i)
+    bytes += chunks[i].count * (call.doubles ? sizeof(double) : sizeof(float));
+  const bool past_caches = bytes > kCached;
+#pragma omp parallel num_threads(threads)
+  {
+#pragma omp for schedule(dynamic, 1) nowait
+    for (int64_t i = 0; i < call.n_chunks; ++i) {
+      const int32_t dtype = at<Span>(call.spans)[chunks[i].row].dtype;
+      double* sums = partials + i * width;
+      if (operation != kPerturb)
+        for (int64_t k = 0; k < width; ++k) sums[k] = 0.0;
+      auto function =
+          call.doubles ? function_of<double>(operation, dtype) : function_of<float>(operation, dtype);
+      function(call, chunks[i], sums, past_caches);
+    }
+    finish_past_caches();
   }
   if (operation == kPerturb) return;
   double* sums = at<double>(call.sums);
