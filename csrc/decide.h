@@ -53,14 +53,24 @@ FW_HD bool same_scalars(const Step& step, int64_t row, int64_t other) {
   return a.group == b.group && a.initialized == b.initialized && *at<int64_t>(a.step) == *at<int64_t>(b.step);
 }
 
+// the sphere of a group, or null
+FW_HD Sphere* sphere_of(const Step& step, int64_t group) {
+  if (!step.spheres) return nullptr;
+  Sphere* sphere = at<Sphere>(step.spheres) + group;
+  return sphere->norm ? sphere : nullptr;
+}
+
 // what update number `updates` of a row needs
 template <class Rule>
 FW_HD Scalars scalars_of(const Step& step, const Verdict& verdict, const Rates& rates, int64_t row,
                          int64_t updates) {
   const Row& r = at<Row>(step.rows)[row];
   const Hyper& h = at<Hyper>(step.hypers)[r.group];
+  const Sphere* sphere = sphere_of(step, r.group);
+  double eta = rates.lr;
+  if (sphere) eta = sphere_rate(eta, *at<double>(sphere->norm), Rule::sphere_exponent(h, updates));
   Scalars s = common_scalars(h, rates, verdict.clip_coef * verdict.unscale);
-  Rule::scalars(h, rates.lr, updates, s);
+  Rule::scalars(h, eta, updates, s);
   if (updates == 1 && !r.initialized && h.init == kInitGrad) s.init_grad = h.init_scale;
   if (updates == 1 && !r.initialized && h.init == kInitRandom) {
     double norm = verdict.grad_norm * verdict.clip_coef;
@@ -81,6 +91,15 @@ FW_HD void set_radial(const Step& step, const Row& row, int64_t channel, double 
   const int64_t each = pieces_of_channel(row);
   double* radials = at<double>(step.radials) + row.first_piece + channel * each;
   for (int64_t i = 0; i < each; ++i) radials[i] = radial;
+}
+
+// from the squares of all parameters of a group to what brings them to its sphere, where they are from then
+// on
+FW_HD void set_factor(Sphere& sphere, double squares) {
+  double& norm = *at<double>(sphere.norm);
+  const double radius = sphere.radius > 0.0 ? sphere.radius : norm;
+  sphere.factor = sphere_factor(radius, squares);
+  norm = radius;
 }
 
 // the telemetry row of this step, and the counts of the next

@@ -36,6 +36,14 @@ FW_HD Partial combine_all(const Partial* partials, int64_t count) {
   return total;
 }
 
+// the squares of the parameters on a sphere, chunk by chunk
+FW_HD double combine_squares(const Step& step, const Sphere& sphere) {
+  const double* squares = at<double>(step.squares) + sphere.first_chunk;
+  double total = 0.0;
+  for (int64_t i = 0; i < sphere.n_chunks; ++i) total += squares[i];
+  return total;
+}
+
 // Sums over channels: each is cut into pieces of kPiece elements, whose sums are added up in order.
 
 FW_HD int64_t pieces_of_channel(const Row& row) { return (row.channel_size + kPiece - 1) / kPiece; }

@@ -2,10 +2,11 @@
 // A rule has scalars(), run once per row and step in double, and update(), run per element. A rule that must
 // know sums over a layer (kSums of them) makes its update in two parts: advance() moves the states,
 // candidate() is the update that they mean, accumulate() what is summed; settle() and radial() turn the sums
-// into what apply() moves the parameter by. Adam: Kingma & Ba 2015. Gradient initialisation: Kalra &
-// Barkeshli 2024, arXiv:2406.09405. RAdam: Liu et al. 2020, arXiv:1908.03265. SGD: heavy ball without
-// dampening of the first step, as torch. LAMB: You et al. 2020, arXiv:1904.00962. AdamP and SGDP: Heo et al.
-// 2021, arXiv:2006.08217. SPDX-License-Identifier: Apache-2.0
+// into what apply() moves the parameter by. sphere_exponent() says with what power of the norm of
+// scale-invariant weights the learning rate must grow for the same rotation. Adam: Kingma & Ba 2015. Gradient
+// initialisation: Kalra & Barkeshli 2024, arXiv:2406.09405. RAdam: Liu et al. 2020, arXiv:1908.03265. SGD:
+// heavy ball without dampening of the first step, as torch. LAMB: You et al. 2020, arXiv:1904.00962. AdamP
+// and SGDP: Heo et al. 2021, arXiv:2006.08217. SPDX-License-Identifier: Apache-2.0
 #pragma once
 #include "table.h"
 
@@ -80,6 +81,8 @@ struct Adam {
   static constexpr int kMinStates = 2;
   static constexpr int kMaxStates = 3;
 
+  FW_HD static int sphere_exponent(const Hyper&, int64_t) { return 1; }
+
   FW_HD static void scalars(const Hyper& h, double eta, int64_t step, Scalars& s) {
     s.step_size = eta / bias_correction(h.beta1, step);
     s.denom_scale = 1.0 / sqrt(bias_correction(h.beta2, step));
@@ -112,6 +115,11 @@ struct RAdam {
   static constexpr int kMinStates = 2;
   static constexpr int kMaxStates = 2;
 
+  // momentum alone shrinks as the gradient does
+  FW_HD static int sphere_exponent(const Hyper& h, int64_t step) {
+    return sma_length(h.beta2, step) > h.rho_threshold ? 1 : 2;
+  }
+
   FW_HD static void scalars(const Hyper& h, double eta, int64_t step, Scalars& s) {
     double bias_correction1 = bias_correction(h.beta1, step);
     double rho = sma_length(h.beta2, step);
@@ -140,6 +148,8 @@ struct SGD {
   static constexpr int kSums = 0;
   static constexpr int kMinStates = 0;
   static constexpr int kMaxStates = 1;
+
+  FW_HD static int sphere_exponent(const Hyper&, int64_t) { return 2; }
 
   FW_HD static void scalars(const Hyper& h, double eta, int64_t step, Scalars& s) {
     s.step_size = eta;
@@ -178,6 +188,9 @@ struct LAMB {
   static constexpr int kMaxStates = 2;
   static constexpr int kSums = 2;
   static constexpr bool kProjects = false;
+
+  // the trust ratio has the norm in it
+  FW_HD static int sphere_exponent(const Hyper& h, int64_t) { return h.adapts ? 0 : 1; }
 
   FW_HD static void scalars(const Hyper& h, double eta, int64_t step, Scalars& s) {
     s.step_size = eta;
@@ -275,6 +288,8 @@ struct AdamP : Projection {
   static constexpr int kMinStates = 2;
   static constexpr int kMaxStates = 2;
 
+  FW_HD static int sphere_exponent(const Hyper&, int64_t) { return 1; }
+
   FW_HD static void scalars(const Hyper& h, double eta, int64_t step, Scalars& s) {
     s.step_size = eta / bias_correction(h.beta1, step);
     s.denom_scale = 1.0 / sqrt(bias_correction(h.beta2, step));
@@ -304,6 +319,8 @@ struct SGDP : Projection {
   static constexpr int kMinStates = 0;
   static constexpr int kMaxStates = 1;
 
+  FW_HD static int sphere_exponent(const Hyper&, int64_t) { return 2; }
+
   FW_HD static void scalars(const Hyper& h, double eta, int64_t, Scalars& s) {
     s.step_size = eta;
     s.momentum = h.momentum;
@@ -328,6 +345,23 @@ struct SGDP : Projection {
     return s.nesterov > C(0) ? multiply_add(s.momentum, momentum_buffer, grad) : momentum_buffer;
   }
 };
+
+// the learning rate that turns weights of some norm as far as lr turns weights of norm 1
+FW_HD double sphere_rate(double lr, double norm, int exponent) {
+  double rate = exponent > 0 ? lr * norm : lr;
+  return exponent > 1 ? rate * norm : rate;
+}
+
+// what brings parameters of a group back to their sphere; 1 where no factor could
+FW_HD double sphere_factor(double radius, double squares) {
+  bool defined = squares > 0.0 && squares < INFINITY;
+  return defined ? radius / sqrt(squares) : 1.0;
+}
+
+template <class C>
+FW_HD C rescale(C param, C factor) {
+  return param * factor;
+}
 
 // weight averaging: average + weight * (param - average), written so that weight 1 gives the parameter itself
 template <class C>

@@ -116,6 +116,15 @@ enum SegmentKind : int32_t {
   X(double, grad_gain, 120)          \
   X(double, update_decay, 128)
 
+// the sphere that the parameters of one group are kept on, and the chunks that they have; norm is the address
+// of the norm that they have before a step, 0 for a group without a sphere, and radius is 0 where it is that
+#define FW_SPHERE(X)          \
+  X(uint64_t, norm, 0)        \
+  X(double, radius, 8)        \
+  X(double, factor, 16)       \
+  X(int64_t, first_chunk, 24) \
+  X(int64_t, n_chunks, 32)
+
 // sums over one chunk, or over all of them
 #define FW_PARTIAL(X) \
   X(double, l1, 0)    \
@@ -186,7 +195,9 @@ enum SegmentKind : int32_t {
   X(uint64_t, grad_scale, 192)        \
   X(uint64_t, found_inf, 200)         \
   X(uint64_t, sums, 208)              \
-  X(uint64_t, radials, 216)
+  X(uint64_t, radials, 216)           \
+  X(uint64_t, spheres, 224)           \
+  X(uint64_t, squares, 232)
 
 // one tensor of a sharpness measurement: its values, where they are kept meanwhile, the gradients at both
 // ends of a difference (0 for none), and where its piece of every vector begins
@@ -236,6 +247,7 @@ enum SegmentKind : int32_t {
   X(Segment, FW_SEGMENT)     \
   X(Rates, FW_RATES)         \
   X(Scalars, FW_SCALARS)     \
+  X(Sphere, FW_SPHERE)       \
   X(Partial, FW_PARTIAL)     \
   X(Counters, FW_COUNTERS)   \
   X(Slots, FW_SLOTS)         \

@@ -48,7 +48,8 @@ def build_plan(opt: FusedOptimizer, every: bool) -> tuple[Plan, Backend]:
     known: list[tuple[int, int, Tensor, Tensor]] = []
     for index, (g, param) in enumerate(members):
         idle = param.grad is None and "step" not in opt._state.get(param, {})
-        if idle and not (every and param.requires_grad):
+        # what has no gradient is a part of the norm all the same
+        if idle and not ((every or hypers[g].sphere) and param.requires_grad):
             continue
         local = layout.check_param(name, index, param, device)
         device = local.device
@@ -60,6 +61,9 @@ def build_plan(opt: FusedOptimizer, every: bool) -> tuple[Plan, Backend]:
             value = (opt.max_grad_norm, opt.nonfinite)
             condition = "be (None, 'propagate') beside sharded parameters"
             check.fail(name, "(max_grad_norm, nonfinite)", condition, value, hint)
+        if layout.is_sharded(param) and hypers[g].sphere:
+            hint = "A process sees its part of the norm only."
+            check.fail(name, "projection", "be None beside sharded parameters", "sphere", hint)
         if layout.is_sharded(param) and opt.rule in LAYER_RULES:
             hint = "A process sees its part of a layer only, and this rule needs sums over all of it."
             check.fail(name, f"parameter {index}", "be whole in each process", tuple(param.shape), hint)
@@ -87,7 +91,21 @@ def build_plan(opt: FusedOptimizer, every: bool) -> tuple[Plan, Backend]:
     ]
     record = {"counters": opt._counters, "slots": opt.telemetry.slots, "page": opt.telemetry.page}
     groups, state, average = opt.param_groups, opt._state, opt.average
-    return Plan(name, opt.rule, rows, groups, state, average, record, device), backend
+    norms = _norms(opt, hypers, device)
+    return Plan(name, opt.rule, rows, groups, state, norms, average, record, device), backend
+
+
+def _norms(opt: FusedOptimizer, hypers: list[Hyper], device: torch.device) -> list[Tensor | None]:
+    """Return where the norms of groups on a sphere are kept; those of new groups are to be measured."""
+    opt._fresh_norms = {}
+    for g, (group, hyper) in enumerate(zip(opt.param_groups, hypers, strict=True)):
+        if not hyper.sphere:
+            group.pop("norm", None)
+        elif "norm" not in group:
+            opt._fresh_norms[g] = torch.zeros((), dtype=torch.float64, device=device)
+        elif group["norm"].device != device:
+            group["norm"] = group["norm"].to(device)
+    return [group.get("norm", opt._fresh_norms.get(g)) for g, group in enumerate(opt.param_groups)]
 
 
 def _by_channel(opt: FusedOptimizer) -> bool:

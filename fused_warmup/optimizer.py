@@ -21,6 +21,7 @@ from .columns import is_capturing
 from .live import LiveSchedule, live_schedules
 from .plan import Plan
 from .schedules import Schedule
+from .sphere import norm_of, sphere_options
 from .state import load_state, pack_state
 from .table import RATES, Hyper, Settings
 from .telemetry import Telemetry
@@ -34,6 +35,8 @@ class Options(TypedDict, total=False):
 
     schedule: Schedule | LiveSchedule | None
     weight_decay_schedule: Schedule | None
+    projection: str | None
+    radius: float | None
     max_grad_norm: float | None
     nonfinite: str
     average: Average | None
@@ -55,6 +58,17 @@ class FusedOptimizer(Optimizer):
         schedule: Multiplier of ``lr`` over the steps; may be set per group. None is the constant 1. An
             ``AutoWU`` is fed by ``record_loss``.
         weight_decay_schedule: Multiplier of ``weight_decay`` over the steps; may be set per group.
+        projection: ``"sphere"`` keeps the norm of all parameters of a group together: after the update they
+            are multiplied by one factor. May be set per group; for weights that feed a normalisation, whose
+            scale does not matter. ``lr`` is then the effective learning rate, that of weights of norm 1: the
+            rule gets ``lr * radius**2`` for SGD, SGDP and unrectified RAdam, ``lr * radius`` for the other
+            rules, ``lr`` where LAMB adapts; telemetry shows ``lr`` as given, times the schedule. Parameters
+            without a gradient are rescaled too, those that require none take no part. Averages are of what
+            is on the sphere. Where the norm after the update is 0 or not finite nothing is rescaled.
+            ``weight_decay`` must be 0. Source: Sadrtdinov et al. 2024, arXiv:2410.22113.
+        radius: Norm that is kept, > 0; the first step brings the group to it, at the rate that its norm
+            before means. None keeps the norm that the group has at its first step, or at ``init_state()``.
+            May be set per group. ``param_groups[i]["norm"]`` is the norm in force, a 0-dim float64 tensor.
         max_grad_norm: Clip the gradients of all groups together to this L2 norm, > 0, as
             ``torch.nn.utils.clip_grad_norm_`` does, without changing ``.grad``. None does not clip.
         nonfinite: ``"propagate"`` lets NaN and infinity through as torch does; ``"skip"`` leaves parameters,
@@ -82,6 +96,8 @@ class FusedOptimizer(Optimizer):
         *,
         schedule: Schedule | LiveSchedule | None = None,
         weight_decay_schedule: Schedule | None = None,
+        projection: str | None = None,
+        radius: float | None = None,
         max_grad_norm: float | None = None,
         nonfinite: str = "propagate",
         average: Average | None = None,
@@ -106,12 +122,14 @@ class FusedOptimizer(Optimizer):
         self._counters: Tensor | None = None
         self._init_norm_sq = 0.0
         self._captured: list[Plan] = []
+        self._fresh_norms: dict[int, Tensor] = {}
         self._swapped = False
         self._backend: Backend | None = None
         self._reset()
         passed = {"foreach": foreach, "capturable": capturable, "differentiable": False, "fused": fused}
         schedules = {"schedule": schedule, "weight_decay_schedule": weight_decay_schedule}
-        super().__init__(params, {**defaults, **schedules, **passed})
+        sphere = {"projection": projection, "radius": radius}
+        super().__init__(params, {**defaults, **schedules, **sphere, **passed})
         self._hyper_keys = tuple(key for key in self.defaults if key not in passed)
 
     @property
@@ -155,6 +173,8 @@ class FusedOptimizer(Optimizer):
                 hint = "Arbitrary functions of the step go to torch.optim.lr_scheduler.LambdaLR."
                 check.fail(name, key, "be a fused_warmup schedule or None", group[key], hint, TypeError)
         hyper.schedule, hyper.weight_decay_schedule = schedules.values()
+        for key, value in sphere_options(name, group, hyper.weight_decay).items():
+            setattr(hyper, key, value)
         return hyper
 
     def _check_settings(self) -> None:
@@ -182,6 +202,8 @@ class FusedOptimizer(Optimizer):
             for key in ("max_grad_norm", "nonfinite", "average", "backend", "telemetry"):
                 if key in param_group:
                     check.fail(name, key, "be given once for the whole optimizer", param_group[key])
+            # of another optimizer that had the group; this one measures its own
+            param_group.pop("norm", None)
             if param_group.get("differentiable"):
                 check.fail(
                     name, "differentiable", "be False", True, "torch.optim has the differentiable form."
@@ -249,6 +271,7 @@ class FusedOptimizer(Optimizer):
                 f"{type(self).__name__}: step() must not be called inside averaged_parameters()."
             )
         plan, backend = self._prepared_plan()
+        self._measure_norms(plan)
         if isinstance(loss, (Tensor, float)):
             self.record_loss(loss)
         if plan.fresh_grads and len(plan.rows) > backend.carries:
@@ -277,9 +300,17 @@ class FusedOptimizer(Optimizer):
         """
         self._reset()
         plan, backend = self._prepared_plan(every=True)
+        self._measure_norms(plan)
         plan.push_grads()
         backend.prepare(plan)
         plan.release()
+
+    def _measure_norms(self, plan: Plan) -> None:
+        """Take the norms of groups that are about to make their first step on a sphere."""
+        for g, norm in self._fresh_norms.items():
+            norm.copy_(norm_of([row.local for row in plan.rows if row.group == g], plan.device))
+            self.param_groups[g]["norm"] = norm
+        self._fresh_norms = {}
 
     def _keep_captured(self, plan: Plan) -> None:
         """Keep the table that a graph reads, whatever tables later eager steps need."""
@@ -318,8 +349,11 @@ class FusedOptimizer(Optimizer):
                 raise RuntimeError(f"{type(self).__name__}: parameters must stay in place while step() runs.")
         if plan.refresh_groups(self.param_groups, self._hyper_keys, self._make_hyper) and plan.rows:
             wanted = [len(self._state_names(self.param_groups[row.group])) for row in plan.rows]
-            if wanted != [len(row.states) for row in plan.rows]:
-                # an option that changes the states, amsgrad or momentum, was turned on or off
+            norms = zip(plan.hypers, plan.norms, strict=True)
+            if wanted != [len(row.states) for row in plan.rows] or any(
+                h.sphere != (n is not None) for h, n in norms
+            ):
+                # an option that changes the states, amsgrad, momentum or projection, was turned on or off
                 self._reset()
                 return self._prepared_plan(every)
         measure = self.max_grad_norm is not None or self.nonfinite == "skip" or plan.random_start
@@ -466,7 +500,12 @@ class FusedOptimizer(Optimizer):
         super().__setstate__(kept)
         self._swapped = False
         self._captured = []
+        self._fresh_norms = {}
         self._backend = None
+        for group in self.param_groups:
+            # pickled before there were projections
+            group.setdefault("projection", None)
+            group.setdefault("radius", None)
         self._reset()
 
     def __repr__(self) -> str:

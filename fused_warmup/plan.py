@@ -108,6 +108,7 @@ class Plan:
         rows: Parameters that have a state, in the order of the groups.
         groups: Parameter groups of the optimizer.
         state: State of the optimizer by parameter.
+        norms: Norm of each group that is kept on a sphere, 0-dim float64 on the device; None for others.
         average: What average the rows keep, or None.
         record: Device tensors ``counters``, ``slots`` and ``page`` (or None).
         device: Where the tensors are.
@@ -117,6 +118,7 @@ class Plan:
         fresh_grads: Whether addresses of gradients changed since they were last sent to the device.
         random_start: Whether a first update may need the norm of all gradients; the host does not know when.
         has_float64: Whether any parameter is float64.
+        has_spheres: Whether any group is kept on a sphere.
     """
 
     def __init__(
@@ -126,15 +128,16 @@ class Plan:
         rows: list[Row],
         groups: list[dict[str, Any]],
         state: Mapping[Tensor, dict[str, Any]],
+        norms: list[Tensor | None],
         average: Average | None,
         record: Mapping[str, Tensor | None],
         device: torch.device,
     ) -> None:
         self.owner, self.rule, self.rows = owner, rule, rows
         self.device, self.columns = device, Columns(device)
-        self.fresh_grads = self.random_start = False
+        self.fresh_grads = self.random_start = self.has_spheres = False
         self.settings = Settings()
-        self.record = record
+        self.record, self.norms = record, norms
         self.hypers: list[Hyper] = []
         self.rates = torch.empty(0, device=device)
         self.average = averaging.settings(average)
@@ -239,6 +242,27 @@ class Plan:
             rates=self.rates,
             n_groups=len(self.hypers),
         )
+        self._pack_spheres()
+
+    def _pack_spheres(self) -> None:
+        """Fill the column of the spheres if there are any; rows, and so their chunks, come group by group."""
+        self.has_spheres = any(h.sphere for h in self.hypers)
+        if not self.has_spheres:
+            self._set(spheres=0, squares=0)
+            return
+        table = np.zeros(len(self.hypers), STRUCTS["Sphere"])
+        table["norm"] = [
+            address_of(norm) if h.sphere else 0 for norm, h in zip(self.norms, self.hypers, strict=True)
+        ]
+        table["radius"] = [h.radius for h in self.hypers]
+        of_chunk = self._table["group"][self._chunks["row"]]
+        groups = np.arange(len(self.hypers))
+        table["first_chunk"] = np.searchsorted(of_chunk, groups)
+        table["n_chunks"] = np.searchsorted(of_chunk, groups, "right") - table["first_chunk"]
+        self._spheres = table
+        if "squares" not in self.columns.tensors:
+            self.columns.scratch("squares", np.dtype(np.float64), len(self._chunks))
+        self._set(spheres=self.columns.put("spheres", table), squares=self.columns.tensors["squares"])
 
     @property
     def n_chunks(self) -> int:
@@ -492,7 +516,8 @@ class Plan:
         self.release()
         if self._grads.all():
             return self._params
-        return [param for param, address in zip(self._params, self._grads, strict=True) if address]
+        moved = [bool(a) or self.hypers[r.group].sphere for a, r in zip(self._grads, self.rows, strict=True)]
+        return [param for param, changed in zip(self._params, moved, strict=True) if changed]
 
 
 def check_disjoint(owner: str, indexed: Sequence[tuple[int, Tensor]]) -> None:

@@ -38,6 +38,9 @@ def pack_state(opt: FusedOptimizer, state_dict: dict[str, Any]) -> dict[str, Any
     # groups share a live schedule, and so they do in the state dict
     live = {id(schedule): schedule.state_dict() for schedule in live_schedules(groups)}
     for group in groups:
+        if "norm" in group:
+            # a later step writes it
+            group["norm"] = group["norm"].clone()
         for key in _SCHEDULES:
             if isinstance(group[key], Schedule):
                 group[key] = group[key].to_dict()
@@ -84,6 +87,7 @@ def load_state(opt: FusedOptimizer, state_dict: dict[str, Any]) -> None:
     states = _loaded_states(owner, opt, state_dict, own, groups)
 
     for group, loaded in zip(opt.param_groups, groups, strict=True):
+        _keep_norm(group, loaded)
         group.update(_kept_live(group, loaded))
     with torch.no_grad():
         for param in [p for group in opt.param_groups for p in group["params"]]:
@@ -131,10 +135,25 @@ def _loaded_groups(owner: str, opt: FusedOptimizer, state_dict: Mapping[str, Any
                 made[place] = made[place] if place in made else restored(loaded[key])
                 loaded[key] = made[place]
         opt._make_hyper({**live, **loaded})
+        norm = loaded.get("norm", torch.zeros(()))
+        if not isinstance(norm, Tensor) or norm.shape != ():
+            check.fail(owner, f"state_dict['param_groups'][{i}]['norm']", "be a 0-dim tensor", norm)
         if isinstance(loaded.get("lr"), Tensor):
             loaded["lr"] = loaded["lr"].clone()
         groups.append(loaded)
     return groups
+
+
+def _keep_norm(group: dict[str, Any], loaded: dict[str, Any]) -> None:
+    """Bring the loaded norm of a group to where the kernels read it; without one it is to be measured."""
+    norm, held = loaded.pop("norm", None), group.get("norm")
+    if norm is None:
+        group.pop("norm", None)
+    elif held is None:
+        device = group["params"][0].device if group["params"] else norm.device
+        group["norm"] = norm.detach().to(device, torch.float64, copy=True)
+    else:
+        held.copy_(norm)
 
 
 def _kept_live(group: Mapping[str, Any], loaded: dict[str, Any]) -> dict[str, Any]:

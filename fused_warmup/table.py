@@ -110,6 +110,11 @@ _FIELDS: dict[str, list[tuple[str, str]]] = {
             "update_decay",
         )
     ],
+    "Sphere": [
+        ("norm", "u8"),
+        *((name, "f8") for name in ("radius", "factor")),
+        *((name, "i8") for name in ("first_chunk", "n_chunks")),
+    ],
     "Partial": [("l1", "f8"), ("l2_sq", "f8"), ("nonfinite", "i8")],
     "Counters": [("step", "i8"), ("calls", "i8")],
     "Slots": [("loss", "f8"), ("sharpness", "f8")],
@@ -159,6 +164,7 @@ _FIELDS: dict[str, list[tuple[str, str]]] = {
         *((name, "i8") for name in ("average_start", "average_every")),
         *((name, "i4") for name in ("average_kind", "skip_nonfinite", "measure", "clip")),
         *((name, "u8") for name in ("verdict", "grad_scale", "found_inf", "sums", "radials")),
+        *((name, "u8") for name in ("spheres", "squares")),
     ],
     "Span": [
         *((name, "u8") for name in ("param", "snapshot", "plus", "minus")),
@@ -212,6 +218,8 @@ class Hyper:
     grad_averaging: bool = True
     adapts: bool = True
     decays_update: bool = False
+    sphere: bool = False
+    radius: float = 0.0
     schedule: Schedule | None = None
     weight_decay_schedule: Schedule | None = None
 

@@ -35,7 +35,8 @@ class Traffic:
 def traffic(plan: Plan) -> Traffic:
     """Return the ledger of a step in which all parameters have gradients and the average is due.
 
-    The table itself is left out: 16 bytes a chunk of 32,768 elements and 200 a tensor.
+    The table itself is left out: 16 bytes a chunk of 32,768 elements and 200 a tensor. A sphere takes one
+    more pass over its groups, whose squares the update sums.
 
     Args:
         plan: A plan whose groups and settings are those of the step.
@@ -49,9 +50,11 @@ def traffic(plan: Plan) -> Traffic:
         )
         for row, size in zip(plan.rows, sizes, strict=True)
     ]
+    # what is on a sphere is read and written once more
+    stages += [(n, n) for row in plan.rows if plan.hypers[row.group].sphere for n in [row.work.nbytes]]
     return Traffic(
         # decide and update, with the two parts of an update between sums; a pass before them for the norm
-        launches=(2 if layered is None else 4) + plan.settings.measure,
+        launches=(2 if layered is None else 4) + plan.settings.measure + plan.has_spheres,
         read=sum(read for read, _ in stages),
         written=sum(written for _, written in stages),
         numel=plan.numel,

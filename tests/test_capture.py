@@ -286,6 +286,39 @@ def test_replayed_steps_leave_rows():
     assert_same_bits("history", opt.telemetry.rows(), plain.telemetry.rows())
 
 
+@pytest.mark.parametrize("cls", [fw.Adam, fw.AdamP])
+@pytest.mark.parametrize("radius", [None, 3.0])
+def test_a_sphere_is_captured(capture, cls, radius):
+    """From the first step on; the norm stays where the graph reads it, and another radius reaches it."""
+    runs = []
+    for replays in (True, False):
+        params = make_params(torch.float32, SHAPES)
+        groups = [
+            {"params": params[:1]},
+            {"params": params[1:], "projection": "sphere", "radius": radius},
+        ]
+        opt = cls(groups, lr=0.1, average=fw.EMA(0.9))
+        set_grads(params, 0)
+        opt.init_state()
+        norm = opt.param_groups[1]["norm"]
+        if replays:
+            with capture:
+                opt.step()
+        else:
+            opt.step()
+        for step in range(1, 6):
+            fill_grads(params, step)
+            if step == 4:
+                opt.param_groups[1]["radius"] = 5.0
+                opt.update_captured()
+            replay(opt) if replays else opt.step()
+        assert opt.param_groups[1]["norm"] is norm
+        assert float(norm) == 5.0
+        runs.append([t for p in params for t in (p.detach(), *opt.state[p].values())])
+    for a, b in zip(*runs, strict=True):
+        assert_same_bits("result", a, b)
+
+
 def test_of_many_replays_the_page_is_left():
     params, opt = made(3)
     fill_grads(params, 1)

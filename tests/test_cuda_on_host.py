@@ -51,6 +51,22 @@ from test_properties import (  # noqa: F401
     test_strided_views_train_as_the_reference_does,
     test_the_layout_of_memory_does_not_change_a_bit,
 )
+from test_sphere import (  # noqa: F401
+    test_a_given_radius_changes_no_direction,
+    test_a_group_that_other_parameters_join,
+    test_a_norm_that_is_none_rescales_nothing,
+    test_a_skipped_step_changes_nothing,
+    test_a_state_dict_goes_on_bit_for_bit,
+    test_directions_do_not_depend_on_the_radius,
+    test_norms_grow_without_a_sphere_only,
+    test_one_step_from_the_same_state_on_a_sphere,
+    test_other_groups_do_not_notice,
+    test_projection_and_radius_may_change,
+    test_scaled_gradients_are_unscaled_first,
+    test_telemetry_has_the_effective_rate,
+    test_the_angle_of_a_step_is_that_of_the_effective_rate,
+    test_what_has_no_gradient_turns_with_the_rest,
+)
 from vector_cases import check_operations, check_response, combination, draw, make_pair
 
 import fused_warmup as fw

@@ -22,6 +22,7 @@ ARCHS = os.environ.get(
 ).split()
 # registers that leave room for the threads that launch bounds promise, of 65,536 on every processor
 LIMITS = {"measure": 65536 // 1280, "decide": 65536 // 512, "update": 65536 // 640, "update of doubles": 128}
+LIMITS |= dict.fromkeys(("rescale", "rescale of doubles"), 65536 // 640)
 VECTOR_PARTS = ("Perturb", "Finish", "Combine")
 LIMITS |= dict.fromkeys((*VECTOR_PARTS, "response"), 65536 // 512) | {"Finish": 65536 // 384}
 LIMITS |= dict.fromkeys(("propose", "propose of doubles", "settle"), 65536 // 512)
@@ -60,9 +61,9 @@ def kernel_of(symbol):
     """The stage and the rule that a mangled name stands for; the operation on vectors."""
     if match := re.search(rf"vector_kernel.*({'|'.join(VECTOR_PARTS)})", symbol):
         return match.group(1), None
-    stage = re.search(r"(measure|decide|propose|settle|update|response)_kernel", symbol).group(1)
+    stage = re.search(r"(measure|decide|propose|settle|update|rescale|response)_kernel", symbol).group(1)
     rule = re.search(rf"\d({'|'.join(RULES)})(?=E)", symbol)
-    doubles = stage in ("propose", "update") and "Lb1E" in symbol
+    doubles = stage in ("propose", "update", "rescale") and "Lb1E" in symbol
     return f"{stage} of doubles" if doubles else stage, rule and rule.group(1)
 
 
@@ -101,10 +102,11 @@ def test_every_device_has_every_kernel(resources):
         variants = {"decide": 2, "update": 1, "update of doubles": 1}
         wanted = {(stage, rule): n for stage, n in variants.items() for rule in RULES}
         wanted |= {(s, rule): 1 for s in ("propose", "propose of doubles", "settle") for rule in LAYER_RULES}
+        rescales = dict.fromkeys([("rescale", None), ("rescale of doubles", None)], len(RULES))
         # vectors of float32 and of float64
         vectors = {(part, None): 2 for part in VECTOR_PARTS}
         vectors |= {("response", rule): 2 for rule in _cpu.preconditioned()}
-        assert dict(counts) == {**wanted, ("measure", None): 2 * len(RULES), **vectors}, arch
+        assert dict(counts) == {**wanted, ("measure", None): 2 * len(RULES), **rescales, **vectors}, arch
 
 
 def test_text_for_devices_to_come():
@@ -141,6 +143,9 @@ def test_vectors_of_16_bytes(code):
         if stage == "measure":
             # float32 and float64 take one; both kinds of 16 bits one, or two beside float32 gradients
             assert loads >= 1 + 1 + 2 * (1 + 2), (symbol, loads)
+        elif stage.startswith("rescale"):
+            # parameter and average, which is two vectors beside eight elements of 16 bits
+            assert min(loads, stores) >= (1 + 1) + 2 * (1 + 2), (symbol, loads, stores)
         elif stage == "response":
             assert loads >= 3 * min(states[rule]), (symbol, loads)
             assert stores >= 2, (symbol, stores)

@@ -67,6 +67,26 @@ def test_bytes_and_launches_with_sums_over_layers(optimizer, options, total):
     assert (averaged.launches, averaged.per_parameter) == (4, total + 8)
 
 
+@pytest.mark.parametrize(
+    ("optimizer", "options", "launches", "total"),
+    [(fw.Adam, {}, 2, 28), (fw.Adam, {"max_grad_norm": 1.0}, 3, 32), (fw.SGDP, {"lr": 0.1}, 4, 20)],
+)
+def test_a_sphere_is_read_and_written_once_more(optimizer, options, launches, total):
+    """By one launch for all of them; the groups that have none cost what they did."""
+    kept = ledger(optimizer, projection="sphere", **options)
+    assert (kept.launches, kept.per_parameter) == (launches + 1, total + 8)
+    averaged = ledger(optimizer, projection="sphere", average=fw.EMA(0.9), **options)
+    assert (averaged.launches, averaged.per_parameter) == (launches + 1, total + 16)
+    assert ledger(optimizer, torch.bfloat16, projection="sphere", **options).per_parameter == (
+        ledger(optimizer, torch.bfloat16, **options).per_parameter + 4
+    )
+    params = make_params(torch.float32, [(50,), (50,)])
+    set_grads(params, 0)
+    groups = [{"params": params[:1]}, {"params": params[1:], "projection": "sphere"}]
+    mixed = optimizer(groups, **options).traffic()
+    assert (mixed.launches, mixed.per_parameter) == (launches + 1, total + 4)
+
+
 def test_telemetry_costs_no_pass():
     assert ledger(fw.Adam, telemetry=True) == ledger(fw.Adam, telemetry=False)
 

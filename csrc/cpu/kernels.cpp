@@ -68,6 +68,28 @@ struct NormLanes {
   }
 };
 
+// the squares of one chunk's parameters; the lanes fix the order of the sum
+struct SquareLanes {
+  double squares[kLanes] = {};
+
+  template <class C>
+  FW_LEAF void add(const C* __restrict param, int count) {
+    double a[kLanes];
+    for (int lane = 0; lane < kLanes; ++lane) a[lane] = squares[lane];
+    const int whole = count - count % kLanes;
+    for (int i = 0; i < whole; i += kLanes)
+      for (int lane = 0; lane < kLanes; ++lane) accumulate_l2(a[lane], param[i + lane]);
+    for (int i = whole; i < count; ++i) accumulate_l2(a[i - whole], param[i]);
+    for (int lane = 0; lane < kLanes; ++lane) squares[lane] = a[lane];
+  }
+
+  double sum() const {
+    double total = 0.0;
+    for (int lane = 0; lane < kLanes; ++lane) total += squares[lane];
+    return total;
+  }
+};
+
 template <class T>
 void narrow_all(const float* __restrict from, T* __restrict to, int count) {
   for (int i = 0; i < count; ++i) narrow(from[i], to[i]);
@@ -199,6 +221,37 @@ void average(const Row& row, int64_t offset, int count, C weight, C* scratch) {
   average_block(at<C>(row.average) + offset, param, count, weight);
 }
 
+// what follows the update of a block: a parameter on a sphere is summed, and averaged when it is back there
+template <class C>
+void finish_block(const Row& row, int64_t offset, int count, C weight, SquareLanes* squares, C* scratch) {
+  if (squares)
+    squares->add(load<C>(row.param, row.dtype, offset, count, scratch), count);
+  else
+    average<C>(row, offset, count, weight, scratch);
+}
+
+void keep_squares(const Step& step, const Chunk& chunk, const SquareLanes& squares) {
+  at<double>(step.squares)[&chunk - at<Chunk>(step.chunks)] = squares.sum();
+}
+
+template <class C>
+FW_LEAF void rescale_block(C* __restrict param, int count, C factor) {
+  for (int i = 0; i < count; ++i) param[i] = rescale(param[i], factor);
+}
+
+template <class C>
+void rescale_chunk(const Row& row, const Chunk& chunk, C factor, C weight) {
+  alignas(64) C scratch[kBlock];
+  for (int32_t done = 0; done < chunk.count; done += kBlock) {
+    const int64_t offset = chunk.offset + done;
+    const int count = chunk.count - done < kBlock ? chunk.count - done : kBlock;
+    C* param = load<C>(row.param, row.dtype, offset, count, scratch);
+    rescale_block(param, count, factor);
+    store(param, row.param, row.dtype, offset, count);
+    average<C>(row, offset, count, weight, scratch);
+  }
+}
+
 template <class C>
 Partial measure_chunk(const Row& row, uint64_t grad, const Chunk& chunk) {
   NormLanes lanes;
@@ -220,6 +273,8 @@ Partial update_chunk(const Step& step, const Verdict& verdict, const Chunk& chun
   const C weight = static_cast<C>(verdict.average_weight);
   const bool accumulate = accumulates(step) && grads;
   alignas(64) C param_scratch[kBlock], grad_scratch[kBlock];
+  SquareLanes squares;
+  SquareLanes* const summed = sphere_of(step, row.group) ? &squares : nullptr;
   NormLanes lanes;
   for (int32_t done = 0; done < chunk.count; done += kBlock) {
     int64_t offset = chunk.offset + done;
@@ -238,8 +293,9 @@ Partial update_chunk(const Step& step, const Verdict& verdict, const Chunk& chun
                                      at<C>(row.state2) + offset, count, scalars);
       store(param, row.param, row.dtype, offset, count);
     }
-    average<C>(row, offset, count, weight, param_scratch);
+    finish_block<C>(row, offset, count, weight, summed, param_scratch);
   }
+  if (summed) keep_squares(step, chunk, squares);
   return lanes.sum();
 }
 
@@ -327,6 +383,8 @@ void apply_chunk(const Step& step, const Verdict& verdict, const Chunk& chunk) {
   const double* radials = at<double>(step.radials) + pieces.first;
   alignas(64) C param_scratch[kBlock], grad_scratch[kBlock] = {}, update_scratch[kBlock], radial[kBlock] = {};
   const C* const kept = room_for_updates<C>(row, chunk);
+  SquareLanes squares;
+  SquareLanes* const summed = sphere_of(step, row.group) ? &squares : nullptr;
   int32_t next = 0;
   for (int32_t done = 0; done < chunk.count; done += kBlock) {
     int64_t offset = chunk.offset + done;
@@ -348,8 +406,9 @@ void apply_chunk(const Step& step, const Verdict& verdict, const Chunk& chunk) {
       apply_block<Rule, C>(param, kept ? kept + done : update_scratch, radial, count, scalars);
       store(param, row.param, row.dtype, offset, count);
     }
-    average<C>(row, offset, count, weight, param_scratch);
+    finish_block<C>(row, offset, count, weight, summed, param_scratch);
   }
+  if (summed) keep_squares(step, chunk, squares);
 }
 
 // calls visit with the type of the arithmetic and the number of states of a row
@@ -468,6 +527,25 @@ void propose(const Step& step, const Verdict& verdict, bool whole) {
   }
 }
 
+// The groups on a sphere once more, when all their squares are known.
+void rescale_all(const Step& step, const Verdict& verdict) {
+#pragma omp single
+  for (int64_t group = 0; group < step.n_groups; ++group)
+    if (Sphere* sphere = sphere_of(step, group)) set_factor(*sphere, combine_squares(step, *sphere));
+#pragma omp for schedule(dynamic, 1)
+  for (int64_t i = 0; i < step.n_chunks; ++i) {
+    const Chunk& chunk = at<Chunk>(step.chunks)[i];
+    const Row& row = at<Row>(step.rows)[chunk.row];
+    const Sphere* sphere = sphere_of(step, row.group);
+    if (!sphere) continue;
+    const double factor = sphere->factor, weight = verdict.average_weight;
+    if (row.dtype == kFloat64)
+      rescale_chunk<double>(row, chunk, factor, weight);
+    else
+      rescale_chunk<float>(row, chunk, static_cast<float>(factor), static_cast<float>(weight));
+  }
+}
+
 template <class Rule>
 void run(const Step& step, int threads) {
   const Row* rows = at<Row>(step.rows);
@@ -506,6 +584,7 @@ void run(const Step& step, int threads) {
         if (Rule::kSums == 0 && !step.measure) partials[i] = part;
       }
     }
+    if (step.spheres && !verdict.skipped) rescale_all(step, verdict);
   }
   if (accumulates(step) && !verdict.skipped)
     record_norms(step, verdict, combine_all(partials, step.n_chunks));

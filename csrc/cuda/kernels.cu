@@ -1,5 +1,6 @@
 // The CUDA step in two launches, or three when the norms must be known beforehand: measure, decide, update.
-// A rule that needs sums over layers takes two more between decide and update: propose and settle.
+// A rule that needs sums over layers takes two more between decide and update: propose and settle. Groups on
+// a sphere take one at the end: rescale.
 // Compiled once per rule with FW_RULE naming it. Sums are taken in an order that the table alone fixes, so
 // that any grid gives the same bits. No mathematics here: rules.h, schedules.h, reduce.h and decide.h have
 // it. SPDX-License-Identifier: Apache-2.0
@@ -181,6 +182,19 @@ FW_DEVICE NormSum measure_chunk(const Row& row, uint64_t grads, const Chunk& chu
   return sum;
 }
 
+// one thread's share of the squares of the parameters in a chunk, as they are stored
+struct SquareSum {
+  double squares = 0.0;
+  bool wanted;
+
+  template <class P, int N>
+  FW_DEVICE void add(const P (&param)[N]) {
+    if (!wanted) return;
+    using C = typename Arithmetic<P>::type;
+    for (int i = 0; i < N; ++i) accumulate_l2(squares, static_cast<C>(widen(param[i])));
+  }
+};
+
 template <int N, class P, class C>
 FW_DEVICE void average_part(C* column, const P* param, C weight) {
   C average[N];
@@ -218,7 +232,7 @@ FW_DEVICE void update_part(const Streams<P, G>& s, int32_t i, const ScalarsOf<C>
 
 template <class Rule, int kStates, int N, class P, class G, class C>
 FW_DEVICE void update_pack(const Streams<P, G>& s, int32_t i, const ScalarsOf<C>& scalars, C weight,
-                           bool accumulate, NormSum& sum) {
+                           bool accumulate, NormSum& sum, SquareSum& squares) {
   constexpr int kPart = kStates == 3 && N > kPack<C> ? kPack<C> : N;
   G grad[N];
   P param[N];
@@ -227,6 +241,7 @@ FW_DEVICE void update_pack(const Streams<P, G>& s, int32_t i, const ScalarsOf<C>
   for (int k = 0; k < N; k += kPart)
     update_part<Rule, kStates, kPart>(s, i + k, scalars, param + k, grad + k, accumulate, sum);
   store(param, s.param + i);
+  squares.add(param);
   // of the parameter as it is stored
   if (s.average)
     for (int k = 0; k < N; k += kPart) average_part<kPart>(s.average + i + k, param + k, weight);
@@ -234,7 +249,7 @@ FW_DEVICE void update_pack(const Streams<P, G>& s, int32_t i, const ScalarsOf<C>
 
 template <class Rule, int kStates, class P, class G>
 FW_DEVICE NormSum update_states(const Streams<P, G>& s, const Scalars& row_scalars, double average_weight,
-                                bool accumulate) {
+                                bool accumulate, SquareSum& squares) {
   using C = typename Streams<P, G>::C;
   const ScalarsOf<C> scalars(row_scalars);
   const C weight = static_cast<C>(average_weight);
@@ -242,11 +257,12 @@ FW_DEVICE NormSum update_states(const Streams<P, G>& s, const Scalars& row_scala
 #pragma unroll 1
   for (int32_t i = threadIdx.x * kPack<P>; i < s.count; i += kThreads * kPack<P>) {
     if (s.whole(i)) {
-      update_pack<Rule, kStates, kPack<P>>(s, i, scalars, weight, accumulate, sum);
+      update_pack<Rule, kStates, kPack<P>>(s, i, scalars, weight, accumulate, sum, squares);
     } else {
       if (accumulate) add_odd(sum, s, i);
 #pragma unroll 1
-      for (int32_t k = i; k < s.end(i); ++k) update_pack<Rule, kStates, 1>(s, k, scalars, weight, false, sum);
+      for (int32_t k = i; k < s.end(i); ++k)
+        update_pack<Rule, kStates, 1>(s, k, scalars, weight, false, sum, squares);
     }
   }
   return sum;
@@ -328,7 +344,7 @@ FW_DEVICE void propose_pack(const Streams<P, G>& s, int32_t i, const ScalarsOf<C
 // the second part, which finds the update again from the states
 template <class Rule, int kStates, int N, class P, class G, class C>
 FW_DEVICE void apply_pack(const Streams<P, G>& s, int32_t i, const ScalarsOf<C>& scalars, C radial, C weight,
-                          bool looks_back) {
+                          bool looks_back, SquareSum& squares) {
   C state0[N], state1[N];
   G raw_grad[N] = {};
   P param[N];
@@ -345,6 +361,7 @@ FW_DEVICE void apply_pack(const Streams<P, G>& s, int32_t i, const ScalarsOf<C>&
     narrow(value, param[k]);
   }
   store(param, s.param + i);
+  squares.add(param);
   // of the parameter as it is stored
   if (s.average) average_part<N>(s.average + i, param, weight);
 }
@@ -369,7 +386,7 @@ FW_DEVICE void propose_chunk(const Step& step, const Row& row, uint64_t grads, c
 
 template <class Rule, int kStates, class P, class G>
 FW_DEVICE void apply_chunk(const Step& step, const Verdict& verdict, const Row& row, uint64_t grads,
-                           const Chunk& chunk) {
+                           const Chunk& chunk, SquareSum& squares) {
   using C = typename Streams<P, G>::C;
   const ScalarsOf<C> scalars(at<Scalars>(step.scalars)[chunk.row]);
   const C weight = static_cast<C>(verdict.average_weight);
@@ -377,13 +394,16 @@ FW_DEVICE void apply_chunk(const Step& step, const Verdict& verdict, const Row& 
   const Pieces pieces(row, chunk);
   const Team<P, G> team(pieces);
   team.visit(pieces, row, grads, chunk, [&](int32_t piece, Streams<P, G> s) {
-    if (!(weight > C(0))) s.average = nullptr;
+    if (!(weight > C(0)) || squares.wanted) s.average = nullptr;
     C radial = C(0);
     if (Rule::kProjects && s.count > 0)
       radial = static_cast<C>(at<double>(step.radials)[pieces.first + piece]);
     team.share(
-        s, [&](int32_t i) { apply_pack<Rule, kStates, kPack<P>>(s, i, scalars, radial, weight, looks_back); },
-        [&](int32_t i) { apply_pack<Rule, kStates, 1>(s, i, scalars, radial, weight, looks_back); });
+        s,
+        [&](int32_t i) {
+          apply_pack<Rule, kStates, kPack<P>>(s, i, scalars, radial, weight, looks_back, squares);
+        },
+        [&](int32_t i) { apply_pack<Rule, kStates, 1>(s, i, scalars, radial, weight, looks_back, squares); });
   });
 }
 
@@ -403,17 +423,20 @@ template <class Rule>
 struct Update {
   const Step& step;
   const Verdict& verdict;
+  SquareSum& squares;
 
   template <class P, class G>
   FW_DEVICE NormSum run(const Row& row, uint64_t grads, const Chunk& chunk) const {
     Streams<P, G> s(row, grads, chunk);
-    if (!(verdict.average_weight > 0.0)) s.average = nullptr;
+    // what is on a sphere is averaged when it is back there
+    if (!(verdict.average_weight > 0.0) || squares.wanted) s.average = nullptr;
     if constexpr (Rule::kSums == 0) {
       if (s.grad) return with_states<Rule::kMinStates>(s, row.n_states, chunk.row);
     } else if (s.grad) {
       apply<Rule::kMinStates, P, G>(row, grads, chunk);
       return NormSum{};
     }
+    if (squares.wanted) squares.squares = measure_chunk<P, P>(row, row.param, chunk).l2_sq;
     if (s.average) average_chunk(s, verdict.average_weight);
     return NormSum{};
   }
@@ -423,14 +446,14 @@ struct Update {
     if constexpr (kStates < Rule::kMaxStates)
       if (n_states > kStates) return with_states<kStates + 1>(s, n_states, row);
     return update_states<Rule, kStates>(s, at<Scalars>(step.scalars)[row], verdict.average_weight,
-                                        accumulates(step));
+                                        accumulates(step), squares);
   }
 
   template <int kStates, class P, class G>
   FW_DEVICE void apply(const Row& row, uint64_t grads, const Chunk& chunk) const {
     if constexpr (kStates < Rule::kMaxStates)
       if (row.n_states > kStates) return apply<kStates + 1, P, G>(row, grads, chunk);
-    apply_chunk<Rule, kStates, P, G>(step, verdict, row, grads, chunk);
+    apply_chunk<Rule, kStates, P, G>(step, verdict, row, grads, chunk, squares);
   }
 };
 
@@ -452,6 +475,38 @@ struct Propose {
     if constexpr (kStates < Rule::kMaxStates)
       if (row.n_states > kStates) return with_states<kStates + 1, P, G>(row, grads, chunk);
     propose_chunk<Rule, kStates, P, G>(step, row, grads, chunk);
+  }
+};
+
+// The second pass over a chunk of a group on a sphere, whatever its gradient is.
+struct Rescale {
+  double factor, average_weight;
+
+  template <class P, class G>
+  FW_DEVICE NormSum run(const Row& row, uint64_t, const Chunk& chunk) const {
+    using C = typename Arithmetic<P>::type;
+    Streams<P, P> s(row, row.param, chunk);
+    if (!(average_weight > 0.0)) s.average = nullptr;
+#pragma unroll 1
+    for (int32_t i = threadIdx.x * kPack<P>; i < s.count; i += kThreads * kPack<P>) {
+      if (s.whole(i)) {
+        rescale_pack<kPack<P>, P, C>(s, i);
+      } else {
+#pragma unroll 1
+        for (int32_t k = i; k < s.end(i); ++k) rescale_pack<1, P, C>(s, k);
+      }
+    }
+    return NormSum{};
+  }
+
+  template <int N, class P, class C>
+  FW_DEVICE void rescale_pack(const Streams<P, P>& s, int32_t i) const {
+    P param[N];
+    load(s.param + i, param);
+    for (int k = 0; k < N; ++k)
+      narrow(rescale(static_cast<C>(widen(param[k])), static_cast<C>(factor)), param[k]);
+    store(param, s.param + i);
+    if (s.average) average_part<N>(s.average + i, param, static_cast<C>(average_weight));
   }
 };
 
@@ -536,20 +591,6 @@ __global__ void __launch_bounds__(kDecideThreads, 1)
   }
 }
 
-// the last block to arrive adds up what all of them found
-FW_DEVICE void finish_norms(const Step& step, Verdict& verdict) {
-  __shared__ bool last;
-  if (threadIdx.x == 0) {
-    __threadfence();
-    last = atomicAdd(&verdict.finished_blocks, 1) + 1 == static_cast<int>(gridDim.x);
-    __threadfence();
-  }
-  __syncthreads();
-  if (!last) return;
-  const Partial total = sum_chunks(step);
-  if (threadIdx.x == 0) record_norms(step, verdict, total);
-}
-
 template <class Rule, bool kDoubles>
 __global__ void __launch_bounds__(kThreads, kBlocksPerProcessorOfSums)
     propose_kernel(const __grid_constant__ Step step) {
@@ -575,6 +616,37 @@ FW_DEVICE void share_block_sum(double (&sums)[N]) {
   for (int k = 0; k < N; ++k) {
     sums[k] = 0.0;
     for (int warp = 0; warp < kThreads / kWarp; ++warp) sums[k] += of_warp[warp][k];
+  }
+}
+
+// whether this block is the last to arrive, which sees what all of them wrote
+FW_DEVICE bool arrives_last(Verdict& verdict) {
+  __shared__ bool last;
+  if (threadIdx.x == 0) {
+    __threadfence();
+    last = atomicAdd(&verdict.finished_blocks, 1) + 1 == static_cast<int>(gridDim.x);
+    __threadfence();
+  }
+  __syncthreads();
+  return last;
+}
+
+FW_DEVICE void finish_norms(const Step& step, Verdict& verdict) {
+  const Partial total = sum_chunks(step);
+  if (threadIdx.x == 0) record_norms(step, verdict, total);
+}
+
+// the factors of all groups on a sphere, by one block
+FW_DEVICE void finish_spheres(const Step& step) {
+  for (int64_t group = 0; group < step.n_groups; ++group) {
+    Sphere* sphere = sphere_of(step, group);
+    if (!sphere) continue;
+    const double* squares = at<double>(step.squares) + sphere->first_chunk;
+    double total[1] = {};
+    // other blocks wrote them, so the cache of this processor must not be asked
+    for (int64_t i = threadIdx.x; i < sphere->n_chunks; i += kThreads) total[0] += __ldcg(squares + i);
+    share_block_sum(total);
+    if (threadIdx.x == 0) set_factor(*sphere, total[0]);
   }
 }
 
@@ -636,21 +708,42 @@ __global__ void __launch_bounds__(kThreads, kDoubles ? kBlocksPerProcessorOfDoub
     update_kernel(const __grid_constant__ Step step) {
   Verdict& verdict = *at<Verdict>(step.verdict);
   if (verdict.skipped) return;
-  const Update<Rule> update{step, verdict};
   // last chunk first: the gradients measured last are still in the cache
   for (int64_t i = step.n_chunks - 1 - blockIdx.x; i >= 0; i -= gridDim.x) {
     const Chunk chunk = at<Chunk>(step.chunks)[i];
     const uint64_t grads = at<uint64_t>(step.grads)[chunk.row];
-    const NormSum sum = visit<kDoubles>(update, at<Row>(step.rows)[chunk.row], grads, chunk);
+    const Row& row = at<Row>(step.rows)[chunk.row];
+    SquareSum squares{0.0, sphere_of(step, row.group) != nullptr};
+    const NormSum sum = visit<kDoubles>(Update<Rule>{step, verdict, squares}, row, grads, chunk);
     if (Rule::kSums == 0 && accumulates(step)) keep_chunk_sum(step, i, sum);
+    if (!squares.wanted) continue;
+    double total[1] = {squares.squares};
+    share_block_sum(total);
+    if (threadIdx.x == 0) at<double>(step.squares)[i] = total[0];
   }
-  if (Rule::kSums == 0 && accumulates(step)) finish_norms(step, verdict);
+  const bool norms = Rule::kSums == 0 && accumulates(step);
+  if (!(norms || step.spheres) || !arrives_last(verdict)) return;
+  if (norms) finish_norms(step, verdict);
+  if (step.spheres) finish_spheres(step);
+}
+
+template <bool kDoubles>
+__global__ void __launch_bounds__(kThreads, kBlocksPerProcessor)
+    rescale_kernel(const __grid_constant__ Step step) {
+  const Verdict& verdict = *at<Verdict>(step.verdict);
+  if (verdict.skipped) return;
+  for (int64_t i = blockIdx.x; i < step.n_chunks; i += gridDim.x) {
+    const Chunk chunk = at<Chunk>(step.chunks)[i];
+    const Row& row = at<Row>(step.rows)[chunk.row];
+    const Sphere* sphere = sphere_of(step, row.group);
+    if (sphere) visit<kDoubles>(Rescale{sphere->factor, verdict.average_weight}, row, row.param, chunk);
+  }
 }
 
 // the host side
 
 struct Grids {
-  int64_t measure = 0, propose = 0, settle = 0, update = 0;
+  int64_t measure = 0, propose = 0, settle = 0, update = 0, rescale = 0;
 };
 
 // sizes of the grids on the current device, whose kernels are loaded at the first call
@@ -670,6 +763,7 @@ Grids grids_on(int device) {
       grids.propose = resident_blocks(propose_kernel<Rule, kDoubles>, device);
       grids.settle = resident_blocks(settle_kernel<Rule>, device);
     }
+    grids.rescale = resident_blocks(rescale_kernel<kDoubles>, device);
     grids.update = resident_blocks(update_kernel<Rule, kDoubles>, device);
   }
   return grids;
@@ -697,6 +791,9 @@ void launch_all(const Launch& how, const Step& step) {
   }
   launch(update_kernel<Rule, kDoubles>, grid(grids.update, how.max_blocks, step.n_chunks), kThreads,
          how.stream, step);
+  if (step.spheres)
+    launch(rescale_kernel<kDoubles>, grid(grids.rescale, how.max_blocks, step.n_chunks), kThreads, how.stream,
+           step);
 }
 
 template <class Rule, bool kDoubles>

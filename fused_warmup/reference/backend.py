@@ -6,12 +6,23 @@ It reads its counters on the host, so on an accelerator it waits; it is the trut
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .rules import LAYER_RULES, RULES, LayerRule, Scalars, average_update, common_scalars
+from .rules import (
+    LAYER_RULES,
+    RULES,
+    LayerRule,
+    Scalars,
+    average_update,
+    common_scalars,
+    rescale,
+    sphere_factor,
+    sphere_rate,
+)
 from .schedules import average_weight, multiplier
 
 
@@ -63,6 +74,8 @@ class ReferenceBackend:
             row.step += 1
             step, h = int(row.step), plan.hypers[row.group]
             eta, weight_decay = plan.rates[row.group].tolist()
+            if h.sphere:
+                eta = sphere_rate(eta, float(plan.norms[row.group]), rule.sphere_exponent(h, step))
             s = common_scalars(h, eta, weight_decay, clip_coef * unscale)
             rule.scalars(h, eta, step, s)
             if step == 1 and not row.initialized and h.init == "grad":
@@ -80,6 +93,9 @@ class ReferenceBackend:
             row.work.copy_(param)
             for state, new in zip(row.states, states, strict=True):
                 state.copy_(new)
+        for g, h in enumerate(plan.hypers) if not skipped else ():
+            if h.sphere:
+                _rescale([row for row in plan.rows if row.group == g], h.radius, plan.norms[g])
         for row in plan.rows if not skipped and weight > 0.0 else ():
             if row.average is not None:
                 row.average.copy_(average_update(row.average, row.work.to(row.average.dtype), weight))
@@ -93,6 +109,17 @@ class ReferenceBackend:
             page[int(counters[1]) % len(page)] = torch.tensor(line, dtype=torch.float64, device=page.device)
         slots.fill_(math.nan)
         counters[1] += 1
+
+
+def _rescale(rows: Sequence[Any], radius: float, norm: Tensor) -> None:
+    """Bring the parameters of a group to their sphere, where they are from then on."""
+    squares = sum((float(row.work.to(torch.float64).square().sum()) for row in rows), 0.0)
+    radius = radius if radius > 0.0 else float(norm)
+    factor = sphere_factor(radius, squares)
+    for row in rows:
+        arithmetic = torch.float64 if row.work.dtype == torch.float64 else torch.float32
+        row.work.copy_(rescale(row.work.to(arithmetic), factor))
+    norm.fill_(radius)
 
 
 def _update_layer(

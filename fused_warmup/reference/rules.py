@@ -4,7 +4,8 @@ A rule has ``scalars``, Python floats that are the same for every element, and `
 tensors of one shape and dtype and returns the new parameter and the new states. Nothing is changed in place.
 A rule that must know sums over a layer before it can move it makes its update in two parts instead:
 ``advance`` gives the new states and ``candidate`` the update that they mean; ``settle`` turns the sums of
-``products`` into what ``apply`` moves the parameter by.
+``products`` into what ``apply`` moves the parameter by. ``sphere_exponent`` says with what power of the norm
+of scale-invariant weights the learning rate must grow for the same rotation.
 
 Adam: Kingma & Ba 2015. Gradient initialisation: Kalra & Barkeshli 2024, arXiv:2406.09405.
 RAdam: Liu et al. 2020, arXiv:1908.03265. SGD: heavy ball, without dampening of the first step, as torch.
@@ -48,6 +49,8 @@ class Hyper(Protocol):
     grad_averaging: bool
     adapts: bool
     decays_update: bool
+    sphere: bool
+    radius: float
 
 
 @dataclass
@@ -112,6 +115,10 @@ class Rule(Protocol):
     max_states: ClassVar[int]
 
     @staticmethod
+    def sphere_exponent(h: Any, step: int) -> int:
+        """Return the exponent of the norm at update number ``step``: 0, 1 or 2."""
+
+    @staticmethod
     def scalars(h: Any, eta: float, step: int, s: Scalars) -> None:
         """Fill ``s`` for update number ``step`` (from 1) at learning rate ``eta``."""
 
@@ -129,6 +136,10 @@ class LayerRule(Protocol):
     max_states: ClassVar[int]
     n_sums: ClassVar[int]
     projects: ClassVar[bool]
+
+    @staticmethod
+    def sphere_exponent(h: Any, step: int) -> int:
+        """Return the exponent of the norm at update number ``step``: 0, 1 or 2."""
 
     @staticmethod
     def scalars(h: Any, eta: float, step: int, s: Scalars) -> None:
@@ -174,6 +185,11 @@ class Adam:
     max_states: ClassVar[int] = 3
 
     @staticmethod
+    def sphere_exponent(h: Hyper, step: int) -> int:
+        """The step does not feel the size of the gradient."""
+        return 1
+
+    @staticmethod
     def scalars(h: Hyper, eta: float, step: int, s: Scalars) -> None:
         """Bias corrections of both moments."""
         s.step_size = eta / bias_correction(h.beta1, step)
@@ -204,6 +220,11 @@ class RAdam:
 
     min_states: ClassVar[int] = 2
     max_states: ClassVar[int] = 2
+
+    @staticmethod
+    def sphere_exponent(h: Hyper, step: int) -> int:
+        """Momentum alone shrinks as the gradient does."""
+        return 1 if sma_length(h.beta2, step) > h.rho_threshold else 2
 
     @staticmethod
     def scalars(h: Hyper, eta: float, step: int, s: Scalars) -> None:
@@ -240,6 +261,11 @@ class SGD:
 
     min_states: ClassVar[int] = 0
     max_states: ClassVar[int] = 1
+
+    @staticmethod
+    def sphere_exponent(h: Hyper, step: int) -> int:
+        """The gradient shrinks as the norm grows, and the weights take more to turn."""
+        return 2
 
     @staticmethod
     def scalars(h: Hyper, eta: float, step: int, s: Scalars) -> None:
@@ -284,6 +310,11 @@ class LAMB:
     max_states: ClassVar[int] = 2
     n_sums: ClassVar[int] = 2
     projects: ClassVar[bool] = False
+
+    @staticmethod
+    def sphere_exponent(h: Hyper, step: int) -> int:
+        """The trust ratio has the norm in it."""
+        return 0 if h.adapts else 1
 
     @staticmethod
     def scalars(h: Hyper, eta: float, step: int, s: Scalars) -> None:
@@ -388,6 +419,11 @@ class AdamP(Projection):
     max_states: ClassVar[int] = 2
 
     @staticmethod
+    def sphere_exponent(h: Hyper, step: int) -> int:
+        """As for Adam."""
+        return 1
+
+    @staticmethod
     def scalars(h: Hyper, eta: float, step: int, s: Scalars) -> None:
         """Bias corrections of both moments."""
         s.step_size = eta / bias_correction(h.beta1, step)
@@ -423,6 +459,11 @@ class SGDP(Projection):
     max_states: ClassVar[int] = 1
 
     @staticmethod
+    def sphere_exponent(h: Hyper, step: int) -> int:
+        """As for SGD."""
+        return 2
+
+    @staticmethod
     def scalars(h: Hyper, eta: float, step: int, s: Scalars) -> None:
         """Decay as strong as an L2 penalty that went through the momentum."""
         s.step_size = eta
@@ -450,6 +491,23 @@ class SGDP(Projection):
         if len(state) == 1:
             momentum_buffer = state[0]
         return grad + s.momentum * momentum_buffer if s.nesterov > 0.0 else momentum_buffer
+
+
+def sphere_rate(lr: float, norm: float, exponent: int) -> float:
+    """The learning rate that turns weights of some norm as far as ``lr`` turns weights of norm 1."""
+    rate = lr * norm if exponent > 0 else lr
+    return rate * norm if exponent > 1 else rate
+
+
+def sphere_factor(radius: float, squares: float) -> float:
+    """What brings parameters of a group back to their sphere; 1 where no factor could."""
+    defined = 0.0 < squares < math.inf
+    return radius / math.sqrt(squares) if defined else 1.0
+
+
+def rescale(param: Tensor, factor: float) -> Tensor:
+    """Bring a parameter to its sphere."""
+    return param * factor
 
 
 def average_update(average: Tensor, param: Tensor, weight: float) -> Tensor:

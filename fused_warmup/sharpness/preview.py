@@ -100,7 +100,8 @@ class Preview:
 
     Raises:
         TypeError: If the rule of the optimizer is not known.
-        ValueError: If some groups ascend and others descend, or no parameter takes part.
+        ValueError: If some groups ascend and others descend, no parameter takes part, or one is kept on a
+            sphere.
 
     Attributes:
         params: The parameters.
@@ -128,6 +129,9 @@ class Preview:
             self.made = max(_counts(0, [self._state.get(p, {}) for p in self.params])[1]) - 1
         self.grads = [p.grad.detach() for _, p in with_grad] if with_grad else None
         self._own = [self._hypers[id(g)] for g, _ in chosen]
+        if any(hyper.sphere for _, hyper in self._own):
+            hint = "A step is looked at along a line, which leaves the sphere."
+            check.fail(owner, "projection", "be None in groups that are looked at", "sphere", hint)
         signs = {-1.0 if hyper.maximize else 1.0 for _, hyper in self._own}
         if len(signs) > 1:
             check.fail(owner, "maximize", "be the same for all groups", sorted(signs))

@@ -20,6 +20,7 @@ from .memory import (
     Row,
     Scalars,
     Slots,
+    Sphere,
     Step,
     Telemetry,
     Verdict,
@@ -34,7 +35,7 @@ from .memory import (
     store_struct,
     widen,
 )
-from .rules import average_update, common_scalars
+from .rules import average_update, common_scalars, rescale, sphere_factor, sphere_rate
 from .schedules import average_weight, multiplier
 
 INIT_GRAD = tl.constexpr(INIT_KINDS["grad"])
@@ -188,10 +189,19 @@ def set_rates(step, t, LANES: tl.constexpr):
 
 
 @triton.jit
-def scalars_of_rows(step, verdict, row, h, rates, updates, SCALARS: tl.constexpr):
+def rates_on_spheres(step, group, lr, exponent, active):
+    """Learning rates of rows as their rule takes them."""
+    sphere = load_struct(step.spheres, group, Sphere, active)
+    there = active & (sphere.norm != 0)
+    norm = tl.load(sphere.norm.to(tl.pointer_type(tl.float64)), there, 1.0)
+    return tl.where(there, sphere_rate(lr, norm, exponent), lr)
+
+
+@triton.jit
+def scalars_of_rows(step, verdict, row, h, rates, eta, updates, SCALARS: tl.constexpr):
     """What the update of a number needs, of one row or a block of them."""
     s = common_scalars(h, rates, verdict.clip_coef * verdict.unscale)
-    s = SCALARS(h, rates.lr, updates, s)
+    s = SCALARS(h, eta, updates, s)
     fresh = (updates == 1) & (row.initialized == 0)
     norm = verdict.grad_norm * verdict.clip_coef
     start_sq = h.init_scale * norm * norm / step.init_norm_sq
@@ -203,7 +213,14 @@ def scalars_of_rows(step, verdict, row, h, rates, updates, SCALARS: tl.constexpr
 
 
 @triton.jit
-def set_scalars(step, verdict, SCALARS: tl.constexpr, LANES: tl.constexpr):
+def set_scalars(
+    step,
+    verdict,
+    SCALARS: tl.constexpr,
+    SPHERE_EXPONENT: tl.constexpr,
+    SPHERES: tl.constexpr,
+    LANES: tl.constexpr,
+):
     """Count the update of every row that has a gradient, and prepare it; returns the first rectification."""
     first = verdict.grad_norm * float("nan")
     for start in range(0, step.n_rows, LANES):
@@ -216,7 +233,10 @@ def set_scalars(step, verdict, SCALARS: tl.constexpr, LANES: tl.constexpr):
         tl.store(counter, updates, active)
         h = load_struct(step.hypers, row.group, Hyper, active)
         rates = load_struct(step.rates, row.group, Rates, active)
-        s = scalars_of_rows(step, verdict, row, h, rates, updates, SCALARS)
+        eta = rates.lr
+        if SPHERES:
+            eta = rates_on_spheres(step, row.group, eta, SPHERE_EXPONENT(h, updates), active)
+        s = scalars_of_rows(step, verdict, row, h, rates, eta, updates, SCALARS)
         store_struct(step.scalars, i, s, Scalars, active)
         leader = tl.min(tl.where(active, i, step.n_rows))
         rect = tl.sum(tl.where(i == leader, s.rect, 0.0))
@@ -251,7 +271,13 @@ def record(step, verdict):
 
 
 @triton.jit
-def decide_kernel(step, SCALARS: tl.constexpr, LANES: tl.constexpr):
+def decide_kernel(
+    step,
+    SCALARS: tl.constexpr,
+    SPHERE_EXPONENT: tl.constexpr,
+    SPHERES: tl.constexpr,
+    LANES: tl.constexpr,
+):
     """Clipping, policy, rates, scalars, telemetry and counters, by one program."""
     step = load_struct(step.to(tl.int64), 0, Step)
     count = tl.where(step.measure != 0, step.n_chunks, 0)
@@ -263,7 +289,7 @@ def decide_kernel(step, SCALARS: tl.constexpr, LANES: tl.constexpr):
     tl.debug_barrier()
     rect = verdict.grad_norm * float("nan")
     if verdict.skipped == 0:
-        rect = set_scalars(step, verdict, SCALARS, LANES)
+        rect = set_scalars(step, verdict, SCALARS, SPHERE_EXPONENT, SPHERES, LANES)
     verdict = Verdict(verdict, rect=rect)
     store_struct(step.verdict, 0, verdict, Verdict)
     record(step, verdict)
@@ -282,8 +308,51 @@ def scalars_of(s, C: tl.constexpr):
 
 
 @triton.jit
+def is_on_sphere(step, group):
+    """Whether a group is kept on a sphere; there are some."""
+    return tl.load(field(step.spheres, group, Sphere, "norm")) != 0
+
+
+@triton.jit
+def keep_squares(step, i, squares):
+    """The squares of the parameters of one chunk."""
+    tl.store((step.squares + i * 8).to(tl.pointer_type(tl.float64)), squares)
+
+
+@triton.jit
+def arrives_last(step):
+    """Whether this program is the last to arrive, which sees what all threads of all of them wrote."""
+    tl.debug_barrier()
+    finished = tl.atomic_add(field(step.verdict, 0, Verdict, "finished_blocks"), 1)
+    return finished == tl.num_programs(0) - 1
+
+
+@triton.jit
+def finish_spheres(step, LANES: tl.constexpr):
+    """From the squares of every group on a sphere to what brings it there."""
+    for group in range(0, step.n_groups):
+        sphere = load_struct(step.spheres, group, Sphere)
+        if sphere.norm != 0:
+            squares = tl.zeros((LANES,), tl.float64)
+            for start in range(0, sphere.n_chunks, LANES):
+                i = start + tl.arange(0, LANES)
+                at = (step.squares + (sphere.first_chunk + i) * 8).to(tl.pointer_type(tl.float64))
+                squares += tl.load(at, i < sphere.n_chunks, 0.0, cache_modifier=".cg")
+            held = sphere.norm.to(tl.pointer_type(tl.float64))
+            norm = tl.load(held)
+            # other threads may still read what one of them is about to write
+            tl.debug_barrier()
+            radius = tl.where(sphere.radius > 0.0, sphere.radius, norm)
+            factor = sphere_factor(radius, tl.sum(squares))
+            tl.store(field(step.spheres, group, Sphere, "factor"), factor)
+            tl.store(held, radius)
+
+
+@triton.jit
 def update_blocks(
     part,
+    squares,
+    on_sphere,
     row,
     grad,
     chunk,
@@ -297,6 +366,7 @@ def update_blocks(
     N_STATES: tl.constexpr,
     ACCUMULATE: tl.constexpr,
     AVERAGE: tl.constexpr,
+    SPHERES: tl.constexpr,
     BLOCK: tl.constexpr,
     WHOLE: tl.constexpr,
 ):
@@ -306,6 +376,7 @@ def update_blocks(
     states = (row.state0, row.state1, row.state2)
     lanes = tl.arange(0, BLOCK)
     sums = no_sums(BLOCK // 4)
+    own_squares = tl.zeros((BLOCK // 4,), tl.float64)
     for done in range(first, last, BLOCK):
         place = chunk.offset + done
         mask = lanes < last - done
@@ -327,6 +398,10 @@ def update_blocks(
             store_block(here, lanes, mask, stored, DTYPE, WHOLE)
             # the average is of the parameter as it is stored
             param = widen(stored, DTYPE).to(C)
+        if SPHERES:
+            if on_sphere:
+                x = tl.where(mask, param, 0.0).to(tl.float64)
+                own_squares += in_fours(x * x)
         if AVERAGE:
             if weight > 0.0:
                 at = row.average + place * item_size(STATE_DTYPE)
@@ -334,7 +409,9 @@ def update_blocks(
                 store_block(at, lanes, mask, average_update(average, param, weight), STATE_DTYPE, WHOLE)
     if ACCUMULATE:
         part = combine(part, total(sums))
-    return part
+    if SPHERES:
+        squares += tl.sum(own_squares)
+    return part, squares
 
 
 @triton.jit
@@ -344,6 +421,7 @@ def update_kernel(
     KINDS: tl.constexpr,
     ACCUMULATE: tl.constexpr,
     AVERAGE: tl.constexpr,
+    SPHERES: tl.constexpr,
     BLOCK: tl.constexpr,
     TAIL: tl.constexpr,
     LANES: tl.constexpr,
@@ -361,31 +439,42 @@ def update_kernel(
             addresses = row.param | grad | row.state0 | row.state1 | row.state2 | row.average
             whole = tl.where(addresses % VECTOR == 0, chunk.count // BLOCK * BLOCK, 0)
             part = no_part()
+            squares = tl.full((), 0.0, tl.float64)
+            average_weight = verdict.average_weight
             wanted = grad != 0
+            on_sphere = False
+            if SPHERES:
+                # averaged when it is back there
+                on_sphere = is_on_sphere(step, row.group)
+                average_weight = tl.where(on_sphere, 0.0, average_weight)
+                wanted = wanted | on_sphere
             if AVERAGE:
-                wanted = wanted | (verdict.average_weight > 0.0)
+                wanted = wanted | (average_weight > 0.0)
             for k in tl.static_range(len(KINDS)):
                 kind = (row.dtype == KINDS[k][0]) & (row.n_states == KINDS[k][2])
                 if wanted & kind & (row.grad_dtype == KINDS[k][1]):
                     s = scalars_of(all_scalars, arithmetic(KINDS[k][0]))
-                    weight = verdict.average_weight.to(arithmetic(KINDS[k][0]))
-                    part = update_blocks(
-                        part, row, grad, chunk, s, weight, 0, whole,
-                        UPDATE, KINDS[k][0], KINDS[k][1], KINDS[k][2], ACCUMULATE, AVERAGE, BLOCK, True,
+                    weight = average_weight.to(arithmetic(KINDS[k][0]))
+                    part, squares = update_blocks(
+                        part, squares, on_sphere, row, grad, chunk, s, weight, 0, whole, UPDATE,
+                        KINDS[k][0], KINDS[k][1], KINDS[k][2], ACCUMULATE, AVERAGE, SPHERES, BLOCK, True,
                     )  # fmt: skip
-                    part = update_blocks(
-                        part, row, grad, chunk, s, weight, whole, chunk.count,
-                        UPDATE, KINDS[k][0], KINDS[k][1], KINDS[k][2], ACCUMULATE, AVERAGE, TAIL, False,
+                    part, squares = update_blocks(
+                        part, squares, on_sphere, row, grad, chunk, s, weight, whole, chunk.count, UPDATE,
+                        KINDS[k][0], KINDS[k][1], KINDS[k][2], ACCUMULATE, AVERAGE, SPHERES, TAIL, False,
                     )  # fmt: skip
             if ACCUMULATE:
                 # nobody asks for the count any more, so it is not made
                 store_struct(step.partials, i, Partial(part, nonfinite=0), Partial)
-        if ACCUMULATE:
-            # what all threads of all programs wrote before must be seen by the one that finishes last
-            tl.debug_barrier()
-            finished = tl.atomic_add(field(step.verdict, 0, Verdict, "finished_blocks"), 1)
-            if finished == tl.num_programs(0) - 1:
-                record_norms(step, verdict, combine_all(step.partials, step.n_chunks, LANES))
+            if SPHERES:
+                if on_sphere:
+                    keep_squares(step, i, squares)
+        if ACCUMULATE or SPHERES:
+            if arrives_last(step):
+                if ACCUMULATE:
+                    record_norms(step, verdict, combine_all(step.partials, step.n_chunks, LANES))
+                if SPHERES:
+                    finish_spheres(step, LANES)
 
 
 @triton.jit
@@ -395,3 +484,63 @@ def record_norms(step, verdict, part):
     line = last % step.telemetry_capacity
     tl.store(field(step.telemetry, line, Telemetry, "grad_norm"), tl.sqrt(part.l2_sq) * verdict.unscale)
     tl.store(field(step.telemetry, line, Telemetry, "grad_norm_l1"), part.l1 * verdict.unscale)
+
+
+# rescale
+
+
+@triton.jit
+def rescale_blocks(
+    row,
+    chunk,
+    factor,
+    weight,
+    first,
+    last,
+    DTYPE: tl.constexpr,
+    AVERAGE: tl.constexpr,
+    BLOCK: tl.constexpr,
+    WHOLE: tl.constexpr,
+):
+    """Rescale and average some blocks of a chunk, whole and aligned ones or others."""
+    C: tl.constexpr = arithmetic(DTYPE)
+    STATE_DTYPE: tl.constexpr = state_dtype(DTYPE)
+    lanes = tl.arange(0, BLOCK)
+    for done in range(first, last, BLOCK):
+        mask = lanes < last - done
+        here = row.param + (chunk.offset + done) * item_size(DTYPE)
+        param = load_block(here, lanes, mask, DTYPE, C, WHOLE)
+        stored = narrow(rescale(param, factor), DTYPE)
+        store_block(here, lanes, mask, stored, DTYPE, WHOLE)
+        if AVERAGE:
+            if weight > 0.0:
+                at = row.average + (chunk.offset + done) * item_size(STATE_DTYPE)
+                average = load_block(at, lanes, mask, STATE_DTYPE, C, WHOLE)
+                average = average_update(average, widen(stored, DTYPE).to(C), weight)
+                store_block(at, lanes, mask, average, STATE_DTYPE, WHOLE)
+
+
+@triton.jit
+def rescale_kernel(
+    step, PARAM_DTYPES: tl.constexpr, AVERAGE: tl.constexpr, BLOCK: tl.constexpr, TAIL: tl.constexpr
+):
+    """Every chunk of a group on a sphere once more, when the update has found the factors."""
+    step = load_struct(step.to(tl.int64), 0, Step)
+    verdict = load_struct(step.verdict, 0, Verdict)
+    if verdict.skipped == 0:
+        for i in range(tl.program_id(0), step.n_chunks, tl.num_programs(0)):
+            chunk = load_struct(step.chunks, i, Chunk)
+            row = load_struct(step.rows, chunk.row, Row)
+            sphere = load_struct(step.spheres, row.group, Sphere)
+            aligned = ((row.param | row.average) % VECTOR == 0) & (chunk.offset % VECTOR == 0)
+            whole = tl.where(aligned, chunk.count // BLOCK * BLOCK, 0)
+            for k in tl.static_range(len(PARAM_DTYPES)):
+                if (sphere.norm != 0) & (row.dtype == PARAM_DTYPES[k]):
+                    factor = sphere.factor.to(arithmetic(PARAM_DTYPES[k]))
+                    weight = verdict.average_weight.to(arithmetic(PARAM_DTYPES[k]))
+                    rescale_blocks(
+                        row, chunk, factor, weight, 0, whole, PARAM_DTYPES[k], AVERAGE, BLOCK, True
+                    )
+                    rescale_blocks(
+                        row, chunk, factor, weight, whole, chunk.count, PARAM_DTYPES[k], AVERAGE, TAIL, False
+                    )

@@ -1,6 +1,6 @@
 """How a step is launched: two kernels, three where the norms must be known beforehand.
 
-Rules that need sums over layers take two more.
+Rules that need sums over layers take two more, groups on a sphere one.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from ...plan import Plan
 from ...reference import rules as reference
 from ...spans import OPERATIONS, ResponseTable, Spans
 from ...table import DTYPES
-from .kernels import decide_kernel, measure_kernel, update_kernel
+from .kernels import decide_kernel, measure_kernel, rescale_kernel, update_kernel
 from .layers import apply_kernel, propose_kernel, settle_kernel
 from .response import response_kernel
 from .rules import LAYER_RULES, RULES
@@ -48,14 +48,23 @@ def measure_constants(kinds: Kinds) -> dict[str, Any]:
     return {"GRAD_DTYPES": dtypes, "BLOCK": BLOCK, "TAIL": TAIL, "maxnreg": registers, **_OPTIONS}
 
 
-def decide_constants(rule: str) -> dict[str, Any]:
+def decide_constants(rule: str, *, spheres: bool = False) -> dict[str, Any]:
     """Return constants and options of ``decide_kernel`` for the rule of a name."""
-    # the only program: it may have all registers
-    scalars = (RULES.get(rule) or LAYER_RULES[rule]).scalars
-    return {"SCALARS": scalars, "LANES": LANES, "maxnreg": 255, **_OPTIONS}
+    made = RULES.get(rule) or LAYER_RULES[rule]
+    return {
+        "SCALARS": made.scalars,
+        "SPHERE_EXPONENT": made.sphere_exponent,
+        "SPHERES": spheres,
+        "LANES": LANES,
+        # the only program: it may have all registers
+        "maxnreg": 255,
+        **_OPTIONS,
+    }
 
 
-def update_constants(rule: str, kinds: Kinds, *, accumulate: bool, average: bool) -> dict[str, Any]:
+def update_constants(
+    rule: str, kinds: Kinds, *, accumulate: bool, average: bool, spheres: bool = False
+) -> dict[str, Any]:
     """Return constants and options of ``update_kernel``.
 
     Args:
@@ -63,6 +72,7 @@ def update_constants(rule: str, kinds: Kinds, *, accumulate: bool, average: bool
         kinds: ``Plan.kinds``.
         accumulate: Whether it adds up norms, because nothing measured them before.
         average: Whether rows have an average.
+        spheres: Whether any group is kept on a sphere.
 
     Returns:
         Arguments by keyword.
@@ -72,10 +82,11 @@ def update_constants(rule: str, kinds: Kinds, *, accumulate: bool, average: bool
         "KINDS": kinds,
         "ACCUMULATE": accumulate,
         "AVERAGE": average,
+        "SPHERES": spheres,
         "BLOCK": BLOCK,
         "TAIL": TAIL,
         "LANES": LANES,
-        "maxnreg": _registers(kinds, accumulate),
+        "maxnreg": _registers(kinds, accumulate or spheres),
         **_OPTIONS,
     }
 
@@ -115,7 +126,7 @@ def settle_constants(rule: str, *, accumulate: bool) -> dict[str, Any]:
     }
 
 
-def apply_constants(rule: str, kinds: Kinds, *, average: bool) -> dict[str, Any]:
+def apply_constants(rule: str, kinds: Kinds, *, average: bool, spheres: bool = False) -> dict[str, Any]:
     """Return constants and options of ``apply_kernel``, see ``update_constants``."""
     made = LAYER_RULES[rule]
     return {
@@ -125,10 +136,19 @@ def apply_constants(rule: str, kinds: Kinds, *, average: bool) -> dict[str, Any]
         "PROJECTS": reference.LAYER_RULES[rule].projects,
         "KINDS": kinds,
         "AVERAGE": average,
+        "SPHERES": spheres,
+        "LANES": LANES,
         "maxnreg": _layer_registers(kinds),
         **_TILES,
         **_OPTIONS,
     }
+
+
+def rescale_constants(kinds: Kinds, *, average: bool) -> dict[str, Any]:
+    """Return constants and options of ``rescale_kernel``, see ``update_constants``."""
+    dtypes = tuple(sorted({dtype for dtype, _, _ in kinds}))
+    constants = {"PARAM_DTYPES": dtypes, "AVERAGE": average, "BLOCK": BLOCK, "TAIL": TAIL}
+    return {**constants, "maxnreg": 128 if DTYPES[torch.float64] in dtypes else 80, **_OPTIONS}
 
 
 def _layer_registers(kinds: Kinds) -> int:
@@ -254,16 +274,21 @@ class TritonBackend:
         telemetry, averages = plan.record["page"] is not None, plan.average[0] is not None
         if measure:
             yield measure_kernel, programs, measure_constants(plan.kinds)
-        yield decide_kernel, 1, decide_constants(plan.rule)
+        yield decide_kernel, 1, decide_constants(plan.rule, spheres=plan.has_spheres)
         accumulate = telemetry and not measure
         if plan.rule in RULES:
-            constants = update_constants(plan.rule, plan.kinds, accumulate=accumulate, average=averages)
+            constants = update_constants(
+                plan.rule, plan.kinds, accumulate=accumulate, average=averages, spheres=plan.has_spheres
+            )
             yield update_kernel, programs, constants
-            return
-        yield propose_kernel, programs, propose_constants(plan.rule, plan.kinds, accumulate=accumulate)
-        most = max(1, min(len(plan.rows), self._programs or _programs(plan.device)))
-        yield settle_kernel, most, settle_constants(plan.rule, accumulate=accumulate)
-        yield apply_kernel, programs, apply_constants(plan.rule, plan.kinds, average=averages)
+        else:
+            yield propose_kernel, programs, propose_constants(plan.rule, plan.kinds, accumulate=accumulate)
+            most = max(1, min(len(plan.rows), self._programs or _programs(plan.device)))
+            yield settle_kernel, most, settle_constants(plan.rule, accumulate=accumulate)
+            constants = apply_constants(plan.rule, plan.kinds, average=averages, spheres=plan.has_spheres)
+            yield apply_kernel, programs, constants
+        if plan.has_spheres:
+            yield rescale_kernel, programs, rescale_constants(plan.kinds, average=averages)
 
 
 def _on(device: torch.device) -> contextlib.AbstractContextManager[Any]:

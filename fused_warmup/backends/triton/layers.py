@@ -10,7 +10,17 @@ import triton
 import triton.language as tl
 
 from ...table import PIECE as _PIECE
-from .kernels import combine_all, grad_of, measure_chunk, record_norms, scalars_of
+from .kernels import (
+    arrives_last,
+    combine_all,
+    finish_spheres,
+    grad_of,
+    is_on_sphere,
+    keep_squares,
+    measure_chunk,
+    record_norms,
+    scalars_of,
+)
 from .memory import (
     VECTOR,
     Chunk,
@@ -310,6 +320,7 @@ def apply_tiles(
     chunk,
     row_scalars,
     average_weight,
+    on_sphere,
     looks_back,
     CANDIDATE: tl.constexpr,
     APPLY: tl.constexpr,
@@ -318,11 +329,12 @@ def apply_tiles(
     GRAD_DTYPE: tl.constexpr,
     N_STATES: tl.constexpr,
     AVERAGE: tl.constexpr,
+    SPHERES: tl.constexpr,
     PIECES: tl.constexpr,
     COLUMNS: tl.constexpr,
     ALIGNED: tl.constexpr,
 ):
-    """Find the update of a chunk again, and move and average the parameter."""
+    """Find the update of a chunk again, move and average the parameter; returns the squares of what it is."""
     C: tl.constexpr = arithmetic(DTYPE)
     STATE_DTYPE: tl.constexpr = state_dtype(DTYPE)
     states = (row.state0, row.state1, row.state2)
@@ -331,6 +343,7 @@ def apply_tiles(
     part = channel_part(row, chunk)
     count = count_pieces(chunk, part)
     first = first_piece(row, chunk)
+    squares = (tl.zeros((PIECES, COLUMNS // 4), tl.float64),)
     for start in range(0, count, PIECES):
         i = start + tl.arange(0, PIECES)
         radial = tl.zeros((PIECES,), tl.float64)
@@ -354,12 +367,17 @@ def apply_tiles(
                 store_tile(here, places, mask, stored, DTYPE, ALIGNED)
                 # the average is of the parameter as it is stored
                 param = widen(stored, DTYPE).to(C)
+            if SPHERES:
+                if on_sphere:
+                    x = param.to(tl.float64)
+                    squares = add_products(squares, (x * x,), mask)
             if AVERAGE:
                 if weight > 0.0:
                     at = row.average + chunk.offset * item_size(STATE_DTYPE)
                     average = load_tile(at, places, mask, STATE_DTYPE, C, ALIGNED)
                     average = average_update(average, param, weight)
                     store_tile(at, places, mask, average, STATE_DTYPE, ALIGNED)
+    return tl.sum(squares[0])
 
 
 @triton.jit
@@ -371,15 +389,16 @@ def apply_kernel(
     PROJECTS: tl.constexpr,
     KINDS: tl.constexpr,
     AVERAGE: tl.constexpr,
+    SPHERES: tl.constexpr,
     PIECES: tl.constexpr,
     COLUMNS: tl.constexpr,
     ODD_PIECES: tl.constexpr,
     ODD_COLUMNS: tl.constexpr,
+    LANES: tl.constexpr,
 ):
     """The second part of an update in two, for every chunk, the last one first."""
     step = load_struct(step.to(tl.int64), 0, Step)
     verdict = load_struct(step.verdict, 0, Verdict)
-    weight = verdict.average_weight
     if verdict.skipped == 0:
         for n in range(tl.program_id(0), step.n_chunks, tl.num_programs(0)):
             chunk = load_struct(step.chunks, step.n_chunks - 1 - n, Chunk)
@@ -389,19 +408,35 @@ def apply_kernel(
             looks_back = LOOKS_BACK(load_struct(step.hypers, row.group, Hyper), row.n_states)
             addresses = row.param | grad | row.state0 | row.state1 | row.average
             aligned = is_aligned(addresses, chunk, channel_part(row, chunk))
+            weight = verdict.average_weight
+            squares = tl.full((), 0.0, tl.float64)
             wanted = grad != 0
+            on_sphere = False
+            if SPHERES:
+                # averaged when it is back there
+                on_sphere = is_on_sphere(step, row.group)
+                weight = tl.where(on_sphere, 0.0, weight)
+                wanted = wanted | on_sphere
             if AVERAGE:
                 wanted = wanted | (weight > 0.0)
             for k in tl.static_range(len(KINDS)):
                 kind = (row.dtype == KINDS[k][0]) & (row.grad_dtype == KINDS[k][1])
                 if wanted & kind & (row.n_states == KINDS[k][2]):
                     if aligned:
-                        apply_tiles(
-                            step, row, grad, chunk, s, weight, looks_back, CANDIDATE, APPLY, PROJECTS,
-                            KINDS[k][0], KINDS[k][1], KINDS[k][2], AVERAGE, PIECES, COLUMNS, True,
+                        squares = apply_tiles(
+                            step, row, grad, chunk, s, weight, on_sphere, looks_back,
+                            CANDIDATE, APPLY, PROJECTS, KINDS[k][0], KINDS[k][1], KINDS[k][2],
+                            AVERAGE, SPHERES, PIECES, COLUMNS, True,
                         )  # fmt: skip
                     else:
-                        apply_tiles(
-                            step, row, grad, chunk, s, weight, looks_back, CANDIDATE, APPLY, PROJECTS,
-                            KINDS[k][0], KINDS[k][1], KINDS[k][2], AVERAGE, ODD_PIECES, ODD_COLUMNS, False,
+                        squares = apply_tiles(
+                            step, row, grad, chunk, s, weight, on_sphere, looks_back,
+                            CANDIDATE, APPLY, PROJECTS, KINDS[k][0], KINDS[k][1], KINDS[k][2],
+                            AVERAGE, SPHERES, ODD_PIECES, ODD_COLUMNS, False,
                         )  # fmt: skip
+            if SPHERES:
+                if on_sphere:
+                    keep_squares(step, step.n_chunks - 1 - n, squares)
+        if SPHERES:
+            if arrives_last(step):
+                finish_spheres(step, LANES)

@@ -53,7 +53,7 @@ def _struct(name: str) -> Any:
     return type(name, (base,), {"__new__": new})
 
 
-Row, Chunk, Hyper, Segment, Rates, Scalars, Partial, *_LATER = map(_struct, STRUCTS)
+Row, Chunk, Hyper, Segment, Rates, Scalars, Sphere, Partial, *_LATER = map(_struct, STRUCTS)
 Counters, Slots, Telemetry, Verdict, Step, Span, Algebra, Response = _LATER
 
 

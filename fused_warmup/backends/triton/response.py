@@ -112,7 +112,9 @@ def response_kernel(
             updates = tl.load(row.step.to(tl.pointer_type(tl.int64))) + 1
             # at rate 1, because the pre-conditioner does not hold the rate
             rates = Rates(rates, lr=rates.lr * 0.0 + 1.0)
-            all_scalars = as_numbers(scalars_of_rows(step, verdict, row, h, rates, updates, SCALARS))
+            all_scalars = as_numbers(
+                scalars_of_rows(step, verdict, row, h, rates, rates.lr, updates, SCALARS)
+            )
             addresses = row.param | grad | row.state0 | row.state1 | row.state2 | call.scale | call.folded
             addresses = addresses | (place * item_size(WIDE))
             whole = tl.where(addresses % VECTOR == 0, chunk.count // BLOCK * BLOCK, 0)

@@ -1,7 +1,8 @@
 """Update rules inside Triton kernels; the statements of ``csrc/rules.h`` in the same order.
 
 A rule has ``scalars``, computed for a block of rows in double, and ``update`` for a block of elements. A rule
-that must know sums over a layer makes its update in two parts, as ``reference/rules.py`` says.
+that must know sums over a layer makes its update in two parts, as ``reference/rules.py`` says; so does it of
+``sphere_exponent``.
 
 Adam: Kingma & Ba 2015. Gradient initialisation: Kalra & Barkeshli 2024, arXiv:2406.09405.
 RAdam: Liu et al. 2020, arXiv:1908.03265. SGD: heavy ball, without dampening of the first step, as torch.
@@ -89,6 +90,12 @@ class Adam:
 
     @staticmethod
     @triton.jit
+    def sphere_exponent(h, step):
+        """The step does not feel the size of the gradient."""
+        return 1
+
+    @staticmethod
+    @triton.jit
     def scalars(h, eta, step, s):
         """Bias corrections of both moments."""
         return Scalars(
@@ -125,6 +132,12 @@ class RAdam:
 
     @staticmethod
     @triton.jit
+    def sphere_exponent(h, step):
+        """Momentum alone shrinks as the gradient does."""
+        return tl.where(sma_length(h.beta2, step) > h.rho_threshold, 1, 2)
+
+    @staticmethod
+    @triton.jit
     def scalars(h, eta, step, s):
         """Rectified step size, or that of the fall-back while the variance is intractable."""
         bias_correction1 = bias_correction(h.beta1, step)
@@ -158,6 +171,12 @@ class RAdam:
 
 class SGD:
     """Gradient descent with heavy-ball or Nesterov momentum."""
+
+    @staticmethod
+    @triton.jit
+    def sphere_exponent(h, step):
+        """The gradient shrinks as the norm grows, and the weights take more to turn."""
+        return 2
 
     @staticmethod
     @triton.jit
@@ -203,6 +222,12 @@ def moments(grad, exp_avg, exp_avg_sq, s):
 
 class LAMB:
     """Adam whose update is scaled to the norm of its layer."""
+
+    @staticmethod
+    @triton.jit
+    def sphere_exponent(h, step):
+        """The trust ratio has the norm in it."""
+        return tl.where(h.adapts != 0, 0, 1)
 
     @staticmethod
     @triton.jit
@@ -322,6 +347,12 @@ class AdamP(Projection):
 
     @staticmethod
     @triton.jit
+    def sphere_exponent(h, step):
+        """As for Adam."""
+        return 1
+
+    @staticmethod
+    @triton.jit
     def scalars(h, eta, step, s):
         """Bias corrections of both moments."""
         return Scalars(
@@ -361,6 +392,12 @@ class SGDP(Projection):
 
     @staticmethod
     @triton.jit
+    def sphere_exponent(h, step):
+        """As for SGD."""
+        return 2
+
+    @staticmethod
+    @triton.jit
     def scalars(h, eta, step, s):
         """Decay as strong as an L2 penalty that went through the momentum."""
         return Scalars(
@@ -397,6 +434,26 @@ class SGDP(Projection):
         if len(state) == 1:
             momentum_buffer = state[0]
         return tl.where(s.nesterov > 0.0, tl.fma(s.momentum, momentum_buffer, grad), momentum_buffer)
+
+
+@triton.jit
+def sphere_rate(lr, norm, exponent):
+    """The learning rate that turns weights of some norm as far as ``lr`` turns weights of norm 1."""
+    rate = tl.where(exponent > 0, lr * norm, lr)
+    return tl.where(exponent > 1, rate * norm, rate)
+
+
+@triton.jit
+def sphere_factor(radius, squares):
+    """What brings parameters of a group back to their sphere; 1 where no factor could."""
+    defined = (squares > 0.0) & (squares < float("inf"))
+    return tl.where(defined, radius / tl.sqrt(tl.where(defined, squares, 1.0)), 1.0)
+
+
+@triton.jit
+def rescale(param, factor):
+    """Bring a parameter to its sphere."""
+    return param * factor
 
 
 @triton.jit
