@@ -1,7 +1,7 @@
 """Published ways to choose a learning rate and its warmup."""
 
 from .autowu import AutoWU
-from .bounds import best_scale, last_iterate_bound, refined_bound
+from .bounds import best_rates, best_scale, last_iterate_bound, refined_bound
 from .catapult import PersistentCatapult
 from .geometry import angular_distance, average_states, linear_barrier
 from .initial import initial_lr, reach_steps, saved_steps
@@ -17,6 +17,7 @@ __all__ = [
     "Trial",
     "angular_distance",
     "average_states",
+    "best_rates",
     "best_scale",
     "find_regimes",
     "fit_polynomial",
