@@ -124,7 +124,7 @@ def _parts(owner: str, rates: Any, norms: Any, distance: float) -> tuple[float, 
     if len(g) != len(lam):
         check.fail(owner, "norms", f"be as many as the rates, {len(lam)}", len(g))
     tails = np.cumsum(lam[::-1])[::-1]
-    # lam / (tail after it * tail) in the paper's double sum is a difference of 1 / tail, so that it telescopes
+    # the paper's lam / (tail after it * tail) is a difference of 1 / tail, so that the sum telescopes
     noise = float((np.square(lam * g)[:-1] / tails[1:]).sum() + lam[-1] * np.square(g[-1]))
     start = check.number(owner, "distance", distance, ends="()") ** 2 / (2.0 * float(tails[0]))
     return start, 0.5 * noise
