@@ -41,6 +41,15 @@ def draw(n, generator):
     return torch.cat([draw_features(y, generator) for _ in range(FEATURES)], 1), y.float()
 
 
+def draw_single(k, n, generator):
+    """Inputs and labels as of ``draw`` of which feature ``k`` alone tells the class."""
+    y = torch.randint(2, (n,), generator=generator)
+    parts = [
+        draw_features(y, generator) if i == k else boundary_features(n, generator) for i in range(FEATURES)
+    ]
+    return torch.cat(parts, 1), y.float()
+
+
 class Batch:
     """A model 32-32-32-1 for each pair of seed and rate; rates vary fastest.
 
@@ -49,19 +58,22 @@ class Batch:
     """
 
     def __init__(self, seeds, rates):
-        starts, lasts, data = [], [], []
+        starts, lasts, data, held_out = [], [], [], []
         for seed in seeds:
             generator = torch.Generator().manual_seed(seed)
             data.append((*draw(512, generator), *draw(2000, generator)))
             starts.append(torch.randn(2, 32, 32, generator=generator))
             last = torch.randn(32, 1, generator=generator)
             lasts.append(10 * last / last.norm())
+            # drawn last: seeds keep their data and starts
+            held_out.append(draw(2000, generator))
         self.seeds, self.shape = list(seeds), (len(seeds), len(rates))
 
         def spread(tensors):
             return torch.stack(tensors).repeat_interleave(len(rates), 0)
 
         self.x, self.y, self.x_test, self.y_test = (spread(list(part)) for part in zip(*data, strict=True))
+        self.x_held_out, self.y_held_out = (spread(list(part)) for part in zip(*held_out, strict=True))
         self.last = spread(lasts)
         self.weights = normalised(spread(starts))
         self.rates = torch.tensor(list(rates) * len(seeds))
@@ -103,6 +115,15 @@ class Batch:
         """Accuracy on the test data, or on others, of ``[seeds, rates]``."""
         x, y = (self.x_test, self.y_test) if x is None else (x, y)
         return ((self.logits(weights, x) > 0) == (y > 0.5)).float().mean(1).view(self.shape)
+
+    def single_accuracies(self, weights):
+        """Accuracy where one feature alone tells the class, of ``[16, seeds, rates]``; 1000 samples, the same for all."""
+        generator = torch.Generator().manual_seed(0)
+        found = []
+        for k in range(FEATURES):
+            x, y = draw_single(k, 1000, generator)
+            found.append(self.accuracy(weights, x, y))
+        return torch.stack(found)
 
 
 def normalised(weights):

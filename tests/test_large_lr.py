@@ -8,14 +8,16 @@ import pytest
 import torch
 from cases import assert_same_bits
 from torch import nn
+from torch.optim.swa_utils import update_bn
 
 import fused_warmup as fw
-from benchmarks.tick import MARGIN, Batch, boundary_features, draw, draw_features, normalised
+from benchmarks.tick import MARGIN, Batch, boundary_features, draw, draw_features, draw_single, normalised
 from fused_warmup.tuning import (
     Trial,
     angular_distance,
     average_states,
     find_regimes,
+    frequency_bands,
     linear_barrier,
     pretrain_finetune,
     relative_rate,
@@ -151,6 +153,102 @@ def test_barriers_leave_the_model_as_it_was():
         ValueError, match=re.escape("linear_barrier: states[1] must have the names and shapes")
     ):
         linear_barrier(model, a, {"x": torch.ones(1)}, error)
+
+
+def test_statistics_are_measured_again():
+    """O-C5: with ``prepare``, barriers do not depend on the statistics in the states, nor do those left behind."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(2, 3), nn.BatchNorm1d(3), nn.Linear(3, 1)).double()
+    x = torch.randn(16, 2, dtype=torch.float64)
+    a = copy.deepcopy(model.state_dict())
+    b = {name: t + 1 for name, t in a.items()}
+    stale = [{name: t + 7 if "running" in name else t for name, t in state.items()} for state in (a, b)]
+
+    def error():
+        with torch.no_grad():
+            return model.eval()(x).square().mean().item()
+
+    prepare = lambda: update_bn([x[:8], x[8:]], model)  # noqa: E731
+    fresh = linear_barrier(model, a, b, error, points=5, prepare=prepare)
+    assert linear_barrier(model, *stale, error, points=5, prepare=prepare) == fresh
+    assert linear_barrier(model, *stale, error, points=5).errors != fresh.errors
+    for state in (a, stale[0]):
+        model.load_state_dict(state)
+        prepare()
+        assert torch.allclose(model[1].running_mean, model[0](x).mean(0), rtol=1e-12)
+
+
+# bands
+
+
+@pytest.mark.parametrize(
+    ("shape", "bounds", "default"),
+    [
+        ((2, 3, 32, 32), (0, 8, 24), True),
+        ((28, 28), (0, 7, 21), True),
+        ((9, 14), (0, 2, 8), True),
+        ((9, 14), (1, 5), False),
+        ((1, 5), (0,), False),
+    ],
+)
+def test_frequency_bands(shape, bounds, default):
+    """O-C7, and what masks of the centred spectrum leave, which has no imaginary part."""
+    images = torch.randn(shape, dtype=torch.float64)
+    bands = frequency_bands(images) if default else frequency_bands(images, bounds)
+    assert bands.shape == (len(bounds) + 1, *shape)
+    height, width = shape[-2:]
+    k, l = torch.arange(height) - height // 2, torch.arange(width) - width // 2  # noqa: E741
+    distance = k.abs()[:, None] + l.abs()
+    centred = torch.fft.fftshift(torch.fft.fft2(images), (-2, -1))
+    for band, low, high in zip(bands, (-1, *bounds), (*bounds, height + width), strict=True):
+        mask = (distance > low) & (distance <= high)
+        assert mask.any()
+        expected = torch.fft.ifft2(torch.fft.ifftshift(centred * mask, (-2, -1)))
+        assert expected.imag.abs().max() < 1e-12
+        assert torch.allclose(band, expected.real, rtol=0, atol=1e-12)
+    assert torch.allclose(bands.sum(0), images, rtol=0, atol=1e-12)
+    for i, band in enumerate(bands):
+        again = frequency_bands(band, bounds)
+        again[i] -= band
+        assert again.abs().max() < 1e-12
+        for other in bands[:i]:
+            assert (band * other).sum((-2, -1)).abs().max() < 1e-10
+    energies = bands.square().sum((0, -2, -1))
+    assert torch.allclose(energies, images.square().sum((-2, -1)), rtol=1e-12)
+
+
+def test_frequency_bands_of_waves():
+    """A wave of k periods down and l across lies in the band of k + l; dtypes stay, gradients pass."""
+    places = torch.arange(32, dtype=torch.float64) * (2 * math.pi / 32)
+    for k, l, i in ((0, 0, 0), (0, 1, 1), (4, 4, 1), (5, 4, 2), (16, 8, 2), (9, 16, 3), (16, 16, 3)):  # noqa: E741
+        wave = torch.cos(k * places[:, None] + l * places)
+        for dtype in (torch.float32, torch.bfloat16, torch.float16):
+            bands = frequency_bands(wave.to(dtype))
+            assert bands.dtype == dtype
+            sizes = bands.float().abs().amax((-2, -1))
+            assert sizes[i] == pytest.approx(1.0, abs=1e-2)
+            assert sizes.sum() - sizes[i] < (1e-5 if dtype == torch.float32 else 5e-2)
+    images = torch.randn(3, 8, 8, requires_grad=True)
+    frequency_bands(images).sum().backward()
+    assert torch.allclose(images.grad, torch.ones(3, 8, 8), atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("images", "bounds", "error", "message"),
+    [
+        (torch.ones(4, 4, dtype=torch.uint8), None, TypeError, "images must be a floating-point tensor, got torch.uint8."),
+        ([1.0], None, TypeError, "images must be a floating-point tensor, got <class 'list'>."),
+        (torch.ones(4), None, ValueError, "images must have the shape [..., height, width], got (4,)."),
+        (torch.ones(4, 0), None, ValueError, "images must have the shape [..., height, width], got (4, 0)."),
+        (torch.ones(8, 8), (0, 3, 3), ValueError, "bounds must rise, got [0, 3, 3]."),
+        (torch.ones(8, 8), (-1, 3), ValueError, "bounds[0] must be >= 0, got -1."),
+        (torch.ones(8, 8), (0.5,), TypeError, "bounds[0] must be an integer, got 0.5."),
+        (torch.ones(2, 2), None, ValueError, "bounds must rise, got [0, 0, 1]."),
+    ],
+)  # fmt: skip
+def test_bad_bands(images, bounds, error, message):
+    with pytest.raises(error, match=re.escape(f"frequency_bands: {message}")):
+        frequency_bands(images, bounds)
 
 
 # scale-invariant weights; the loop brings them back to their sphere
@@ -465,6 +563,31 @@ def test_ticks():
     gap = torch.minimum((other[:, 1] - other[:, 0].abs()).abs(), (other[:, 1] - other[:, 0].abs() + 2).abs())
     assert gap.max() < 1e-6
     assert draw_features(y.long(), generator).shape == (2000, 2)
+
+
+def test_ticks_of_which_one_tells_the_class():
+    """O-C8: the rule of that feature is always right, and no function of another one is right but half of the time."""
+    generator = torch.Generator().manual_seed(1)
+    net = nn.Sequential(nn.Linear(2, 50), nn.Tanh(), nn.Linear(50, 20))
+    for k in (0, 7, 15):
+        x, y = draw_single(k, 4000, generator)
+        for i in range(16):
+            first, second = x[:, 2 * i].abs(), x[:, 2 * i + 1]
+            rule = (second > first) | (second < first - 2)
+            if i == k:
+                assert torch.equal(rule, y > 0.5)
+            else:
+                answers = torch.cat([net(x[:, 2 * i : 2 * i + 2]) > 0, rule[:, None], second[:, None] > 0], 1)
+                right = (answers == (y[:, None] > 0.5)).float().mean(0)
+                # five standard errors
+                assert (right - 0.5).abs().max() < 5 * 0.5 / 4000**0.5
+    # a model that knows feature 2 only
+    batch = Batch([0], [0.1])
+    knows = lambda x: (x[..., 5] > x[..., 4].abs()) | (x[..., 5] < x[..., 4].abs() - 2)  # noqa: E731
+    batch.logits = lambda weights, x: 2.0 * knows(x)[None] - 1.0
+    single = batch.single_accuracies(batch.weights).flatten()
+    assert single[2] == 1.0
+    assert (single[[i for i in range(16) if i != 2]] - 0.5).abs().max() < 0.08
 
 
 def test_signatures_of_the_regimes():

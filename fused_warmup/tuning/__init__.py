@@ -1,9 +1,9 @@
 """Published ways to choose a learning rate and its warmup."""
 
 from .autowu import AutoWU
-from .bounds import best_scale, last_iterate_bound, refined_bound
+from .bounds import best_rates, best_scale, last_iterate_bound, refined_bound
 from .catapult import PersistentCatapult
-from .geometry import angular_distance, average_states, linear_barrier
+from .geometry import angular_distance, average_states, frequency_bands, linear_barrier
 from .initial import initial_lr, reach_steps, saved_steps
 from .large_lr import pretrain_finetune, relative_rate
 from .refine import Refinement, fit_polynomial, refine_groups, refine_schedule, refinement
@@ -17,9 +17,11 @@ __all__ = [
     "Trial",
     "angular_distance",
     "average_states",
+    "best_rates",
     "best_scale",
     "find_regimes",
     "fit_polynomial",
+    "frequency_bands",
     "initial_lr",
     "last_iterate_bound",
     "linear_barrier",

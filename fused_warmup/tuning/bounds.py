@@ -50,6 +50,50 @@ def best_scale(rates: Any, norms: Any, distance: float = 1.0) -> float:
     return math.sqrt(start / rest)
 
 
+def best_rates(norms: Any, distance: float = 1.0) -> np.ndarray:
+    """Return the learning rates at which ``last_iterate_bound`` is smallest, of all there are.
+
+    The bound is convex in the rates and a chain in their sums from the end, so that one pass back and one
+    forth find its minimum exactly.
+
+    Args:
+        norms: Norms of the gradients, each > 0; numbers of shape ``[steps]``. Those of a run need smoothing:
+            ``refinement(...).smoothed``.
+        distance: Distance of the start from the minimum, > 0; it scales all rates.
+
+    Returns:
+        Rates, float64 of ``[steps]``. The last one belongs to the last iterate, from which no step is made,
+        and is larger than those before it: leave it out of a schedule.
+
+    Raises:
+        ValueError: If a norm is out of range.
+
+    Example:
+        >>> rates = fw.tuning.best_rates(fw.tuning.refinement(opt.telemetry, "sgd").smoothed)[:-1]
+        >>> s = fw.schedules.table(rates / rates.max())
+
+    Source: the bound is that of Defazio et al. 2023, arXiv:2310.07831, whose code minimises it by L-BFGS;
+    the closed form is ours.
+    """
+    owner = "best_rates"
+    found = _positive(owner, "norms", norms)
+    unit = float(found.max())
+    squares = np.square(found / unit).tolist()
+    # the terms of the steps from t on are at least cost times the sum of their rates
+    cost = squares[-1]
+    ratios = []
+    for square in squares[-2::-1]:
+        ratio = math.sqrt(1.0 + cost / square)
+        ratios.append((ratio, cost / square / (1.0 + ratio)))
+        cost *= 2.0 / (1.0 + ratio)
+    left = check.number(owner, "distance", distance, ends="()") / (unit * math.sqrt(cost))
+    rates = []
+    for ratio, excess in reversed(ratios):
+        left /= ratio
+        rates.append(left * excess)
+    return np.array([*rates, left])
+
+
 def refined_bound(norms: Any, distance: float = 1.0) -> float:
     """Return ``distance / sqrt(sum(norms ** -2))``, the bound of the schedule refined for norms and power 2.
 
@@ -80,10 +124,10 @@ def _parts(owner: str, rates: Any, norms: Any, distance: float) -> tuple[float, 
     if len(g) != len(lam):
         check.fail(owner, "norms", f"be as many as the rates, {len(lam)}", len(g))
     tails = np.cumsum(lam[::-1])[::-1]
-    noise = np.cumsum(np.square(lam * g)[::-1])[::-1]
-    inner = float((lam[:-1] / (tails[1:] * tails[:-1]) * noise[:-1]).sum())
+    # the paper's lam / (tail after it * tail) is a difference of 1 / tail, so that the sum telescopes
+    noise = float((np.square(lam * g)[:-1] / tails[1:]).sum() + lam[-1] * np.square(g[-1]))
     start = check.number(owner, "distance", distance, ends="()") ** 2 / (2.0 * float(tails[0]))
-    return start, float(noise[0]) / (2.0 * float(tails[0])) + 0.5 * inner
+    return start, 0.5 * noise
 
 
 def _positive(owner: str, name: str, values: Any) -> np.ndarray:

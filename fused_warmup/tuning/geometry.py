@@ -149,6 +149,51 @@ def average_states(states: Sequence[State]) -> dict[str, Tensor]:
     return mean
 
 
+def frequency_bands(images: Tensor, bounds: Sequence[int] | None = None) -> Tensor:
+    """Split images into bands of spatial frequencies, to see which of them a model has learned to use.
+
+    The frequency of a Fourier coefficient is ``|k| + |l|``, its steps from the centre of the spectrum. Bands
+    add up to the images and are at right angles to each other.
+
+    Args:
+        images: Floating-point tensor of ``[..., height, width]``.
+        bounds: Highest frequency of each band but the last, which takes what is left: integers, each larger
+            than the one before. None takes 0, a quarter and three quarters of the highest frequency there is,
+            ``height // 2 + width // 2``: for sides of 32 the paper's {0}, [1, 8], [9, 24] and [25, 32].
+
+    Returns:
+        The bands, ``[len(bounds) + 1, ..., height, width]`` in the dtype of the images; computed in float32
+        for narrower ones.
+
+    Raises:
+        TypeError: If the images are not a floating-point tensor, or a bound is no integer.
+        ValueError: If the images have no height or width, or the bounds do not rise from 0 or more.
+
+    Source: Sadrtdinov et al. 2024, arXiv:2410.22113, the experiments on images.
+    """
+    owner = "frequency_bands"
+    if not isinstance(images, Tensor) or not images.is_floating_point():
+        got = images.dtype if isinstance(images, Tensor) else type(images)
+        check.fail(owner, "images", "be a floating-point tensor", got, error=TypeError)
+    if images.ndim < 2 or 0 in images.shape[-2:]:
+        check.fail(owner, "images", "have the shape [..., height, width]", tuple(images.shape))
+    # a frequency above the half of a side is that of its mirror image
+    rows, columns = (
+        torch.tensor([min(i, n - i) for i in range(n)], device=images.device) for n in images.shape[-2:]
+    )
+    if bounds is None:
+        highest = int(rows.max() + columns.max())
+        bounds = (0, highest // 4, 3 * highest // 4)
+    edges = [check.whole(owner, f"bounds[{i}]", bound) for i, bound in enumerate(bounds)]
+    if edges != sorted(set(edges)):
+        check.fail(owner, "bounds", "rise", edges)
+    band = torch.bucketize(rows[:, None] + columns, torch.tensor(edges, device=images.device))
+    wide = images.float() if images.element_size() < 4 else images
+    spectrum = torch.fft.fft2(wide)
+    found = [torch.fft.ifft2(spectrum.where(band == i, 0.0)).real for i in range(len(edges) + 1)]
+    return torch.stack(found).to(images.dtype)
+
+
 def _check_alike(owner: str, states: Sequence[State]) -> None:
     """Raise ``ValueError`` if state dicts have other names or shapes than the first one."""
     if not states:
