@@ -29,8 +29,8 @@ class SharpnessReading:
             and its inverse is the factor by which the learning rate may grow. NaN without an optimizer.
         lambda_min: Smallest Ritz value.
         err_krylov: Residual: within it of ``value`` there is an eigenvalue.
-        err_fd: Error of the finite differences, from steps of several sizes and from the asymmetry of products;
-            0 for double backward.
+        err_fd: Error of the finite differences, from steps of several sizes and the asymmetry of products; 0
+            for double backward.
         err_batch: Distance from the sharpness of other batches, from Rayleigh quotients of earlier vectors on
             fresh ones; NaN while one batch is all there was. ``lo`` and ``hi`` are then about that batch.
         hvps: Products with the Hessian.
