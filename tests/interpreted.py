@@ -32,6 +32,17 @@ from test_layers import (
     test_golden_lamb,
     test_golden_projections,
 )
+from test_sphere import (
+    RULES,
+    check_directions,
+    check_steps,
+    on_spheres,
+    test_a_norm_that_is_none_rescales_nothing,  # noqa: F401
+    test_a_skipped_step_changes_nothing,  # noqa: F401
+    test_projection_and_radius_may_change,  # noqa: F401
+    test_what_has_no_gradient_turns_with_the_rest,  # noqa: F401
+    three_groups,
+)
 from torch.nn import Parameter
 from triton.runtime.interpreter import TensorHandle
 from vector_cases import check_operations, check_response, combination
@@ -62,6 +73,11 @@ def promises_hold(monkeypatch):
         real(self, name, values)
 
     monkeypatch.setattr(TensorHandle, "set_attr", set_attr)
+
+
+@pytest.fixture
+def backend():
+    return "triton"
 
 
 @pytest.mark.parametrize("dtype", list(EPS), ids=str)
@@ -163,6 +179,39 @@ def test_grids_give_the_same_bits(clip):
     for other in results[1:]:
         for a, b in zip(results[0], other, strict=True):
             assert_same_bits("result", a.detach(), b.detach())
+
+
+@pytest.mark.parametrize("dtype", list(EPS), ids=str)
+@pytest.mark.parametrize("rule", RULES)
+def test_one_step_on_a_sphere(rule, dtype):
+    check_steps(rule, dtype, "triton", [(7, 9), (), (63,)], 2)
+
+
+def test_spheres_of_every_size():
+    check_steps("adam", torch.float32, "triton", [(5, 7), (2049,), (32769,)], 1)
+    check_steps("adamp", torch.bfloat16, "triton", [(3, 4104), (40, 9), (33_000,)], 1)
+
+
+@pytest.mark.parametrize("rule", ["sgd", "radam", "lamb-adapts"])
+def test_directions_do_not_depend_on_the_radius(rule):
+    check_directions(rule, "triton", 7)
+
+
+@pytest.mark.parametrize("rule", ["adam", "adamp"])
+def test_grids_share_spheres_without_a_trace(rule):
+    """However many programs share the squares, and whichever finds the factors."""
+    results = []
+    for programs in (1, 5):
+        groups = three_groups(torch.float32, [(70_000,), (5,)])
+        opt = on_spheres(rule, "triton", groups, average=fw.EMA(0.5))
+        opt._backend = TritonBackend(programs)
+        params = [p for group in groups for p in group]
+        set_grads(params, 0)
+        opt.step()
+        states = [value for p in params for value in states_of(opt, p).values()]
+        results.append([*params, *states, opt.telemetry.rows()])
+    for a, b in zip(*results, strict=True):
+        assert_same_bits("result", a.detach(), b.detach())
 
 
 def test_grids_share_layers_without_a_trace():

@@ -204,6 +204,19 @@ def test_launches_do_not_depend_on_the_table(module, dtype, cls, more, options, 
         assert count.value - before == launches + more == opt.traffic().launches
 
 
+@pytest.mark.parametrize("cls", [fw.Adam, fw.AdamP])
+def test_spheres_take_one_more_launch(module, cls):
+    for count in (3, 600):
+        params = make_params(torch.float32, [(7,)] * count)
+        opt = cls([{"params": [p], "projection": "sphere"} for p in params[1:]])
+        opt.add_param_group({"params": params[:1]})
+        set_grads(params, 0)
+        launches = counter(module, "launches")
+        before = launches.value
+        opt.step()
+        assert launches.value - before == (3 if cls is fw.Adam else 5) == opt.traffic().launches
+
+
 @pytest.mark.parametrize("clip", [None, 1.0], ids=["unclipped", "clipped"])
 @pytest.mark.parametrize("extra", [-1, 0, 1])
 @pytest.mark.parametrize("limit", ["small", "large"])
@@ -227,8 +240,9 @@ def test_addresses_travel_with_the_launch_where_they_fit(module, limit, extra, c
     assert [int(runs[0][1].state[p]["step"]) for p in (runs[0][0][0], runs[0][0][-1])] == [2, 4]
 
 
+@pytest.mark.parametrize("projection", [None, "sphere"])
 @pytest.mark.parametrize("dtype", list(EPS), ids=str)
-def test_alignment_does_not_change_a_bit(dtype):
+def test_alignment_does_not_change_a_bit(dtype, projection):
     """Vectors or single elements: parameters, states and norms, and nothing outside the views."""
     size, results = 40_003, []
     values = torch.randn(size).to(dtype)
@@ -236,7 +250,7 @@ def test_alignment_does_not_change_a_bit(dtype):
     for offset in range(8):
         views = [guarded(values, Layout(offset=offset))]
         views[0].view.requires_grad_()
-        opt = fw.Adam([views[0].view], amsgrad=True, average=fw.EMA(0.9))
+        opt = fw.Adam([views[0].view], amsgrad=True, average=fw.EMA(0.9), projection=projection)
         for grad in grads:
             views.append(guarded(grad, Layout(offset=(3 * offset) % 8)))
             views[0].view.grad = views[-1].view

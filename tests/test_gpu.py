@@ -6,6 +6,8 @@ import pytest
 import torch
 import vector_cases
 from cases import CASES, assert_close, assert_same_bits, make_params, set_grads, states_of
+from test_sphere import RULES as SPHERE_RULES
+from test_sphere import check_steps
 
 import fused_warmup as fw
 from fused_warmup.backends import resolve
@@ -95,6 +97,46 @@ def test_a_thousand_replays_are_a_thousand_steps(case, dtype, clip, backend):
         eager.step()
         graph.replay()
     assert_same_run(eager, captured)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("cls", [fw.SGD, fw.RAdam, fw.AdamP])
+@pytest.mark.parametrize("radius", [None, 3.0])
+def test_replays_stay_on_a_sphere(radius, cls, dtype, backend):
+    """As many steps from the first one on, no host in between, beside a group that is free."""
+
+    def make(params):
+        groups = [{"params": params[::2], "projection": "sphere", "radius": radius}, {"params": params[1::2]}]
+        return cls(groups, lr=1e-3, backend=backend, average=fw.EMA(0.99), max_grad_norm=20.0)
+
+    eager, captured = Loop(make, dtype), Loop(make, dtype)
+    wanted = radius or math.sqrt(sum(float(p.double().square().sum()) for p in eager.params[::2]))
+    captured.opt.init_state()
+    graph = captured.capture()
+    for _ in range(300):
+        eager.step()
+        graph.replay()
+    assert_same_run(eager, captured)
+    for loop in (eager, captured):
+        assert float(loop.opt.param_groups[0]["norm"]) == pytest.approx(wanted, rel=1e-14)
+        found = math.sqrt(sum(float(p.double().square().sum()) for p in loop.params[::2]))
+        assert found == pytest.approx(wanted, rel=torch.finfo(dtype).eps)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("rule", SPHERE_RULES)
+def test_one_step_on_a_sphere(rule, dtype, backend):
+    check_steps(rule, dtype, backend, [(17, 31), (), (40_000,)], 4, device="cuda")
+
+
+def test_no_wait_on_a_sphere(backend, no_waits):
+    params = params_on("cuda")
+    opt = fw.RAdam(params, backend=backend, projection="sphere", radius=2.0, max_grad_norm=1.0)
+    for step in range(5):
+        for p in params:
+            p.grad = torch.ones_like(p)
+        opt.param_groups[0]["radius"] = 2.0 + step
+        opt.step()
 
 
 def test_capture_after_init_state(backend):

@@ -94,11 +94,15 @@ EXACT = {name: {} if cls is fw.SGD else {"eps": 0.0} for name, (cls, _) in RULES
 
 @each_rule
 def test_directions_do_not_depend_on_the_radius(rule, backend):
+    check_directions(rule, backend, 30)
+
+
+def check_directions(rule, backend, steps):
     """O-C1, for RAdam across the step where it begins to rectify."""
     runs = []
     for radius in (1.0, 28.0):
         net = Invariant(radius)
-        runs.append(net.train(made(rule, backend, net.params, **EXACT[rule]), 30))
+        runs.append(net.train(made(rule, backend, net.params, **EXACT[rule]), steps))
         assert net.flat.norm() == pytest.approx(radius, rel=1e-14)
     assert (runs[0][-1] - Invariant(1.0).flat).norm() > 0.01
     assert_close("direction", runs[0], runs[1], 1e-12)
@@ -154,13 +158,13 @@ def tensors_of(opt):
     return found
 
 
-def three_groups(dtype, shapes=None):
+def three_groups(dtype, shapes=None, device="cpu"):
     """Parameters of a group that keeps its norm, of one that is free, and of one with a radius."""
     shapes = SHAPES if shapes is None else shapes
-    return [make_params(dtype, shapes, seed) for seed in range(3)]
+    return [make_params(dtype, shapes, seed, device) for seed in range(3)]
 
 
-def grouped(rule, backend, groups, **options):
+def on_spheres(rule, backend, groups, **options):
     plain, other = {"params": groups[1]}, {"params": groups[2], "projection": "sphere", "radius": 3.0}
     return made(rule, backend, groups[0], plain, other, **options)
 
@@ -168,14 +172,18 @@ def grouped(rule, backend, groups, **options):
 @pytest.mark.parametrize("dtype", list(EPS), ids=str)
 @each_rule
 def test_one_step_from_the_same_state_on_a_sphere(rule, dtype, backend):
+    check_steps(rule, dtype, backend, SHAPES, 4)
+
+
+def check_steps(rule, dtype, backend, shapes, steps, device="cpu"):
     """The reference in float64; stored twice, with a norm of what was stored first: three halves of a unit."""
-    groups = three_groups(dtype)
-    truth = [[Parameter(p.detach().double().clone()) for p in group] for group in groups]
+    groups = three_groups(dtype, shapes, device)
+    truth = [[Parameter(p.detach().double().cpu().clone()) for p in group] for group in groups]
     options = {"max_grad_norm": 40.0, "average": fw.EMA(0.9)}
-    opt, ref = (grouped(rule, b, g, **options) for b, g in ((backend, groups), ("reference", truth)))
+    opt, ref = (on_spheres(rule, b, g, **options) for b, g in ((backend, groups), ("reference", truth)))
     unit, state_unit = EPS[dtype], EPS[torch.float64 if dtype == torch.float64 else torch.float32]
     pairs = [pair for g, t in zip(groups, truth, strict=True) for pair in zip(g, t, strict=True)]
-    for step in range(4):
+    for step in range(steps):
         for own in (groups, truth):
             flat = [p for group in own for p in group]
             set_grads(flat, step)
@@ -196,7 +204,7 @@ def test_one_step_from_the_same_state_on_a_sphere(rule, dtype, backend):
     for g, own in ((0, groups[0]), (2, groups[2])):
         radius = opt.param_groups[g]["norm"]
         assert float(radius) == (
-            3.0 if g else float(norm_of(make_params(dtype, SHAPES), torch.device("cpu")))
+            3.0 if g else float(norm_of(make_params(dtype, shapes), torch.device("cpu")))
         )
         # rounding moves every element, and so the norm, by half a unit at most, and the factor as much again
         assert norm(own) == pytest.approx(float(radius), rel=unit)
@@ -210,7 +218,7 @@ def test_other_groups_do_not_notice(rule, backend):
     for projection in (None, "sphere"):
         groups = three_groups(torch.float32)
         groups[0].append(Parameter(torch.ones(5), requires_grad=False))
-        opt = grouped(rule, backend, groups, average=fw.SWA(1))
+        opt = on_spheres(rule, backend, groups, average=fw.SWA(1))
         opt.param_groups[0]["projection"] = projection
         if projection is None:
             opt.param_groups[2].update(projection=None, radius=None)
@@ -268,7 +276,7 @@ def test_versions_of_all_parameters_move(backend):
 def test_a_skipped_step_changes_nothing(rule, how, backend):
     """The first one, too, which does not bring the group to its radius."""
     groups = three_groups(torch.float32)
-    opt = grouped(rule, backend, groups, nonfinite="skip", average=fw.EMA(0.5))
+    opt = on_spheres(rule, backend, groups, nonfinite="skip", average=fw.EMA(0.5))
     flat = [p for group in groups for p in group]
     for step in range(4):
         set_grads(flat, step)
@@ -328,7 +336,7 @@ def test_a_norm_that_is_none_rescales_nothing(rule, backend):
 
 def trained(rule, backend, steps, opt=None, groups=None, **options):
     groups = groups or three_groups(torch.float32)
-    opt = opt or grouped(rule, backend, groups, average=fw.EMA(0.9), **options)
+    opt = opt or on_spheres(rule, backend, groups, average=fw.EMA(0.9), **options)
     for step in steps:
         set_grads([p for group in groups for p in group], step)
         opt.step()
@@ -343,7 +351,7 @@ def test_a_state_dict_goes_on_bit_for_bit(rule, backend):
     file.seek(0)
     saved = torch.load(file, weights_only=True)
     others = [[Parameter(p.detach().clone()) for p in group] for group in groups]
-    loaded = grouped(rule, backend, others, average=fw.EMA(0.9))
+    loaded = on_spheres(rule, backend, others, average=fw.EMA(0.9))
     loaded.load_state_dict(saved)
     copied = copy.deepcopy((groups, opt))
     for g, o in ((groups, opt), (others, loaded), copied):
@@ -361,7 +369,7 @@ def test_a_state_dict_goes_on_bit_for_bit(rule, backend):
 
 def test_a_state_dict_without_a_norm_measures_it(backend):
     groups, opt = trained("sgd", backend, range(2))
-    fresh = grouped("sgd", backend, three_groups(torch.float32), average=fw.EMA(0.9)).state_dict()
+    fresh = on_spheres("sgd", backend, three_groups(torch.float32), average=fw.EMA(0.9)).state_dict()
     for p in groups[0]:
         p.data.mul_(2.0)
     radius = norm(groups[0])
@@ -520,7 +528,7 @@ def test_threads_do_not_change_a_bit(rule, dtype):
         for count in (1, 2, 5):
             torch.set_num_threads(count)
             groups = three_groups(dtype, [(90_001,), (300, 301), (7,)])
-            opt = grouped(rule, "cpu", groups, average=fw.EMA(0.9))
+            opt = on_spheres(rule, "cpu", groups, average=fw.EMA(0.9))
             for step in range(2):
                 set_grads([p for group in groups for p in group], step)
                 opt.step()

@@ -81,6 +81,19 @@ def update(rule, dtype, n_states, full):
     return kernels.update_kernel, constants, 2 * SIZES[dtype] + own * state, SIZES[dtype] + own * state
 
 
+def on_sphere(job):
+    """An update or its second part that sums the squares of what it stored; these move no bytes more."""
+    kernel, constants, loaded, stored = job
+    return kernel, {**constants, "SPHERES": True, "maxnreg": max(constants["maxnreg"], 128)}, loaded, stored
+
+
+def rescale(dtype, full):
+    """A parameter back on its sphere, and its average."""
+    constants = launch.rescale_constants(((dtype, dtype, 2),), average=full)
+    own = SIZES[dtype] + full * SIZES[F64 if dtype == F64 else F32]
+    return kernels.rescale_kernel, constants, own, own
+
+
 def measure(dtype):
     return kernels.measure_kernel, launch.measure_constants(((dtype, dtype, 2),)), SIZES[dtype], 0
 
@@ -119,6 +132,11 @@ JOBS = {
     "radam-bfloat16-full": update("RAdam", BF16, 2, True),
     "sgd-float32-full": update("SGD", F32, 1, True),
     "sgd-bfloat16": update("SGD", BF16, 1, False),
+    "adam-sphere-float32-full": on_sphere(update("Adam", F32, 2, True)),
+    "sgd-sphere-bfloat16-full": on_sphere(update("SGD", BF16, 1, True)),
+    "adamp-apply-sphere-float32-full": on_sphere(apply("AdamP", F32, 2, True)),
+    "rescale-float32": rescale(F32, False),
+    "rescale-bfloat16-full": rescale(BF16, True),
 }
 RARE = {
     "adamp-propose-float64": propose("AdamP", F64, 2, False),
@@ -127,6 +145,10 @@ RARE = {
     "adam-float16": update("Adam", F16, 2, False),
     "adam-float64-full": update("Adam", F64, 2, True),
     "sgd-plain-float32": update("SGD", F32, 0, False),
+    "adam-sphere-bfloat16-full": on_sphere(update("Adam", BF16, 2, True)),
+    "adam-sphere-float64-full": on_sphere(update("Adam", F64, 2, True)),
+    "adamp-apply-sphere-bfloat16-full": on_sphere(apply("AdamP", BF16, 2, True)),
+    "rescale-float64-full": rescale(F64, True),
 }
 
 
@@ -158,8 +180,10 @@ def test_settle_spills_nothing(target, rule):
 
 
 @pytest.mark.parametrize("target", TARGETS)
-def test_decide_spills_nothing(target):
-    _, numbers = compile_kernel(kernels.decide_kernel, launch.decide_constants("RAdam"), target)
+@pytest.mark.parametrize("spheres", [False, True])
+def test_decide_spills_nothing(target, spheres):
+    constants = launch.decide_constants("RAdam", spheres=spheres)
+    _, numbers = compile_kernel(kernels.decide_kernel, constants, target)
     assert numbers["spills"] == 0
     # the cosine has a table for arguments that no schedule gives it
     assert numbers["stack"] <= 48
@@ -221,16 +245,22 @@ class NoDevice:
         return 0
 
 
+ALL_STAGES = (
+    *(kernels.measure_kernel, kernels.decide_kernel, kernels.update_kernel, kernels.rescale_kernel),
+    *(layers.propose_kernel, layers.settle_kernel, layers.apply_kernel),
+)
+
+
 @pytest.fixture
 def driver(monkeypatch):
     """Steps of CPU tensors go through every line of the launch and end before the device."""
     driver = NoDevice()
     monkeypatch.setattr(triton.runtime.driver, "_active", driver)
     monkeypatch.setattr(backends, "_interpreted", lambda: True)
-    for kernel in (kernels.measure_kernel, kernels.decide_kernel, kernels.update_kernel):
+    for kernel in ALL_STAGES:
         kernel.device_caches.clear()
     yield driver
-    for kernel in (kernels.measure_kernel, kernels.decide_kernel, kernels.update_kernel):
+    for kernel in ALL_STAGES:
         kernel.device_caches.clear()
 
 
@@ -285,6 +315,27 @@ def test_layers_take_two_more_launches_and_compile_once(driver):
     names = [name for name, _, _ in driver.launches]
     assert names == ["decide_kernel", "propose_kernel", "settle_kernel", "apply_kernel"] * 3
     assert driver.loaded == 4
+
+
+@pytest.mark.parametrize(
+    ("cls", "update"),
+    [(fw.Adam, ["update_kernel"]), (fw.AdamP, ["propose_kernel", "settle_kernel", "apply_kernel"])],
+)
+def test_spheres_take_one_more_launch_and_compile_once(driver, cls, update):
+    """Whatever number of groups, norms and tensors."""
+    params = make_params(torch.float32, [(50, 100), (3,), (4, 9)])
+    opt = cls([{"params": [p], "projection": "sphere"} for p in params[:2]], backend="triton")
+    opt.add_param_group({"params": params[2:]})
+    for step in range(3):
+        set_grads(params, step)
+        opt.param_groups[1]["radius"] = 1.0 + step
+        opt.step()
+    assert [name for name, _, _ in driver.launches] == ["decide_kernel", *update, "rescale_kernel"] * 3
+    assert driver.loaded == 2 + len(update)
+    opt.param_groups[0]["projection"] = None
+    opt.param_groups[1].update(projection=None, radius=None)
+    opt.step()
+    assert [name for name, _, _ in driver.launches][-1] == update[-1]
 
 
 def test_init_state_compiles_and_loads_what_steps_may_need(driver):
