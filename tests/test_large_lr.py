@@ -11,6 +11,7 @@ from torch import nn
 from torch.optim.swa_utils import update_bn
 
 import fused_warmup as fw
+from benchmarks.large_lr import chosen, sides
 from benchmarks.tick import MARGIN, Batch, boundary_features, draw, draw_features, draw_single, normalised
 from fused_warmup.tuning import (
     Trial,
@@ -632,3 +633,20 @@ def test_signatures_of_the_regimes():
             assert barrier < 0.01
         if k % 5 == 4:
             assert angle > 1.0
+
+
+def test_rates_are_chosen_on_held_out_data():
+    """The benchmark's rule: what is best held out, whatever the test says, among the rates that are allowed."""
+    converged = torch.tensor([[True, True, False, False], [True, False, True, False]])
+    below, above = sides((1.0, 2.0, 3.0, 5.0), converged)
+    assert below.tolist() == converged.tolist()
+    assert above.tolist() == [[False, False, True, False], [False, False, False, True]]
+    # of two ends, two seeds and four rates
+    valid = torch.tensor([
+        [[0.1, 0.2, 0.9, 0.3], [0.5, 0.9, 0.4, 0.1]],
+        [[0.1, 0.4, 0.8, 0.7], [0.6, 0.9, 0.2, 0.3]],
+    ])
+    test = torch.arange(16.0).view(2, 2, 4)
+    assert chosen(valid, test, below).tolist() == [9.0, 12.0]
+    assert chosen(valid, test, above).tolist() == [2.0, 15.0]
+    assert chosen(valid[1:], test[1:], above).tolist() == [10.0, 15.0]
