@@ -346,8 +346,8 @@ def trained(rule, backend, steps, opt=None, groups=None, **options):
 @each_rule
 def test_a_state_dict_goes_on_bit_for_bit(rule, backend):
     groups, opt = trained(rule, backend, range(3))
-    file = io.BytesIO()
-    torch.save(opt.state_dict(), file)
+    file, live = io.BytesIO(), opt.state_dict()
+    torch.save(live, file)
     file.seek(0)
     saved = torch.load(file, weights_only=True)
     others = [[Parameter(p.detach().clone()) for p in group] for group in groups]
@@ -362,6 +362,7 @@ def test_a_state_dict_goes_on_bit_for_bit(rule, backend):
     # what was saved has not moved, and loading fills the tensor that kernels read
     held = opt.param_groups[2]["norm"]
     held.fill_(7.0)
+    assert float(live["param_groups"][2]["norm"]) == 3.0
     opt.load_state_dict(saved)
     assert opt.param_groups[2]["norm"] is held
     assert float(held) == 3.0
