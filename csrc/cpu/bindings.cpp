@@ -13,29 +13,21 @@ namespace py = pybind11;
 
 namespace {
 
-const fw::Kernels* const kAll[] = {
-    &fw::kernels_baseline,
-#if defined(FW_X86_64)
-    &fw::kernels_avx2,
-    &fw::kernels_avx512,
-#endif
+// what is compiled once per instruction set
+struct Compiled {
+  const fw::Kernels* kernels;
+  const fw::VectorFunction* vectors;
+  const fw::ResponseFunction* const* responses;
 };
-constexpr int kCount = sizeof kAll / sizeof kAll[0];
 
-const fw::VectorFunction* const kVectors[] = {
-    &fw::vectors_baseline,
+#define FW_COMPILED(isa) {&fw::kernels_##isa, &fw::vectors_##isa, &fw::responses_##isa},
+const Compiled kAll[] = {FW_COMPILED(baseline)
 #if defined(FW_X86_64)
-    &fw::vectors_avx2,
-    &fw::vectors_avx512,
+                             FW_COMPILED(avx2) FW_COMPILED(avx512)
 #endif
 };
-const fw::ResponseFunction* const* const kResponses[] = {
-    &fw::responses_baseline,
-#if defined(FW_X86_64)
-    &fw::responses_avx2,
-    &fw::responses_avx512,
-#endif
-};
+#undef FW_COMPILED
+constexpr int kCount = sizeof kAll / sizeof kAll[0];
 
 #define FW_NAME(Rule) #Rule,
 const char* const kRules[] = {FW_RULES(FW_NAME)};
@@ -47,8 +39,8 @@ constexpr int kPreconditionedCount = sizeof kPreconditioned / sizeof kPreconditi
 // names of the instruction sets that this machine runs, narrowest first
 py::tuple instruction_sets() {
   py::list names;
-  for (const fw::Kernels* kernels : kAll)
-    if (kernels->supported()) names.append(kernels->isa);
+  for (const Compiled& compiled : kAll)
+    if (compiled.kernels->supported()) names.append(compiled.kernels->isa);
   return py::tuple(names);
 }
 
@@ -65,7 +57,7 @@ py::tuple preconditioned() {
 }
 
 void check_isa(int isa) {
-  FW_CHECK(isa >= 0 && isa < kCount && kAll[isa]->supported(),
+  FW_CHECK(isa >= 0 && isa < kCount && kAll[isa].kernels->supported(),
            "isa must be an index into instruction_sets()");
 }
 
@@ -75,7 +67,7 @@ void step(int isa, int rule, std::uintptr_t address, int threads) {
   FW_CHECK(address != 0, "address must be that of a Step");
   FW_CHECK(threads > 0, "threads must be at least 1");
   py::gil_scoped_release release;
-  kAll[isa]->steps[rule](*fw::at<const fw::Step>(address), threads);
+  kAll[isa].kernels->steps[rule](*fw::at<const fw::Step>(address), threads);
 }
 
 void vectors(int isa, int operation, std::uintptr_t address, int threads) {
@@ -84,7 +76,7 @@ void vectors(int isa, int operation, std::uintptr_t address, int threads) {
   FW_CHECK(address != 0, "address must be that of an Algebra");
   FW_CHECK(threads > 0, "threads must be at least 1");
   py::gil_scoped_release release;
-  (*kVectors[isa])(*fw::at<const fw::Algebra>(address), operation, threads);
+  (*kAll[isa].vectors)(*fw::at<const fw::Algebra>(address), operation, threads);
 }
 
 void response(int isa, int rule, std::uintptr_t step, std::uintptr_t address, int threads) {
@@ -93,7 +85,7 @@ void response(int isa, int rule, std::uintptr_t step, std::uintptr_t address, in
   FW_CHECK(step != 0 && address != 0, "addresses must be those of a Step and a Response");
   FW_CHECK(threads > 0, "threads must be at least 1");
   py::gil_scoped_release release;
-  (*kResponses[isa])[rule](*fw::at<const fw::Step>(step), *fw::at<const fw::Response>(address), threads);
+  (*kAll[isa].responses)[rule](*fw::at<const fw::Step>(step), *fw::at<const fw::Response>(address), threads);
 }
 
 // offset and size of every field of every shared struct, and the size of the struct under the empty name

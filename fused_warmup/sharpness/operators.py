@@ -234,7 +234,7 @@ def operators_of(preview: Preview, hessian: Hessian) -> Pair:
     vectors = hessian.keeper.vectors
     ahead = preview.ahead(vectors)
     if ahead is not None:
-        decay = vectors.filled(ahead.decays) if ahead.decays else None
+        decay = vectors.flat(ahead.decays) if ahead.decays else None
         folded = None if ahead.folded is None else Operator(hessian, ahead.folded, decay)
         return Pair(Operator(hessian, ahead.scale, decay), folded, ahead.factor)
     members = preview.members
@@ -243,12 +243,12 @@ def operators_of(preview: Preview, hessian: Hessian) -> Pair:
     scale = None if plain_sgd else inverse.sqrt()
     decay = None
     if any(m.coupled_decay for m in members):
-        decay = vectors.filled([vectors.number(m.coupled_decay) for m in members])
+        decay = vectors.flat([vectors.number(m.coupled_decay) for m in members])
     plain = Operator(hessian, scale, decay)
     factors = [m.lr / m.edge for m in members]
     if len(set(factors)) == 1:
         return Pair(plain, None, vectors.number(factors[0]))
-    spread = vectors.filled([vectors.number(factor) for factor in factors])
+    spread = vectors.flat([vectors.number(factor) for factor in factors])
     return Pair(plain, Operator(hessian, (inverse * spread).sqrt(), decay), vectors.number(0.0))
 
 

@@ -49,17 +49,10 @@ class Vectors:
         return [v.view(p.shape) for v, p in zip(torch.split(vector, self.sizes), self.params, strict=True)]
 
     def flat(self, tensors: Sequence[Tensor | None]) -> Tensor:
-        """Return one vector of ``[n]``; None is zero."""
+        """Return one vector of ``[n]``; None is zero, and a 0-dim tensor fills its piece."""
         vector = self.basis(1)[0]
         for view, t in zip(self.split(vector), tensors, strict=True):
             view.copy_(t.detach()) if t is not None else view.zero_()
-        return vector
-
-    def filled(self, values: Sequence[Tensor]) -> Tensor:
-        """Return a vector of ``[n]`` with one value for each parameter, 0-dim each."""
-        vector = self.basis(1)[0]
-        for view, value in zip(self.split(vector), values, strict=True):
-            view.copy_(value)
         return vector
 
     def from_params_order(self, vector: Tensor) -> Tensor:
