@@ -27,8 +27,6 @@ FW_HD Verdict judge(const Step& step, const Partial& total) {
   double ratio = step.clip ? step.max_grad_norm / (verdict.grad_norm + 1e-6) : 1.0;
   // a NaN ratio stays, as in torch.nn.utils.clip_grad_norm_
   verdict.clip_coef = ratio >= 1.0 ? 1.0 : ratio;
-  verdict.average_weight = average_weight(step.average_kind, step.average_decay, step.average_start,
-                                          step.average_every, verdict.t + 1);
   return verdict;
 }
 
@@ -47,10 +45,31 @@ FW_HD void set_rates(const Step& step, const Verdict& verdict, int64_t group) {
   at<Rates>(step.rates)[group] = rates_of(step, verdict, group);
 }
 
+// updates that a row has had
+FW_HD int64_t updates_of(const Row& row) { return at<RowCounters>(row.counters)->step; }
+
+FW_HD void count_update(const Row& row) {
+  RowCounters& counters = *at<RowCounters>(row.counters);
+  counters.step += 1;
+  *at<float>(row.step_float) = static_cast<float>(counters.step);
+}
+
+// of every row that keeps an average, whether or not it has a gradient
+FW_HD void count_average(const Step& step, const Verdict& verdict, const Row& row) {
+  if (!row.average) return;
+  RowCounters& counters = *at<RowCounters>(row.counters);
+  bool due = is_averaged(step.average_kind, step.average_start, step.average_every, verdict.t + 1);
+  counters.n_averaged += due;
+  counters.average_weight =
+      due ? average_weight(step.average_kind, step.average_decay, counters.n_averaged) : 0.0;
+}
+
+FW_HD double average_weight_of(const Row& row) { return at<RowCounters>(row.counters)->average_weight; }
+
 // rows of one group at one step share their scalars, so a serial caller need not compute them again
 FW_HD bool same_scalars(const Step& step, int64_t row, int64_t other) {
   const Row &a = at<Row>(step.rows)[row], &b = at<Row>(step.rows)[other];
-  return a.group == b.group && a.initialized == b.initialized && *at<int64_t>(a.step) == *at<int64_t>(b.step);
+  return a.group == b.group && a.initialized == b.initialized && updates_of(a) == updates_of(b);
 }
 
 // the sphere of a group, or null
@@ -83,7 +102,7 @@ template <class Rule>
 FW_HD void set_scalars(const Step& step, const Verdict& verdict, int64_t row) {
   const Row& r = at<Row>(step.rows)[row];
   const Rates& rates = at<Rates>(step.rates)[r.group];
-  at<Scalars>(step.scalars)[row] = scalars_of<Rule>(step, verdict, rates, row, *at<int64_t>(r.step));
+  at<Scalars>(step.scalars)[row] = scalars_of<Rule>(step, verdict, rates, row, updates_of(r));
 }
 
 // how much of the parameter leaves the update in one channel, for all pieces of it

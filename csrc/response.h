@@ -16,7 +16,7 @@ FW_HD Scalars scalars_ahead(const Step& step, const Verdict& verdict, int64_t ro
   const Row& r = at<Row>(step.rows)[row];
   Rates rates = rates_of(step, verdict, r.group);
   rates.lr = 1.0;
-  return scalars_of<Rule>(step, verdict, rates, row, *at<int64_t>(r.step) + 1);
+  return scalars_of<Rule>(step, verdict, rates, row, updates_of(r) + 1);
 }
 
 // the factor that makes the edge ratio of the pre-conditioned sharpness

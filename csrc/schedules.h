@@ -38,12 +38,15 @@ FW_HD double multiplier(const Segment* segments, int32_t count, const double* va
   return segment_value(segments[i], values, t - segments[i].begin);
 }
 
-// weight of the parameters in their average after update number `step`; 0 when none is due
-FW_HD double average_weight(int32_t kind, double decay, int64_t start, int64_t every, int64_t step) {
-  if (kind == kAverageNone || step < start || (step - start) % every != 0) return 0.0;
-  int64_t averaged = (step - start) / every;
-  if (kind == kAverageSwa) return 1.0 / static_cast<double>(averaged + 1);
-  return averaged == 0 ? 1.0 : 1.0 - decay;
+// whether update number `step` is averaged
+FW_HD bool is_averaged(int32_t kind, int64_t start, int64_t every, int64_t step) {
+  return kind != kAverageNone && step >= start && (step - start) % every == 0;
+}
+
+// weight of a parameter in its average, as value number `n_averaged` of it
+FW_HD double average_weight(int32_t kind, double decay, int64_t n_averaged) {
+  if (kind == kAverageSwa) return 1.0 / static_cast<double>(n_averaged);
+  return n_averaged == 1 ? 1.0 : 1.0 - decay;
 }
 
 }  // namespace fw

@@ -26,14 +26,15 @@ enum SegmentKind : int32_t {
 };
 
 // one tensor; states and average are float32, or float64 beside a float64 parameter. Its channels follow one
-// another in memory, and so do their pieces of kPiece elements, the first of which is first_piece.
+// another in memory, and so do their pieces of kPiece elements, the first of which is first_piece. step_float
+// is where its updates are counted once more as a float, as torch keeps them in a state dict.
 #define FW_ROW(X)              \
   X(uint64_t, param, 0)        \
   X(uint64_t, state0, 8)       \
   X(uint64_t, state1, 16)      \
   X(uint64_t, state2, 24)      \
   X(uint64_t, average, 32)     \
-  X(uint64_t, step, 40)        \
+  X(uint64_t, counters, 40)    \
   X(int64_t, numel, 48)        \
   X(int32_t, group, 56)        \
   X(int32_t, dtype, 60)        \
@@ -42,7 +43,8 @@ enum SegmentKind : int32_t {
   X(int32_t, initialized, 72)  \
   X(int32_t, projects, 76)     \
   X(int64_t, channel_size, 80) \
-  X(int64_t, first_piece, 88)
+  X(int64_t, first_piece, 88)  \
+  X(uint64_t, step_float, 96)
 
 // a part of one row, small enough for 32-bit arithmetic inside it: whole channels, or a part of one
 #define FW_CHUNK(X)     \
@@ -136,6 +138,13 @@ enum SegmentKind : int32_t {
   X(int64_t, step, 0)  \
   X(int64_t, calls, 8)
 
+// what one row counts on the device: updates made and values in its average, and the weight of the parameter
+// in it at this step
+#define FW_ROW_COUNTERS(X)  \
+  X(int64_t, step, 0)       \
+  X(int64_t, n_averaged, 8) \
+  X(double, average_weight, 16)
+
 // what the host may leave for the next telemetry row; NaN when it left nothing
 #define FW_SLOTS(X)  \
   X(double, loss, 0) \
@@ -153,16 +162,15 @@ enum SegmentKind : int32_t {
   X(double, sharpness, 64)
 
 // what the decide stage finds out for all rows of one step; the update reads it
-#define FW_VERDICT(X)           \
-  X(int64_t, t, 0)              \
-  X(double, grad_norm, 8)       \
-  X(double, grad_norm_l1, 16)   \
-  X(double, clip_coef, 24)      \
-  X(double, unscale, 32)        \
-  X(double, average_weight, 40) \
-  X(double, rect, 48)           \
-  X(int32_t, skipped, 56)       \
-  X(int32_t, finished_blocks, 60)
+#define FW_VERDICT(X)         \
+  X(int64_t, t, 0)            \
+  X(double, grad_norm, 8)     \
+  X(double, grad_norm_l1, 16) \
+  X(double, clip_coef, 24)    \
+  X(double, unscale, 32)      \
+  X(double, rect, 40)         \
+  X(int32_t, skipped, 48)     \
+  X(int32_t, finished_blocks, 52)
 
 // one call of step(): addresses of the columns, their lengths, and the settings of the optimizer
 #define FW_STEP(X)                    \
@@ -240,22 +248,23 @@ enum SegmentKind : int32_t {
   X(int32_t, doubles, 48) \
   X(int32_t, reserved, 52)
 
-#define FW_STRUCTS(X)        \
-  X(Row, FW_ROW)             \
-  X(Chunk, FW_CHUNK)         \
-  X(Hyper, FW_HYPER)         \
-  X(Segment, FW_SEGMENT)     \
-  X(Rates, FW_RATES)         \
-  X(Scalars, FW_SCALARS)     \
-  X(Sphere, FW_SPHERE)       \
-  X(Partial, FW_PARTIAL)     \
-  X(Counters, FW_COUNTERS)   \
-  X(Slots, FW_SLOTS)         \
-  X(Telemetry, FW_TELEMETRY) \
-  X(Verdict, FW_VERDICT)     \
-  X(Step, FW_STEP)           \
-  X(Span, FW_SPAN)           \
-  X(Algebra, FW_ALGEBRA)     \
+#define FW_STRUCTS(X)             \
+  X(Row, FW_ROW)                  \
+  X(Chunk, FW_CHUNK)              \
+  X(Hyper, FW_HYPER)              \
+  X(Segment, FW_SEGMENT)          \
+  X(Rates, FW_RATES)              \
+  X(Scalars, FW_SCALARS)          \
+  X(Sphere, FW_SPHERE)            \
+  X(Partial, FW_PARTIAL)          \
+  X(Counters, FW_COUNTERS)        \
+  X(RowCounters, FW_ROW_COUNTERS) \
+  X(Slots, FW_SLOTS)              \
+  X(Telemetry, FW_TELEMETRY)      \
+  X(Verdict, FW_VERDICT)          \
+  X(Step, FW_STEP)                \
+  X(Span, FW_SPAN)                \
+  X(Algebra, FW_ALGEBRA)          \
   X(Response, FW_RESPONSE)
 
 #define FW_FIELD(type, name, offset) type name;

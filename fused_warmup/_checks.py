@@ -6,6 +6,7 @@ import math
 from collections.abc import Collection, Sequence
 from typing import Any, NoReturn
 
+import numpy as np
 import torch
 
 
@@ -52,10 +53,10 @@ def whole(owner: str, name: str, value: Any, low: int = 0) -> int:
 
 
 def flag(owner: str, name: str, value: Any) -> bool:
-    """Return ``value``, a bool."""
-    if not isinstance(value, bool):
+    """Return ``value``, a bool or one of the integers 0 and 1."""
+    if not isinstance(value, (bool, int, np.bool_, np.integer)) or value not in (0, 1):
         fail(owner, name, "be True or False", value, error=TypeError)
-    return value
+    return bool(value)
 
 
 def one_of(owner: str, name: str, value: Any, allowed: Collection[str]) -> str:
@@ -67,6 +68,8 @@ def one_of(owner: str, name: str, value: Any, allowed: Collection[str]) -> str:
 
 def betas(owner: str, value: Any) -> tuple[float, float]:
     """Return the two coefficients of the exponential averages, each in [0, 1)."""
+    if isinstance(value, (torch.Tensor, np.ndarray)):
+        value = value.tolist()
     if isinstance(value, (str, bytes)) or not isinstance(value, Sequence) or len(value) != 2:
         fail(owner, "betas", "be a pair of numbers", value, error=TypeError)
     return number(owner, "betas[0]", value[0], 0.0, 1.0), number(owner, "betas[1]", value[1], 0.0, 1.0)

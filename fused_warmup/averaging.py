@@ -63,6 +63,12 @@ def settings(average: Average | None) -> tuple[str | None, float, int, int]:
     return "SWA", 0.0, average.start, average.every
 
 
+def due_count(average: Average | None, step: int) -> int:
+    """Return how many of the first ``step`` updates are averaged."""
+    _, _, start, every = settings(average)
+    return 0 if average is None or step < start else (step - start) // every + 1
+
+
 @contextmanager
 def swapped(pairs: Iterable[tuple[Tensor, Tensor]]) -> Iterator[None]:
     """Put the averages in the place of the parameters, and the parameters back, whatever happens.

@@ -2,22 +2,68 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from . import _checks as check
 from . import layout
+from .averaging import due_count
 from .backends.base import Backend
 from .columns import is_capturing
+from .outside import checked_norm, checked_state, whole_count
 from .plan import Plan, check_disjoint
+from .processes import is_flattened, is_part
 from .reference.rules import LAYER_RULES
-from .rows import make_row
+from .rows import RowCounters, make_row
 from .table import COUNTERS, Hyper
 
 if TYPE_CHECKING:
     from .optimizer import FusedOptimizer
+    from .session import Session
+
+
+def check_norms(owner: str, session: Session) -> None:
+    """Raise ``ValueError`` for settings that need the norm of gradients that other processes have."""
+    if session.max_grad_norm is not None or session.nonfinite == "skip":
+        hint = "A process sees its part of the norm only; clip with torch.nn.utils.clip_grad_norm_."
+        value = (session.max_grad_norm, session.nonfinite)
+        condition = "be (None, 'propagate') beside sharded parameters"
+        check.fail(owner, "(max_grad_norm, nonfinite)", condition, value, hint)
+
+
+def check_whole(
+    owner: str, rule: str, session: Session, members: Iterable[tuple[int, Tensor, Hyper]]
+) -> bool:
+    """Raise ``ValueError`` where a sum over tensors is needed of which other processes hold a part.
+
+    Args:
+        owner: Name of the optimizer class.
+        rule: Name of its rule.
+        session: Settings of the optimizer.
+        members: Position, parameter and hyper-parameters of each.
+
+    Returns:
+        Whether other processes hold other parts.
+    """
+    split = False
+    hint = "A process sees its part of the norm only."
+    for index, param, hyper in members:
+        part = is_part(param)
+        if session.split or part:
+            split = True
+            check_norms(owner, session)
+            if hyper.sphere:
+                check.fail(owner, "projection", "be None beside sharded parameters", "sphere", hint)
+            if hyper.init == "random":
+                condition = "be 'zeros' or 'grad' beside sharded parameters"
+                check.fail(owner, "exp_avg_sq_init", condition, "random", hint)
+        if (part or is_flattened(param)) and rule in LAYER_RULES:
+            reason = "A process sees its part of a layer only, and this rule needs sums over all of it."
+            check.fail(owner, f"parameter {index}", "be whole in each process", tuple(param.shape), reason)
+    return split
 
 
 def build_plan(opt: FusedOptimizer, every: bool) -> tuple[Plan, Backend]:
@@ -35,77 +81,111 @@ def build_plan(opt: FusedOptimizer, every: bool) -> tuple[Plan, Backend]:
         TypeError: If a parameter or gradient is of a kind that no backend takes.
         ValueError: If one does not fit.
     """
-    name = type(opt).__name__
-    if any(is_capturing(p.device) for group in opt.param_groups for p in group["params"][:1]):
+    name, session = type(opt).__name__, opt._session
+    if any(is_capturing(p.device) for group in session.param_groups for p in group["params"][:1]):
         raise RuntimeError(
             f"{name}: states and table must stand before a graph is captured, got parameters, groups, "
             "states or averages that are new or were moved. Call init_state() before the capture, with "
             "the gradients that the graph will write in .grad."
         )
-    hypers = [opt._make_hyper(group) for group in opt.param_groups]
-    members = [(i, p) for i, group in enumerate(opt.param_groups) for p in group["params"]]
+    hypers = [opt._adopt_group(group) for group in session.param_groups]
+    members = [(i, p) for i, group in enumerate(session.param_groups) for p in group["params"]]
+    names = [opt._state_names(group) for group in session.param_groups]
     device: torch.device | None = None
     known: list[tuple[int, int, Tensor, Tensor]] = []
+    counts: dict[Tensor, tuple[int, int]] = {}
     for index, (g, param) in enumerate(members):
-        idle = param.grad is None and "step" not in opt._state.get(param, {})
+        state = session.state.get(param, {})
+        idle = param.grad is None and "step" not in state
         # what has no gradient is a part of the norm all the same
         if idle and not ((every or hypers[g].sphere) and param.requires_grad):
             continue
         local = layout.check_param(name, index, param, device)
         device = local.device
         if param.grad is not None:
-            layout.check_grad(name, index, local, param.grad)
+            layout.check_grad(name, index, local, param.grad, opt.takes_sparse)
             layout.check_placement(name, index, param, param.grad)
-        if layout.is_sharded(param) and (opt.max_grad_norm is not None or opt.nonfinite == "skip"):
-            hint = "A process sees its part of the norm only; clip with torch.nn.utils.clip_grad_norm_."
-            value = (opt.max_grad_norm, opt.nonfinite)
-            condition = "be (None, 'propagate') beside sharded parameters"
-            check.fail(name, "(max_grad_norm, nonfinite)", condition, value, hint)
-        if layout.is_sharded(param) and hypers[g].sphere:
-            hint = "A process sees its part of the norm only."
-            check.fail(name, "projection", "be None beside sharded parameters", "sphere", hint)
-        if layout.is_sharded(param) and opt.rule in LAYER_RULES:
-            hint = "A process sees its part of a layer only, and this rule needs sums over all of it."
-            check.fail(name, f"parameter {index}", "be whole in each process", tuple(param.shape), hint)
-        for key in (*opt._state_names(opt.param_groups[g]), "average"):
-            state = opt._state.get(param, {}).get(key)
-            if isinstance(state, Tensor) and state.shape != param.shape:
-                shape = tuple(state.shape)
-                check.fail(name, f"parameter {index}", f"keep the shape {shape} of {key}", tuple(param.shape))
+        for key in (*names[g], "average"):
+            if state.get(key) is not None:
+                checked_state(name, index, key, state[key], param)
+        counted = _counts(name, index, session, param, state)
+        if counted is not None:
+            counts[param] = counted
         known.append((g, index, param, local))
-    check_disjoint(name, [(index, local) for _, index, _, local in known])
     device = device or torch.device("cpu")
-    backend = opt._resolve(device)
-    if opt._counters is None or opt._counters.device != device:
-        fresh = torch.zeros(len(COUNTERS), dtype=torch.int64, device=device)
-        opt._counters = fresh if opt._counters is None else fresh.copy_(opt._counters)
-    opt.telemetry.allocate(device, opt._counters)
-    _allocate(opt, [(g, p, local) for g, _, p, local in known], hypers)
-    names = [opt._state_names(group) for group in opt.param_groups]
-    averaged, by_channel = opt.average is not None, _by_channel(opt)
+    for g, group in enumerate(session.param_groups):
+        if hypers[g].sphere and "norm" in group:
+            group["norm"] = checked_norm(name, f"param_groups[{g}]['norm']", group["norm"], device)
+    split = check_whole(name, opt.rule, session, [(index, p, hypers[g]) for g, index, p, _ in known])
+    check_disjoint(name, [(index, local) for _, index, _, local in known])
+    backend = session.resolve(device)
+    counters = session.allocate_counters(device)
+    session.telemetry.allocate(device, counters)
+    _allocate(session, [(g, p, local) for g, _, p, local in known], hypers, names, counts, _by_channel(opt))
+    averaged, by_channel = session.average is not None, _by_channel(opt)
     rows = [
         make_row(
-            p, local, opt._state[p], names[g], averaged=averaged, group=g, index=index, by_channel=by_channel
+            p,
+            local,
+            session.state[p],
+            names[g],
+            session.records[p],
+            averaged=averaged,
+            group=g,
+            index=index,
+            by_channel=by_channel,
         )
         for g, index, p, local in known
     ]
-    record = {"counters": opt._counters, "slots": opt.telemetry.slots, "page": opt.telemetry.page}
-    groups, state, average = opt.param_groups, opt._state, opt.average
-    norms = _norms(opt, hypers, device)
-    return Plan(name, opt.rule, rows, groups, state, norms, average, record, device), backend
+    record = {"counters": counters, "slots": session.telemetry.slots, "page": session.telemetry.page}
+    plan = Plan(
+        name,
+        opt.rule,
+        rows,
+        session.param_groups,
+        session.state,
+        _norms(session, hypers, device),
+        session.average,
+        record,
+        device,
+        takes_sparse=opt.takes_sparse,
+        is_split=split,
+    )
+    return plan, backend
 
 
-def _norms(opt: FusedOptimizer, hypers: list[Hyper], device: torch.device) -> list[Tensor | None]:
+def _counts(
+    owner: str, index: int, session: Session, param: Tensor, state: Mapping[str, Any]
+) -> tuple[int, int] | None:
+    """Return the checked counts of a parameter that came from elsewhere, None where ours are in place."""
+    record, step = session.records.get(param), state.get("step")
+    if step is None:
+        # torch's SGD keeps no count; with a buffer the first step is over
+        return int(state.get("momentum_buffer") is not None), 0
+    n_averaged = state.get("n_averaged")
+    in_place = record is not None and step is record.step and record.record.device == param.device
+    if record is not None and in_place and (n_averaged is None or n_averaged is record.n_averaged):
+        return None
+    made = whole_count(owner, f"state['step'] of parameter {index}", step)
+    if n_averaged is not None:
+        return made, whole_count(owner, f"state['n_averaged'] of parameter {index}", n_averaged)
+    if session.average is None or state.get("average") is None:
+        return made, 0
+    # of an average without a count, which was there from the first step on
+    calls = 0 if session.counters is None else int(session.counters[COUNTERS.index("step")])
+    return made, due_count(session.average, max(made, calls))
+
+
+def _norms(session: Session, hypers: list[Hyper], device: torch.device) -> list[Tensor | None]:
     """Return where the norms of groups on a sphere are kept; those of new groups are to be measured."""
-    opt._fresh_norms = {}
-    for g, (group, hyper) in enumerate(zip(opt.param_groups, hypers, strict=True)):
+    session.fresh_norms = {}
+    for g, (group, hyper) in enumerate(zip(session.param_groups, hypers, strict=True)):
         if not hyper.sphere:
             group.pop("norm", None)
         elif "norm" not in group:
-            opt._fresh_norms[g] = torch.zeros((), dtype=torch.float64, device=device)
-        elif group["norm"].device != device:
-            group["norm"] = group["norm"].to(device)
-    return [group.get("norm", opt._fresh_norms.get(g)) for g, group in enumerate(opt.param_groups)]
+            session.fresh_norms[g] = torch.zeros((), dtype=torch.float64, device=device)
+    fresh = session.fresh_norms
+    return [group.get("norm", fresh.get(g)) for g, group in enumerate(session.param_groups)]
 
 
 def _by_channel(opt: FusedOptimizer) -> bool:
@@ -113,34 +193,51 @@ def _by_channel(opt: FusedOptimizer) -> bool:
     return opt.rule in LAYER_RULES and LAYER_RULES[opt.rule].projects
 
 
-def _allocate(opt: FusedOptimizer, members: list[tuple[int, Tensor, Tensor]], hypers: list[Hyper]) -> None:
-    """Make the states that are missing; new step counts share one buffer."""
-    fresh = [param for _, param, _ in members if "step" not in opt._state[param]]
-    steps = iter(torch.zeros(len(fresh), dtype=torch.int64, device=fresh[0].device) if fresh else ())
-    drawn, by_channel = 0.0, _by_channel(opt)
+def _allocate(
+    session: Session,
+    members: list[tuple[int, Tensor, Tensor]],
+    hypers: list[Hyper],
+    names: list[tuple[str, ...]],
+    counts: Mapping[Tensor, tuple[int, int]],
+    by_channel: bool,
+) -> None:
+    """Make the states that are missing, and convert those that came from elsewhere."""
+    drawn, started = 0.0, 0
     for g, param, local in members:
-        state, group = opt._state[param], opt.param_groups[g]
-        random = "step" not in state and hypers[g].init == "random"
-        if "step" not in state:
-            state["step"] = next(steps)
-        elif "momentum_buffer" in opt._state_names(group) and state.get("momentum_buffer") is None:
+        state = session.state[param]
+        starts = "step" not in state
+        if param in counts:
+            session.records[param] = RowCounters(local.device, *counts[param])
+        record = session.records[param]
+        state["step"] = record.step
+        if not starts and "momentum_buffer" in names[g] and state.get("momentum_buffer") is None:
             # torch starts a buffer that comes late with the gradient itself, as at a first step
-            state["step"].zero_()
-        for state_name in opt._state_names(group):
-            if not isinstance(state.get(state_name), Tensor):
-                state[state_name] = layout.state_like(param, by_channel)
-        if opt.average is not None and "average" not in state:
+            record.set(0, int(record.n_averaged))
+        for key in names[g]:
+            if state.get(key) is None:
+                state[key] = layout.state_like(param, by_channel)
+        if session.average is not None and state.get("average") is None:
             state["average"] = layout.state_like(param, by_channel).copy_(param)
-        for key in (*opt._state_names(group), *(["average"] if opt.average is not None else [])):
+            record.n_averaged.zero_()
+        if session.average is not None:
+            state["n_averaged"] = record.n_averaged
+        for key in (*names[g], *(["average"] if session.average is not None else [])):
             if not layout.fits(state[key], local, by_channel):
-                # the parameter got another dtype or layout since
+                # the parameter got another dtype or layout since, or the state is somebody else's
                 state[key] = layout.state_like(param, by_channel).copy_(state[key])
-        if random:
+        started += param.numel() if starts else 0
+        if starts and hypers[g].init == "random":
             # drawn on the host, so that its norm is known without a wait
             noise = torch.randn(param.shape, dtype=torch.float64, device="cpu")
             drawn += float(noise.square().sum())
             noise = noise.square().pin_memory() if param.is_cuda else noise.square()
             state["exp_avg_sq"].copy_(noise, non_blocking=True)
     if drawn:
-        others = sum(param.numel() for _, param, _ in members) - sum(param.numel() for param in fresh)
-        opt._init_norm_sq = drawn + others
+        session.init_norm_sq = drawn + sum(param.numel() for _, param, _ in members) - started
+    most = max((step for step, _ in counts.values()), default=0)
+    if most and session.counters is not None:
+        # a wrapper that restores states alone: schedules and averages go on where these are
+        session.counters[COUNTERS.index("step")].clamp_(min=most)
+    here = {param for _, param, _ in members}
+    for param in session.records.keys() - here:
+        del session.records[param]

@@ -96,14 +96,12 @@ def overlaps_itself(tensor: Tensor) -> bool:
 
 def _check_kind(name: str, tensor: Tensor) -> None:
     """Raise ``TypeError`` unless a tensor is real memory of a layout and dtype that kernels read."""
-    if _is_fake(tensor):
+    if is_fake(tensor):
         raise TypeError(
             f"{name} must hold data, got a FakeTensor; keep step() out of torch.compile and export."
         )
     if tensor.layout != torch.strided:
-        raise TypeError(
-            f"{name} must be dense, got layout {tensor.layout}; torch.optim.SparseAdam takes sparse ones."
-        )
+        raise TypeError(f"{name} must be dense, got layout {tensor.layout}.")
     if tensor.dtype not in DTYPES:
         hint = "; give torch.view_as_real of it." if tensor.is_complex() else "."
         raise TypeError(f"{name} must be float32, float64, bfloat16 or float16, got {tensor.dtype}{hint}")
@@ -130,15 +128,24 @@ def check_param(owner: str, index: int, param: Tensor, device: torch.device | No
     return local
 
 
-def check_grad(owner: str, index: int, local: Tensor, grad: Tensor) -> Tensor:
-    """Return the local memory of a gradient that fits its parameter.
+def check_grad(owner: str, index: int, local: Tensor, grad: Tensor, takes_sparse: bool = False) -> Tensor:
+    """Return the local memory of a gradient that fits its parameter, a dense copy of a sparse one.
 
     Raises:
-        TypeError: If the gradient is fake, sparse or of an unsupported dtype.
+        TypeError: If the gradient is fake or of an unsupported dtype.
+        RuntimeError: If it is sparse, unless the rule takes that.
         ValueError: If it has another shape or another device than its parameter.
     """
     name = f"{owner}: the gradient of {describe(index, local)}"
     grad = local_tensor(grad)
+    if grad.layout == torch.sparse_coo:
+        if not takes_sparse:
+            # the type that torch's optimizers raise
+            raise RuntimeError(
+                f"{name} must be dense, got layout {grad.layout}; SGD takes sparse ones, as does "
+                "torch.optim.SparseAdam."
+            )
+        grad = grad.to_dense()
     _check_kind(name, grad)
     if grad.device != local.device:
         raise ValueError(f"{name} must be on {local.device}, got {grad.device}.")
@@ -147,7 +154,8 @@ def check_grad(owner: str, index: int, local: Tensor, grad: Tensor) -> Tensor:
     return grad
 
 
-def _is_fake(tensor: Tensor) -> bool:
+def is_fake(tensor: Tensor) -> bool:
+    """Whether a tensor only stands for one, as while a compiler traces."""
     if type(tensor) in (Tensor, torch.nn.Parameter):
         return False
     from torch._subclasses.fake_tensor import FakeTensor
@@ -156,9 +164,10 @@ def _is_fake(tensor: Tensor) -> bool:
 
 
 def fits(state: Tensor, local: Tensor, by_channel: bool = False) -> bool:
-    """Whether a state has the dtype and layout that the row of a parameter needs."""
-    wanted = work_layout(local, by_channel)
-    return state.dtype == compute_dtype(local.dtype) and same_layout(local_tensor(state), wanted)
+    """Whether a state has the device, dtype and layout that the row of a parameter needs."""
+    wanted, held = work_layout(local, by_channel), local_tensor(state)
+    kind = (held.device, held.dtype)
+    return kind == (local.device, compute_dtype(local.dtype)) and same_layout(held, wanted)
 
 
 def state_like(param: Tensor, by_channel: bool = False) -> Tensor:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import warnings
 from collections import OrderedDict, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -9,18 +11,23 @@ from typing import Any, ClassVar, TypedDict
 
 import torch
 from torch import Tensor
+from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
+from torch.optim.optimizer import required
 
 from . import _checks as check
 from . import layout
 from .averaging import EMA, SWA, Average, swapped
-from .backends import BACKENDS, resolve
+from .backends import BACKENDS
 from .backends.base import Backend
-from .build import build_plan
+from .build import build_plan, check_norms, check_whole
 from .columns import is_capturing
-from .live import LiveSchedule, live_schedules
+from .live import LiveSchedule, live_schedules, restored
+from .losses import as_number, reported
 from .plan import Plan
+from .processes import built_by_zero
 from .schedules import Schedule
+from .session import Session
 from .sphere import norm_of, sphere_options
 from .state import load_state, pack_state
 from .table import RATES, Hyper, Settings
@@ -39,9 +46,10 @@ class Options(TypedDict, total=False):
     radius: float | None
     max_grad_norm: float | None
     nonfinite: str
+    unscale_grads: bool
     average: Average | None
     backend: str
-    telemetry: bool
+    telemetry: bool | str
     foreach: bool | None
     fused: bool | None
     capturable: bool
@@ -70,12 +78,18 @@ class FusedOptimizer(Optimizer):
             before means. None keeps the norm that the group has at its first step, or at ``init_state()``.
             May be set per group. ``param_groups[i]["norm"]`` is the norm in force, a 0-dim float64 tensor.
         max_grad_norm: Clip the gradients of all groups together to this L2 norm, > 0, as
-            ``torch.nn.utils.clip_grad_norm_`` does, without changing ``.grad``. None does not clip.
+            ``torch.nn.utils.clip_grad_norm_`` does, without changing ``.grad``. None, 0 and infinity do not
+            clip.
         nonfinite: ``"propagate"`` lets NaN and infinity through as torch does; ``"skip"`` leaves parameters,
             states, averages and the step count as they were when any gradient element is not finite.
+        unscale_grads: What ``.grad`` holds after ``scaler.step(opt)`` of a ``torch.amp.GradScaler``. False
+            leaves it multiplied by the scale, because unscaling costs a write of every gradient that the step
+            does not need; True divides it by the scale after the update, as torch's optimizers do. Telemetry
+            has the norms of the unscaled gradients either way.
         average: ``EMA`` or ``SWA`` of the parameters, written by the update itself.
         backend: ``"auto"``, ``"reference"``, ``"cpu"``, ``"triton"`` or ``"cuda"``.
-        telemetry: Keep a row per step on the device.
+        telemetry: Keep a row per step on the device. State dicts hold the last 1,024 rows, or all of them
+            with ``"all"``.
         foreach: Accepted and ignored, so that a swap-in needs one changed word.
         fused: Accepted and ignored.
         capturable: Accepted and ignored.
@@ -87,6 +101,10 @@ class FusedOptimizer(Optimizer):
     """
 
     rule: ClassVar[str]
+    # hyper-parameters that make the class what it is, whatever a state dict says
+    fixed: ClassVar[Mapping[str, Any]] = {}
+    # gradients that are sparse are made dense
+    takes_sparse: ClassVar[bool] = False
     _step_supports_amp_scaling = True
 
     def __init__(
@@ -100,37 +118,43 @@ class FusedOptimizer(Optimizer):
         radius: float | None = None,
         max_grad_norm: float | None = None,
         nonfinite: str = "propagate",
+        unscale_grads: bool = False,
         average: Average | None = None,
         backend: str = "auto",
-        telemetry: bool = True,
+        telemetry: bool | str = True,
         foreach: bool | None = None,
         fused: bool | None = None,
         capturable: bool = False,
         differentiable: bool = False,
+        **unknown: Any,
     ) -> None:
         name = type(self).__name__
+        if unknown:
+            raise TypeError(f"{name}() got an unexpected keyword argument {next(iter(unknown))!r}.")
         if differentiable:
             check.fail(
                 name, "differentiable", "be False", differentiable, "torch.optim has the differentiable form."
             )
+        self._session = Session()
         self.max_grad_norm = max_grad_norm
         self.nonfinite = nonfinite
-        self.backend = check.one_of(name, "backend", backend, ("auto", *BACKENDS))
+        self.unscale_grads = check.flag(name, "unscale_grads", unscale_grads)
+        self.backend = backend
         self.average = average
-        self.telemetry = Telemetry(check.flag(name, "telemetry", telemetry))
+        if telemetry != "all":
+            telemetry = check.flag(name, "telemetry", telemetry)
+        self.telemetry = Telemetry(bool(telemetry), keep_all=telemetry == "all")
         self._check_settings()
-        self._counters: Tensor | None = None
-        self._init_norm_sq = 0.0
-        self._captured: list[Plan] = []
-        self._fresh_norms: dict[int, Tensor] = {}
-        self._swapped = False
-        self._backend: Backend | None = None
-        self._reset()
+        # before params, which may be a generator, are touched
+        self._hyper(name, {**defaults, "lr": 0.0} if defaults["lr"] is required else defaults)
         passed = {"foreach": foreach, "capturable": capturable, "differentiable": False, "fused": fused}
         schedules = {"schedule": schedule, "weight_decay_schedule": weight_decay_schedule}
         sphere = {"projection": projection, "radius": radius}
+        self._session.split = built_by_zero()
         super().__init__(params, {**defaults, **schedules, **sphere, **passed})
         self._hyper_keys = tuple(key for key in self.defaults if key not in passed)
+
+    # what the session holds, under the names that users know
 
     @property
     def state(self) -> defaultdict[Tensor, Any]:
@@ -139,13 +163,85 @@ class FusedOptimizer(Optimizer):
         Whoever has seen it may replace or move its tensors, so from then on each step checks them all: about
         a quarter of a microsecond per parameter.
         """
-        self._exposed = True
-        return self._state
+        self._session.exposed = True
+        return self._session.state
 
     @state.setter
     def state(self, state: defaultdict[Tensor, Any]) -> None:
-        self._state = state
-        self._reset()
+        self._session.state = state
+        self._session.reset()
+
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:
+        """Parameter groups, as torch keeps them; the list may be replaced."""
+        return self._session.param_groups
+
+    @param_groups.setter
+    def param_groups(self, groups: list[dict[str, Any]]) -> None:
+        self._session.param_groups = groups
+        self._session.reset()
+
+    @property
+    def max_grad_norm(self) -> float | None:
+        """L2 norm to which the gradients of all groups together are clipped, or None."""
+        return self._session.max_grad_norm
+
+    @max_grad_norm.setter
+    def max_grad_norm(self, max_grad_norm: float | None) -> None:
+        # the usual words for no clipping
+        plain = isinstance(max_grad_norm, (int, float)) and not isinstance(max_grad_norm, bool)
+        unclipped = plain and max_grad_norm in (0, math.inf)
+        self._session.max_grad_norm = None if unclipped else max_grad_norm
+
+    @property
+    def nonfinite(self) -> str:
+        """What gradients that are not finite do: ``"propagate"`` or ``"skip"``."""
+        return self._session.nonfinite
+
+    @nonfinite.setter
+    def nonfinite(self, nonfinite: str) -> None:
+        self._session.nonfinite = nonfinite
+
+    @property
+    def unscale_grads(self) -> bool:
+        """Whether ``.grad`` is divided by the scale of a ``GradScaler`` after the update."""
+        return self._session.unscale_grads
+
+    @unscale_grads.setter
+    def unscale_grads(self, unscale_grads: bool) -> None:
+        self._session.unscale_grads = unscale_grads
+
+    @property
+    def average(self) -> Average | None:
+        """``EMA`` or ``SWA`` of the parameters, or None."""
+        return self._session.average
+
+    @average.setter
+    def average(self, average: Average | None) -> None:
+        self._session.average = average
+
+    @property
+    def backend(self) -> str:
+        """Name of the backend that was asked for."""
+        return self._session.backend_name
+
+    @backend.setter
+    def backend(self, backend: str) -> None:
+        self._session.backend_name = check.one_of(
+            type(self).__name__, "backend", backend, ("auto", *BACKENDS)
+        )
+        self._session.backend = None
+        self._session.reset()
+
+    @property
+    def telemetry(self) -> Telemetry:
+        """The record that steps leave."""
+        return self._session.telemetry
+
+    @telemetry.setter
+    def telemetry(self, telemetry: Telemetry) -> None:
+        self._session.telemetry = telemetry
+        self._session.reset()
 
     # what a rule declares
 
@@ -177,71 +273,99 @@ class FusedOptimizer(Optimizer):
             setattr(hyper, key, value)
         return hyper
 
+    def _adopt_group(self, group: Any) -> Hyper:
+        """Validate a group as it stands, after making schedules of those that came as plain types.
+
+        Wrappers copy the groups of a state dict without asking ``load_state_dict``. A live schedule stays the
+        object that the user holds.
+        """
+        live = self._session.live
+        for key in ("schedule", "weight_decay_schedule"):
+            if isinstance(group[key], Mapping):
+                schedule, held = restored(group[key]), live.get(id(group))
+                if isinstance(schedule, LiveSchedule) and type(held) is type(schedule):
+                    held.load_state_dict(schedule.state_dict())
+                    schedule = held
+                group[key] = schedule
+        hyper = self._make_hyper(group)
+        if isinstance(group["schedule"], LiveSchedule):
+            live[id(group)] = group["schedule"]
+        return hyper
+
+    def _complete_groups(self) -> None:
+        """Give groups that came from elsewhere the hyper-parameters that they lack."""
+        for group in self.param_groups:
+            for key, value in self.defaults.items():
+                group.setdefault(key, value)
+
     def _check_settings(self) -> None:
-        name = type(self).__name__
-        check.one_of(name, "nonfinite", self.nonfinite, ("propagate", "skip"))
-        if self.average is not None and not isinstance(self.average, (EMA, SWA)):
-            check.fail(name, "average", "be EMA, SWA or None", self.average, error=TypeError)
-        if self.max_grad_norm is not None:
-            check.number(name, "max_grad_norm", self.max_grad_norm, ends="()")
+        name, session = type(self).__name__, self._session
+        check.one_of(name, "nonfinite", session.nonfinite, ("propagate", "skip"))
+        if session.average is not None and not isinstance(session.average, (EMA, SWA)):
+            check.fail(name, "average", "be EMA, SWA or None", session.average, error=TypeError)
+        if session.max_grad_norm is not None:
+            check.number(name, "max_grad_norm", session.max_grad_norm, ends="()")
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group of parameters; its missing hyper-parameters are the defaults.
+
+        The dictionary itself becomes the group, as in torch, so that whoever holds it can change it.
 
         Args:
             param_group: ``params`` and any hyper-parameter of the rule, ``schedule`` and
                 ``weight_decay_schedule`` included. Norm, clipping and averaging are common to all groups.
 
         Raises:
-            ValueError: If a value is out of range, or a parameter is given twice.
+            ValueError: If a value is out of range, or a parameter is in another group already.
             TypeError: If a parameter is of a kind that no backend takes.
         """
         name = type(self).__name__
         if isinstance(param_group, dict):
-            param_group = dict(param_group)
-            for key in ("max_grad_norm", "nonfinite", "average", "backend", "telemetry"):
+            for key in ("max_grad_norm", "nonfinite", "unscale_grads", "average", "backend", "telemetry"):
                 if key in param_group:
                     check.fail(name, key, "be given once for the whole optimizer", param_group[key])
-            # of another optimizer that had the group; this one measures its own
-            param_group.pop("norm", None)
             if param_group.get("differentiable"):
                 check.fail(
                     name, "differentiable", "be False", True, "torch.optim has the differentiable form."
                 )
+            merged = {**self.defaults, **param_group}
+            if merged["lr"] is required:
+                check.fail(name, "lr", "be given for each group or for all", "none")
+            hyper = self._make_hyper(merged)
             params = param_group.get("params", ())
-            param_group["params"] = params = [params] if isinstance(params, Tensor) else params
+            params = [params] if isinstance(params, Tensor) else params
             if not isinstance(params, set):
-                param_group["params"] = params = list(params)
+                params = self._once(list(params))
                 plain = [p[1] if isinstance(p, tuple) else p for p in params]
-                if len({id(p) for p in plain}) != len(plain):
-                    check.fail(name, "params", "hold each parameter once", f"{len(plain)} with duplicates")
-                self._check_params([p for p in plain if isinstance(p, Tensor)])
-            self._make_hyper({**self.defaults, **param_group})
-            if isinstance(param_group.get("lr", self.defaults["lr"]), Tensor):
-                # a tensor that two groups share would make every scheduler change both
-                param_group["lr"] = param_group.get("lr", self.defaults["lr"]).clone()
+                self._check_params([p for p in plain if isinstance(p, Tensor)], hyper)
+            param_group["params"] = params
+            # of another optimizer that had the group; this one measures its own
+            param_group.pop("norm", None)
         super().add_param_group(param_group)
-        self._reset()
+        self._session.reset()
 
-    def _check_params(self, params: list[Tensor]) -> None:
+    def _once(self, params: list[Any]) -> list[Any]:
+        """Return the entries of a group, each parameter once; a tied weight may be listed twice."""
+        first = {id(entry[1] if isinstance(entry, tuple) else entry): entry for entry in reversed(params)}
+        if len(first) < len(params):
+            warnings.warn(
+                f"{type(self).__name__}: got a parameter group with duplicate parameters; each is "
+                "trained once.",
+                stacklevel=4,
+            )
+            params = list(reversed(first.values()))
+        return params
+
+    def _check_params(self, params: list[Tensor], hyper: Hyper) -> None:
         """Raise for parameters that no backend takes, before any state exists, and resolve the backend."""
-        known = [p for group in getattr(self, "param_groups", ()) for p in group["params"]]
-        for i, param in enumerate(params, len(known)):
-            # meta parameters may be materialised before the first step, which checks them again
-            if not param.is_meta:
-                local = layout.check_param(type(self).__name__, i, param, None)
-                self._resolve(local.device)
-
-    def _resolve(self, device: torch.device) -> Backend:
-        """Return the backend; another one only if the parameters have moved to another kind of device."""
-        if self._backend is None or self._backend_device != device.type:
-            self._backend, self._backend_device = resolve(self.backend, device), device.type
-        return self._backend
-
-    def _reset(self) -> None:
-        """Forget the table; the next step builds it again."""
-        self._plan: Plan | None = None
-        self._planned_average: Average | None = None
+        name, session = type(self).__name__, self._session
+        known = len(session.params)
+        for i, param in enumerate(params, known):
+            # these may be materialised before the first step, which checks them again
+            if not is_lazy(param) and not param.is_meta:
+                local = layout.check_param(name, i, param, None)
+                session.resolve(local.device)
+        check_whole(name, self.rule, session, [(i, p, hyper) for i, p in enumerate(params, known)])
 
     # the step
 
@@ -260,25 +384,36 @@ class FusedOptimizer(Optimizer):
             RuntimeError: If called inside ``averaged_parameters``, or while a graph is captured that could
                 not be replayed: gradients that moved, states or groups that are new.
             TypeError: If a parameter or gradient is of a kind that no backend takes.
-            ValueError: If a parameter, gradient or hyper-parameter does not fit. Nothing is changed then.
+            ValueError: If a parameter, gradient, state or hyper-parameter does not fit. Nothing is changed
+                then.
         """
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        if self._swapped:
+        session = self._session
+        if session.swapped:
             raise RuntimeError(
                 f"{type(self).__name__}: step() must not be called inside averaged_parameters()."
             )
+        may_probe = not session.state and all(float(group["lr"]) == 0.0 for group in self.param_groups)
         plan, backend = self._prepared_plan()
+        if may_probe and plan.gradients_are_zero():
+            # not a step but a wrapper that wants to see the states
+            self.init_state()
+            return loss
         self._measure_norms(plan)
-        if isinstance(loss, (Tensor, float)):
-            self.record_loss(loss)
+        value = reported(loss)
+        if value is not None:
+            self.record_loss(value)
+        self._warn_unfed()
         if plan.fresh_grads and len(plan.rows) > backend.carries:
             plan.push_grads()
         backend.step(plan)
         plan.sent_grads()
-        self._last_rates = plan.rates
+        session.last_rates = plan.rates
+        if session.unscale_grads:
+            plan.unscale_grads()
         changed = plan.finish()
         if is_capturing(plan.device):
             self._keep_captured(plan)
@@ -298,7 +433,7 @@ class FusedOptimizer(Optimizer):
             TypeError: If a parameter or gradient is of a kind that no backend takes.
             ValueError: If a parameter, gradient or hyper-parameter does not fit.
         """
-        self._reset()
+        self._session.reset()
         plan, backend = self._prepared_plan(every=True)
         self._measure_norms(plan)
         plan.push_grads()
@@ -307,16 +442,30 @@ class FusedOptimizer(Optimizer):
 
     def _measure_norms(self, plan: Plan) -> None:
         """Take the norms of groups that are about to make their first step on a sphere."""
-        for g, norm in self._fresh_norms.items():
+        for g, norm in self._session.fresh_norms.items():
             norm.copy_(norm_of([row.local for row in plan.rows if row.group == g], plan.device))
             self.param_groups[g]["norm"] = norm
-        self._fresh_norms = {}
+        self._session.fresh_norms = {}
 
     def _keep_captured(self, plan: Plan) -> None:
         """Keep the table that a graph reads, whatever tables later eager steps need."""
         plan.columns.captured = True
-        if not any(plan is kept for kept in self._captured):
-            self._captured.append(plan)
+        captured = self._session.captured
+        if not any(plan is kept for kept in captured):
+            captured.append(plan)
+
+    def _warn_unfed(self) -> None:
+        """Warn once if a live schedule gets no losses: it would warm up for ever."""
+        session = self._session
+        session.unfed_steps = session.unfed_steps + 1 if session.live else 0
+        if session.unfed_steps == 2:
+            names = ", ".join(sorted({type(live).__name__ for live in live_schedules(self.param_groups)}))
+            if names:
+                warnings.warn(
+                    f"{type(self).__name__}: {names} must be fed, got two steps without a loss. Call "
+                    "record_loss(loss) before each step().",
+                    stacklevel=4,
+                )
 
     def update_captured(self) -> None:
         """Let captured graphs see hyper-parameters that changed since the capture.
@@ -324,9 +473,9 @@ class FusedOptimizer(Optimizer):
         Schedules, step counts and averages move on the device by themselves; ``param_groups`` are read on
         the host, which a replay does not pass through. ``load_state_dict`` calls this.
         """
-        for plan in self._captured:
+        for plan in self._session.captured:
             groups = self.param_groups[: len(plan.hypers)]
-            plan.refresh_groups(groups, self._hyper_keys, self._make_hyper)
+            plan.refresh_groups(groups, self._hyper_keys, self._adopt_group)
 
     def _prepared_plan(self, every: bool = False) -> tuple[Plan, Backend]:
         """Return the table with the addresses and hyper-parameters of this step, and the backend.
@@ -335,32 +484,37 @@ class FusedOptimizer(Optimizer):
             every: Give all parameters a state, also those without a gradient.
         """
         self._check_settings()
-        plan, backend = self._plan, self._backend
+        session = self._session
+        plan, backend = session.plan, session.backend
         if (
             plan is None
             or backend is None
-            or self.average != self._planned_average
-            or not plan.refresh(self._exposed)
+            or session.average != session.planned_average
+            or not plan.refresh(self.param_groups, session.exposed)
         ):
+            self._complete_groups()
             with torch.no_grad():
                 plan, backend = build_plan(self, every)
-            self._planned_average = self.average
-            if not plan.refresh(exposed=True):
+            session.planned_average = session.average
+            if not plan.refresh(self.param_groups, exposed=True):
                 raise RuntimeError(f"{type(self).__name__}: parameters must stay in place while step() runs.")
-        if plan.refresh_groups(self.param_groups, self._hyper_keys, self._make_hyper) and plan.rows:
+        elif plan.is_split:
+            check_norms(type(self).__name__, session)
+        if plan.refresh_groups(self.param_groups, self._hyper_keys, self._adopt_group) and plan.rows:
             wanted = [len(self._state_names(self.param_groups[row.group])) for row in plan.rows]
             norms = zip(plan.hypers, plan.norms, strict=True)
             if wanted != [len(row.states) for row in plan.rows] or any(
                 h.sphere != (n is not None) for h, n in norms
             ):
                 # an option that changes the states, amsgrad, momentum or projection, was turned on or off
-                self._reset()
+                session.reset()
                 return self._prepared_plan(every)
-        measure = self.max_grad_norm is not None or self.nonfinite == "skip" or plan.random_start
+        skip = session.nonfinite == "skip"
+        measure = session.max_grad_norm is not None or skip or plan.random_start
         # a GradScaler sets these around step() and deletes them
         plan.scale(getattr(self, "grad_scale", None), getattr(self, "found_inf", None))
-        plan.prepare(Settings(self.max_grad_norm, self.nonfinite == "skip", measure, self._init_norm_sq))
-        self._plan, self._backend = plan, backend
+        plan.prepare(Settings(session.max_grad_norm, skip, measure, session.init_norm_sq))
+        session.plan, session.backend = plan, backend
         return plan, backend
 
     def _plan_ahead(self) -> tuple[Plan, Backend] | None:
@@ -368,7 +522,12 @@ class FusedOptimizer(Optimizer):
 
         The caller releases the plan when it has looked.
         """
-        if self._plan is None or self.average != self._planned_average or not self._plan.refresh(True):
+        session = self._session
+        if (
+            session.plan is None
+            or session.average != session.planned_average
+            or not session.plan.refresh(self.param_groups, exposed=True)
+        ):
             return None
         plan, backend = self._prepared_plan()
         if plan.fresh_grads:
@@ -387,16 +546,22 @@ class FusedOptimizer(Optimizer):
         An ``AutoWU`` is fed, too, which waits once per epoch of its warmup.
 
         Args:
-            loss: 0-dim tensor or number. ``step(closure)`` records what the closure returned.
+            loss: 0-dim tensor or number. ``step(closure)`` records what the closure returned: the mean of a
+                tensor with several elements, and nothing where it is no number.
 
         Raises:
             ValueError: If a tensor has more than one element.
+            TypeError: If it is neither a tensor nor a number.
             RuntimeError: If an ``AutoWU`` is fed from elsewhere, or while a graph is captured.
         """
-        changed = [live.feed(loss, self, self._counters) for live in live_schedules(self.param_groups)]
+        session = self._session
+        loss = as_number(type(self).__name__, "loss", loss)
+        session.unfed_steps = -1
+        live = live_schedules(self.param_groups)
+        changed = [schedule.feed(loss, session, session.counters) for schedule in live]
         self._record("loss", loss)
         if any(changed):
-            for plan in (self._plan, *self._captured):
+            for plan in (session.plan, *session.captured):
                 if plan is not None:
                     plan.forget_groups()
             self.update_captured()
@@ -410,23 +575,20 @@ class FusedOptimizer(Optimizer):
         Raises:
             ValueError: If a tensor has more than one element.
         """
-        self._record("sharpness", sharpness)
+        self._record("sharpness", as_number(type(self).__name__, "sharpness", sharpness))
 
     def _record(self, name: str, value: Tensor | float) -> None:
-        if isinstance(value, Tensor) and value.numel() != 1:
-            check.fail(type(self).__name__, name, "have one element", tuple(value.shape))
         if self.telemetry.slots is None:
-            device = next(
-                (p.device for group in self.param_groups for p in group["params"]), torch.device("cpu")
-            )
+            device = next((p.device for p in self._session.params), torch.device("cpu"))
             self.telemetry.allocate(device)
         self.telemetry.record(name, value)
 
     def get_last_lr(self) -> list[float]:
         """Return the learning rate applied at the last step, one per group; waits for the device."""
-        if self._last_rates is None:
+        rates = self._session.last_rates
+        if rates is None:
             return [float(group["lr"]) for group in self.param_groups]
-        return [float(lr) for lr in self._last_rates[:, RATES.index("lr")].tolist()]
+        return [float(lr) for lr in rates[:, RATES.index("lr")].tolist()]
 
     @contextmanager
     def averaged_parameters(self) -> Iterator[None]:
@@ -441,18 +603,18 @@ class FusedOptimizer(Optimizer):
             raise RuntimeError(
                 f"{type(self).__name__}: averaged_parameters() must have average= set, got None."
             )
-        if self._swapped:
+        session = self._session
+        if session.swapped:
             raise RuntimeError(f"{type(self).__name__}: averaged_parameters() must not be nested.")
         local = layout.local_tensor
-        pairs = [
-            (local(p), local(state["average"])) for p, state in self._state.items() if "average" in state
-        ]
-        self._swapped = True
+        averages = [(p, session.state.get(p, {}).get("average")) for p in session.params]
+        pairs = [(local(p), local(average)) for p, average in averages if average is not None]
+        session.swapped = True
         try:
             with swapped(pairs):
                 yield
         finally:
-            self._swapped = False
+            session.swapped = False
 
     # state
 
@@ -460,13 +622,14 @@ class FusedOptimizer(Optimizer):
         """Return the state in torch's format, tensors and plain types only.
 
         ``state`` and ``param_groups`` load into the ``torch.optim`` optimizer of the same name; the entry
-        ``fused_warmup`` holds counters and telemetry besides.
+        ``fused_warmup`` holds counters and telemetry besides. As in torch, tensors are those of the optimizer
+        and follow its later steps; copy the state dict to keep one of the past in memory.
         """
         # hooks see what is returned, so they run after the packing
         hooks = self._optimizer_state_dict_post_hooks
         self._optimizer_state_dict_post_hooks = OrderedDict()
         try:
-            packed = pack_state(self, super().state_dict())
+            packed = pack_state(self.rule, self._session, super().state_dict())
         finally:
             self._optimizer_state_dict_post_hooks = hooks
         for hook in hooks.values():
@@ -477,44 +640,43 @@ class FusedOptimizer(Optimizer):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a state that this optimizer or the ``torch.optim`` one of the same name saved.
 
-        Values are copied into the buffers that exist, and states keep the dtype of the arithmetic.
+        Values are copied into the buffers that exist, and states keep the dtype of the arithmetic. As with
+        all hyper-parameters in torch, the schedules of the state dict win over those of the optimizer, also
+        where it has none; a warning says so once if yours is replaced. A state dict of torch says nothing
+        of schedules.
 
         Args:
             state_dict: What ``state_dict`` returned.
 
         Raises:
             ValueError: If it is of another optimizer, version, or shape; nothing is changed then.
+            TypeError: If a state is no tensor of real numbers.
         """
         load_state(self, state_dict)
 
     def __getstate__(self) -> dict[str, Any]:
         """Return what pickle and deepcopy keep: everything but the table and hooks."""
-        keep = ("max_grad_norm", "nonfinite", "backend", "average", "telemetry", "_counters", "_init_norm_sq")
-        own = {name: self.__dict__[name] for name in (*keep, "_hyper_keys")}
-        return {**super().__getstate__(), **own}
+        return {"defaults": self.defaults, "_hyper_keys": self._hyper_keys, "_session": self._session}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        """Take over a pickled state; the table is built at the next step."""
+        """Take over a pickled state, or states and groups that torch's ``load_state_dict`` has read.
+
+        The table is built at the next step, which checks and converts what is in them.
+        """
         kept = dict(state)
-        self.state = kept.pop("state")
+        loaded = {key: kept.pop(key) for key in ("state", "param_groups") if key in kept}
         super().__setstate__(kept)
-        self._swapped = False
-        self._captured = []
-        self._fresh_norms = {}
-        self._backend = None
-        for group in self.param_groups:
-            # pickled before there were projections
-            group.setdefault("projection", None)
-            group.setdefault("radius", None)
-        self._reset()
+        for held, group in zip(self.param_groups, loaded.get("param_groups", ()), strict=False):
+            self._session.live[id(group)] = held.get("schedule")
+        for key, value in loaded.items():
+            setattr(self, key, value)
+        self._complete_groups()
+        for group in self.param_groups if loaded else ():
+            group.update(self.fixed)
 
     def __repr__(self) -> str:
         """Name the class, the backend in use and the groups."""
-        resolved = self._backend.name if self._backend is not None else "not resolved yet"
+        resolved = "not resolved yet" if self._session.backend is None else self._session.backend.name
         head = f"backend: {self.backend} ({resolved}), max_grad_norm: {self.max_grad_norm}"
         text = super().__repr__()
         return text.replace("(", f"({head}, nonfinite: {self.nonfinite}, average: {self.average}", 1)
-
-    _backend_device: str = ""
-    _exposed: bool = False
-    _last_rates: Tensor | None = None

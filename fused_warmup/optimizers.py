@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor
+from torch.optim.optimizer import required
 
 from . import _checks as check
 from .optimizer import FusedOptimizer, Options, Params
@@ -133,7 +134,7 @@ class Adam(FusedOptimizer):
         norm = torch.stack([grad.to(torch.float64).norm() for _, grad in active]).norm().item()
         if norm - norm != 0.0:
             check.fail(name, ".grad", "be finite", norm)
-        if any(int(row.step) for row, _ in active):
+        if any(int(row.counters.step) for row, _ in active):
             raise RuntimeError(f"{name}: init_from_gradients() must come before the first step.")
         clip_coef = 1.0 if self.max_grad_norm is None else min(1.0, self.max_grad_norm / (norm + 1e-6))
         for row, grad in active:
@@ -142,9 +143,9 @@ class Adam(FusedOptimizer):
             h = plan.hypers[row.group]
             weight_decay = h.weight_decay * (h.weight_decay_schedule(0) if h.weight_decay_schedule else 1.0)
             exp_avg_sq.copy_(init_exp_avg_sq(param, grad, h, weight_decay, clip_coef))
-            self._state[row.param]["initialized"] = True
+            self._session.state[row.param]["initialized"] = True
         plan.finish()
-        self._reset()
+        self._session.reset()
 
 
 class AdamW(Adam):
@@ -164,6 +165,8 @@ class AdamW(Adam):
 
     Source: Loshchilov & Hutter 2019, arXiv:1711.05101.
     """
+
+    fixed: ClassVar[Mapping[str, Any]] = {"decoupled_weight_decay": True}
 
     def __init__(
         self,
@@ -213,6 +216,8 @@ class GIAdam(Adam):
 
     Source: Kalra & Barkeshli 2024, arXiv:2406.09405, section 6.
     """
+
+    fixed: ClassVar[Mapping[str, Any]] = {"exp_avg_sq_init": "grad"}
 
     def __init__(
         self,
@@ -315,10 +320,13 @@ class SGD(FusedOptimizer):
         maximize: Ascend.
         options: What every optimizer takes, see ``FusedOptimizer``.
 
+    Sparse gradients are made dense, so such a step moves the whole parameter; the other rules refuse them.
+
     Source: Sutskever et al. 2013, in torch's form ``param -= lr * buffer``.
     """
 
     rule = "SGD"
+    takes_sparse: ClassVar[bool] = True
 
     def __init__(
         self,
@@ -539,7 +547,7 @@ class SGDP(FusedOptimizer):
 
     Args:
         params: Parameters or groups.
-        lr: Learning rate, >= 0.
+        lr: Learning rate, >= 0; may be left out where each group has its own.
         momentum: Coefficient of the buffer, in [0, 1); 0 keeps no buffer.
         dampening: The gradient enters the buffer times ``1 - dampening``, at the first step too.
         weight_decay: Decoupled decay, >= 0.
@@ -558,7 +566,7 @@ class SGDP(FusedOptimizer):
     def __init__(
         self,
         params: Params,
-        lr: float | Tensor,
+        lr: float | Tensor = required,  # type: ignore[assignment]
         momentum: float = 0.0,
         dampening: float = 0.0,
         weight_decay: float = 0.0,

@@ -112,6 +112,8 @@ class Plan:
         average: What average the rows keep, or None.
         record: Device tensors ``counters``, ``slots`` and ``page`` (or None).
         device: Where the tensors are.
+        takes_sparse: Whether sparse gradients are made dense, or refused.
+        is_split: Whether other processes hold other parts of the model, and so of its norms.
 
     Attributes:
         scaling: ``grad_scale`` and ``found_inf`` of a ``GradScaler``, or None each.
@@ -132,8 +134,12 @@ class Plan:
         average: Average | None,
         record: Mapping[str, Tensor | None],
         device: torch.device,
+        *,
+        takes_sparse: bool = False,
+        is_split: bool = False,
     ) -> None:
         self.owner, self.rule, self.rows = owner, rule, rows
+        self._takes_sparse, self.is_split = takes_sparse, is_split
         self.device, self.columns = device, Columns(device)
         self.fresh_grads = self.random_start = self.has_spheres = False
         self.settings = Settings()
@@ -143,7 +149,7 @@ class Plan:
         self.average = averaging.settings(average)
         self.numel = sum(row.work.numel() for row in rows)
         self.has_float64 = any(row.work.dtype == torch.float64 for row in rows)
-        self._groups, self._state, self._n_states = groups, state, len(state)
+        self._state, self._n_states = state, len(state)
         self._members = [list(group["params"]) for group in groups]
         self._params = [row.param for row in rows]
         known = set(map(id, self._params))
@@ -175,7 +181,8 @@ class Plan:
                 packed[name] = address
             packed["param"] = row.work.data_ptr()
             packed["average"] = 0 if row.average is None else row.average.data_ptr()
-            packed["step"] = row.step.data_ptr()
+            packed["counters"] = row.counters.record.data_ptr()
+            packed["step_float"] = row.counters.step_float.data_ptr()
             packed["numel"] = row.work.numel()
             packed["group"] = row.group
             packed["dtype"] = packed["grad_dtype"] = DTYPES[row.work.dtype]
@@ -302,10 +309,11 @@ class Plan:
 
     # once per step
 
-    def refresh(self, exposed: bool) -> bool:
+    def refresh(self, groups: Sequence[Mapping[str, Any]], exposed: bool) -> bool:
         """Read the addresses of parameters and gradients again.
 
         Args:
+            groups: Parameter groups of the optimizer as they are now.
             exposed: Whether somebody else may have the states, which must then be looked at too.
 
         Returns:
@@ -315,7 +323,7 @@ class Plan:
             TypeError: If a gradient has a kind or dtype that no backend takes.
             ValueError: If a gradient does not fit its parameter.
         """
-        if not self._holds(exposed):
+        if not self._holds(groups, exposed):
             return False
         odd = self._grad_forms.read(self._params, self._grads_out, True)
         self._adopted = {i: self._adopt(i, self._params[i].grad) for i in odd}
@@ -367,7 +375,7 @@ class Plan:
             self.columns.push("rows")
         return not self.columns.captured
 
-    def _holds(self, exposed: bool) -> bool:
+    def _holds(self, groups: Sequence[Mapping[str, Any]], exposed: bool) -> bool:
         """Whether groups, states and addresses are still those that the table was built from."""
         states = not exposed or (
             len(self._state) == self._n_states
@@ -376,11 +384,30 @@ class Plan:
         )
         return (
             states
-            and self._same_members(self._groups, self._members)
+            and self._same_members(groups, self._members)
+            and not (self.has_spheres and self._norms_moved(groups))
             and all(local_tensor(row.param) is row.local for row in self._shards)
             and self._param_watch.in_place()
             and all(param.grad is None for param in self._waiting)
         )
+
+    def _norms_moved(self, groups: Sequence[Mapping[str, Any]]) -> bool:
+        """Whether a group has another norm than the one in the table; a fresh one is not there yet."""
+        known = zip(groups, self.norms, strict=True)
+        return any(group.get("norm", norm) is not norm for group, norm in known)
+
+    def gradients_are_zero(self) -> bool:
+        """Whether there are gradients and all of them are 0; waits for the device."""
+        found = [grad for grad in self.grads if grad is not None]
+        return bool(found) and not any(bool(local_tensor(grad).any()) for grad in found)
+
+    @torch.no_grad()
+    def unscale_grads(self) -> None:
+        """Divide ``.grad`` by the scale of a ``GradScaler``, as torch's optimizers leave it."""
+        scale = self.scaling[0]
+        grads = [local_tensor(p.grad.detach()) for p in self._params if p.grad is not None]
+        if scale is not None and grads:
+            torch._foreach_mul_(grads, scale.double().reciprocal().float().reshape(()))
 
     @property
     def grads(self) -> list[Tensor | None]:
@@ -396,7 +423,7 @@ class Plan:
         """Return a gradient of an unusual form in the layout of its row, copied where it must be."""
         row = self.rows[i]
         assert grad is not None
-        grad = check_grad(self.owner, row.index, row.local, grad).detach()
+        grad = check_grad(self.owner, row.index, row.local, grad, self._takes_sparse).detach()
         dtype = grad.dtype if grad.dtype in (row.work.dtype, torch.float32) else compute_dtype(row.work.dtype)
         if same_layout(grad, row.work) and grad.dtype == dtype:
             return grad
@@ -461,16 +488,18 @@ class Plan:
         """Read all hyper-parameters again at the next step: a schedule has changed by itself."""
         self._signatures = [None] * len(self._signatures)
 
-    def scale(self, grad_scale: Tensor | None, found_inf: Tensor | None) -> None:
+    def scale(self, grad_scale: Tensor | None, found_inf: Tensor | float | None) -> None:
         """Take over what a ``GradScaler`` leaves: 0-dim float32 tensors on the device of the parameters.
 
         Args:
             grad_scale: The gradients came multiplied by it.
-            found_inf: Nothing is updated where it is not 0.
+            found_inf: Nothing is updated where it is not 0; a plain 0 where there was no gradient to look at.
 
         Raises:
             ValueError: If one has another dtype, another device or more than one element.
         """
+        if isinstance(found_inf, (int, float)):
+            found_inf = torch.full((), found_inf, device=self.device) if found_inf else None
         if grad_scale is self.scaling[0] and found_inf is self.scaling[1]:
             return
         for name, tensor in (("grad_scale", grad_scale), ("found_inf", found_inf)):

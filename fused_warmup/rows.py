@@ -10,7 +10,51 @@ import torch
 from torch import Tensor
 
 from .layout import is_dense, local_tensor, work_format
-from .table import MAX_STATES
+from .table import MAX_STATES, STRUCTS
+
+_FIELDS: tuple[str, ...] = STRUCTS["RowCounters"].names or ()
+
+
+class RowCounters:
+    """What is counted for one parameter, in memory of its own that the kernels count in.
+
+    Args:
+        device: Where the parameter is.
+        step: Updates that it has had.
+        n_averaged: Values in its average.
+
+    Attributes:
+        record: The memory, int64 of ``[3]``: the struct ``RowCounters`` of the table.
+        step: 0-dim int64, the number of updates that the parameter has had.
+        n_averaged: 0-dim int64, the number of values in its average.
+        step_float: ``step`` as torch keeps it in a state dict, 0-dim float32. It has memory of its own, for
+            torch cannot save one that is seen as two dtypes.
+    """
+
+    def __init__(self, device: torch.device, step: int = 0, n_averaged: int = 0) -> None:
+        self.record = torch.zeros(len(_FIELDS), dtype=torch.int64, device=device)
+        self.step = self.record[_FIELDS.index("step")]
+        self.n_averaged = self.record[_FIELDS.index("n_averaged")]
+        self.step_float = torch.zeros((), dtype=torch.float32, device=device)
+        if step or n_averaged:
+            self.set(step, n_averaged)
+
+    def set(self, step: int, n_averaged: int) -> None:
+        """Write both counts; nothing waits."""
+        self.step.fill_(step)
+        self.step_float.fill_(step)
+        self.n_averaged.fill_(n_averaged)
+
+    def count_update(self) -> int:
+        """Count one more update and return how many there are; waits for the device."""
+        self.step += 1
+        self.step_float.copy_(self.step)
+        return int(self.step)
+
+    def count_average(self) -> int:
+        """Count one more value in the average and return how many there are; waits for the device."""
+        self.n_averaged += 1
+        return int(self.n_averaged)
 
 
 @dataclass
@@ -22,7 +66,7 @@ class Row:
         state: What ``optimizer.state`` holds for it: the entries that the step writes, by name.
         states: What the rule keeps, in the order in which it takes them; laid out like the parameter.
         average: Weight average, or None.
-        step: 0-dim int64, the number of updates this parameter has had.
+        counters: What is counted for it on the device.
         group: Index of its parameter group.
         initialized: Whether the second moment was prepared before the first step.
         index: Position among all parameters, for messages.
@@ -35,7 +79,7 @@ class Row:
     state: dict[str, Tensor]
     states: list[Tensor]
     average: Tensor | None
-    step: Tensor
+    counters: RowCounters
     group: int
     initialized: bool
     index: int
@@ -49,6 +93,7 @@ def make_row(
     local: Tensor,
     state: Mapping[str, Any],
     names: Sequence[str],
+    counters: RowCounters,
     *,
     averaged: bool,
     group: int,
@@ -59,13 +104,15 @@ def make_row(
     kind = work_format(local, by_channel)
     in_place = is_dense(local) and kind is torch.preserve_format
     assert len(names) <= MAX_STATES
-    written = {name: state[name] for name in (*names, "step", *(["average"] if averaged else []))}
+    written = {
+        name: state[name] for name in (*names, "step", *(["average", "n_averaged"] if averaged else []))
+    }
     return Row(
         param=param,
         state=written,
         states=[local_tensor(state[name]) for name in names],
         average=local_tensor(state["average"]) if averaged else None,
-        step=state["step"],
+        counters=counters,
         group=group,
         initialized=bool(state.get("initialized", False)),
         index=index,

@@ -106,15 +106,14 @@ class Schedule:
         Raises:
             TypeError: If the schedule has no end.
         """
-        last = self.segments[-1].steps
-        if last is None:
+        if self.segments and self.segments[-1].steps is None:
             raise TypeError(
                 f"Schedule: len() must be asked of one that ends, got {self.segments[-1].kind} as the last."
             )
         return sum(segment.steps or 0 for segment in self.segments)
 
     def __bool__(self) -> bool:
-        """Return True: a schedule is never empty, with or without an end."""
+        """Return True: a schedule without steps is one, too."""
         return True
 
     def then(self, other: Schedule) -> Schedule:
@@ -132,6 +131,8 @@ class Schedule:
         """
         if not isinstance(other, Schedule):
             check.fail("Schedule", "other", "be a Schedule", other, error=TypeError)
+        if not self.segments:
+            return other
         if self.segments[-1].steps is None:
             check.fail(
                 "Schedule", "then()", "follow a schedule that ends", self.segments[-1].kind, "Give it steps=."
@@ -209,10 +210,10 @@ def from_dict(data: Any) -> Schedule:
             "It was written by another release.",
         )
     items = data.get("segments")
-    if not isinstance(items, list) or not items:
-        check.fail("from_json", "segments", "be a list with at least one segment", items)
-    schedule = _segment(items[0], 0)
-    for i, item in enumerate(items[1:], 1):
+    if not isinstance(items, list):
+        check.fail("from_json", "segments", "be a list of segments", items)
+    schedule = Schedule(())
+    for i, item in enumerate(items):
         schedule = schedule.then(_segment(item, i))
     return schedule
 
@@ -287,7 +288,7 @@ def warmup(steps: int, start: float = 0.0) -> Schedule:
     """Linear warmup: ``start + (1 - start) * (t + 1) / steps``, so the last of its steps has the full rate.
 
     Args:
-        steps: Length, at least 1 step.
+        steps: Length; 0 is no warmup, a schedule of no steps.
         start: Multiplier before the first step, >= 0.
 
     Returns:
@@ -295,6 +296,9 @@ def warmup(steps: int, start: float = 0.0) -> Schedule:
 
     Source: Kalra & Barkeshli 2024, arXiv:2406.09405, with the step index of the authors' code.
     """
+    if check.whole("warmup", "steps", steps) == 0:
+        check.number("warmup", "start", start)
+        return Schedule(())
     return _ramp("warmup", start, 1.0, steps)
 
 
@@ -304,7 +308,7 @@ def parallel_warmup(steps: int, start: float) -> Schedule:
     With ``start`` the critical rate over the target rate it saves the steps in which warmup only catches up.
 
     Args:
-        steps: Length of the warmup that it is parallel to, at least 1 step.
+        steps: Length of the warmup that it is parallel to; 0 is no warmup.
         start: Multiplier before the first step, >= 0.
 
     Returns:
@@ -313,7 +317,7 @@ def parallel_warmup(steps: int, start: float) -> Schedule:
     Source: Kalra & Barkeshli 2024, arXiv:2406.09405, section 5.1.
     """
     name = "parallel_warmup"
-    n, first = check.whole(name, "steps", steps, 1), check.number(name, "start", start)
+    n, first = check.whole(name, "steps", steps), check.number(name, "start", start)
     below = sum(first + (t + 1) / n < 1.0 for t in range(n))
     if not below:
         return constant()

@@ -31,11 +31,12 @@ _ALIGNED = 16
 
 _FIELDS: dict[str, list[tuple[str, str]]] = {
     "Row": [
-        *((name, "u8") for name in ("param", "state0", "state1", "state2", "average", "step")),
+        *((name, "u8") for name in ("param", "state0", "state1", "state2", "average", "counters")),
         ("numel", "i8"),
         *((name, "i4") for name in ("group", "dtype", "grad_dtype", "n_states", "initialized", "projects")),
         ("channel_size", "i8"),
         ("first_piece", "i8"),
+        ("step_float", "u8"),
     ],
     "Chunk": [("offset", "i8"), ("count", "i4"), ("row", "i4")],
     "Hyper": [
@@ -117,6 +118,7 @@ _FIELDS: dict[str, list[tuple[str, str]]] = {
     ],
     "Partial": [("l1", "f8"), ("l2_sq", "f8"), ("nonfinite", "i8")],
     "Counters": [("step", "i8"), ("calls", "i8")],
+    "RowCounters": [("step", "i8"), ("n_averaged", "i8"), ("average_weight", "f8")],
     "Slots": [("loss", "f8"), ("sharpness", "f8")],
     "Telemetry": [
         (name, "f8")
@@ -134,10 +136,7 @@ _FIELDS: dict[str, list[tuple[str, str]]] = {
     ],
     "Verdict": [
         ("t", "i8"),
-        *(
-            (name, "f8")
-            for name in ("grad_norm", "grad_norm_l1", "clip_coef", "unscale", "average_weight", "rect")
-        ),
+        *((name, "f8") for name in ("grad_norm", "grad_norm_l1", "clip_coef", "unscale", "rect")),
         ("skipped", "i4"),
         ("finished_blocks", "i4"),
     ],

@@ -17,7 +17,8 @@ class Telemetry:
     """One row per call of ``step()``, written by the decide stage.
 
     The rows collect in a page on the device. A full page is copied to the host without waiting for it;
-    ``latest``, ``history`` and ``to_csv`` are what waits.
+    ``latest``, ``history`` and ``to_csv`` are what waits. A state dict holds the last 1,024 rows, which are
+    what a resumed run begins with, or all of them if the optimizer was made with ``telemetry="all"``.
 
     Columns, all float64:
 
@@ -33,8 +34,8 @@ class Telemetry:
       NaN without one.
     """
 
-    def __init__(self, enabled: bool = True) -> None:
-        self.enabled = enabled
+    def __init__(self, enabled: bool = True, keep_all: bool = False) -> None:
+        self.enabled, self._keep_all = enabled, keep_all
         self.page: Tensor | None = None
         self.slots: Tensor | None = None
         self._counters: Tensor | None = None
@@ -86,6 +87,11 @@ class Telemetry:
         self._collect()
         self._join()
         return self._rows[0].clone()
+
+    def kept_rows(self) -> Tensor:
+        """Return the rows that go into a state dict; waits for the device."""
+        rows = self.rows()
+        return rows if self._keep_all else rows[-_PAGE:].clone()
 
     def _collect(self) -> None:
         """Take over the rows that the device has written; waits for it."""

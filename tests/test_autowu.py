@@ -419,8 +419,8 @@ def test_captured_tables_are_rewritten_in_place():
     (p,) = make_params(torch.float32, [(5,)])
     opt = fw.SGD([p], lr=1.0, schedule=wu)
     train(opt, wu, 50)
-    plan = opt._plan
-    opt._captured.append(plan)
+    plan = opt._session.plan
+    opt._session.captured.append(plan)
     before = plan._step["values"].item(), len(plan.columns.tensors["values"])
     while wu.back_at is None:
         opt.record_loss(loss_of(wu, wu._steps, 0.0))

@@ -141,8 +141,8 @@ def test_threads_do_not_change_a_bit(case: str, option: str) -> None:
 
 def test_there_is_work_for_five_threads() -> None:
     opt = train(make_optimizer("Adam"), 1)
-    assert opt._plan.numel // (1 << 14) >= 5
-    assert len({int(row) for row in opt._plan._chunks["row"]}) >= 5
+    assert opt._session.plan.numel // (1 << 14) >= 5
+    assert len({int(row) for row in opt._session.plan._chunks["row"]}) >= 5
 
 
 @each_option
@@ -174,7 +174,7 @@ def test_instruction_sets_do_not_change_a_bit(case: str, option: str) -> None:
 
 def reset(opt: fw.FusedOptimizer, step: int) -> None:
     """Throw the table away."""
-    opt._reset()
+    opt._session.reset()
 
 
 def turn(opt: fw.FusedOptimizer, step: int) -> None:

@@ -78,8 +78,8 @@ def test_mirrored_table_trains_the_same(capture):
             opt.step()
         results.append((params, opt))
     (params, opt), (others, plain) = results
-    assert opt._plan.columns.mirrored
-    assert not plain._plan.columns.mirrored
+    assert opt._session.plan.columns.mirrored
+    assert not plain._session.plan.columns.mirrored
     for p, q in zip(params, others, strict=True):
         assert_same_bits("param", p, q)
         for name in ("exp_avg", "exp_avg_sq", "average"):
@@ -126,7 +126,7 @@ def test_a_step_is_captured_after_init_state(capture):
     with capture:
         opt.step()
     assert [opt.state[p]["exp_avg"] for p in params] == states
-    assert opt._captured == [opt._plan]
+    assert opt._session.captured == [opt._session.plan]
 
 
 CHANGES = {
@@ -192,27 +192,27 @@ def test_a_captured_table_outlives_eager_steps(capture):
     params, opt = made(2)
     with capture:
         opt.step()
-    captured = opt._plan
+    captured = opt._session.plan
     kept = {name: tensor.clone() for name, tensor in captured.columns.tensors.items()}
     set_grads(params, 5)
     opt.step()
-    assert opt._plan is not captured
+    assert opt._session.plan is not captured
     for name in ("rows", "grads", "chunks", "hypers"):
         assert torch.equal(captured.columns.tensors[name], kept[name])
     # both tables speak of the same states, counts and telemetry
-    assert opt._plan.record == captured.record
-    assert [r.states for r in opt._plan.rows] == [r.states for r in captured.rows]
+    assert opt._session.plan.record == captured.record
+    assert [r.states for r in opt._session.plan.rows] == [r.states for r in captured.rows]
 
 
 def test_hyper_parameters_reach_a_captured_table(capture):
     _, opt = made(2)
     with capture:
         opt.step()
-    column = opt._plan.columns.tensors["hypers"]
+    column = opt._session.plan.columns.tensors["hypers"]
     address, before = column.data_ptr(), column.clone()
     opt.param_groups[0]["lr"] = 0.25
     opt.update_captured()
-    assert opt._plan.columns.tensors["hypers"].data_ptr() == address
+    assert opt._session.plan.columns.tensors["hypers"].data_ptr() == address
     assert column.view(torch.float64)[0] == 0.25
     assert before.view(torch.float64)[0] == 0.1
 
@@ -220,14 +220,14 @@ def test_hyper_parameters_reach_a_captured_table(capture):
 def test_nothing_is_sent_while_a_graph_is_captured(capture):
     """Kernels that take the settings by address would read memory that is long gone."""
     _, opt = made(2)
-    opt._plan.step_column()
+    opt._session.plan.step_column()
     opt.max_grad_norm = 1.0
     with capture:
         opt._prepared_plan()
         with pytest.raises(
             RuntimeError, match="table must stay as it is while a graph is captured, got other step"
         ):
-            opt._plan.step_column()
+            opt._session.plan.step_column()
 
 
 def test_a_longer_schedule_leaves_the_old_one_in_memory(capture):
@@ -235,18 +235,18 @@ def test_a_longer_schedule_leaves_the_old_one_in_memory(capture):
     _, opt = made(2, schedule=fw.schedules.constant(0.5))
     with capture:
         opt.step()
-    column = opt._plan.columns.tensors["segments"]
+    column = opt._session.plan.columns.tensors["segments"]
     opt.param_groups[0]["schedule"] = fw.schedules.warmup(3).then(fw.schedules.constant(1.0))
     opt.update_captured()
-    assert opt._plan.columns.tensors["segments"] is not column
-    assert any(held is column for held in opt._plan.columns._replaced)
+    assert opt._session.plan.columns.tensors["segments"] is not column
+    assert any(held is column for held in opt._session.plan.columns._replaced)
 
 
 def test_loading_fills_the_captured_buffers(capture):
     params, opt = made(2, average=fw.EMA(0.9))
     with capture:
         opt.step()
-    captured = opt._plan
+    captured = opt._session.plan
     other_params, other = made(5, average=fw.EMA(0.9))
     other.param_groups[0]["lr"] = 0.3
     addresses = {name: t.data_ptr() for name, t in captured.record.items()}
@@ -256,7 +256,7 @@ def test_loading_fills_the_captured_buffers(capture):
         opt.state[p][name] for p in params for name in ("exp_avg", "exp_avg_sq", "average", "step")
     ]
     assert {name: t.data_ptr() for name, t in captured.record.items()} == addresses
-    assert opt._counters is captured.record["counters"]
+    assert opt._session.counters is captured.record["counters"]
     assert opt.telemetry.page is captured.record["page"]
     for p, q in zip(params, other_params, strict=True):
         assert_same_bits("exp_avg", opt.state[p]["exp_avg"], other.state[q]["exp_avg"])
@@ -265,7 +265,7 @@ def test_loading_fills_the_captured_buffers(capture):
 
 def replay(opt):
     """What a replay does: the kernels run, and the host does not know."""
-    opt._backend.step(opt._plan)
+    opt._session.backend.step(opt._session.plan)
 
 
 def test_replayed_steps_leave_rows():

@@ -100,7 +100,7 @@ def test_without_the_exchange_api_the_numbers_are_the_same(monkeypatch):
                 params[4].grad = params[4].grad.clone().transpose(0, 2).contiguous().transpose(0, 2)
                 params[5].grad = None
             opt.step()
-    assert isinstance(slow._plan._grad_forms, planning.PythonForms)
+    assert isinstance(slow._session.plan._grad_forms, planning.PythonForms)
     for p, q in zip(a, b, strict=True):
         assert_same_bits("param", p, q)
 
@@ -168,11 +168,11 @@ def test_one_region_of_chunks_for_all_groups():
     opt = fw.Adam([{"params": [p], "lr": 0.1 * (i + 1)} for i, p in enumerate(params)])
     params[2].grad = torch.ones(5)
     opt.step()
-    assert [row.index for row in opt._plan.rows] == [2]
+    assert [row.index for row in opt._session.plan.rows] == [2]
     params[0].grad = torch.ones(3)
     opt.step()
-    assert [row.index for row in opt._plan.rows] == [0, 2]
-    assert opt._plan._chunks["count"].tolist() == [3, 5]
+    assert [row.index for row in opt._session.plan.rows] == [0, 2]
+    assert opt._session.plan._chunks["count"].tolist() == [3, 5]
 
 
 def test_repr_shows_the_backend():
@@ -246,7 +246,7 @@ def test_gradients_replaced_by_another_thread_during_the_step():
     class Backend:
         name, carries = "cpu", 0
 
-        def step(self, plan, inner=opt._backend):
+        def step(self, plan, inner=opt._session.backend):
             begun.set()
             inner.step(plan)
             stolen.wait()
@@ -258,7 +258,7 @@ def test_gradients_replaced_by_another_thread_during_the_step():
             x.grad = None
             stolen.set()
 
-    opt._backend = Backend()
+    opt._session.backend = Backend()
     thread = threading.Thread(target=thief)
     thread.start()
     for _ in range(100):
@@ -275,7 +275,7 @@ def test_gradients_replaced_by_another_thread_during_the_step():
 
 
 def test_default_device_does_not_matter():
-    x, opt = sgd(average=fw.EMA(0.5))
+    x, opt = sgd(average=fw.EMA(0.5), telemetry="all")
     with torch.device("meta"):
         for _ in range(1030):
             opt.step()

@@ -404,7 +404,7 @@ def test_kernels_stay_inside_states_and_averages(size: int, dtype: torch.dtype) 
     for key in ("exp_avg", "exp_avg_sq", "max_exp_avg_sq", "average"):
         guards[key] = guarded(opt.state[param][key], Layout(offset=1))
         opt.state[param][key] = guards[key].view
-    opt._reset()
+    opt._session.reset()
     before = {key: guard.bytes_outside().clone() for key, guard in guards.items()}
     moved = {key: guard.view.clone() for key, guard in guards.items()}
     param.grad = torch.full_like(param, 2.0)

@@ -227,7 +227,7 @@ def test_other_groups_do_not_notice(rule, backend):
             opt.step()
         results.append([t for p in groups[1] for t in (p.detach(), *states_of(opt, p).values())])
         assert torch.equal(groups[0][-1], torch.ones(5))
-        assert groups[0][-1] not in opt._state
+        assert groups[0][-1] not in opt._session.state
     for a, b in zip(*results, strict=True):
         assert_same_bits("free", a, b)
 

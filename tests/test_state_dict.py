@@ -88,7 +88,7 @@ def test_resume_of_other_dtypes(dtype):
 def test_resume_in_a_new_process(tmp_path):
     """The file is enough: torch.load(weights_only=True) in a fresh interpreter, 1,100 telemetry rows included."""
     params = make_params(torch.float32, SHAPES)
-    opt = fw.RAdam(params, **options())
+    opt = fw.RAdam(params, **options(), telemetry="all")
     run(params, opt, range(1100))
     torch.save({"params": [p.data for p in params], "opt": opt.state_dict()}, tmp_path / "a.pt")
     run(params, opt, range(1100, 1110))

@@ -266,11 +266,11 @@ Partial measure_chunk(const Row& row, uint64_t grad, const Chunk& chunk) {
 }
 
 template <class Rule, int kStates, class C>
-Partial update_chunk(const Step& step, const Verdict& verdict, const Chunk& chunk) {
+Partial update_chunk(const Step& step, const Chunk& chunk) {
   const Row& row = at<Row>(step.rows)[chunk.row];
   const uint64_t grads = at<uint64_t>(step.grads)[chunk.row];
   const ScalarsOf<C> scalars(at<Scalars>(step.scalars)[chunk.row]);
-  const C weight = static_cast<C>(verdict.average_weight);
+  const C weight = static_cast<C>(average_weight_of(row));
   const bool accumulate = accumulates(step) && grads;
   alignas(64) C param_scratch[kBlock], grad_scratch[kBlock];
   SquareLanes squares;
@@ -372,13 +372,13 @@ Partial propose_chunk(const Step& step, const Chunk& chunk) {
 }
 
 template <class Rule, int kStates, class C>
-void apply_chunk(const Step& step, const Verdict& verdict, const Chunk& chunk) {
+void apply_chunk(const Step& step, const Chunk& chunk) {
   const Row& row = at<Row>(step.rows)[chunk.row];
   const Scalars& s = at<Scalars>(step.scalars)[chunk.row];
   const uint64_t grads = at<uint64_t>(step.grads)[chunk.row];
   const bool looks_back = Rule::looks_back(at<Hyper>(step.hypers)[row.group], row.n_states);
   const ScalarsOf<C> scalars(s);
-  const C weight = static_cast<C>(verdict.average_weight);
+  const C weight = static_cast<C>(average_weight_of(row));
   const Pieces pieces(row, chunk);
   const double* radials = at<double>(step.radials) + pieces.first;
   alignas(64) C param_scratch[kBlock], grad_scratch[kBlock] = {}, update_scratch[kBlock], radial[kBlock] = {};
@@ -423,15 +423,14 @@ Partial with_states(const Row& row, const Visit& visit) {
 template <class Rule>
 struct Update {
   const Step& step;
-  const Verdict& verdict;
   const Chunk& chunk;
 
   template <int kStates, class C>
   Partial run() const {
     if constexpr (Rule::kSums == 0) {
-      return update_chunk<Rule, kStates, C>(step, verdict, chunk);
+      return update_chunk<Rule, kStates, C>(step, chunk);
     } else {
-      apply_chunk<Rule, kStates, C>(step, verdict, chunk);
+      apply_chunk<Rule, kStates, C>(step, chunk);
       return Partial{};
     }
   }
@@ -455,8 +454,10 @@ Verdict decide(const Step& step, const Partial& total) {
   for (int64_t group = 0; group < step.n_groups; ++group) set_rates(step, verdict, group);
   int64_t last = -1;
   for (int64_t row = 0; row < step.n_rows && !verdict.skipped; ++row) {
+    const Row& r = at<Row>(step.rows)[row];
+    count_average(step, verdict, r);
     if (!grads[row]) continue;
-    *at<int64_t>(at<Row>(step.rows)[row].step) += 1;
+    count_update(r);
     if (last >= 0 && same_scalars(step, row, last)) {
       at<Scalars>(step.scalars)[row] = at<Scalars>(step.scalars)[last];
     } else {
@@ -505,7 +506,7 @@ bool rows_are_whole(const Step& step) {
 
 // The first part of an update in two. Rows of one chunk are done with at once, while they are in the cache.
 template <class Rule>
-void propose(const Step& step, const Verdict& verdict, bool whole) {
+void propose(const Step& step, bool whole) {
   Partial* partials = at<Partial>(step.partials);
 #pragma omp for schedule(dynamic, 1)
   for (int64_t i = 0; i < step.n_chunks; ++i) {
@@ -515,7 +516,7 @@ void propose(const Step& step, const Verdict& verdict, bool whole) {
     if (!step.measure) partials[i] = part;
     if (chunk.count < row.numel) continue;
     if (at<uint64_t>(step.grads)[chunk.row]) settle<Rule>(step, chunk.row);
-    with_states<Rule, Rule::kMinStates>(row, Update<Rule>{step, verdict, chunk});
+    with_states<Rule, Rule::kMinStates>(row, Update<Rule>{step, chunk});
   }
   // each loop is one more wait for all threads
   if (whole) return;
@@ -528,7 +529,7 @@ void propose(const Step& step, const Verdict& verdict, bool whole) {
 }
 
 // The groups on a sphere once more, when all their squares are known.
-void rescale_all(const Step& step, const Verdict& verdict) {
+void rescale_all(const Step& step) {
 #pragma omp single
   for (int64_t group = 0; group < step.n_groups; ++group)
     if (Sphere* sphere = sphere_of(step, group)) set_factor(*sphere, combine_squares(step, *sphere));
@@ -538,7 +539,7 @@ void rescale_all(const Step& step, const Verdict& verdict) {
     const Row& row = at<Row>(step.rows)[chunk.row];
     const Sphere* sphere = sphere_of(step, row.group);
     if (!sphere) continue;
-    const double factor = sphere->factor, weight = verdict.average_weight;
+    const double factor = sphere->factor, weight = average_weight_of(row);
     if (row.dtype == kFloat64)
       rescale_chunk<double>(row, chunk, factor, weight);
     else
@@ -572,7 +573,7 @@ void run(const Step& step, int threads) {
 #pragma omp single
     verdict = decide<Rule>(step, step.measure ? combine_all(partials, step.n_chunks) : Partial{});
     if constexpr (Rule::kSums > 0)
-      if (!verdict.skipped) propose<Rule>(step, verdict, whole);
+      if (!verdict.skipped) propose<Rule>(step, whole);
     if (!verdict.skipped && !whole) {
       // last chunk first: the gradients measured last are still in the cache
 #pragma omp for schedule(dynamic, 1)
@@ -580,11 +581,11 @@ void run(const Step& step, int threads) {
         const Chunk& chunk = chunks[i];
         const Row& row = rows[chunk.row];
         if (Rule::kSums > 0 && chunk.count == row.numel) continue;
-        const Partial part = with_states<Rule, Rule::kMinStates>(row, Update<Rule>{step, verdict, chunk});
+        const Partial part = with_states<Rule, Rule::kMinStates>(row, Update<Rule>{step, chunk});
         if (Rule::kSums == 0 && !step.measure) partials[i] = part;
       }
     }
-    if (step.spheres && !verdict.skipped) rescale_all(step, verdict);
+    if (step.spheres && !verdict.skipped) rescale_all(step);
   }
   if (accumulates(step) && !verdict.skipped)
     record_norms(step, verdict, combine_all(partials, step.n_chunks));

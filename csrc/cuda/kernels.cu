@@ -385,11 +385,11 @@ FW_DEVICE void propose_chunk(const Step& step, const Row& row, uint64_t grads, c
 }
 
 template <class Rule, int kStates, class P, class G>
-FW_DEVICE void apply_chunk(const Step& step, const Verdict& verdict, const Row& row, uint64_t grads,
-                           const Chunk& chunk, SquareSum& squares) {
+FW_DEVICE void apply_chunk(const Step& step, const Row& row, uint64_t grads, const Chunk& chunk,
+                           SquareSum& squares) {
   using C = typename Streams<P, G>::C;
   const ScalarsOf<C> scalars(at<Scalars>(step.scalars)[chunk.row]);
-  const C weight = static_cast<C>(verdict.average_weight);
+  const C weight = static_cast<C>(average_weight_of(row));
   const bool looks_back = Rule::looks_back(at<Hyper>(step.hypers)[row.group], row.n_states);
   const Pieces pieces(row, chunk);
   const Team<P, G> team(pieces);
@@ -422,30 +422,29 @@ FW_DEVICE void average_chunk(const Streams<P, G>& s, double average_weight) {
 template <class Rule>
 struct Update {
   const Step& step;
-  const Verdict& verdict;
   SquareSum& squares;
 
   template <class P, class G>
   FW_DEVICE NormSum run(const Row& row, uint64_t grads, const Chunk& chunk) const {
     Streams<P, G> s(row, grads, chunk);
     // what is on a sphere is averaged when it is back there
-    if (!(verdict.average_weight > 0.0) || squares.wanted) s.average = nullptr;
+    if (!s.average || !(average_weight_of(row) > 0.0) || squares.wanted) s.average = nullptr;
     if constexpr (Rule::kSums == 0) {
-      if (s.grad) return with_states<Rule::kMinStates>(s, row.n_states, chunk.row);
+      if (s.grad) return with_states<Rule::kMinStates>(s, row, chunk.row);
     } else if (s.grad) {
       apply<Rule::kMinStates, P, G>(row, grads, chunk);
       return NormSum{};
     }
     if (squares.wanted) squares.squares = measure_chunk<P, P>(row, row.param, chunk).l2_sq;
-    if (s.average) average_chunk(s, verdict.average_weight);
+    if (s.average) average_chunk(s, average_weight_of(row));
     return NormSum{};
   }
 
   template <int kStates, class P, class G>
-  FW_DEVICE NormSum with_states(const Streams<P, G>& s, int32_t n_states, int32_t row) const {
+  FW_DEVICE NormSum with_states(const Streams<P, G>& s, const Row& row, int32_t index) const {
     if constexpr (kStates < Rule::kMaxStates)
-      if (n_states > kStates) return with_states<kStates + 1>(s, n_states, row);
-    return update_states<Rule, kStates>(s, at<Scalars>(step.scalars)[row], verdict.average_weight,
+      if (row.n_states > kStates) return with_states<kStates + 1>(s, row, index);
+    return update_states<Rule, kStates>(s, at<Scalars>(step.scalars)[index], average_weight_of(row),
                                         accumulates(step), squares);
   }
 
@@ -453,7 +452,7 @@ struct Update {
   FW_DEVICE void apply(const Row& row, uint64_t grads, const Chunk& chunk) const {
     if constexpr (kStates < Rule::kMaxStates)
       if (row.n_states > kStates) return apply<kStates + 1, P, G>(row, grads, chunk);
-    apply_chunk<Rule, kStates, P, G>(step, verdict, row, grads, chunk, squares);
+    apply_chunk<Rule, kStates, P, G>(step, row, grads, chunk, squares);
   }
 };
 
@@ -554,7 +553,8 @@ FW_DEVICE void set_rows(const Step& step, const Carry<kSize>& carry, Verdict& ve
   for (int64_t begin = 0; begin < step.n_rows; begin += blockDim.x) {
     const int64_t row = begin + threadIdx.x;
     const bool active = row < step.n_rows && grad_of(step, carry, row);
-    if (active) *at<int64_t>(rows[row].step) += 1;
+    if (row < step.n_rows) count_average(step, verdict, rows[row]);
+    if (active) count_update(rows[row]);
     if (threadIdx.x == 0) first_of_tile = kDecideThreads;
     __syncthreads();
     if (active && (threadIdx.x == 0 || !grad_of(step, carry, row - 1)))
@@ -714,7 +714,7 @@ __global__ void __launch_bounds__(kThreads, kDoubles ? kBlocksPerProcessorOfDoub
     const uint64_t grads = at<uint64_t>(step.grads)[chunk.row];
     const Row& row = at<Row>(step.rows)[chunk.row];
     SquareSum squares{0.0, sphere_of(step, row.group) != nullptr};
-    const NormSum sum = visit<kDoubles>(Update<Rule>{step, verdict, squares}, row, grads, chunk);
+    const NormSum sum = visit<kDoubles>(Update<Rule>{step, squares}, row, grads, chunk);
     if (Rule::kSums == 0 && accumulates(step)) keep_chunk_sum(step, i, sum);
     if (!squares.wanted) continue;
     double total[1] = {squares.squares};
@@ -736,7 +736,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerProcessor)
     const Chunk chunk = at<Chunk>(step.chunks)[i];
     const Row& row = at<Row>(step.rows)[chunk.row];
     const Sphere* sphere = sphere_of(step, row.group);
-    if (sphere) visit<kDoubles>(Rescale{sphere->factor, verdict.average_weight}, row, row.param, chunk);
+    if (sphere) visit<kDoubles>(Rescale{sphere->factor, average_weight_of(row)}, row, row.param, chunk);
   }
 }
 

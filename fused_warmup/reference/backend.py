@@ -23,7 +23,7 @@ from .rules import (
     sphere_factor,
     sphere_rate,
 )
-from .schedules import average_weight, multiplier
+from .schedules import average_weight, is_averaged, multiplier
 
 
 class ReferenceBackend:
@@ -61,8 +61,6 @@ class ReferenceBackend:
         if settings.max_grad_norm is not None:
             ratio = settings.max_grad_norm / (grad_norm + 1e-6)
             clip_coef = 1.0 if ratio >= 1.0 else ratio
-        kind, decay, start, every = plan.average
-        weight = average_weight(kind, decay, start, every, t + 1)
 
         for rates, h in zip(plan.rates, plan.hypers, strict=True):
             rates[0] = h.lr * multiplier(h.schedule.segments if h.schedule else (), t)
@@ -71,8 +69,7 @@ class ReferenceBackend:
 
         rect = math.nan
         for row, grad in active if not skipped else ():
-            row.step += 1
-            step, h = int(row.step), plan.hypers[row.group]
+            step, h = row.counters.count_update(), plan.hypers[row.group]
             eta, weight_decay = plan.rates[row.group].tolist()
             if h.sphere:
                 eta = sphere_rate(eta, float(plan.norms[row.group]), rule.sphere_exponent(h, step))
@@ -96,8 +93,11 @@ class ReferenceBackend:
         for g, h in enumerate(plan.hypers) if not skipped else ():
             if h.sphere:
                 _rescale([row for row in plan.rows if row.group == g], h.radius, plan.norms[g])
-        for row in plan.rows if not skipped and weight > 0.0 else ():
+        kind, decay, start, every = plan.average
+        averaged = not skipped and is_averaged(kind, start, every, t + 1)
+        for row in plan.rows if averaged else ():
             if row.average is not None:
+                weight = average_weight(kind, decay, row.counters.count_average())
                 row.average.copy_(average_update(row.average, row.work.to(row.average.dtype), weight))
 
         if not skipped:

@@ -47,11 +47,13 @@ def multiplier(segments: Sequence[Any], t: int) -> float:
     return segment_value(segments[i], t - begin)
 
 
-def average_weight(kind: str | None, decay: float, start: int, every: int, step: int) -> float:
-    """Weight of the parameters in their average after update number ``step``; 0 when none is due."""
-    if kind is None or step < start or (step - start) % every != 0:
-        return 0.0
-    averaged = (step - start) // every
+def is_averaged(kind: str | None, start: int, every: int, step: int) -> bool:
+    """Whether update number ``step`` is averaged."""
+    return kind is not None and step >= start and (step - start) % every == 0
+
+
+def average_weight(kind: str | None, decay: float, n_averaged: int) -> float:
+    """Weight of a parameter in its average, as value number ``n_averaged`` of it."""
     if kind == "SWA":
-        return 1.0 / (averaged + 1)
-    return 1.0 if averaged == 0 else 1.0 - decay
+        return 1.0 / n_averaged
+    return 1.0 if n_averaged == 1 else 1.0 - decay

@@ -119,8 +119,8 @@ class Preview:
         if not chosen:
             check.fail(owner, "optimizer", "have parameters that require a gradient", optimizer)
         # a look at the property would make each later step check all states
-        self._state: Mapping[Tensor, Any] = optimizer.state if ours is None else ours._state
-        counters = None if ours is None else ours._counters
+        self._state: Mapping[Tensor, Any] = optimizer.state if ours is None else ours._session.state
+        counters = None if ours is None else ours._session.counters
         self._hypers = {id(g): _hyper(owner, optimizer, g) for g in optimizer.param_groups}
         self._chosen = chosen
         self.params = [p for _, p in chosen]
@@ -137,7 +137,7 @@ class Preview:
             check.fail(owner, "maximize", "be the same for all groups", sorted(signs))
         self.sign = signs.pop()
         self._max_grad_norm = None if ours is None else ours.max_grad_norm
-        self._init_norm_sq = 0.0 if ours is None else ours._init_norm_sq
+        self._init_norm_sq = 0.0 if ours is None else ours._session.init_norm_sq
 
     @functools.cached_property
     def members(self) -> list[Member]:

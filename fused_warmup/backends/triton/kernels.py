@@ -18,6 +18,7 @@ from .memory import (
     Partial,
     Rates,
     Row,
+    RowCounters,
     Scalars,
     Slots,
     Sphere,
@@ -36,7 +37,7 @@ from .memory import (
     widen,
 )
 from .rules import average_update, common_scalars, rescale, sphere_factor, sphere_rate
-from .schedules import average_weight, multiplier
+from .schedules import average_weight, is_averaged, multiplier
 
 INIT_GRAD = tl.constexpr(INIT_KINDS["grad"])
 INIT_RANDOM = tl.constexpr(INIT_KINDS["random"])
@@ -159,16 +160,12 @@ def judge(step, t, part):
     skipped = (found_inf != 0.0) | ((step.skip_nonfinite != 0) & (part.nonfinite > 0))
     # a NaN ratio stays, as in torch.nn.utils.clip_grad_norm_
     ratio = tl.where(step.clip != 0, step.max_grad_norm / (grad_norm + 1e-6), 1.0)
-    weight = average_weight(
-        step.average_kind, step.average_decay, step.average_start, step.average_every, t + 1
-    )
     return Verdict(
         t=t,
         grad_norm=grad_norm,
         grad_norm_l1=tl.where(measured, part.l1 * unscale, float("nan")),
         clip_coef=tl.where(ratio >= 1.0, 1.0, ratio),
         unscale=unscale,
-        average_weight=weight,
         skipped=skipped.to(tl.int32),
     )
 
@@ -186,6 +183,29 @@ def set_rates(step, t, LANES: tl.constexpr):
         )
         rates = Rates(lr=lr, weight_decay=weight_decay)
         store_struct(step.rates, group, rates, Rates, known)
+
+
+@triton.jit
+def updates_of(row):
+    """Updates that a row has had."""
+    return tl.load(field(row.counters, 0, RowCounters, "step"))
+
+
+@triton.jit
+def count_average(step, verdict, row, known):
+    """Count one more value in the average of every row that keeps one, whether or not it has a gradient."""
+    kept = known & (row.average != 0)
+    due = is_averaged(step.average_kind, step.average_start, step.average_every, verdict.t + 1)
+    n_averaged = tl.load(field(row.counters, 0, RowCounters, "n_averaged"), kept, 0) + due.to(tl.int64)
+    weight = tl.where(due, average_weight(step.average_kind, step.average_decay, n_averaged), 0.0)
+    tl.store(field(row.counters, 0, RowCounters, "n_averaged"), n_averaged, kept)
+    tl.store(field(row.counters, 0, RowCounters, "average_weight"), weight, kept)
+
+
+@triton.jit
+def average_weight_of(row):
+    """Weight of a row in its average at this step."""
+    return tl.load(field(row.counters, 0, RowCounters, "average_weight"))
 
 
 @triton.jit
@@ -227,10 +247,12 @@ def set_scalars(
         i = start + tl.arange(0, LANES)
         known = i < step.n_rows
         active = known & (tl.load(grad_of(step, i), known, 0) != 0)
-        row = load_struct(step.rows, i, Row, active)
-        counter = row.step.to(tl.pointer_type(tl.int64))
+        row = load_struct(step.rows, i, Row, known)
+        count_average(step, verdict, row, known)
+        counter = field(row.counters, 0, RowCounters, "step")
         updates = tl.load(counter, active, 0) + 1
         tl.store(counter, updates, active)
+        tl.store(row.step_float.to(tl.pointer_type(tl.float32)), updates.to(tl.float32), active)
         h = load_struct(step.hypers, row.group, Hyper, active)
         rates = load_struct(step.rates, row.group, Rates, active)
         eta = rates.lr
@@ -440,7 +462,7 @@ def update_kernel(
             whole = tl.where(addresses % VECTOR == 0, chunk.count // BLOCK * BLOCK, 0)
             part = no_part()
             squares = tl.full((), 0.0, tl.float64)
-            average_weight = verdict.average_weight
+            average_weight = average_weight_of(row)
             wanted = grad != 0
             on_sphere = False
             if SPHERES:
@@ -537,7 +559,7 @@ def rescale_kernel(
             for k in tl.static_range(len(PARAM_DTYPES)):
                 if (sphere.norm != 0) & (row.dtype == PARAM_DTYPES[k]):
                     factor = sphere.factor.to(arithmetic(PARAM_DTYPES[k]))
-                    weight = verdict.average_weight.to(arithmetic(PARAM_DTYPES[k]))
+                    weight = average_weight_of(row).to(arithmetic(PARAM_DTYPES[k]))
                     rescale_blocks(
                         row, chunk, factor, weight, 0, whole, PARAM_DTYPES[k], AVERAGE, BLOCK, True
                     )

@@ -12,6 +12,7 @@ import triton.language as tl
 from ...table import PIECE as _PIECE
 from .kernels import (
     arrives_last,
+    average_weight_of,
     combine_all,
     finish_spheres,
     grad_of,
@@ -408,7 +409,7 @@ def apply_kernel(
             looks_back = LOOKS_BACK(load_struct(step.hypers, row.group, Hyper), row.n_states)
             addresses = row.param | grad | row.state0 | row.state1 | row.average
             aligned = is_aligned(addresses, chunk, channel_part(row, chunk))
-            weight = verdict.average_weight
+            weight = average_weight_of(row)
             squares = tl.full((), 0.0, tl.float64)
             wanted = grad != 0
             on_sphere = False

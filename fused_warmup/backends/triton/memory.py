@@ -54,7 +54,7 @@ def _struct(name: str) -> Any:
 
 
 Row, Chunk, Hyper, Segment, Rates, Scalars, Sphere, Partial, *_LATER = map(_struct, STRUCTS)
-Counters, Slots, Telemetry, Verdict, Step, Span, Algebra, Response = _LATER
+Counters, RowCounters, Slots, Telemetry, Verdict, Step, Span, Algebra, Response = _LATER
 
 
 @triton.constexpr_function

@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .kernels import grad_of, judge, scalars_of, scalars_of_rows, set_rates
+from .kernels import grad_of, judge, scalars_of, scalars_of_rows, set_rates, updates_of
 from .memory import (
     VECTOR,
     Chunk,
@@ -109,7 +109,7 @@ def response_kernel(
             h = load_struct(step.hypers, row.group, Hyper)
             rates = load_struct(call.rates, row.group, Rates)
             fold = rates.lr / tl.load((call.edges + chunk.row * 8).to(tl.pointer_type(tl.float64)))
-            updates = tl.load(row.step.to(tl.pointer_type(tl.int64))) + 1
+            updates = updates_of(row) + 1
             # at rate 1, because the pre-conditioner does not hold the rate
             rates = Rates(rates, lr=rates.lr * 0.0 + 1.0)
             all_scalars = as_numbers(

@@ -68,11 +68,14 @@ def multiplier(segments, first, count, values, t):
 
 
 @triton.jit
-def average_weight(kind, decay, start, every, step):
-    """Weight of the parameters in their average after update number ``step``; 0 when none is due."""
-    every = tl.maximum(every, 1)
-    averaged = (step - start) // every
-    none = (kind == AVERAGE_NONE) | (step < start) | ((step - start) % every != 0)
-    swa = 1.0 / (averaged + 1).to(tl.float64)
-    ema = tl.where(averaged == 0, 1.0, 1.0 - decay)
-    return tl.where(none, 0.0, tl.where(kind == AVERAGE_SWA, swa, ema))
+def is_averaged(kind, start, every, step):
+    """Whether update number ``step`` is averaged."""
+    return (kind != AVERAGE_NONE) & (step >= start) & ((step - start) % every == 0)
+
+
+@triton.jit
+def average_weight(kind, decay, n_averaged):
+    """Weight of a parameter in its average, as value number ``n_averaged`` of it."""
+    n = tl.maximum(n_averaged, 1)
+    ema = tl.where(n_averaged == 1, 1.0, 1.0 - decay)
+    return tl.where(kind == AVERAGE_SWA, 1.0 / n.to(tl.float64), ema)
