@@ -151,6 +151,15 @@ class FusedOptimizer(Optimizer):
         schedules = {"schedule": schedule, "weight_decay_schedule": weight_decay_schedule}
         sphere = {"projection": projection, "radius": radius}
         self._session.split = built_by_zero()
+        # what holds for all groups
+        self._common = {
+            "max_grad_norm": max_grad_norm,
+            "nonfinite": nonfinite,
+            "unscale_grads": unscale_grads,
+            "average": average,
+            "backend": backend,
+            "telemetry": telemetry,
+        }
         super().__init__(params, {**defaults, **schedules, **sphere, **passed})
         self._hyper_keys = tuple(key for key in self.defaults if key not in passed)
 
@@ -321,8 +330,9 @@ class FusedOptimizer(Optimizer):
         """
         name = type(self).__name__
         if isinstance(param_group, dict):
-            for key in ("max_grad_norm", "nonfinite", "unscale_grads", "average", "backend", "telemetry"):
-                if key in param_group:
+            for key, value in self._common.items():
+                # a wrapper may repeat what the optimizer was made with in each group
+                if param_group.get(key, value) != value:
                     check.fail(name, key, "be given once for the whole optimizer", param_group[key])
             if param_group.get("differentiable"):
                 check.fail(
@@ -656,7 +666,8 @@ class FusedOptimizer(Optimizer):
 
     def __getstate__(self) -> dict[str, Any]:
         """Return what pickle and deepcopy keep: everything but the table and hooks."""
-        return {"defaults": self.defaults, "_hyper_keys": self._hyper_keys, "_session": self._session}
+        own = {name: self.__dict__[name] for name in ("_common", "_hyper_keys", "_session")}
+        return {"defaults": self.defaults, **own}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Take over a pickled state, or states and groups that torch's ``load_state_dict`` has read.

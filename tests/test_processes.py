@@ -88,5 +88,91 @@ def test_clocks_of_ranks_differ():
         ValueError, match=r"SharpnessProbe: budget must be None where reduce is True, got 0\.02"
     ):
         fw.SharpnessProbe(opt, budget=0.02, reduce=True)
-    with pytest.raises(TypeError, match="critical_lr: reduce must be True or False, got 1"):
-        fw.sharpness.critical_lr(lambda: None, opt, reduce=1)
+    with pytest.raises(TypeError, match="critical_lr: reduce must be True or False, got 2"):
+        fw.sharpness.critical_lr(lambda: None, opt, reduce=2)
+
+
+SHARDED = """
+from torch.distributed.fsdp import FullyShardedDataParallel as FSDP
+from torch.distributed.optim import ZeroRedundancyOptimizer as Zero
+
+torch.manual_seed(0)
+
+def fsdp(make, **options):
+    model = torch.nn.Sequential(torch.nn.Linear(6, 8), torch.nn.Linear(8, 3))
+    return make(FSDP(model, device_id=torch.device("cpu"), use_orig_params=True).parameters(), **options)
+
+def flat(make, **options):
+    model = torch.nn.Sequential(torch.nn.Linear(6, 8), torch.nn.Linear(8, 3))
+    return make(FSDP(model, device_id=torch.device("cpu")).parameters(), **options)
+
+def zero(make, **options):
+    model = torch.nn.Sequential(torch.nn.Linear(6, 8), torch.nn.Linear(8, 3))
+    return Zero(model.parameters(), make, **options)
+
+OPTIONS = {
+    "plain": (fw.AdamW, {}),
+    "clip": (fw.Adam, {"max_grad_norm": 1.0}),
+    "skip": (fw.Adam, {"nonfinite": "skip"}),
+    "sphere": (fw.SGD, {"projection": "sphere"}),
+    "random": (fw.Adam, {"exp_avg_sq_init": "random"}),
+    "LAMB": (fw.LAMB, {}),
+    "AdamP": (fw.AdamP, {}),
+}
+for wrap in (fsdp, flat, zero):
+    for name, (make, options) in OPTIONS.items():
+        try:
+            wrap(make, lr=0.1, **options)
+            print(wrap.__name__ + ":" + name)
+        except ValueError as error:
+            assert "A process sees its part of" in str(error), error
+dist.destroy_process_group()
+"""
+
+
+def test_shards_of_others_are_refused_at_construction(tmp_path):
+    """FSDP1 and ZeRO hand over plain tensors; sums over those of one process are not those of the model."""
+    first, second = run_ranks(tmp_path, SHARDED)
+    assert first == second
+    assert sorted(first) == ["flat:plain", "fsdp:plain", "zero:AdamP", "zero:LAMB", "zero:plain"]
+
+
+RESUME = """
+import copy
+from torch.distributed.optim import ZeroRedundancyOptimizer as Zero
+
+def made(make, **options):
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(6, 8), torch.nn.Linear(8, 3))
+    return model, Zero(model.parameters(), make, lr=0.01, **options)
+
+def train(model, opt, steps):
+    for step in steps:
+        torch.manual_seed(step)
+        opt.zero_grad()
+        model(torch.randn(5, 6)).square().sum().backward()
+        opt.step()
+
+ours = {"schedule": fw.schedules.warmup(8), "average": fw.SWA(1)}
+model, opt = made(fw.AdamW, **ours)
+train(model, opt, range(3))
+opt.consolidate_state_dict(0)
+box = [copy.deepcopy(opt.state_dict()) if rank == 0 else None]
+dist.broadcast_object_list(box, 0)
+again, resumed = made(fw.AdamW, **ours)
+again.load_state_dict(model.state_dict())
+resumed.load_state_dict(box[0])
+train(model, opt, range(3, 6))
+train(again, resumed, range(3, 6))
+local, other = opt.optim, resumed.optim
+print(local.get_last_lr() == other.get_last_lr())
+print(all(torch.equal(p, q) for p, q in zip(model.parameters(), again.parameters())))
+pairs = [(local.state[p], other.state[q]) for p, q in zip(local._session.params, other._session.params)]
+print(all(torch.equal(a[key], b[key]) for a, b in pairs for key in ("exp_avg_sq", "step", "average")))
+dist.destroy_process_group()
+"""
+
+
+def test_zero_resumes_where_it_was(tmp_path):
+    """Its ``load_state_dict`` puts torch's float counts and the groups of a state dict into our optimizer."""
+    assert run_ranks(tmp_path, RESUME) == [["True"] * 3] * 2
