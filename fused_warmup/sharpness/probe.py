@@ -36,7 +36,8 @@ class SharpnessProbe:
 
     Args:
         optimizer: As for ``fused_warmup.sharpness.preconditioned``.
-        loss_fn: Loss closure for calls of ``measure`` without one.
+        loss_fn: Loss closure for calls of ``measure`` without one. Random generators that it owns are found
+            and put back as ``fused_warmup.sharpness.top_eigenvalue`` says.
         every: Calls of ``measure`` from one measurement to the next.
         budget: Fraction of the time of training that measurements may take, instead of ``every``: the first
             is made at once, each further one when the time since is enough to pay for it.
