@@ -80,11 +80,14 @@ class Search:
     def _slots_of(self, item: Any) -> list[Any] | None:
         """Return the descriptors of an object's slots, None if it refers to nothing that a closure uses."""
         cls = type(item)
-        if (cls in _CONTAINERS and not item) or (isinstance(item, type) and _is_foreign(item.__module__)):
-            return None
         if cls not in self._slots:
             self._slots[cls] = _slots(cls)
-        return self._slots[cls]
+        try:
+            foreign = isinstance(item, type) and _package(item.__module__) in _FOREIGN
+        except Exception:
+            # a proxy may raise whatever it likes while it stands for nothing
+            return None
+        return None if foreign or (cls in _CONTAINERS and not item) else self._slots[cls]
 
 
 def _slots(cls: type) -> list[Any] | None:
@@ -92,15 +95,16 @@ def _slots(cls: type) -> list[Any] | None:
     if issubclass(cls, _LEAVES):
         return None
     # an optimizer, or a probe, whose generator must go on from one reading to the next
-    ours = any(base.__module__.partition(".")[0] == _OURS for base in cls.__mro__)
+    ours = any(_package(base.__module__) == _OURS for base in cls.__mro__)
     if ours and not issubclass(cls, torch.nn.Module):
         return None
-    values = [v for base in cls.__mro__ if not _is_foreign(base.__module__) for v in vars(base).values()]
-    return [v for v in values if isinstance(v, types.MemberDescriptorType)]
+    own = [base for base in cls.__mro__ if _package(base.__module__) not in _FOREIGN]
+    return [v for base in own for v in vars(base).values() if isinstance(v, types.MemberDescriptorType)]
 
 
-def _is_foreign(module: str | None) -> bool:
-    return (module or "").partition(".")[0] in _FOREIGN
+def _package(module: object) -> str:
+    """Return the package of the name of a module, which a class may have replaced by anything."""
+    return str(module).partition(".")[0]
 
 
 def _inside(item: Any, slots: list[Any]) -> Iterator[Any]:
@@ -122,7 +126,7 @@ def _inside(item: Any, slots: list[Any]) -> Iterator[Any]:
         yield from item.__mro__
     if isinstance(item, _CALLABLES):
         yield from (getattr(item, name, None) for name in _WRAPPED)
-    # a proxy may raise whatever it likes while it stands for nothing
+    # some have none, and some refuse
     with contextlib.suppress(Exception):
         yield from list(vars(item).values())
     for slot in slots:
@@ -141,17 +145,17 @@ def _captured(function: types.FunctionType) -> Iterator[Any]:
             yield cell.cell_contents
     yield from function.__defaults__ or ()
     yield from (function.__kwdefaults__ or {}).values()
-    if _is_foreign(function.__globals__.get("__name__")):
+    if _package(function.__globals__.get("__name__")) in _FOREIGN:
         return
     names = list(dict.fromkeys(_names(function.__code__)))
     spaces = [function.__globals__]
     # imported inside the function, or the modules of a.b.c: the list grows while it is walked
-    spaces += [vars(m) for name in names if (m := sys.modules.get(name)) and not _is_foreign(name)]
+    spaces += [vars(m) for name in names if (m := sys.modules.get(name)) and _package(name) not in _FOREIGN]
     for space in spaces:
         for value in [space[name] for name in names if name in space]:
             if not isinstance(value, types.ModuleType):
                 yield value
-            elif not _is_foreign(value.__name__) and not any(vars(value) is known for known in spaces):
+            elif _package(value.__name__) not in _FOREIGN and not any(vars(value) is s for s in spaces):
                 spaces.append(vars(value))
 
 
