@@ -16,6 +16,7 @@ from .. import _checks as check
 from ..backends import resolve
 from ..backends.base import VectorBackend
 from ..layout import compute_dtype, is_dense, local_tensor
+from ..losses import checked_loss
 from ..processes import average
 from ..table import DTYPES
 from .closures import Search
@@ -43,7 +44,7 @@ class Keeper:
 
     Raises:
         TypeError: If ``loss_fn`` cannot be called or a parameter is of another kind.
-        ValueError: If there are no parameters, or they are on several devices.
+        ValueError: If there are no parameters, one is given twice, or they are on several devices.
 
     Attributes:
         params: The parameters.
@@ -103,6 +104,26 @@ class Keeper:
             TypeError: If the closure returns no tensor.
             ValueError: If the loss has several elements, or the closure has called ``backward()``.
         """
+        loss = self._run()
+        if not isinstance(loss, Tensor):
+            check.fail(self.owner, "loss_fn", "return a tensor", loss, error=TypeError)
+        if loss.numel() != 1:
+            check.fail(self.owner, "loss_fn", "return a loss with one element", tuple(loss.shape))
+        return loss.reshape(())
+
+    @torch.no_grad()
+    def value(self) -> Tensor:
+        """Return the loss as a new 0-dim float64 tensor without a graph; the closure may return a number.
+
+        Raises:
+            TypeError: If the closure returns no number.
+            ValueError: As for ``evaluate``.
+        """
+        loss = checked_loss(self.owner, "loss_fn", self._run(), returned=True)
+        return torch.as_tensor(loss).to(torch.float64, copy=True)
+
+    def _run(self) -> Any:
+        """Return what the closure returns, run from the state in which the block began."""
         if self.evaluations:
             self._rewind()
         self.evaluations += 1
@@ -111,13 +132,9 @@ class Keeper:
         # what the first evaluation does not run, the others do not either
         with contextlib.nullcontext() if self.evaluations > 1 else _watched(self._hook):
             loss = self._loss_fn()
-        if not isinstance(loss, Tensor):
-            check.fail(self.owner, "loss_fn", "return a tensor", loss, error=TypeError)
-        if loss.numel() != 1:
-            check.fail(self.owner, "loss_fn", "return a loss with one element", tuple(loss.shape))
         if any(p.grad is not None for p in self.params):
             check.fail(self.owner, "loss_fn", "return the loss without calling backward()", "new gradients")
-        return loss.reshape(())
+        return loss
 
     def share(self, *tensors: Tensor | None) -> None:
         """Replace what is linear in the loss of this process by its mean over all, if that was asked for."""
@@ -202,9 +219,10 @@ def check_params(owner: str, params: Sequence[Tensor]) -> list[Tensor]:
 
     Raises:
         TypeError: If one is no dense floating-point tensor, or is sharded.
-        ValueError: If there is none, or they are on several devices.
+        ValueError: If there is none, one is given twice, or they are on several devices.
     """
     params = list(params)
+    first: dict[int, int] = {}
     if not params or not any(isinstance(p, Tensor) and p.numel() for p in params):
         check.fail(owner, "params", "hold at least one element", params)
     for i, p in enumerate(params):
@@ -218,4 +236,7 @@ def check_params(owner: str, params: Sequence[Tensor]) -> list[Tensor]:
             check.fail(owner, f"params[{i}]", "be a leaf that requires a gradient", tuple(p.shape))
         if p.device != params[0].device:
             check.fail(owner, f"params[{i}]", f"be on {params[0].device} with the others", str(p.device))
+        if first.setdefault(id(p), i) != i:
+            hint = "Give each parameter once."
+            check.fail(owner, f"params[{i}]", f"differ from params[{first[id(p)]}]", tuple(p.shape), hint)
     return params
