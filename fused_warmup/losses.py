@@ -1,46 +1,68 @@
-"""What a training loop reports of a step: numbers of every kind that people have, as tensors or floats."""
+"""Losses as training loops have them: numbers of Python and numpy, and tensors of one element."""
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from . import _checks as check
 
 
-def _is_number(value: Any) -> bool:
-    """Whether a value is a real number, or an array of one."""
-    if isinstance(value, (bool, np.bool_, str, bytes)):
-        return False
-    if isinstance(value, (np.ndarray, np.generic)):
-        return value.size == 1 and value.dtype.kind in "iuf"
-    return hasattr(value, "__float__") and not isinstance(value, complex)
+def checked_loss(owner: str, name: str, loss: Any, *, returned: bool = False) -> Tensor | float:
+    """Return a loss as a float or a 0-dim tensor without a graph; waits for nothing.
 
-
-def as_number(owner: str, name: str, value: Any) -> Tensor | float:
-    """Return a tensor of one real element as it is, and any other number as a float.
+    Args:
+        owner: Name of the caller, for messages.
+        name: The argument.
+        loss: A number of Python or numpy, an array or a tensor with one element, of any shape, real dtype and
+            device. NaN and infinity are numbers.
+        returned: Whether the argument is a function that has returned this.
 
     Raises:
-        ValueError: If a tensor has another number of elements.
-        TypeError: If it is neither a tensor of real numbers nor a number.
+        TypeError: If it is something else, a bool for example.
+        ValueError: If it has several elements or none.
     """
-    if isinstance(value, Tensor):
-        if value.numel() != 1:
-            check.fail(owner, name, "have one element", tuple(value.shape))
-        if value.is_complex():
-            check.fail(owner, name, "be real", value.dtype, error=TypeError)
-        return value
-    if not _is_number(value):
-        check.fail(owner, name, "be a tensor or a number", value, error=TypeError)
-    return float(value.item() if isinstance(value, np.ndarray) else value)
-
-
-def reported(loss: Any) -> Tensor | float | None:
-    """Return what a closure's result says about the loss, the mean of several elements, None for nothing."""
     if isinstance(loss, Tensor):
-        if loss.is_complex() or loss.is_meta or not loss.numel():
-            return None
-        return loss.detach() if loss.numel() == 1 else loss.detach().double().mean()
-    return float(np.asarray(loss).item()) if _is_number(loss) else None
+        is_number = not (loss.is_complex() or loss.dtype == torch.bool or loss.is_quantized or loss.is_meta)
+    elif isinstance(loss, (np.ndarray, np.generic)):
+        is_number = loss.dtype.kind in "iuf"
+    else:
+        is_number = hasattr(type(loss), "__float__") and not isinstance(loss, bool)
+    verb = "return" if returned else "be"
+    if not is_number:
+        check.fail(owner, name, f"{verb} a number or a tensor with one element", loss, error=TypeError)
+    if isinstance(loss, (Tensor, np.ndarray)) and math.prod(loss.shape) != 1:
+        condition = "return a loss with one element" if returned else "have one element"
+        check.fail(owner, name, condition, tuple(loss.shape))
+    if isinstance(loss, Tensor):
+        # all ranks have the same DTensor, and all of them come here
+        whole = loss.full_tensor() if hasattr(loss, "full_tensor") else loss
+        return (whole if whole.layout == torch.strided else whole.to_dense()).detach().reshape(())
+    try:
+        return float(loss.item() if isinstance(loss, np.ndarray) else loss)
+    except OverflowError:
+        return math.inf if loss > 0 else -math.inf
+    except (TypeError, ValueError):
+        check.fail(owner, name, f"{verb} a number or a tensor with one element", loss, error=TypeError)
+
+
+def loss_value(owner: str, name: str, loss: Any, *, returned: bool = False) -> float:
+    """Return a loss as a float, see ``checked_loss``; waits for the device of a tensor."""
+    return float(checked_loss(owner, name, loss, returned=returned))
+
+
+def reported_loss(loss: Any) -> Tensor | float | None:
+    """Return what the result of a training closure says about the loss: the mean of several elements.
+
+    None where it is no number, for a closure may return whatever torch's optimizers let it return.
+    """
+    if isinstance(loss, Tensor) and loss.numel() > 1 and not loss.is_complex() and not loss.is_meta:
+        return loss.detach().double().mean()
+    try:
+        return checked_loss("closure", "loss", loss)
+    except (TypeError, ValueError):
+        return None

@@ -23,7 +23,7 @@ from .backends.base import Backend
 from .build import build_plan, check_norms, check_whole
 from .columns import is_capturing
 from .live import LiveSchedule, live_schedules, restored
-from .losses import as_number, reported
+from .losses import checked_loss, reported_loss
 from .plan import Plan
 from .processes import built_by_zero
 from .schedules import Schedule
@@ -413,7 +413,7 @@ class FusedOptimizer(Optimizer):
             self.init_state()
             return loss
         self._measure_norms(plan)
-        value = reported(loss)
+        value = reported_loss(loss)
         if value is not None:
             self.record_loss(value)
         self._warn_unfed()
@@ -565,7 +565,7 @@ class FusedOptimizer(Optimizer):
             RuntimeError: If an ``AutoWU`` is fed from elsewhere, or while a graph is captured.
         """
         session = self._session
-        loss = as_number(type(self).__name__, "loss", loss)
+        loss = checked_loss(type(self).__name__, "loss", loss)
         session.unfed_steps = -1
         live = live_schedules(self.param_groups)
         changed = [schedule.feed(loss, session, session.counters) for schedule in live]
@@ -585,7 +585,7 @@ class FusedOptimizer(Optimizer):
         Raises:
             ValueError: If a tensor has more than one element.
         """
-        self._record("sharpness", as_number(type(self).__name__, "sharpness", sharpness))
+        self._record("sharpness", checked_loss(type(self).__name__, "sharpness", sharpness))
 
     def _record(self, name: str, value: Tensor | float) -> None:
         if self.telemetry.slots is None:

@@ -42,14 +42,14 @@ class Line:
 
     @torch.no_grad()
     def loss(self, eta: float) -> float:
-        """Return the loss at ``eta``, negative for an optimizer that ascends; infinity for NaN."""
+        """Return the loss at ``eta``, negated for an optimizer that ascends; infinity if not finite."""
         vectors = self._keeper.vectors
         vectors.perturb(self._way, None, vectors.number(-eta))
         self.forwards += 1
-        loss = self._keeper.evaluate().detach().to(torch.float64, copy=True)
+        loss = self._keeper.value()
         self._keeper.share(loss)
         value = self._sign * float(loss)
-        return math.inf if math.isnan(value) else value
+        return value if math.isfinite(value) else math.inf
 
 
 def critical_lr(
@@ -62,6 +62,8 @@ def critical_lr(
     reduce: bool = False,
 ) -> RateSearch:
     """Find the smallest learning rate at which the step about to be made would raise the loss.
+
+    With ``maximize`` it is the smallest at which the step would lower the loss.
 
     It is the critical rate of this one direction, not ``2 / top_eigenvalue``: only at the edge of stability
     do the two come near each other. Parameters, states and all else are left as they were.
@@ -78,8 +80,8 @@ def critical_lr(
     Returns:
         The middle of the bracket ``lo``, ``hi``, as a learning rate of the first group; the others keep their
         ratios to it. NaN with the flag ``ascent`` if the direction does not descend, ``nonfinite`` if the
-        loss is not finite, ``no_increase`` or ``no_decrease`` if no bracket was found. A NaN loss is an
-        increase.
+        loss is not finite, ``no_increase`` or ``no_decrease`` if no bracket was found. A loss that is not
+        finite is an increase, whatever its sign.
 
     Raises:
         TypeError: If an argument has a wrong type.

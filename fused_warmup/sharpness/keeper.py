@@ -4,13 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import random
-import types
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.modules.module import register_module_forward_pre_hook
@@ -19,13 +16,14 @@ from .. import _checks as check
 from ..backends import resolve
 from ..backends.base import VectorBackend
 from ..layout import compute_dtype, is_dense, local_tensor
+from ..losses import checked_loss
 from ..processes import average
 from ..table import DTYPES
+from .closures import Search
+from .randomness import random_state, restorer, set_random_state
 from .vectors import FusedVectors, Vectors
 
 Loss = Callable[[], Tensor]
-# attributes that lead from a callable to what it wraps
-_WRAPPED = ("__wrapped__", "_torchdynamo_orig_callable", "__self__", "__func__", "func")
 
 
 class Keeper:
@@ -33,7 +31,9 @@ class Keeper:
 
     Inside the ``with`` block the parameters may be moved through ``.data``, which version counters of the
     user's graphs do not see. At its end, and after an exception, everything has the bits it had: parameters,
-    buffers of the modules that the closure runs, ``.grad`` and the random numbers of Python, numpy and torch.
+    buffers of the modules that the closure runs, ``.grad``, the random numbers of Python, numpy and torch,
+    and generators that the closure or one of its modules owns, see ``Search``. Each evaluation sees the same
+    random numbers.
 
     Args:
         owner: Name of the caller, for messages.
@@ -44,7 +44,7 @@ class Keeper:
 
     Raises:
         TypeError: If ``loss_fn`` cannot be called or a parameter is of another kind.
-        ValueError: If there are no parameters, or they are on several devices.
+        ValueError: If there are no parameters, one is given twice, or they are on several devices.
 
     Attributes:
         params: The parameters.
@@ -72,7 +72,8 @@ class Keeper:
         self.evaluations, self.autocast = 0, False
         self._loss_fn = loss_fn
         self._reduce = check.flag(owner, "reduce", reduce)
-        self._seen: set[int] = set()
+        self._search = Search()
+        self._generators: list[Callable[[], object]] = []
         self._buffers: list[tuple[torch.nn.Module, dict[str, Tensor | None], dict[str, Tensor]]] = []
 
     def __enter__(self) -> Keeper:
@@ -81,8 +82,9 @@ class Keeper:
         self.vectors = self._make_vectors()
         self._grads = [p.grad for p in self.params]
         self._random = random_state(self.device)
-        for module in modules_of(self._loss_fn):
-            self._see(module)
+        # hooks of parameters run in the backward pass
+        for root in (self._loss_fn, *(p._backward_hooks for p in self.params)):
+            self._see(root)
         for param in self.params:
             param.grad = None
         return self
@@ -102,6 +104,26 @@ class Keeper:
             TypeError: If the closure returns no tensor.
             ValueError: If the loss has several elements, or the closure has called ``backward()``.
         """
+        loss = self._run()
+        if not isinstance(loss, Tensor):
+            check.fail(self.owner, "loss_fn", "return a tensor", loss, error=TypeError)
+        if loss.numel() != 1:
+            check.fail(self.owner, "loss_fn", "return a loss with one element", tuple(loss.shape))
+        return loss.reshape(())
+
+    @torch.no_grad()
+    def value(self) -> Tensor:
+        """Return the loss as a new 0-dim float64 tensor without a graph; the closure may return a number.
+
+        Raises:
+            TypeError: If the closure returns no number.
+            ValueError: As for ``evaluate``.
+        """
+        loss = checked_loss(self.owner, "loss_fn", self._run(), returned=True)
+        return torch.as_tensor(loss).to(torch.float64, copy=True)
+
+    def _run(self) -> Any:
+        """Return what the closure returns, run from the state in which the block began."""
         if self.evaluations:
             self._rewind()
         self.evaluations += 1
@@ -110,13 +132,9 @@ class Keeper:
         # what the first evaluation does not run, the others do not either
         with contextlib.nullcontext() if self.evaluations > 1 else _watched(self._hook):
             loss = self._loss_fn()
-        if not isinstance(loss, Tensor):
-            check.fail(self.owner, "loss_fn", "return a tensor", loss, error=TypeError)
-        if loss.numel() != 1:
-            check.fail(self.owner, "loss_fn", "return a loss with one element", tuple(loss.shape))
         if any(p.grad is not None for p in self.params):
             check.fail(self.owner, "loss_fn", "return the loss without calling backward()", "new gradients")
-        return loss.reshape(())
+        return loss
 
     def share(self, *tensors: Tensor | None) -> None:
         """Replace what is linear in the loss of this process by its mean over all, if that was asked for."""
@@ -136,18 +154,18 @@ class Keeper:
         kind = self.device.type
         if torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind).itemsize == 2:
             self.autocast = True
-        self._see(module)
+        if module not in self._search:
+            self._see(module)
 
-    def _see(self, module: torch.nn.Module) -> None:
-        """Remember the buffers of a module and of those inside it; nothing for one that is known."""
-        if id(module) in self._seen:
-            return
-        for inner in module.modules():
-            if id(inner) not in self._seen:
-                self._seen.add(id(inner))
-                objects = dict(inner._buffers)
+    def _see(self, root: Any) -> None:
+        """Remember buffers of modules and states of generators that an object leads to, if they are new."""
+        for item in self._search(root):
+            if isinstance(item, torch.nn.Module):
+                objects = dict(item._buffers)
                 values = {k: local_tensor(b).detach().clone() for k, b in objects.items() if b is not None}
-                self._buffers.append((inner, objects, values))
+                self._buffers.append((item, objects, values))
+            elif (restore := restorer(item)) is not None:
+                self._generators.append(restore)
 
     def _rewind(self) -> None:
         """Restore buffers and random numbers, so that the next evaluation is of the same function."""
@@ -158,6 +176,9 @@ class Keeper:
                 local_tensor(buffer).data.copy_(value)
             if any(module._buffers.get(k) is not b for k, b in objects.items()):
                 module._buffers.update(objects)
+        # two may share a state, or have that of all: the one that was remembered first, unused, counts
+        for restore in reversed(self._generators):
+            restore()
         set_random_state(self._random)
 
 
@@ -198,9 +219,10 @@ def check_params(owner: str, params: Sequence[Tensor]) -> list[Tensor]:
 
     Raises:
         TypeError: If one is no dense floating-point tensor, or is sharded.
-        ValueError: If there is none, or they are on several devices.
+        ValueError: If there is none, one is given twice, or they are on several devices.
     """
     params = list(params)
+    first: dict[int, int] = {}
     if not params or not any(isinstance(p, Tensor) and p.numel() for p in params):
         check.fail(owner, "params", "hold at least one element", params)
     for i, p in enumerate(params):
@@ -214,60 +236,7 @@ def check_params(owner: str, params: Sequence[Tensor]) -> list[Tensor]:
             check.fail(owner, f"params[{i}]", "be a leaf that requires a gradient", tuple(p.shape))
         if p.device != params[0].device:
             check.fail(owner, f"params[{i}]", f"be on {params[0].device} with the others", str(p.device))
+        if first.setdefault(id(p), i) != i:
+            hint = "Give each parameter once."
+            check.fail(owner, f"params[{i}]", f"differ from params[{first[id(p)]}]", tuple(p.shape), hint)
     return params
-
-
-def random_state(device: torch.device) -> tuple[Any, ...]:
-    """Return the states of all generators that a closure may draw from."""
-    cuda = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
-    return random.getstate(), np.random.get_state(), torch.get_rng_state(), device, cuda
-
-
-def set_random_state(state: tuple[Any, ...]) -> None:
-    """Restore what ``random_state`` returned."""
-    python, numpy, cpu, device, cuda = state
-    random.setstate(python)
-    np.random.set_state(numpy)
-    torch.set_rng_state(cpu)
-    if cuda is not None:
-        torch.cuda.set_rng_state(cuda, device)
-
-
-def modules_of(function: Any) -> list[torch.nn.Module]:
-    """Return the modules that a closure names: those of compiled models run where no hook sees them."""
-    found: dict[int, torch.nn.Module] = {}
-    visited: set[int] = set()
-    waiting = [(function, 0)]
-    # a closure may lead to a whole data set; what is not found here a hook sees when it runs
-    while waiting and len(visited) < 2000:
-        item, depth = waiting.pop(0)
-        if id(item) in visited or depth > 6:
-            continue
-        visited.add(id(item))
-        if isinstance(item, torch.nn.Module):
-            found[id(item)] = item
-        else:
-            waiting += [(inner, depth + 1) for inner in _inside(item)]
-    return list(found.values())
-
-
-def _inside(item: Any) -> Iterator[Any]:
-    """Yield what a function, partial, method, container or plain object refers to."""
-    if isinstance(item, types.FunctionType):
-        for cell in item.__closure__ or ():
-            with contextlib.suppress(ValueError):
-                # empty until its variable is assigned
-                yield cell.cell_contents
-        yield from (item.__globals__[name] for name in item.__code__.co_names if name in item.__globals__)
-        yield from item.__defaults__ or ()
-        yield from (item.__kwdefaults__ or {}).values()
-    elif isinstance(item, functools.partial):
-        yield from (*item.args, *item.keywords.values())
-    elif isinstance(item, (list, tuple)):
-        yield from item[:64]
-    elif isinstance(item, dict):
-        yield from list(item.values())[:64]
-    elif not isinstance(item, (Tensor, type, types.ModuleType)):
-        yield from (v for v in getattr(item, "__dict__", {}).values() if not isinstance(v, types.ModuleType))
-    if isinstance(item, (types.FunctionType, types.MethodType, functools.partial)):
-        yield from (getattr(item, name, None) for name in _WRAPPED)

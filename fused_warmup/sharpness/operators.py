@@ -35,7 +35,9 @@ def top_eigenvalue(
 
     Args:
         loss_fn: Returns the loss, with one element, on the same batch each time it is called; it does not
-            call ``backward()``.
+            call ``backward()``. All evaluations see the same random numbers, also those of generators that
+            the closure refers to or its modules own. Not found are generators inside a C extension, another
+            process or thread, those that the closure makes and keeps, and ``random.SystemRandom``.
         params: Parameters, float32, float64, bfloat16 or float16 of any shape on one device. Those that the
             loss does not depend on count as zero rows.
         iterations: Products with the Hessian, two gradients each; two more estimate ``err_fd``.

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -28,6 +29,9 @@ _TORCH: dict[type[torch.optim.Optimizer], type[FusedOptimizer]] = {
     torch.optim.RAdam: RAdam,
     torch.optim.SGD: SGD,
 }
+_KNOWN: tuple[type, ...] = (FusedOptimizer, *_TORCH)
+# where wrappers keep the optimizer that they wrap
+_WRAPPED = ("optimizer", "optim", "base_optimizer", "inner_optimizer", "original_optimizer")
 
 
 def edge_of(rule: str, h: Hyper) -> float:
@@ -99,11 +103,12 @@ class Preview:
         use_grad: Take the gradients in ``.grad``; parameters without one then take no part.
 
     Raises:
-        TypeError: If the rule of the optimizer is not known.
+        TypeError: If the rule of the optimizer is not known, or it is a wrapper of one.
         ValueError: If some groups ascend and others descend, no parameter takes part, or one is kept on a
             sphere.
 
     Attributes:
+        optimizer: The optimizer itself, where a wrapper passes for one.
         params: The parameters.
         grads: Their gradients, or None if the closure must give them.
         made: Updates that the optimizer has made, 0-dim int64 of its own, or an int.
@@ -111,6 +116,7 @@ class Preview:
     """
 
     def __init__(self, owner: str, optimizer: torch.optim.Optimizer, use_grad: bool = True) -> None:
+        optimizer = _unwrapped(owner, optimizer)
         self.owner, self.optimizer = owner, optimizer
         ours = optimizer if isinstance(optimizer, FusedOptimizer) else None
         every = [(g, p) for g in optimizer.param_groups for p in g["params"] if p.requires_grad]
@@ -313,6 +319,47 @@ def _step_of(state: Mapping[str, Any]) -> Tensor | int:
     return step if isinstance(step, Tensor) else int(step)
 
 
+def _unwrapped(owner: str, optimizer: Any) -> torch.optim.Optimizer:
+    """Return the optimizer itself, also for a wrapper whose class derives from that of the optimizer.
+
+    Raises:
+        TypeError: If it is another wrapper, or no optimizer.
+    """
+    path, inner = _inner(optimizer)
+    if isinstance(optimizer, _KNOWN):
+        # such a wrapper forwards attributes, or has copies of them that go stale
+        passes = isinstance(optimizer, type(inner)) and _params(optimizer) == _params(inner)
+        return _unwrapped(owner, inner) if passes else cast(torch.optim.Optimizer, optimizer)
+    kind = type(optimizer).__name__
+    if inner is None and isinstance(optimizer, torch.optim.Optimizer):
+        hint = "Adam, AdamW, GIAdam, RAdam and SGD are, of this package or of torch."
+        check.fail(owner, "optimizer", "be one whose rule is known", kind, hint, TypeError)
+    hint = f" Pass its attribute {path}." if path else ""
+    raise TypeError(f"{owner}: optimizer must be a fused_warmup optimizer, got {kind}.{hint}")
+
+
+def _inner(wrapper: Any, depth: int = 3) -> tuple[str, Any]:
+    """Return the path of attributes from a wrapper to an optimizer of a known rule, and that optimizer."""
+    found: dict[str, Any] = {}
+    for name in dict.fromkeys((*_WRAPPED, *getattr(wrapper, "__dict__", ()))):
+        # properties of an unknown object may raise anything
+        with contextlib.suppress(Exception):
+            found[name] = getattr(wrapper, name)
+    for name, value in found.items():
+        if isinstance(value, _KNOWN) and value is not wrapper:
+            return f".{name}", value
+    for name in _WRAPPED if depth else ():
+        path, inner = _inner(found.get(name), depth - 1)
+        if inner is not None:
+            return f".{name}{path}", inner
+    return "", None
+
+
+def _params(optimizer: torch.optim.Optimizer) -> list[int]:
+    """Return the identities of the parameters."""
+    return [id(p) for group in optimizer.param_groups for p in group["params"]]
+
+
 def _hyper(
     owner: str, optimizer: torch.optim.Optimizer, group: dict[str, Any]
 ) -> tuple[type[FusedOptimizer], Hyper]:
@@ -321,14 +368,11 @@ def _hyper(
         if optimizer.rule not in RULES:
             check.fail(owner, "optimizer", "have a known rule", optimizer.rule, error=TypeError)
         return type(optimizer), optimizer._make_hyper(group)
-    for kind, ours in _TORCH.items():
-        if isinstance(optimizer, kind):
-            decoupled = group.get("decoupled_weight_decay", False) or isinstance(optimizer, torch.optim.AdamW)
-            own = {"exp_avg_sq_init": "zeros", "exp_avg_sq_init_scale": 1.0, "rho_threshold": 5.0,
-                   "unrectified": "momentum"}  # fmt: skip
-            return ours, ours._hyper(owner, {**own, **group, "decoupled_weight_decay": decoupled})
-    hint = "Adam, AdamW, GIAdam, RAdam and SGD are, of this package or of torch."
-    check.fail(owner, "optimizer", "be one whose rule is known", type(optimizer).__name__, hint, TypeError)
+    ours = next(ours for kind, ours in _TORCH.items() if isinstance(optimizer, kind))
+    decoupled = group.get("decoupled_weight_decay", False) or isinstance(optimizer, torch.optim.AdamW)
+    own = {"exp_avg_sq_init": "zeros", "exp_avg_sq_init_scale": 1.0, "rho_threshold": 5.0,
+           "unrectified": "momentum"}  # fmt: skip
+    return ours, ours._hyper(owner, {**own, **group, "decoupled_weight_decay": decoupled})
 
 
 def _member(

@@ -36,7 +36,8 @@ class SharpnessProbe:
 
     Args:
         optimizer: As for ``fused_warmup.sharpness.preconditioned``.
-        loss_fn: Loss closure for calls of ``measure`` without one.
+        loss_fn: Loss closure for calls of ``measure`` without one. Random generators that it owns are found
+            and put back as ``fused_warmup.sharpness.top_eigenvalue`` says.
         every: Calls of ``measure`` from one measurement to the next.
         budget: Fraction of the time of training that measurements may take, instead of ``every``: the first
             is made at once, each further one when the time since is enough to pay for it.
@@ -76,7 +77,7 @@ class SharpnessProbe:
         reduce: bool = False,
     ) -> None:
         name = type(self).__name__
-        self.optimizer, self.loss_fn = optimizer, loss_fn
+        self.loss_fn = loss_fn
         self.every = check.whole(name, "every", every, 1)
         self.budget = None if budget is None else check.number(name, "budget", budget, 0.0, 1.0, ends="()")
         self._steps = check.whole(name, "steps", steps, 2)
@@ -86,7 +87,8 @@ class SharpnessProbe:
         if self._reduce and self.budget is not None:
             check.fail(name, "budget", "be None where reduce is True", budget)
         # raises for an optimizer that nothing is known about, now rather than at the first measurement
-        self._device = Preview(name, optimizer, use_grad=False).params[0].device
+        preview = Preview(name, optimizer, use_grad=False)
+        self.optimizer, self._device = preview.optimizer, preview.params[0].device
         self._generator = torch.Generator(self._device).manual_seed(check.whole(name, "seed", seed))
         self._clock = _Clock(self._device)
         self._calls = self._measured = 0

@@ -14,6 +14,7 @@ from torch import Tensor
 from .. import _checks as check
 from ..columns import is_capturing
 from ..live import LiveSchedule
+from ..losses import checked_loss
 from ..schedules import Schedule, Segment
 from .epochs import LossBuffer
 from .gp import Parity, ScaleFree, one_thread
@@ -227,13 +228,15 @@ class AutoWU(LiveSchedule):
         """Take the loss of the step just made, and return the rate of the next one.
 
         Args:
-            loss: 0-dim tensor or number. What waits is the end of an epoch of the warmup, or of a plateau.
+            loss: Number of Python or numpy, or tensor with one element. Only the call that ends an epoch of
+                the warmup, or of a plateau, waits for the device.
 
         Returns:
             The learning rate.
 
         Raises:
-            ValueError: If a tensor has more than one element.
+            TypeError: If the loss is not a number.
+            ValueError: If it has more than one element.
             RuntimeError: If an optimizer feeds this schedule already.
         """
         self.feed(loss, None, None)
@@ -243,9 +246,11 @@ class AutoWU(LiveSchedule):
         """Take the loss of the step about to be made; ``record_loss`` calls this, see ``LiveSchedule``.
 
         Raises:
-            ValueError: If a tensor has more than one element.
+            TypeError: If the loss is not a number.
+            ValueError: If it has more than one element.
             RuntimeError: If somebody else feeds this schedule, or a graph is captured.
         """
+        loss = checked_loss(type(self).__name__, "loss", loss)
         self._check_source(loss, source)
         before = self.schedule
         self._steps += 1
@@ -263,13 +268,8 @@ class AutoWU(LiveSchedule):
 
     def _check_source(self, loss: Tensor | float, source: object) -> None:
         name = type(self).__name__
-        if isinstance(loss, Tensor):
-            if loss.numel() != 1:
-                check.fail(name, "loss", "have one element", tuple(loss.shape))
-            if is_capturing(loss.device):
-                raise RuntimeError(
-                    f"{name}: losses must be recorded outside of a graph, got one in a capture."
-                )
+        if isinstance(loss, Tensor) and is_capturing(loss.device):
+            raise RuntimeError(f"{name}: losses must be recorded outside of a graph, got one in a capture.")
         known = self._source() if self._source is not None else None
         if (known is not None and known is not source) or (self._alone and source is not None):
             hint = "Give each optimizer one of its own, or set the lr of several from wu.step(loss)."

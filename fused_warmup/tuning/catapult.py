@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from .. import _checks as check
+from ..losses import checked_loss
 from ..processes import average
 from ..sharpness.critical import Line
 from ..sharpness.keeper import Keeper, Loss
@@ -16,6 +17,8 @@ from .initial import search
 from .states import checked_state
 
 _VERSION = 1
+# attributes that a state dict must hold
+_STATE = ("lr", "best", "forwards", "searches", "target", "start", "tolerance")
 
 
 class PersistentCatapult:
@@ -23,8 +26,12 @@ class PersistentCatapult:
 
     The rate starts where ``fused_warmup.tuning.initial_lr`` puts it, a little too high on purpose. The loss
     rises, the sharpness falls, and when the loss is below its lowest value at a search the rate is searched
-    for again, from where it is. It never falls, and stays at ``target`` once there. Call ``step`` between
-    ``backward()`` and the optimizer's ``step()``.
+    for again, from where it is. It never falls, and stays at ``target`` once there. For an optimizer with
+    ``maximize`` all of this is about the negative of the loss. Call ``step`` between ``backward()`` and the
+    optimizer's ``step()``.
+
+    A group that is added later is taken along from the next ``step`` on: its learning rate keeps the ratio
+    that the ``lr`` it is added with has to the first group's ``lr`` when the catapult was made.
 
     Args:
         optimizer: One of this package without a schedule, or ``Adam``, ``AdamW``, ``RAdam`` or ``SGD`` of
@@ -58,16 +65,15 @@ class PersistentCatapult:
         reduce: bool = True,
     ) -> None:
         name = type(self).__name__
-        self.optimizer = optimizer
         self.start = check.number(name, "start", start, ends="()")
         self.target = check.number(name, "target", target, self.start)
         self.tolerance = check.number(name, "tolerance", tolerance, ends="()")
         self.reduce = check.flag(name, "reduce", reduce)
-        if any(group.get("schedule") is not None for group in optimizer.param_groups):
-            check.fail(name, "schedule", "be None for all groups of the optimizer", "a schedule")
         # raises for an optimizer that nothing is known about
-        Preview(name, optimizer, use_grad=False)
-        self._ratios = _ratios(optimizer)
+        self.optimizer = Preview(name, optimizer, use_grad=False).optimizer
+        # learning rate of each group when it was first seen
+        self._given: list[float] = []
+        self._take_groups()
         self.lr, self.best, self.forwards, self.searches = 0.0, math.inf, 0, 0
 
     @property
@@ -79,8 +85,8 @@ class PersistentCatapult:
         """Set the rate for the step about to be made; waits for the device until the target is reached.
 
         Args:
-            loss: Loss at the parameters as they are. On small batches give a smoothed one, or that of a fixed
-                batch: a low loss by luck starts a search.
+            loss: Loss at the parameters as they are, a number or a tensor with one element. On small batches
+                give a smoothed one, or that of a fixed batch: a low loss by luck starts a search.
             loss_fn: Returns the loss of the batch whose gradient is in ``.grad``, the same each time.
 
         Returns:
@@ -88,19 +94,51 @@ class PersistentCatapult:
 
         Raises:
             TypeError: If an argument has a wrong type.
+            ValueError: If the loss has several elements, a group with a schedule was added, or groups are
+                gone.
         """
-        if self.done:
-            return self.lr
-        shared = torch.as_tensor(loss).detach().to(torch.float64, copy=True)
-        if self.reduce:
-            average(shared)
-        value = float(shared)
+        loss = checked_loss(type(self).__name__, "loss", loss)
+        # rates of known groups are the user's own again once the target is reached
+        first = len(self._given) if self.done else 0
+        self._take_groups()
+        if not self.done:
+            shared = torch.as_tensor(loss).to(torch.float64, copy=True)
+            if self.reduce:
+                average(shared)
+            self._follow(float(shared), loss_fn)
+        for group, given in list(zip(self.optimizer.param_groups, self._given, strict=True))[first:]:
+            _set_lr(group, self.lr * (given / self._given[0] if self._given[0] > 0.0 else 1.0))
+        return self.lr
+
+    def _take_groups(self) -> None:
+        """Note the learning rates of groups that are new.
+
+        Raises:
+            ValueError: If one has a schedule, or there are fewer groups than before.
+        """
+        name, groups = type(self).__name__, self.optimizer.param_groups
+        if any(group.get("schedule") is not None for group in groups):
+            check.fail(name, "schedule", "be None for all groups of the optimizer", "a schedule")
+        if len(groups) < len(self._given):
+            hint = "Make a new one after removing groups."
+            check.fail(name, "optimizer", f"keep its {len(self._given)} groups", len(groups), hint)
+        for i in range(len(self._given), len(groups)):
+            # groups of torch.optim share a tensor, whose value is that of now
+            shared = [j for j in range(i) if _is_shared(groups[i]["lr"], groups[j]["lr"])]
+            self._given.append(self._given[shared[0]] if shared else float(groups[i]["lr"]))
+
+    def _follow(self, value: float, loss_fn: Loss) -> None:
+        """Search for a rate if the loss has recovered.
+
+        Args:
+            value: The loss.
+            loss_fn: As for ``step``.
+        """
+        value = -value if self.optimizer.param_groups[0].get("maximize") else value
         if value < self.best or not self.searches:
             self._search(loss_fn)
-            self.best = value if math.isfinite(value) else self.best
-        for group, ratio in zip(self.optimizer.param_groups, self._ratios, strict=True):
-            _set_lr(group, self.lr * ratio)
-        return self.lr
+            # without a rate yet the next step searches again
+            self.best = value if math.isfinite(value) and self.lr > 0.0 else self.best
 
     def _search(self, loss_fn: Loss) -> None:
         """Raise the rate to the critical one; it stays if that is lower."""
@@ -117,8 +155,8 @@ class PersistentCatapult:
 
     def state_dict(self) -> dict[str, Any]:
         """Return what a resumed run needs, in plain types."""
-        names = ("lr", "best", "forwards", "searches", "target", "start", "tolerance")
-        return {"version": _VERSION, **{name: getattr(self, name) for name in names}}
+        state = {name: getattr(self, name) for name in _STATE}
+        return {"version": _VERSION, **state, "given_lrs": list(self._given)}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take over a state; the optimizer's own state dict holds its learning rates.
@@ -127,19 +165,29 @@ class PersistentCatapult:
             state_dict: What ``state_dict`` returned.
 
         Raises:
-            ValueError: If something is missing, or it is of another version; nothing is changed then.
+            ValueError: If something is missing or out of range, or it is of another version; nothing is
+                changed then.
         """
         name = type(self).__name__
-        checked_state(name, state_dict, self.state_dict(), _VERSION)
-        for key, value in state_dict.items():
-            if key != "version":
-                setattr(self, key, value)
+        checked_state(name, state_dict, _STATE, _VERSION)
+        # states of before groups could be added have none
+        given = [
+            check.number(name, f"state_dict['given_lrs'][{i}]", lr)
+            for i, lr in enumerate(state_dict.get("given_lrs", ()))
+        ]
+        if len(given) > len(self.optimizer.param_groups):
+            most = len(self.optimizer.param_groups)
+            check.fail(
+                name, "state_dict['given_lrs']", f"have at most one rate for each of {most} groups", given
+            )
+        self._given[: len(given)] = given
+        for key in _STATE:
+            setattr(self, key, state_dict[key])
 
 
-def _ratios(optimizer: torch.optim.Optimizer) -> list[float]:
-    """Return the learning rates of the groups over that of the first."""
-    rates = [float(group["lr"]) for group in optimizer.param_groups]
-    return [rate / rates[0] if rates[0] > 0.0 else 1.0 for rate in rates]
+def _is_shared(a: Any, b: Any) -> bool:
+    """Whether the learning rates of two groups are one tensor."""
+    return isinstance(a, torch.Tensor) and a is b
 
 
 def _set_lr(group: dict[str, Any], lr: float) -> None:

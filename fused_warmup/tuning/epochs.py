@@ -30,7 +30,12 @@ class LossBuffer:
         return self.filled == self.size
 
     def add(self, loss: Tensor | float, device: torch.device | None = None) -> None:
-        """Put a loss into its place; without ``device`` the first loss says where."""
+        """Put a loss into its place; without ``device`` the first loss says where.
+
+        Args:
+            loss: What ``checked_loss`` returns.
+            device: Device of the buffer.
+        """
         if device is None and self.values is None:
             device = loss.device if isinstance(loss, Tensor) else torch.device("cpu")
         if self.values is None:
@@ -39,9 +44,9 @@ class LossBuffer:
             # a state may have been loaded to another device
             self.values = self.values.to(device)
         if isinstance(loss, Tensor):
-            self.values[self.filled].copy_(loss.detach().reshape(()), non_blocking=True)
+            self.values[self.filled].copy_(loss, non_blocking=True)
         else:
-            self.values[self.filled] = float(loss)
+            self.values[self.filled] = loss
         self.filled += 1
 
     def drain(self, made: Tensor | int) -> tuple[Tensor, int]:

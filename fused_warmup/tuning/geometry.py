@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import _checks as check
+from ..losses import loss_value
 
 State = Mapping[str, Tensor]
 Weights = nn.Module | State | Iterable[Tensor]
@@ -98,6 +99,7 @@ def linear_barrier(
         The barrier.
 
     Raises:
+        TypeError: If ``error`` returns no number.
         ValueError: If names or shapes differ, or ``points`` is below 2.
 
     Source: Sadrtdinov et al. 2024, arXiv:2410.22113, section 4.
@@ -113,7 +115,7 @@ def linear_barrier(
             model.load_state_dict({name: _between(a[name], b[name], alpha) for name in a})
             if prepare is not None:
                 prepare()
-            errors.append(float(error()))
+            errors.append(loss_value(owner, "error", error(), returned=True))
     finally:
         model.load_state_dict(kept)
     first, last = errors[0], errors[-1]

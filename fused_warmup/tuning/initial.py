@@ -30,7 +30,9 @@ def initial_lr(
 
     The rate doubles from ``start`` while the step that the optimizer is about to make lowers the loss,
     at most to ``target``. Bisection follows until the upper end raises the loss by no more than the relative
-    ``tolerance``; that end is the result. Nothing is committed, all else is left as it was.
+    ``tolerance``; that end is the result. The tolerance is relative to the loss or, for losses that may be
+    negative, to its largest decrease in the search if that is more. An optimizer with ``maximize`` searches
+    the negative of the loss. Nothing is committed, all else is left as it was.
 
     Args:
         loss_fn: Returns the loss of the batch whose gradient is in ``.grad``, the same each time.
@@ -73,13 +75,16 @@ def search(line: Line, start: float, target: float, tolerance: float) -> RateSea
     upper, rise = start, line.loss(start)
     if not rise < line.start:
         return RateSearch(start, 0.0, start, line.forwards, ("rises",))
+    lowest = rise
     while rise < line.start:
+        lowest = min(lowest, rise)
         if upper >= target:
             break
         upper *= 2.0
         rise = line.loss(min(upper, target))
     lower, upper = min(upper, target) / 2.0, min(upper, target)
-    accepted = line.start + tolerance * abs(line.start)
+    # the value of a loss that goes below zero is no measure of its size
+    accepted = line.start + tolerance * max(line.start, line.start - lowest)
     if rise < line.start:
         return RateSearch(target, target, math.inf, line.forwards, ("target",))
     for _ in range(_MOST_HALVINGS):

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import _checks as check
+from ..losses import loss_value
 from .geometry import _copied, average_states, linear_barrier
 from .regimes import Trial
 
@@ -80,13 +81,14 @@ def pretrain_finetune(
         Scores and states.
 
     Raises:
+        TypeError: If ``run_epoch``, ``evaluate`` or ``error`` returns no number.
         ValueError: If an argument is out of range, or neither fine-tuning nor averaging is asked for.
 
     Source: Sadrtdinov et al. 2024, arXiv:2410.22113, section 3.
     """
     owner = "pretrain_finetune"
-    check.number(owner, "lr", lr, ends="()")
-    check.whole(owner, "epochs", epochs, 1)
+    lr = check.number(owner, "lr", lr, ends="()")
+    epochs = check.whole(owner, "epochs", epochs, 1)
     rates = [
         check.number(owner, f"finetune_lrs[{i}]", rate, ends="()") for i, rate in enumerate(finetune_lrs)
     ]
@@ -99,15 +101,17 @@ def pretrain_finetune(
     losses, checkpoints = [], []
     optimizer = make_optimizer(lr)
     for epoch in range(epochs):
-        losses.append(float(run_epoch(optimizer)))
+        losses.append(loss_value(owner, "run_epoch", run_epoch(optimizer), returned=True))
         if epoch >= epochs - average:
             checkpoints.append(_copied(model.state_dict()))
-    states: dict[str | float, State] = {"pretrained": _copied(model.state_dict())}
-    scores: dict[str | float, float] = {"pretrained": float(evaluate())}
+    states: dict[str | float, State] = {}
+    scores: dict[str | float, float] = {}
 
     def keep(key: str | float) -> None:
-        states[key], scores[key] = _copied(model.state_dict()), float(evaluate())
+        states[key] = _copied(model.state_dict())
+        scores[key] = loss_value(owner, "evaluate", evaluate(), returned=True)
 
+    keep("pretrained")
     if average:
         model.load_state_dict(average_states(checkpoints))
         if prepare is not None:
@@ -125,7 +129,7 @@ def pretrain_finetune(
         barrier = linear_barrier(model, *ends, error, prepare=prepare).value
     best = max(scores, key=lambda key: scores[key])
     model.load_state_dict(states[best])
-    return LargeLR(float(lr), tuple(losses), scores, states, best, barrier)
+    return LargeLR(lr, tuple(losses), scores, states, best, barrier)
 
 
 def relative_rate(lr: float, weights: Any) -> float:

@@ -9,6 +9,7 @@ from statistics import fmean, pstdev
 from typing import Any
 
 from .. import _checks as check
+from ..losses import loss_value
 
 # last part of a run over which losses and accuracies are averaged
 _TAIL = 0.1
@@ -193,10 +194,20 @@ def _trial(owner: str, found: Any) -> Trial:
             check.fail(owner, "train", "return the fields of a Trial", sorted(found), error=TypeError)
     if not isinstance(found, Trial):
         check.fail(owner, "train", "return a Trial or a mapping", found, error=TypeError)
-    if not len(found.losses):
+    losses, accuracies = (_numbers(owner, name, getattr(found, name)) for name in ("losses", "accuracies"))
+    if not losses:
         check.fail(owner, "losses", "hold the loss of each epoch", found.losses)
-    losses, accuracies = (tuple(map(float, values)) for values in (found.losses, found.accuracies))
-    return Trial(losses, accuracies, found.tuned, found.barrier)
+    ends = ((name, getattr(found, name)) for name in ("tuned", "barrier"))
+    return Trial(losses, accuracies, *(None if v is None else loss_value(owner, name, v) for name, v in ends))
+
+
+def _numbers(owner: str, name: str, values: Any) -> tuple[float, ...]:
+    """Return a sequence of numbers as floats."""
+    try:
+        found = list(values)
+    except TypeError:
+        check.fail(owner, name, "be a sequence of numbers", values, error=TypeError)
+    return tuple(loss_value(owner, f"{name}[{i}]", x) for i, x in enumerate(found))
 
 
 def _first_epoch(trial: Trial, limit: float) -> int | None:

@@ -1,0 +1,50 @@
+"""Random generators: those that everything shares and those that a closure owns, and their states."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+
+# kinds of generators whose state can be read and set
+KINDS = (torch.Generator, np.random.Generator, np.random.RandomState, np.random.BitGenerator, random.Random)
+
+
+def restorer(generator: Any) -> Callable[[], object] | None:
+    """Return a function that sets a generator back to its present state, None if it has no state to set.
+
+    Args:
+        generator: An instance of one of ``KINDS``.
+    """
+    if isinstance(generator, torch.Generator):
+        return partial(generator.set_state, generator.get_state())
+    if isinstance(generator, np.random.RandomState):
+        # the legacy form loses the state of other bit generators than MT19937
+        return partial(generator.set_state, generator.get_state(legacy=False))
+    if isinstance(generator, random.Random):
+        # the operating system's generator has no state
+        if isinstance(generator, random.SystemRandom):
+            return None
+        return partial(generator.setstate, generator.getstate())
+    bits = generator.bit_generator if isinstance(generator, np.random.Generator) else generator
+    return partial(setattr, bits, "state", bits.state)
+
+
+def random_state(device: torch.device) -> tuple[Any, ...]:
+    """Return the states of the generators that Python, numpy and torch share."""
+    cuda = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
+    return random.getstate(), np.random.get_state(), torch.get_rng_state(), device, cuda
+
+
+def set_random_state(state: tuple[Any, ...]) -> None:
+    """Restore what ``random_state`` returned."""
+    python, numpy, cpu, device, cuda = state
+    random.setstate(python)
+    np.random.set_state(numpy)
+    torch.set_rng_state(cpu)
+    if cuda is not None:
+        torch.cuda.set_rng_state(cuda, device)
