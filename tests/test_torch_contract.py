@@ -504,10 +504,11 @@ def test_groups_that_are_edited(
     assert_same_params(mine, train(lambda params: peer_of(case, params)))
 
 
-def fills(opt: Optimizer, lr: Tensor) -> None:
+def fills(opt: fw.FusedOptimizer, lr: Tensor) -> None:
     for step, rate in enumerate((0.1, 0.01, 0.05)):
         lr.fill_(rate)
         walk(opt, [step])
+        assert opt.get_last_lr()[-1] == float(lr)
 
 
 @each_class

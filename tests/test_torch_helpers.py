@@ -32,6 +32,8 @@ from peers import (
 from torch import Tensor, nn
 from torch.optim import Optimizer, lr_scheduler, swa_utils
 
+import fused_warmup as fw
+
 # schedulers
 
 
@@ -76,6 +78,8 @@ def driven(opt: Optimizer, scheduler: Any, losses: list[float]) -> list[Any]:
         walk(opt, [i])
         # exact: a scheduler computes in Python numbers
         seen.append([{k: numbers(g.get(k)) for k in ("lr", "momentum", "betas")} for g in opt.param_groups])
+        if isinstance(opt, fw.FusedOptimizer):
+            assert opt.get_last_lr() == [group["lr"] for group in seen[-1]]
         scheduler.step(*([loss] if isinstance(scheduler, lr_scheduler.ReduceLROnPlateau) else []))
     return seen
 
@@ -133,16 +137,19 @@ def test_schedulers_do_what_they_do_for_torch(case: Case, backend: str, name: st
 @each_class
 @pytest.mark.parametrize("name", ["CyclicLR", "OneCycleLR"])
 def test_momentum_is_cycled(case: Case, name: str) -> None:
-    """Whatever is the first average: ``momentum``, or the first of ``betas``."""
+    """Whatever is the first average, ``momentum`` or the first of ``betas``; and the steps follow."""
     opt = case.make(small())
     other = likeness(case, small())
     key = "betas" if "betas" in opt.defaults else "momentum"
-    seen, wanted = (
-        [numbers(at[0][key]) for at in driven(o, SCHEDULERS[name](o), LOSSES)] for o in (opt, other)
+    seen, wanted = (driven(o, SCHEDULERS[name](o), LOSSES) for o in (opt, other))
+    first, first_wanted = (
+        [at[0][key][0] if key == "betas" else at[0][key] for at in values] for values in (seen, wanted)
     )
-    first = [value[0] if key == "betas" else value for value in seen]
-    assert first == [value[0] if key == "betas" else value for value in wanted]
+    assert first == first_wanted
     assert len(set(first)) > 2
+    still = case.make(small())
+    by_hand(still, [[{**at[0], key: still.defaults[key]}] for at in seen])
+    assert not any(torch.equal(p, q) for p, q in zip(members(opt), members(still), strict=True))
 
 
 @each_class
