@@ -98,7 +98,8 @@ def snapshot(opt: Optimizer) -> Any:
 
     def plain(value: Any) -> Any:
         if isinstance(value, Tensor):
-            return (str(value.dtype), value.device.type, value.tolist() if not value.is_meta else None)
+            readable = not value.is_meta and value.layout == torch.strided
+            return (str(value.dtype), value.device.type, value.tolist() if readable else str(value.layout))
         if isinstance(value, dict):
             return {key: plain(entry) for key, entry in value.items()}
         return [plain(entry) for entry in value] if isinstance(value, (list, tuple)) else value
