@@ -327,6 +327,7 @@ class FusedOptimizer(Optimizer):
         Raises:
             ValueError: If a value is out of range, or a parameter is in another group already.
             TypeError: If a parameter is of a kind that no backend takes.
+            KeyError: If there are no ``params``.
         """
         name = type(self).__name__
         if isinstance(param_group, dict):
@@ -342,7 +343,7 @@ class FusedOptimizer(Optimizer):
             if merged["lr"] is required:
                 check.fail(name, "lr", "be given for each group or for all", "none")
             hyper = self._make_hyper(merged)
-            params = param_group.get("params", ())
+            params = param_group["params"]
             params = [params] if isinstance(params, Tensor) else params
             if not isinstance(params, set):
                 params = self._once(list(params))

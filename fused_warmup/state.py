@@ -146,6 +146,11 @@ def _warn_of_schedules(owner: str, session: Session, groups: list[dict[str, Any]
                 return
 
 
+def _ids(group: Mapping[str, Any]) -> list[Any]:
+    """Return the ids of a saved group's parameters, each once: torch repeats a tied weight."""
+    return list(dict.fromkeys(group["params"]))
+
+
 def _own_entry(owner: str, opt: FusedOptimizer, state_dict: Mapping[str, Any]) -> Mapping[str, Any]:
     """Return the checked entry of ours, or an empty one for a state dict of torch."""
     for key in ("state", "param_groups"):
@@ -172,9 +177,9 @@ def _loaded_groups(owner: str, opt: FusedOptimizer, state_dict: Mapping[str, Any
     groups = []
     made: dict[int, Any] = {}
     for i, (live, group) in enumerate(zip(opt.param_groups, saved, strict=True)):
-        if len(group["params"]) != len(live["params"]):
+        if len(_ids(group)) != len(live["params"]):
             name = f"state_dict['param_groups'][{i}]"
-            check.fail(owner, name, f"have {len(live['params'])} parameters", len(group["params"]))
+            check.fail(owner, name, f"have {len(live['params'])} parameters", len(_ids(group)))
         loaded = {}
         for key, value in group.items():
             if key in _SCHEDULES and isinstance(value, Mapping):
@@ -222,7 +227,7 @@ def _loaded_states(
 ) -> dict[Tensor, dict[str, Any]]:
     """Return the states to take over by parameter, checked; ``step`` is an int."""
     exact = dict(zip(own["step_ids"], own["steps"], strict=True)) if own else {}
-    ids = [k for group in state_dict["param_groups"] for k in group["params"]]
+    ids = [k for group in state_dict["param_groups"] for k in _ids(group)]
     params = [(g, p) for g, group in enumerate(opt.param_groups) for p in group["params"]]
     states = {}
     for index, (k, (g, param)) in enumerate(zip(ids, params, strict=True)):
