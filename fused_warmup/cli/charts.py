@@ -76,7 +76,8 @@ def draw_search(record: dict[str, Any]) -> Any:
     panel = figure.subplots()
     losses = [number(x) for x in found["losses"]]
     panel.plot(found["rates"], losses, color=OURS, lw=1.8, marker="o", ms=3)
-    panel.axhline(found["start"], color=PALE, lw=1.2, label="loss before the step")
+    start = number(found["start"])
+    panel.axhline(start, color=PALE, lw=1.2, label="loss before the step")
     marks = {
         "critical learning rate": ("critical", THEIRS, "-"),
         "initial rate of a warmup": ("initial", OURS, ":"),
@@ -85,8 +86,9 @@ def draw_search(record: dict[str, Any]) -> Any:
         if math.isfinite(number(found[key])):
             panel.axvline(found[key], color=color, lw=1.2, ls=style, label=f"{label} {found[key]:.2g}")
     panel.set_xscale("log")
-    # far beyond the critical rate the loss says nothing
-    panel.set_ylim(min(x for x in [*losses, found["start"]] if math.isfinite(x)) * 0.98, 2.0 * found["start"])
+    if math.isfinite(start):
+        # far beyond the critical rate the loss says nothing
+        panel.set_ylim(min(x for x in [*losses, start] if math.isfinite(x)) * 0.98, 2.0 * start)
     panel.set(xlabel="learning rate of the first step", ylabel="training loss after it")
     panel.legend(frameon=False, loc="upper left")
     dress([panel], 0)
@@ -106,7 +108,8 @@ def draw_edge(record: dict[str, Any]) -> Any:
     from matplotlib.figure import Figure
 
     rows, losses = record["edge"], [number(x) for x in record["ours"]["losses"]]
-    columns = {name: [number(row[name]) for row in rows] for name in rows[0]}
+    names = ("step", "sharpness", "preconditioned", "threshold")
+    columns = {name: [number(row[name]) for row in rows] for name in names}
     figure = Figure(figsize=(7.2, 7.2), layout="constrained", facecolor="white")
     panels = figure.subplots(3, 1, sharex=True, height_ratios=(1.3, 1.6, 1))
     loss, edge, raw = panels
