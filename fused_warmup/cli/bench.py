@@ -104,7 +104,7 @@ def to_markdown(rows: Sequence[Row], where: Mapping[str, Any]) -> str:
 
 def print_table(console: Console, rows: Sequence[Row], where: Mapping[str, Any]) -> None:
     """Print the rows, each on two lines or more, so that no number is cut at 80 columns."""
-    table = Table(box=box.SIMPLE_HEAD, leading=1, pad_edge=False)
+    table = Table(box=box.SIMPLE_HEAD, leading=1, pad_edge=False, collapse_padding=True)
     table.title = f"{where['cpu']}, {where['threads']} threads, torch {where['versions']['torch']}"
     for i, heading in enumerate(_paired(HEADINGS)):
         table.add_column(heading, justify="right" if i else "left", no_wrap=i > 0, overflow="fold")

@@ -7,23 +7,9 @@ from typing import Any
 from rich.console import Console
 from rich.text import Text
 
-# what the tables have beside ASCII
-_ASCII = str.maketrans({"×": "x", "–": "-", "≥": ">=", "µ": "u", "…": "..."})
+from .words import printable
+
 _NARROWEST = 80
-
-
-def printable(text: str, encoding: str) -> str:
-    """Return a text in characters that an encoding has."""
-    try:
-        text.encode(encoding)
-    except UnicodeEncodeError:
-        return text.translate(_ASCII).encode(encoding, "backslashreplace").decode(encoding)
-    return text
-
-
-def fixed(x: float, digits: int) -> str:
-    """Return a number with digits after the point, or with an exponent if it would be long."""
-    return f"{x:.{digits}{'f' if abs(x) < 1e7 else 'e'}}"
 
 
 class PlainConsole(Console):

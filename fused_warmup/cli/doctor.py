@@ -17,6 +17,7 @@ from ..backends import BACKENDS, unavailable_reason
 from ..traffic import Traffic
 from .console import PlainConsole
 from .machine import cpu_model, versions
+from .words import complain
 
 NEEDED = ("reference", "cpu")
 OPTIMIZERS: dict[str, Callable[..., fw.FusedOptimizer]] = {
@@ -103,9 +104,7 @@ def doctor(ctx: click.Context, traffic: bool) -> None:
     PlainConsole().print(table)
     broken = [name for name in NEEDED if found[name] is not None]
     if broken:
-        click.echo(
-            f"doctor: the backends reference and cpu must work, got trouble with {' and '.join(broken)}.",
-            err=True,
-        )
+        names = " and ".join(broken)
+        complain(f"doctor: the backends reference and cpu must work, got trouble with {names}.")
         ctx.exit(1)
     click.echo("doctor: the backends reference and cpu work.")

@@ -108,9 +108,9 @@ def folder_of(owner: str, option: str, folder: Path) -> Iterator[None]:
 
 
 def _remove_empty(folders: Sequence[Path]) -> None:
-    """Remove folders, the inner one first, up to one that is not empty."""
-    with suppress(OSError):
-        for folder in folders:
+    """Remove folders, the inner one first; one that is not empty stays, and with it those around it."""
+    for folder in folders:
+        with suppress(OSError):
             folder.rmdir()
 
 

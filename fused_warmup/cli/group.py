@@ -11,6 +11,7 @@ import click
 
 from .. import __version__
 from . import EXTRAS, missing
+from .words import complain
 
 # the help stands here, so that listing the commands imports none of them
 COMMANDS = {
@@ -32,7 +33,7 @@ class OneLineError(click.ClickException):
 
     def show(self, file: Any = None) -> None:
         """Print the message alone."""
-        click.echo(" ".join(self.message.split("\n")), file=file, err=file is None)
+        complain(self.message)
 
 
 def sentence_of(command: str | None, error: Exception) -> str:
@@ -74,7 +75,7 @@ class LazyGroup(click.Group):
         except (click.exceptions.Exit, OneLineError, BrokenPipeError):
             raise
         except (KeyboardInterrupt, click.Abort):
-            click.echo("fused-warmup: interrupted.", err=True)
+            complain("fused-warmup: interrupted.")
             ctx.exit(INTERRUPTED)
         except Exception as error:
             raise OneLineError(sentence_of(ctx.invoked_subcommand, error)) from error

@@ -84,7 +84,7 @@ _SETTINGS = {
 }
 _EDGE = {"step": SOME, "sharpness": LOSS, "preconditioned": LOSS, "threshold": LOSS}
 _SEARCH = {
-    "rates": [NUMBER],
+    "rates": [LOSS],
     "losses": [LOSS],
     **dict.fromkeys(("start", "critical", "initial"), LOSS),
     **dict.fromkeys(("critical_forwards", "initial_forwards"), COUNT),

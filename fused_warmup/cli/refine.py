@@ -14,9 +14,10 @@ from .. import _checks as check
 from ..schedules import Schedule
 from ..tuning.norms import read_norms
 from ..tuning.refine import ADVICE, Refinement, refinement
-from .charts import GREY, INK, OURS, PALE, THEIRS, logarithmic
+from .charts import GREY, INK, OURS, PALE, THEIRS, logarithmic, points
 from .console import PlainConsole
 from .files import PATH, picture_kind, tried, write_picture
+from .words import complain
 
 # a number of a schedule takes 20 bytes of JSON
 _MOST_STEPS = 10_000_000
@@ -38,10 +39,11 @@ def draw(norms: np.ndarray, found: Refinement, schedule: Schedule) -> Any:
     n = len(found.smoothed)
     figure = Figure(figsize=(7.2, 5.6), layout="constrained", facecolor="white")
     upper, lower = figure.subplots(2, 1, sharex=True)
-    upper.plot(np.linspace(0, n - 1, len(norms)), norms, color=PALE, lw=0.8, label="recorded")
-    upper.plot(found.smoothed, color=OURS, lw=1.8, label=f"median of {found.width}")
+    shown = points(norms.tolist())
+    upper.plot(np.linspace(0, n - 1, len(norms)), shown, color=PALE, lw=0.8, label="recorded")
+    upper.plot(points(found.smoothed.tolist()), color=OURS, lw=1.8, label=f"median of {found.width}")
     upper.set_ylabel("gradient norm")
-    logarithmic(upper, [float(x) for x in norms[np.isfinite(norms)]])
+    logarithmic(upper, shown)
     fit = found.fit()
     lower.plot(found.schedule.values(n), color=OURS, lw=1.8, label="refined")
     label = f"warmup {fit.warmup:.0%}, power {fit.power:.2g}"
@@ -115,5 +117,5 @@ def refine(
     console.print(table_of(found))
     if found.trouble:
         kept = "the fallback was written" if fallback else f"{ADVICE} --fallback writes the former"
-        click.echo(f"refine: {' and '.join(found.trouble)}. {kept.rstrip('.')}.", err=True)
+        complain(f"refine: {' and '.join(found.trouble)}. {kept.rstrip('.')}.")
     console.write_line(f"written: {', '.join(str(path) for path in (out, plot) if path is not None)}")

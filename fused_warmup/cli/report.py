@@ -22,12 +22,14 @@ from .charts import (
     dress,
     logarithmic,
     number,
+    points,
     title_of,
 )
-from .console import PlainConsole, fixed
+from .console import PlainConsole
 from .files import PATH, tried, write_picture
 from .group import OneLineError, sentence_of
 from .records import Columns, ForeignError, Record, read
+from .words import complain, fixed
 
 # returns a matplotlib figure
 Draw = Callable[[], Any]
@@ -79,7 +81,7 @@ def print_table(record: Record, console: PlainConsole) -> None:
     """Print the table of a training, and what is to be said below it."""
     console.print(table_of(record))
     for line in caption(record):
-        console.write_line(line)
+        console.print(line)
 
 
 def present(path: Path, console: PlainConsole) -> None:
@@ -157,6 +159,7 @@ def draw(record: Record, columns: Columns) -> Any:
     from matplotlib.figure import Figure
 
     settings = record["settings"]
+    columns = {name: points(values) for name, values in columns.items()}
     steps = range(1, len(columns["lr"]) + 1)
     figure = Figure(figsize=(7.2, 8.2), layout="constrained", facecolor="white")
     panels = figure.subplots(4, 1, sharex=True, height_ratios=(2.2, 1, 1, 1))
@@ -170,7 +173,7 @@ def draw(record: Record, columns: Columns) -> Any:
     norm.set_ylabel("gradient norm")
     logarithmic(norm, columns["grad_norm"])
     if settings["max_grad_norm"]:
-        norm.axhline(settings["max_grad_norm"], color=THEIRS, lw=1, ls=":", label="max_grad_norm")
+        norm.axhline(*points([settings["max_grad_norm"]]), color=THEIRS, lw=1, ls=":", label="max_grad_norm")
         norm.legend(frameon=False, loc="upper right")
     clip.fill_between(steps, columns["clip_coef"], 1.0, color=OURS, alpha=0.15, lw=0)
     clip.plot(steps, columns["clip_coef"], color=OURS, lw=1.2)
@@ -182,13 +185,13 @@ def draw(record: Record, columns: Columns) -> Any:
 
 def _draw_losses(panel: Any, steps: range, ours: dict[str, Any], theirs: dict[str, Any] | None) -> None:
     """Draw the losses of one run or both, on a logarithmic axis if they fall far."""
-    losses = [number(x) for x in ours["losses"]]
+    losses = points(ours["losses"])
     # ours is the wide pale line, so that theirs shows on top of it where the two agree
     pale = {"color": PALE, "lw": 3.4} if theirs is not None else {"color": OURS, "lw": 1.6}
     panel.plot(steps, losses, label=ours["name"], **pale)
     if theirs is not None:
         thin = {"color": THEIRS, "lw": 0.9}
-        panel.plot(steps, [number(x) for x in theirs["losses"]], label=theirs["name"], **thin)
+        panel.plot(steps, points(theirs["losses"]), label=theirs["name"], **thin)
     # false for NaN, too
     if 0 < 50 * min(losses) < losses[0]:
         logarithmic(panel, losses)
@@ -231,7 +234,7 @@ def _present_all(path: Path, console: PlainConsole) -> list[str]:
     if len(foreign) == len(records):
         return foreign
     for sentence in foreign:
-        click.echo(f"{sentence} It is passed over.", err=True)
+        complain(f"{sentence} It is passed over.")
     return failed
 
 
@@ -248,6 +251,6 @@ def report(paths: tuple[Path, ...]) -> None:
         except (ValueError, OSError) as error:
             failed.append(sentence_of("report", error))
     for sentence in failed[:-1]:
-        click.echo(sentence, err=True)
+        complain(sentence)
     if failed:
         raise OneLineError(failed[-1])

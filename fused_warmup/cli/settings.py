@@ -154,6 +154,8 @@ def _check(settings: Settings) -> None:
     for name in ("lr", "weight_decay", "max_grad_norm"):
         check.number(_OWNER, _option(name), getattr(settings, name))
     check.number(_OWNER, "--ema", settings.ema, 0.0, 1.0)
+    if settings.find_lr and settings.lr == 0.0:
+        check.fail(_OWNER, "--lr", "be > 0 for --find-lr", settings.lr)
     if settings.warmup > settings.steps:
         check.fail(_OWNER, "--warmup", f"be <= --steps, which is {settings.steps}", settings.warmup)
     check.one_of(_OWNER, "--backend", settings.backend, ("auto", *BACKENDS))

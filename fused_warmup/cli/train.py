@@ -36,6 +36,7 @@ from .records import COLUMNS, FORMAT, VERSION, Record
 from .report import MORE, charts, draw_all, print_table
 from .settings import Settings
 from .stages import Contestant, Ours, Theirs
+from .words import complain
 
 _SHOWN_EVERY = 10
 
@@ -194,8 +195,7 @@ def run(settings: Settings, console: PlainConsole) -> None:
             if done:
                 with undisturbed():
                     keep([clock.summary(done) for clock in clocks])
-                    note = f"train: stopped after {done} of {settings.steps} steps, which are kept."
-                    click.echo(note, err=True)
+                    complain(f"train: stopped after {done} of {settings.steps} steps, which are kept.")
             raise
         with undisturbed():
             keep(results)

@@ -147,8 +147,8 @@ def _text(owner: str, path: Path) -> str:
     if len(raw) > _LARGEST:
         check.fail(owner, str(path), f"have at most {_LARGEST} bytes", "more")
     encoding = next((name for mark, name in _MARKS.items() if raw.startswith(mark)), "utf-8")
-    if b"\0" in raw and encoding == "utf-8":
-        # half of each letter of the header
+    # without a mark half of the first letter shows it
+    if encoding == "utf-8" and b"\0" in raw[:2]:
         encoding = "utf-16-be" if raw.startswith(b"\0") else "utf-16-le"
     try:
         text = raw.decode(encoding)
