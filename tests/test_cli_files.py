@@ -264,10 +264,14 @@ def test_a_link_to_nothing_is_tried_and_stays(tmp_path, monkeypatch, norms_file)
     check_one_line(invoke("refine", norms_file, "-o", link), "--out must be a file", "No such file")
 
 
-def test_a_pipe_gets_the_schedule_and_nothing_before(tmp_path, norms_file):
+def test_a_pipe_gets_the_schedule_and_no_trial(tmp_path, monkeypatch, norms_file):
+    """A trial would wait for a reader, and end what the reader gets."""
     pipe = tmp_path / "pipe"
     os.mkfifo(pipe)
-    # a reader that does not wait; a trial would block without one, and end its data with one
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "open", never)
+        with files.tried("refine", "--out", pipe):
+            pass
     reader = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)
     try:
         assert invoke("refine", norms_file, "-o", pipe).exit_code == 0
