@@ -42,13 +42,13 @@ def number(
     return x
 
 
-def whole(owner: str, name: str, value: Any, low: int = 0) -> int:
-    """Return ``value`` as an int of at least ``low``."""
+def whole(owner: str, name: str, value: Any, low: int = 0, high: int = 2**62 - 1) -> int:
+    """Return ``value`` as an int from ``low`` to ``high``."""
     if isinstance(value, bool) or not hasattr(value, "__index__"):
         fail(owner, name, "be an integer", value, error=TypeError)
     n = int(value.__index__())
-    if not low <= n < 2**62:
-        fail(owner, name, f"be >= {low}", value)
+    if not low <= n <= high:
+        fail(owner, name, f"be >= {low}" if n < low else f"be <= {high}", value)
     return n
 
 

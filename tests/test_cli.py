@@ -259,7 +259,7 @@ def test_report_names_what_is_wrong_with_a_file(trained, tmp_path):
         (text.replace('"version": 1', '"version": 2', 1), rows, "must be of"),
         (text.replace('"stage_median"', '"other"'), rows, "must be complete"),
         (text, fewer, "must have 6 rows"),
-        (text, rows.replace("grad_norm,", "norm,", 1), "must be complete"),
+        (text, rows.replace("grad_norm,", "norm,", 1), "must have the column 'grad_norm'"),
     ]
     for first, second, message in broken:
         path.write_text(first)

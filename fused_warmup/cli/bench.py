@@ -8,19 +8,23 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import click
 import torch
+from rich import box
 from rich.console import Console
 from rich.table import Table
 
 import fused_warmup as fw
 
-from .machine import describe
-from .works import QUIET, Row, cases, run_case
+from .console import PlainConsole
+from .files import PATH, tried, undisturbed
+from .machine import MOST_THREADS, describe
+from .works import QUIET, Case, Row, cases, run_case
 
 
 def to_json(rows: Sequence[Row], where: Mapping[str, Any]) -> str:
@@ -99,37 +103,59 @@ def to_markdown(rows: Sequence[Row], where: Mapping[str, Any]) -> str:
 
 
 def print_table(console: Console, rows: Sequence[Row], where: Mapping[str, Any]) -> None:
-    """Print the rows."""
-    table = Table(title=f"{where['cpu']}, {where['threads']} threads, torch {where['versions']['torch']}")
-    for i, heading in enumerate(HEADINGS):
-        table.add_column(heading, justify="left" if i < 2 else "right")
+    """Print the rows, each on two lines or more, so that no number is cut at 80 columns."""
+    table = Table(box=box.SIMPLE_HEAD, leading=1, pad_edge=False, collapse_padding=True)
+    table.title = f"{where['cpu']}, {where['threads']} threads, torch {where['versions']['torch']}"
+    for i, heading in enumerate(_paired(HEADINGS)):
+        table.add_column(heading, justify="right" if i else "left", no_wrap=i > 0, overflow="fold")
     for row in rows:
-        table.add_row(*cells(row), style="red" if row.verdict == "missed" else None)
+        table.add_row(*_paired(cells(row)), style="red" if row.verdict == "missed" else None)
     console.print(table)
+
+
+def _paired(texts: Sequence[str]) -> list[str]:
+    """Return every second text below the one before it."""
+    return [f"{upper}\n{lower}" for upper, lower in zip(texts[::2], texts[1::2], strict=True)]
+
+
+def _measure(chosen: Sequence[Case], seconds: float, rows: list[Row]) -> None:
+    """Run cases and append their rows."""
+    # of the spinners this one is ASCII
+    with Console().status("", spinner="line") as status:
+        for case in chosen:
+            status.update(case.name)
+            rows.append(run_case(case, seconds))
 
 
 @click.command("bench")
 @click.option("--quick", is_flag=True, help="A few rounds of everything: rough ratios in seconds.")
 @click.option("--filter", "pattern", default="", metavar="TEXT", help="Only rows whose name contains TEXT.")
-@click.option("--json", "path", type=click.Path(dir_okay=False, path_type=Path), help="Write the rows here.")
-@click.option("--threads", type=click.IntRange(min=1), help="Threads of both sides.")
+@click.option("--json", "path", type=PATH, help="Write the rows here.")
+@click.option("--threads", type=click.IntRange(1, MOST_THREADS), help="Threads of both sides.")
 def bench(quick: bool, pattern: str, path: Path | None, threads: int | None) -> None:
     """Compare our step with the torch code it replaces, on this machine."""
     if "cpu" not in fw.available_backends():
         raise click.ClickException('backend "cpu" must be built, got none; see fused-warmup doctor.')
     if threads is not None:
         torch.set_num_threads(threads)
-    seconds = 0.2 if quick else 4.0
-    console = Console()
     chosen = cases(pattern)
     if not chosen:
         names = ", ".join(case.name for case in cases())
         raise click.BadParameter(f"must occur in the name of a row, got {pattern!r}. Rows: {names}.")
-    rows = []
-    with console.status("") as status:
-        for case in chosen:
-            status.update(case.name)
-            rows.append(run_case(case, seconds))
-    print_table(console, rows, describe())
-    if path is not None:
-        path.write_text(to_json(rows, describe()))
+    rows: list[Row] = []
+    with tried("bench", "--json", path):
+        try:
+            _measure(chosen, 0.2 if quick else 4.0, rows)
+        finally:
+            if rows:
+                _leave(rows, path)
+
+
+def _leave(rows: Sequence[Row], path: Path | None) -> None:
+    """Write and print what was measured: all, or the rows before an interrupt or an error."""
+    where = describe()
+    with undisturbed(), ExitStack() as left:
+        # the last one goes first, and none is left out because of another
+        left.callback(print_table, PlainConsole(), rows, where)
+        if path is not None:
+            left.callback(path.write_text, to_json(rows, where), encoding="utf-8")

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from typing import Any
 
 INK, OURS, PALE, THEIRS, GREY = "#1f2430", "#2a6fbb", "#9cc3ea", "#c8501e", "#9aa3ad"
+_FARTHEST = 1e100
 
 
 def title_of(record: dict[str, Any]) -> str:
@@ -51,6 +53,11 @@ def number(x: float | None) -> float:
     return math.nan if x is None else float(x)
 
 
+def points(values: Iterable[float | None]) -> list[float]:
+    """Return numbers of the record for a chart, without those beyond what its axes can compute with."""
+    return [x if abs(x) < _FARTHEST else math.nan for x in map(number, values)]
+
+
 def describe_search(found: dict[str, Any]) -> str:
     """Return one line about a line search."""
     critical, initial = number(found["critical"]), number(found["initial"])
@@ -74,19 +81,22 @@ def draw_search(record: dict[str, Any]) -> Any:
     found = record["search"]
     figure = Figure(figsize=(7.2, 4.2), layout="constrained", facecolor="white")
     panel = figure.subplots()
-    losses = [number(x) for x in found["losses"]]
-    panel.plot(found["rates"], losses, color=OURS, lw=1.8, marker="o", ms=3)
-    panel.axhline(found["start"], color=PALE, lw=1.2, label="loss before the step")
+    losses = points(found["losses"])
+    panel.plot(points(found["rates"]), losses, color=OURS, lw=1.8, marker="o", ms=3)
+    [start] = points([found["start"]])
+    panel.axhline(start, color=PALE, lw=1.2, label="loss before the step")
     marks = {
         "critical learning rate": ("critical", THEIRS, "-"),
         "initial rate of a warmup": ("initial", OURS, ":"),
     }
     for label, (key, color, style) in marks.items():
-        if math.isfinite(number(found[key])):
-            panel.axvline(found[key], color=color, lw=1.2, ls=style, label=f"{label} {found[key]:.2g}")
+        [rate] = points([found[key]])
+        if math.isfinite(rate):
+            panel.axvline(rate, color=color, lw=1.2, ls=style, label=f"{label} {rate:.2g}")
     panel.set_xscale("log")
-    # far beyond the critical rate the loss says nothing
-    panel.set_ylim(min(x for x in [*losses, found["start"]] if math.isfinite(x)) * 0.98, 2.0 * found["start"])
+    if math.isfinite(start):
+        # far beyond the critical rate the loss says nothing
+        panel.set_ylim(min(x for x in [*losses, start] if math.isfinite(x)) * 0.98, 2.0 * start)
     panel.set(xlabel="learning rate of the first step", ylabel="training loss after it")
     panel.legend(frameon=False, loc="upper left")
     dress([panel], 0)
@@ -105,8 +115,9 @@ def draw_edge(record: dict[str, Any]) -> Any:
     """
     from matplotlib.figure import Figure
 
-    rows, losses = record["edge"], [number(x) for x in record["ours"]["losses"]]
-    columns = {name: [number(row[name]) for row in rows] for name in rows[0]}
+    rows, losses = record["edge"], points(record["ours"]["losses"])
+    names = ("step", "sharpness", "preconditioned", "threshold")
+    columns = {name: points(row[name] for row in rows) for name in names}
     figure = Figure(figsize=(7.2, 7.2), layout="constrained", facecolor="white")
     panels = figure.subplots(3, 1, sharex=True, height_ratios=(1.3, 1.6, 1))
     loss, edge, raw = panels

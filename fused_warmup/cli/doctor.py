@@ -9,14 +9,15 @@ from typing import Any
 
 import click
 import torch
-from rich.console import Console
 from rich.table import Table
 
 import fused_warmup as fw
 
 from ..backends import BACKENDS, unavailable_reason
 from ..traffic import Traffic
+from .console import PlainConsole
 from .machine import cpu_model, versions
+from .words import complain
 
 NEEDED = ("reference", "cpu")
 OPTIMIZERS: dict[str, Callable[..., fw.FusedOptimizer]] = {
@@ -86,9 +87,11 @@ def traffic_table() -> Table:
 def doctor(ctx: click.Context, traffic: bool) -> None:
     """Show versions, the machine and which backends work; exit code 0 if reference and cpu do."""
     if traffic:
-        Console().print(traffic_table(), markup=False)
+        PlainConsole().print(traffic_table())
         return
     table = Table(show_header=False, box=None, pad_edge=False)
+    table.add_column(no_wrap=True)
+    table.add_column(overflow="fold")
     for name, version in versions().items():
         table.add_row(name, version)
     table.add_row("system", f"{platform.system()} {platform.machine()}")
@@ -98,12 +101,10 @@ def doctor(ctx: click.Context, traffic: bool) -> None:
     found = {name: trouble(name) if name in NEEDED else unavailable_reason(name) for name in BACKENDS}
     for name, reason in found.items():
         table.add_row(f"backend {name}", "available" if reason is None else f"not available: {reason}")
-    Console().print(table, markup=False)
+    PlainConsole().print(table)
     broken = [name for name in NEEDED if found[name] is not None]
     if broken:
-        click.echo(
-            f"doctor: the backends reference and cpu must work, got trouble with {' and '.join(broken)}.",
-            err=True,
-        )
+        names = " and ".join(broken)
+        complain(f"doctor: the backends reference and cpu must work, got trouble with {names}.")
         ctx.exit(1)
     click.echo("doctor: the backends reference and cpu work.")

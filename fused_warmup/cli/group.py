@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import re
 from typing import Any
 
 import click
 
 from .. import __version__
 from . import EXTRAS, missing
+from .words import complain
 
 # the help stands here, so that listing the commands imports none of them
 COMMANDS = {
@@ -20,6 +22,9 @@ COMMANDS = {
     "report": "Redraw the chart and the table of a saved training.",
 }
 
+# 128 and the number of the signal
+INTERRUPTED = 130
+
 
 class OneLineError(click.ClickException):
     """An error of the user, shown as one line on stderr; the exit code is 2."""
@@ -28,7 +33,20 @@ class OneLineError(click.ClickException):
 
     def show(self, file: Any = None) -> None:
         """Print the message alone."""
-        click.echo(self.message, file=file, err=file is None)
+        complain(self.message)
+
+
+def sentence_of(command: str | None, error: Exception) -> str:
+    """Return an error of a command as one sentence; those of this package are one."""
+    if isinstance(error, click.ClickException):
+        return f"fused-warmup: {error.format_message()}"
+    if isinstance(error, ModuleNotFoundError) and (error.name or "").partition(".")[0] in EXTRAS:
+        return missing(error.name)
+    if isinstance(error, OSError) and error.filename is not None:
+        return f"{command}: {error.filename} must be accessible, got: {error.strerror}."
+    text = str(error)
+    ours = isinstance(error, (ValueError, TypeError, RuntimeError)) and re.match(r"[\w-]+: ", text)
+    return text if ours else f"{command}: {type(error).__name__}{': ' * bool(text)}{text}"
 
 
 class LazyGroup(click.Group):
@@ -51,17 +69,16 @@ class LazyGroup(click.Group):
             formatter.write_dl([(name, COMMANDS[name]) for name in self.list_commands(ctx)])
 
     def invoke(self, ctx: click.Context) -> Any:
-        """Run a command; bad input and a missing extra become one line."""
+        """Run a command; whatever goes wrong becomes one line, and an interrupt the exit code of shells."""
         try:
             return super().invoke(ctx)
-        except click.exceptions.NoArgsIsHelpError:
+        except (click.exceptions.Exit, OneLineError, BrokenPipeError):
             raise
-        except click.UsageError as error:
-            raise OneLineError(f"fused-warmup: {error.format_message()}") from None
-        except ModuleNotFoundError as error:
-            if (error.name or "").partition(".")[0] not in EXTRAS:
-                raise
-            raise OneLineError(missing(error.name)) from None
+        except (KeyboardInterrupt, click.Abort):
+            complain("fused-warmup: interrupted.")
+            ctx.exit(INTERRUPTED)
+        except Exception as error:
+            raise OneLineError(sentence_of(ctx.invoked_subcommand, error)) from error
 
 
 @click.group(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"]})

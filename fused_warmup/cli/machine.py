@@ -12,6 +12,9 @@ import torch
 
 from .. import __version__
 
+# with many more than this the system ends the process
+MOST_THREADS = 1024
+
 
 def versions() -> dict[str, str]:
     """Return the versions of everything that computes."""
@@ -30,7 +33,7 @@ def cpu_model(cpuinfo: Path = Path("/proc/cpuinfo")) -> str:
             key, _, value = line.partition(":")
             if key.strip() == "model name" and value.strip():
                 return value.strip()
-    except OSError:
+    except (OSError, ValueError):
         pass
     return platform.processor() or platform.machine() or "unknown"
 

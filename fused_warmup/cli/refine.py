@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import click
 import numpy as np
-from rich.console import Console
 from rich.table import Table
 
+from .. import _checks as check
 from ..schedules import Schedule
 from ..tuning.norms import read_norms
 from ..tuning.refine import ADVICE, Refinement, refinement
-from .charts import GREY, INK, OURS, PALE, THEIRS, logarithmic
-from .group import OneLineError
+from .charts import GREY, INK, OURS, PALE, THEIRS, logarithmic, points
+from .console import PlainConsole
+from .files import PATH, picture_kind, tried, write_picture
+from .words import complain
+
+# a number of a schedule takes 20 bytes of JSON
+_MOST_STEPS = 10_000_000
 
 
 def draw(norms: np.ndarray, found: Refinement, schedule: Schedule) -> Any:
@@ -33,10 +39,11 @@ def draw(norms: np.ndarray, found: Refinement, schedule: Schedule) -> Any:
     n = len(found.smoothed)
     figure = Figure(figsize=(7.2, 5.6), layout="constrained", facecolor="white")
     upper, lower = figure.subplots(2, 1, sharex=True)
-    upper.plot(np.linspace(0, n - 1, len(norms)), norms, color=PALE, lw=0.8, label="recorded")
-    upper.plot(found.smoothed, color=OURS, lw=1.8, label=f"median of {found.width}")
+    shown = points(norms.tolist())
+    upper.plot(np.linspace(0, n - 1, len(norms)), shown, color=PALE, lw=0.8, label="recorded")
+    upper.plot(points(found.smoothed.tolist()), color=OURS, lw=1.8, label=f"median of {found.width}")
     upper.set_ylabel("gradient norm")
-    logarithmic(upper, [float(x) for x in norms[np.isfinite(norms)]])
+    logarithmic(upper, shown)
     fit = found.fit()
     lower.plot(found.schedule.values(n), color=OURS, lw=1.8, label="refined")
     label = f"warmup {fit.warmup:.0%}, power {fit.power:.2g}"
@@ -55,6 +62,8 @@ def table_of(found: Refinement) -> Table:
     """Return what is to know about a refinement."""
     fit = found.fit()
     table = Table(show_header=False)
+    table.add_column(no_wrap=True)
+    table.add_column(overflow="fold")
     for label, value in (
         ("steps", f"{len(found.smoothed):,}"),
         ("median filter", f"{found.width} steps"),
@@ -69,9 +78,9 @@ def table_of(found: Refinement) -> Table:
 
 
 @click.command()
-@click.argument("norms", type=click.Path(path_type=Path), metavar="NORMS.csv")
-@click.option("-o", "--out", type=click.Path(path_type=Path), required=True, help="Schedule to write, JSON.")
-@click.option("--plot", type=click.Path(path_type=Path), default=None, help="Chart to write.")
+@click.argument("norms", type=PATH, metavar="NORMS.csv")
+@click.option("-o", "--out", type=PATH, required=True, help="Schedule to write, JSON.")
+@click.option("--plot", type=PATH, default=None, help="Chart to write.")
 @click.option("--kind", default="adam", show_default=True, help="adam (L1 norms) or sgd (L2 norms).")
 @click.option(
     "--smoothing", type=float, default=0.1, show_default=True, help="Part of the run to smooth over."
@@ -81,21 +90,32 @@ def table_of(found: Refinement) -> Table:
 @click.option("--floor", type=float, default=1e-3, show_default=True, help="Least norm over the median one.")
 @click.option("--column", default=None, help="Column of the file; by default grad_norm_l1 or grad_norm.")
 @click.option("--fallback", is_flag=True, help="Write warmup and linear decay if the norms collapse.")
-def refine(norms: Path, out: Path, plot: Path | None, fallback: bool, **options: Any) -> None:
+def refine(
+    norms: Path,
+    out: Path,
+    plot: Path | None,
+    kind: str,
+    column: str | None,
+    steps: int | None,
+    fallback: bool,
+    **options: Any,
+) -> None:
     """Refine a learning-rate schedule from the norms that a telemetry recorded."""
-    console = Console()
-    try:
-        found = refinement(norms, **options)
+    if steps is not None:
+        check.whole("refine", "--steps", steps, 2, _MOST_STEPS)
+    picture = "" if plot is None else picture_kind("refine", "--plot", plot)
+    with ExitStack() as outputs:
+        outputs.enter_context(tried("refine", "--out", out, norms))
+        outputs.enter_context(tried("refine", "--plot", plot, norms, out))
+        recorded = read_norms("refine", norms, kind, column)
+        found = refinement(recorded, kind, steps=steps, **options)
         schedule = found.fallback if fallback and found.trouble else found.schedule
-        if plot is not None:
-            recorded = read_norms("refine", norms, options["kind"], options["column"])
-            draw(recorded, found, schedule).savefig(plot, dpi=100)
         out.write_text(schedule.to_json() + "\n", encoding="utf-8")
-    except (ValueError, TypeError, OSError) as error:
-        raise OneLineError(str(error)) from None
+        if plot is not None:
+            write_picture(draw(recorded, found, schedule), plot, picture)
+    console = PlainConsole()
     console.print(table_of(found))
     if found.trouble:
         kept = "the fallback was written" if fallback else f"{ADVICE} --fallback writes the former"
-        click.echo(f"refine: {' and '.join(found.trouble)}. {kept.rstrip('.')}.", err=True)
-    files = ", ".join(str(path) for path in (out, plot) if path is not None)
-    console.print(f"written: {files}", highlight=False, markup=False, soft_wrap=True)
+        complain(f"refine: {' and '.join(found.trouble)}. {kept.rstrip('.')}.")
+    console.write_line(f"written: {', '.join(str(path) for path in (out, plot) if path is not None)}")

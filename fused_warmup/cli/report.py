@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import csv
-import json
+from collections.abc import Callable
+from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import click
-from rich.console import Console
 from rich.table import Table
 
 from .charts import (
@@ -22,53 +22,70 @@ from .charts import (
     dress,
     logarithmic,
     number,
+    points,
     title_of,
 )
-from .group import OneLineError
+from .console import PlainConsole
+from .files import PATH, tried, write_picture
+from .group import OneLineError, sentence_of
+from .records import Columns, ForeignError, Record, read
+from .words import complain, fixed
 
-FORMAT = "fused_warmup.train"
-VERSION = 1
+# returns a matplotlib figure
+Draw = Callable[[], Any]
 
-_COLUMNS = ("lr", "grad_norm", "clip_coef")
 # charts of what only some trainings measured, by the entry of the record
 MORE = {"edge": draw_edge, "search": draw_search}
 
 
-def read(path: Path) -> tuple[dict[str, Any], dict[str, list[float]]]:
-    """Return what a training saved.
+def charts(record: Record, columns: Columns, path: Path) -> dict[Path, Draw]:
+    """Return what draws each chart of a training, by the file that it belongs into.
 
     Args:
-        path: The file ``<model>.json``; the telemetry is ``<model>.csv`` beside it.
+        record: What ``read`` returned first.
+        columns: What ``read`` returned second.
+        path: The file ``<model>.json``.
 
     Returns:
-        The record, and the columns of the telemetry by name.
+        Functions that return a matplotlib figure.
+    """
+    more = {name: make for name, make in MORE.items() if record[name] is not None}
+    return {
+        path.with_suffix(".png"): partial(draw, record, columns),
+        **{path.with_name(f"{path.stem}-{name}.png"): partial(make, record) for name, make in more.items()},
+    }
+
+
+def draw_all(drawings: dict[Path, Draw]) -> None:
+    """Draw and write charts.
+
+    Args:
+        drawings: What ``charts`` returned.
 
     Raises:
-        ValueError: If a file is cut short, of another kind, or the two do not belong together.
-        OSError: If a file cannot be read.
+        ValueError: If one cannot be drawn.
+        OSError: If one cannot be written.
     """
-    try:
-        record = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"report: {path} must be complete JSON, got: {error}.") from None
-    found = (record.get("format"), record.get("version")) if isinstance(record, dict) else record
-    if found != (FORMAT, VERSION):
-        raise ValueError(f"report: {path} must be of {(FORMAT, VERSION)}, got {found!r:.80}.")
-    table = path.with_suffix(".csv")
-    with table.open(newline="", encoding="utf-8") as file:
-        rows = list(csv.DictReader(file))
-    try:
-        steps = len(record["ours"]["losses"])
-        columns = {name: [float(row[name]) for row in rows] for name in _COLUMNS}
-    except (KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"report: {path} and {table} must be complete, got {error!r}.") from None
-    if len(rows) != steps:
-        raise ValueError(f"report: {table} must have {steps} rows, as many as {path}, got {len(rows)}.")
-    return record, columns
+    for path, make in drawings.items():
+        try:
+            figure = make()
+            write_picture(figure, path, pil_kwargs={"optimize": True})
+        except OSError:
+            raise
+        except Exception as error:
+            got = f"{type(error).__name__}: {error}"
+            raise ValueError(f"report: {path} must show numbers that can be drawn, got {got}") from error
 
 
-def present(path: Path, console: Console) -> None:
-    """Draw the chart beside the record, print the table and name the files.
+def print_table(record: Record, console: PlainConsole) -> None:
+    """Print the table of a training, and what is to be said below it."""
+    console.print(table_of(record))
+    for line in caption(record):
+        console.print(line)
+
+
+def present(path: Path, console: PlainConsole) -> None:
+    """Draw the charts beside a record, print the table and name the files.
 
     Args:
         path: The file ``<model>.json``.
@@ -79,31 +96,22 @@ def present(path: Path, console: Console) -> None:
         OSError: If a file cannot be read or written.
     """
     record, columns = read(path)
-    pictures: list[Path] = []
-    try:
-        draw(record, columns).savefig(path.with_suffix(".png"), dpi=100, pil_kwargs={"optimize": True})
-        for name, make in MORE.items():
-            if record.get(name):
-                picture = path.with_name(f"{path.stem}-{name}.png")
-                make(record).savefig(picture, dpi=100, pil_kwargs={"optimize": True})
-                pictures.append(picture)
-        table, lines = table_of(record), caption(record)
-    except (KeyError, TypeError) as error:
-        raise ValueError(f"report: {path} must be complete, got {error!r}.") from None
-    console.print(table)
-    for line in lines:
-        console.print(line, highlight=False, markup=False)
-    files = [*(path.with_suffix(suffix) for suffix in (".png", ".csv", ".json")), *pictures]
-    console.print(f"written: {', '.join(map(str, files))}", highlight=False, markup=False, soft_wrap=True)
+    drawings = charts(record, columns, path)
+    with ExitStack() as outputs:
+        for picture in drawings:
+            outputs.enter_context(tried("report", "the chart", picture, path, path.with_suffix(".csv")))
+        draw_all(drawings)
+    print_table(record, console)
+    console.write_line(f"written: {', '.join(map(str, drawings))}")
 
 
-def table_of(record: dict[str, Any]) -> Table:
+def table_of(record: Record) -> Table:
     """Return the numbers of both runs, and torch's time over ours."""
     runs = [run for run in (record["ours"], record["theirs"]) if run is not None]
     table = Table(title=title_of(record), title_justify="left", title_style="bold")
     table.add_column("", no_wrap=True)
     for run in runs:
-        table.add_column(run["name"].replace(" ", "\n"), justify="right", no_wrap=True)
+        table.add_column(run["name"].replace(" ", "\n"), justify="right", overflow="fold")
     table.add_column("torch\n/ ours" if len(runs) > 1 else "", justify="right", style="bold", no_wrap=True)
 
     def add(label: str, values: list[str], ratio: str = "") -> None:
@@ -111,36 +119,34 @@ def table_of(record: dict[str, Any]) -> Table:
 
     add("training loss, last tenth", [_fixed(run["train_loss"]) for run in runs])
     for key, label in (("validation", ""), ("averaged", ", averaged")):
-        if runs[0][key] is not None:
+        if all(run[key] is not None for run in runs):
             add(f"validation loss{label}", [_fixed(run[key]["loss"]) for run in runs])
-            add(f"accuracy{label}", [f"{run[key]['accuracy']:.1%}" for run in runs])
+            add(f"accuracy{label}", [f"{fixed(100 * run[key]['accuracy'], 1)}%" for run in runs])
     table.add_section()
     for key, label in (("stage_seconds", "optimizer stage, sum"), ("stage_median", "median per step")):
-        ratio = f"{runs[1][key] / runs[0][key]:.2f}" if len(runs) > 1 else ""
-        values = [
-            f"{run[key]:.3f} s" if key == "stage_seconds" else f"{1e3 * run[key]:.3f} ms" for run in runs
-        ]
-        add(label, values, ratio)
-    add("share of the training time", [f"{run['stage_seconds'] / run['step_seconds']:.1%}" for run in runs])
+        ratio = fixed(runs[1][key] / runs[0][key], 2) if len(runs) > 1 else ""
+        scale, unit = (1, "s") if key == "stage_seconds" else (1e3, "ms")
+        add(label, [f"{fixed(scale * run[key], 3)} {unit}" for run in runs], ratio)
+    shares = [100 * run["stage_seconds"] / run["step_seconds"] for run in runs]
+    add("share of the training time", [f"{fixed(share, 1)}%" for share in shares])
     return table
 
 
-def caption(record: dict[str, Any]) -> list[str]:
+def caption(record: Record) -> list[str]:
     """Return the lines below the table."""
     versions, machine = record["versions"], record["machine"]
     lines = [record["note"] + "."] if record["note"] else []
     if record["theirs"] is not None:
-        lines.append(
-            f"largest difference of the training losses: {number(record['max_loss_difference']):.2e}"
-        )
-    if record.get("search"):
+        difference = number(record["max_loss_difference"])
+        lines.append(f"largest difference of the training losses: {difference:.2e}")
+    if record["search"] is not None:
         lines.append(describe_search(record["search"]))
     threads = f"{machine['threads']} thread{'s' if machine['threads'] > 1 else ''}"
     lines.append(f"{machine['cpu']}, {threads}, torch {versions['torch']}, backend {record['backend']}")
     return lines
 
 
-def draw(record: dict[str, Any], columns: dict[str, list[float]]) -> Any:
+def draw(record: Record, columns: Columns) -> Any:
     """Return a figure of losses, learning rate, gradient norm and clip coefficient over the steps.
 
     Args:
@@ -153,6 +159,7 @@ def draw(record: dict[str, Any], columns: dict[str, list[float]]) -> Any:
     from matplotlib.figure import Figure
 
     settings = record["settings"]
+    columns = {name: points(values) for name, values in columns.items()}
     steps = range(1, len(columns["lr"]) + 1)
     figure = Figure(figsize=(7.2, 8.2), layout="constrained", facecolor="white")
     panels = figure.subplots(4, 1, sharex=True, height_ratios=(2.2, 1, 1, 1))
@@ -166,7 +173,7 @@ def draw(record: dict[str, Any], columns: dict[str, list[float]]) -> Any:
     norm.set_ylabel("gradient norm")
     logarithmic(norm, columns["grad_norm"])
     if settings["max_grad_norm"]:
-        norm.axhline(settings["max_grad_norm"], color=THEIRS, lw=1, ls=":", label="max_grad_norm")
+        norm.axhline(*points([settings["max_grad_norm"]]), color=THEIRS, lw=1, ls=":", label="max_grad_norm")
         norm.legend(frameon=False, loc="upper right")
     clip.fill_between(steps, columns["clip_coef"], 1.0, color=OURS, alpha=0.15, lw=0)
     clip.plot(steps, columns["clip_coef"], color=OURS, lw=1.2)
@@ -178,13 +185,13 @@ def draw(record: dict[str, Any], columns: dict[str, list[float]]) -> Any:
 
 def _draw_losses(panel: Any, steps: range, ours: dict[str, Any], theirs: dict[str, Any] | None) -> None:
     """Draw the losses of one run or both, on a logarithmic axis if they fall far."""
-    losses = [number(x) for x in ours["losses"]]
+    losses = points(ours["losses"])
     # ours is the wide pale line, so that theirs shows on top of it where the two agree
     pale = {"color": PALE, "lw": 3.4} if theirs is not None else {"color": OURS, "lw": 1.6}
     panel.plot(steps, losses, label=ours["name"], **pale)
     if theirs is not None:
         thin = {"color": THEIRS, "lw": 0.9}
-        panel.plot(steps, [number(x) for x in theirs["losses"]], label=theirs["name"], **thin)
+        panel.plot(steps, points(theirs["losses"]), label=theirs["name"], **thin)
     # false for NaN, too
     if 0 < 50 * min(losses) < losses[0]:
         logarithmic(panel, losses)
@@ -194,27 +201,56 @@ def _draw_losses(panel: Any, steps: range, ours: dict[str, Any], theirs: dict[st
 
 def _fixed(x: float | None) -> str:
     """Return a loss as text."""
-    return f"{number(x):.4f}"
+    return fixed(number(x), 4)
 
 
-def _records(paths: tuple[Path, ...]) -> list[Path]:
-    """Return the records that the arguments name: files, or all that a folder holds."""
-    found = []
-    for path in paths:
-        inside = sorted(path.glob("*.json")) if path.is_dir() else [path.with_suffix(".json")]
-        if not inside or not all(record.is_file() for record in inside):
-            raise OneLineError(f"report: PATH must be a saved .json or a folder with some, got '{path}'.")
-        found += inside
-    return found
+def _records(path: Path) -> list[Path]:
+    """Return the records that an argument stands for: a file, or all that a folder holds."""
+    if path.is_dir():
+        inside = [file for file in sorted(path.glob("*.json")) if file.is_file()]
+    else:
+        inside = [
+            file for file in (path, path.with_suffix(".json")) if file.suffix == ".json" and file.is_file()
+        ]
+    if not inside:
+        raise ValueError(f"report: PATH must be a saved .json or a folder with some, got '{path}'.")
+    return inside[: None if path.is_dir() else 1]
+
+
+def _present_all(path: Path, console: PlainConsole) -> list[str]:
+    """Present what an argument stands for, and return a sentence for each file where that fails.
+
+    A file of another kind is passed over in a folder that holds a record.
+    """
+    failed, foreign = [], []
+    records = _records(path)
+    for record in records:
+        try:
+            present(record, console)
+        except ForeignError as error:
+            foreign.append(str(error))
+        except (ValueError, OSError) as error:
+            failed.append(sentence_of("report", error))
+    if len(foreign) == len(records):
+        return foreign
+    for sentence in foreign:
+        complain(f"{sentence} It is passed over.")
+    return failed
 
 
 @click.command()
-@click.argument("paths", nargs=-1, required=True, type=click.Path(path_type=Path), metavar="PATH...")
+@click.argument("paths", nargs=-1, required=True, type=PATH, metavar="PATH...")
 def report(paths: tuple[Path, ...]) -> None:
     """Redraw the chart and the table of saved trainings: .json files, or folders that hold them."""
-    console = Console()
-    for path in _records(paths):
+    console = PlainConsole()
+    failed = []
+    # what can be shown is shown, whatever is wrong with the others
+    for path in paths:
         try:
-            present(path, console)
+            failed += _present_all(path, console)
         except (ValueError, OSError) as error:
-            raise OneLineError(str(error)) from None
+            failed.append(sentence_of("report", error))
+    for sentence in failed[:-1]:
+        complain(sentence)
+    if failed:
+        raise OneLineError(failed[-1])

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,9 +13,12 @@ import fused_warmup as fw
 from .. import _checks as check
 from ..backends import BACKENDS, resolve
 from ..schedules import Schedule
+from .machine import MOST_THREADS
 
 MODELS = ("gpt", "digits")
 SCHEDULES = ("constant", "linear", "cosine", "exponential", "polynomial", "inverse_sqrt")
+# what the generators of torch take
+MOST_SEED = 2**64 - 1
 _OWNER = "train"
 _MOMENTUM = 0.9
 
@@ -82,8 +84,8 @@ class Settings:
         batch_size: Examples per step, >= 1.
         max_grad_norm: Largest norm of the gradients; 0 does not clip.
         ema: Decay of the weight average, in [0, 1); 0 keeps none.
-        seed: Seed of the model and of the order of the data.
-        threads: Threads of torch and of our kernels.
+        seed: Seed of the model and of the order of the data, in [0, 2**64).
+        threads: Threads of torch and of our kernels, in [1, 1024].
         backend: Backend of ours.
         out: Folder for what is written.
         sharpness_every: Steps from one reading of the sharpness to the next; 0 takes none.
@@ -144,22 +146,20 @@ def make(**given: Any) -> Settings:
 
 def _check(settings: Settings) -> None:
     """Raise for the first value that is out of range."""
-    for name in ("steps", "batch_size", "threads"):
+    for name in ("steps", "batch_size"):
         check.whole(_OWNER, _option(name), getattr(settings, name), 1)
-    for name in ("warmup", "seed"):
-        check.whole(_OWNER, _option(name), getattr(settings, name))
+    check.whole(_OWNER, "--threads", settings.threads, 1, MOST_THREADS)
+    check.whole(_OWNER, "--warmup", settings.warmup)
+    check.whole(_OWNER, "--seed", settings.seed, 0, MOST_SEED)
     for name in ("lr", "weight_decay", "max_grad_norm"):
         check.number(_OWNER, _option(name), getattr(settings, name))
     check.number(_OWNER, "--ema", settings.ema, 0.0, 1.0)
+    if settings.find_lr and settings.lr == 0.0:
+        check.fail(_OWNER, "--lr", "be > 0 for --find-lr", settings.lr)
     if settings.warmup > settings.steps:
         check.fail(_OWNER, "--warmup", f"be <= --steps, which is {settings.steps}", settings.warmup)
     check.one_of(_OWNER, "--backend", settings.backend, ("auto", *BACKENDS))
     resolve(settings.backend, torch.device("cpu"))
-    folder = Path(settings.out)
-    # the closest parent that exists is what decides, before an hour of training
-    closest = next(path for path in (folder, *folder.absolute().parents) if path.exists())
-    if not closest.is_dir():
-        check.fail(_OWNER, "--out", "be a folder or a name that is free", settings.out)
 
 
 def _option(name: str) -> str:

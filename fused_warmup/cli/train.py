@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import copy
+import importlib
 import json
 import math
 import platform
 import statistics
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from time import perf_counter
@@ -24,14 +25,18 @@ from torch.optim.swa_utils import update_bn
 
 from .. import _checks as check
 from ..backends import resolve
+from ..telemetry import Telemetry
 from . import settings as setup
+from .console import PlainConsole
 from .data import Data, Split, load
-from .group import OneLineError
+from .files import PATH, folder_of, tried, undisturbed
 from .machine import cpu_model, versions
 from .models import build
-from .report import FORMAT, VERSION, present
+from .records import COLUMNS, FORMAT, VERSION, Record
+from .report import MORE, charts, draw_all, print_table
 from .settings import Settings
 from .stages import Contestant, Ours, Theirs
+from .words import complain
 
 _SHOWN_EVERY = 10
 
@@ -67,26 +72,32 @@ class Clock:
         self.losses.append(loss.item())
         return self.losses[-1]
 
+    def summary(self, steps: int) -> dict[str, Any]:
+        """Return the numbers of the first steps that the report shows, without an evaluation."""
+        losses, stages = self.losses[:steps], self.stages[:steps]
+        return {
+            "name": self.contestant.name,
+            "train_loss": statistics.fmean(losses[-max(1, steps // 10) :]),
+            "validation": None,
+            "averaged": None,
+            "stage_seconds": sum(stages),
+            "stage_median": statistics.median(stages),
+            "step_seconds": sum(self.steps[:steps]),
+            "losses": losses,
+        }
+
     def result(self, data: Data, settings: Settings) -> dict[str, Any]:
         """Return the numbers that the report shows; the model is evaluated here."""
-        last = self.losses[-max(1, len(self.losses) // 10) :]
-        validation = evaluate(self.contestant.model, data.validation)
-        averaged = None
+        found = {
+            **self.summary(len(self.losses)),
+            "validation": evaluate(self.contestant.model, data.validation),
+        }
         if settings.ema:
             with self.contestant.averaged() as model:
                 # averages have no batch statistics of their own; comes last, as it overwrites the model's
                 update_bn(_pieces(data.train.inputs, 256), model)
-                averaged = evaluate(model, data.validation)
-        return {
-            "name": self.contestant.name,
-            "train_loss": statistics.fmean(last),
-            "validation": validation,
-            "averaged": averaged,
-            "stage_seconds": sum(self.stages),
-            "stage_median": statistics.median(self.stages),
-            "step_seconds": sum(self.steps),
-            "losses": self.losses,
-        }
+                found["averaged"] = evaluate(model, data.validation)
+        return found
 
 
 def loss_of(logits: Tensor, targets: Tensor) -> Tensor:
@@ -127,7 +138,7 @@ def _threads(count: int) -> Iterator[None]:
 def _progress(console: Console) -> Progress:
     """Return a progress bar that draws only when told, so that no thread of it disturbs the timing."""
     numbers = TextColumn(
-        "loss {task.fields[loss]:.3f}  lr {task.fields[lr]:.2e}  norm {task.fields[norm]:.2f}"
+        "loss {task.fields[loss]:.4g}  lr {task.fields[lr]:.2e}  norm {task.fields[norm]:.3g}"
     )
     columns = (
         TextColumn("{task.description}"),
@@ -139,12 +150,12 @@ def _progress(console: Console) -> Progress:
     return Progress(*columns, console=console, auto_refresh=False)
 
 
-def train_all(clocks: list[Clock], data: Data, settings: Settings, console: Console) -> None:
+def train_all(clocks: list[Clock], data: Data, settings: Settings) -> None:
     """Train all contestants, turn by turn on the same batches."""
     ours = clocks[0].contestant
     assert isinstance(ours, Ours)
     order = torch.Generator().manual_seed(settings.seed)
-    with _progress(console) as progress:
+    with _progress(Console()) as progress:
         task = progress.add_task(
             settings.model, total=settings.steps, loss=math.nan, lr=math.nan, norm=math.nan
         )
@@ -158,35 +169,93 @@ def train_all(clocks: list[Clock], data: Data, settings: Settings, console: Cons
                 progress.refresh()
 
 
-def run(settings: Settings, console: Console) -> Path:
-    """Train, write ``<model>.csv`` and ``<model>.json``, and return the path of the latter."""
+def run(settings: Settings, console: PlainConsole) -> None:
+    """Train, write the files and print the table; an interrupt or an error keeps the steps before it."""
     with _threads(settings.threads):
         data = load(settings.model)
         torch.manual_seed(settings.seed)
         model = build(settings.model, data.classes)
         numel = sum(param.numel() for param in model.parameters())
-        console.print(f"{settings.model}: {numel:,} parameters; {data.source}", highlight=False)
+        console.print(f"{settings.model}: {numel:,} parameters; {data.source}")
         ours = Ours(model, settings)
         rivals: list[Contestant] = [ours]
         if settings.compare:
             rivals.append(Theirs(copy.deepcopy(model), settings))
         clocks = [Clock(contestant) for contestant in rivals]
-        train_all(clocks, data, settings, console)
-        results = [clock.result(data, settings) for clock in clocks]
-    folder = Path(settings.out)
-    folder.mkdir(parents=True, exist_ok=True)
-    ours.opt.telemetry.to_csv(folder / f"{settings.model}.csv")
-    path = folder / f"{settings.model}.json"
-    text = json.dumps(_plain(record(settings, data, numel, results, ours)), allow_nan=False)
-    path.write_text(text + "\n", encoding="utf-8")
-    return path
+
+        def keep(results: list[dict[str, Any]]) -> None:
+            leave(record(settings, data, numel, results, ours), ours, console)
+
+        try:
+            train_all(clocks, data, settings)
+            results = [clock.result(data, settings) for clock in clocks]
+        except BaseException:
+            # an interrupt can come before a contestant has made its step
+            done = min(len(clock.losses) for clock in clocks)
+            if done:
+                with undisturbed():
+                    keep([clock.summary(done) for clock in clocks])
+                    complain(f"train: stopped after {done} of {settings.steps} steps, which are kept.")
+            raise
+        with undisturbed():
+            keep(results)
 
 
-def record(
-    settings: Settings, data: Data, numel: int, results: list[dict[str, Any]], ours: Ours
-) -> dict[str, Any]:
+def leave(saved: Record, ours: Ours, console: PlainConsole) -> None:
+    """Write telemetry, record and charts, and print the table; each is made even if one before it fails."""
+    saved = _plain(saved)
+    kept = Telemetry()
+    kept.load_rows(ours.opt.telemetry.rows()[: len(saved["ours"]["losses"])])
+    columns = {name: kept.history()[name].tolist() for name in COLUMNS}
+    path = _record_path(saved["settings"]["out"], saved["settings"]["model"])
+    table, drawings = path.with_suffix(".csv"), charts(saved, columns, path)
+    text = json.dumps(saved, allow_nan=False)
+    with ExitStack() as left:
+        # the last one goes first
+        left.callback(print_table, saved, console)
+        left.callback(draw_all, drawings)
+        left.callback(path.write_text, text + "\n", encoding="utf-8")
+        left.callback(kept.to_csv, table)
+        left.callback(path.parent.mkdir, parents=True, exist_ok=True)
+    written = [path.with_suffix(".png"), table, path, *list(drawings)[1:]]
+    console.write_line(f"written: {', '.join(map(str, written))}")
+
+
+def _record_path(out: str, model: str) -> Path:
+    """Return the path of the record; the other files are beside it."""
+    return Path(out) / f"{model}.json"
+
+
+@contextmanager
+def outputs(settings: Settings) -> Iterator[None]:
+    """Make the folder and try all files of a training before the block.
+
+    Args:
+        settings: What says which files there will be.
+
+    Yields:
+        Nothing.
+
+    Raises:
+        ValueError: If one of them cannot be written.
+    """
+    path = _record_path(settings.out, settings.model)
+    asked = {"edge": settings.sharpness_every > 0, "search": settings.find_lr}
+    more = [path.with_name(f"{path.stem}-{name}.png") for name in MORE if asked[name]]
+    with ExitStack() as files:
+        files.enter_context(folder_of("train", "--out", path.parent))
+        for file in (path, path.with_suffix(".csv"), path.with_suffix(".png"), *more):
+            files.enter_context(tried("train", f"{file.name} in --out", file))
+        yield
+
+
+def record(settings: Settings, data: Data, numel: int, results: list[dict[str, Any]], ours: Ours) -> Record:
     """Return everything that the report needs and a reader wants to know, as plain types."""
     first, theirs = results[0], results[1] if len(results) > 1 else None
+    done = len(first["losses"])
+    notes = [settings.choice.note] if settings.compare and settings.choice.note else []
+    if first["validation"] is None:
+        notes.append(f"stopped after {done} of {settings.steps} steps, before the evaluation")
     difference = None
     if theirs is not None:
         difference = max(abs(a - b) for a, b in zip(first["losses"], theirs["losses"], strict=True))
@@ -196,14 +265,14 @@ def record(
         "format": FORMAT,
         "version": VERSION,
         "settings": asdict(settings),
-        "note": settings.choice.note if settings.compare else "",
+        "note": "; ".join(notes),
         "data": data.source,
         "parameters": numel,
         "backend": backend,
         "ours": first,
         "theirs": theirs,
         "max_loss_difference": difference,
-        "edge": ours.edge.rows if ours.edge is not None else None,
+        "edge": [row for row in ours.edge.rows if row["step"] <= done] if ours.edge is not None else None,
         "search": ours.found,
         "versions": versions(),
         "machine": machine,
@@ -234,7 +303,7 @@ _OPTIONS: list[tuple[str, Any, Any, str]] = [
     # one by default: two that share a busy core wait for each other, and the times say nothing
     ("--threads", int, 1, "Threads of torch and of our kernels."),
     ("--backend", str, "auto", "Backend of our step."),
-    ("--out", str, "out", "Folder for the chart, the telemetry and the numbers."),
+    ("--out", PATH, "out", "Folder for the chart, the telemetry and the numbers."),
 ]
 
 
@@ -254,13 +323,12 @@ def _with_options(command: Any) -> Any:
 )
 @click.option("--find-lr", is_flag=True, help="Search along the first step for its critical learning rate.")
 @click.option("--compare/--no-compare", default=True, help="Train with the torch lines, too.")
-def train(sharpness: bool, sharpness_every: int, **options: Any) -> None:
+def train(out: Path, sharpness: bool, sharpness_every: int, **options: Any) -> None:
     """Train a small model with our step and, on the same batches, with the torch lines it replaces."""
-    console = Console()
-    try:
-        # 0 stands for no readings, which is not for the option to say
-        every = check.whole("train", "--sharpness-every", sharpness_every, 1) if sharpness else 0
-        path = run(setup.make(**options, sharpness_every=every), console)
-    except (ValueError, TypeError, RuntimeError, OSError) as error:
-        raise OneLineError(str(error)) from None
-    present(path, console)
+    # 0 stands for no readings, which is not for the option to say
+    every = check.whole("train", "--sharpness-every", sharpness_every, 1) if sharpness else 0
+    settings = setup.make(**options, out=str(out), sharpness_every=every)
+    # without it there is nothing to draw the charts with
+    importlib.import_module("matplotlib.figure")
+    with outputs(settings):
+        run(settings, PlainConsole())

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,10 @@ import torch
 
 from .. import _checks as check
 from ..telemetry import Telemetry
+from .sheets import read_sheet
 
+# what exports of experiment trackers have first
+_STEPS = ("step", "_step")
 COLUMNS = {"sgd": "grad_norm", "adam": "grad_norm_l1"}
 
 
@@ -30,7 +32,8 @@ def read_norms(owner: str, source: Any, kind: str, column: str | None = None) ->
 
     Raises:
         TypeError: If the source is of another kind.
-        ValueError: If a column is missing, the file was cut short, or a norm is negative.
+        ValueError: If a column is missing, the file was cut short or can be read in two ways, or a norm is
+            negative.
         OSError: If the file cannot be read.
     """
     wanted = COLUMNS[check.one_of(owner, "kind", kind, tuple(COLUMNS))] if column is None else column
@@ -69,34 +72,25 @@ def _array(owner: str, numbers: Any) -> np.ndarray:
 def _read_csv(owner: str, path: Path, wanted: str, *, named: bool) -> dict[str, list[float]]:
     """Return the wanted column of a file with a header line, and the column ``skipped`` if it has one.
 
-    A file without the wanted column may have a single one, or steps and one value first, as exports of
-    experiment trackers do.
+    A file without the wanted column may have a single one, or steps and one value first.
     """
-    text = path.read_text(encoding="utf-8")
-    lines = list(csv.reader(text.splitlines()))
-    if not lines:
-        check.fail(owner, str(path), "have a header line", "an empty file")
-    header = lines[0]
-    take = wanted
+    sheet = read_sheet(owner, path, (wanted,))
+    header = sheet.header
+    take = wanted.strip()
     if wanted not in header and not named:
-        first = header[0].strip().lower() if header else ""
-        take = header[0] if len(header) == 1 else header[1] if first in ("step", "_step") else wanted
-    if take not in header:
-        check.fail(owner, str(path), f"have the column {wanted!r}", header, "Name the one to take.")
-    if not text.endswith("\n"):
-        condition = "end with a line break"
-        check.fail(owner, f"line {len(lines)} of {path}", condition, lines[-1], "The file was cut short.")
-    places = {wanted: header.index(take)}
+        take = header[0] if len(header) == 1 else header[1] if header[0].lower() in _STEPS else wanted
+        if _is_number(take):
+            sheet.fail(sheet.head, "have the names of the columns", header)
+    columns = {wanted: sheet.numbers(take, "Name the one to take.")}
     if "skipped" in header:
-        places["skipped"] = header.index("skipped")
-    columns: dict[str, list[float]] = {name: [] for name in places}
-    for number, fields in enumerate(lines[1:], 2):
-        where = f"line {number} of {path}"
-        if len(fields) != len(header):
-            check.fail(owner, where, f"have {len(header)} fields", len(fields), "The file was cut short.")
-        for name, place in places.items():
-            try:
-                columns[name].append(float(fields[place]))
-            except ValueError:
-                check.fail(owner, where, f"have a number in the column {header[place]!r}", fields[place])
+        columns["skipped"] = sheet.numbers("skipped")
     return columns
+
+
+def _is_number(text: str) -> bool:
+    """Return whether a name is a number: the first row of a file without a header line."""
+    try:
+        float(text.replace(",", "."))
+    except ValueError:
+        return False
+    return True

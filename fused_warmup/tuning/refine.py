@@ -195,8 +195,10 @@ def refinement(
     else:
         smoothed = _resampled(places, median_filter(raised, width), len(recorded), length, interpolation)
     table = _rates(smoothed, exponent, zero_last)
-    later = smoothed[int(_START * length) :]
-    spread, peak = float(later.max() / later.min()), int(table.argmax()) / length
+    if not table.any():
+        check.fail(owner, "power", "leave two steps a weight above 0", exponent)
+    later = smoothed[int(_START * length) :].tolist()
+    spread, peak = max(later) / min(later), int(table.argmax()) / length
     ramp = max(1, round(_FALLBACK_WARMUP * length))
     return Refinement(
         schedule=schedules.table(table),
@@ -293,13 +295,12 @@ def _resampled(places: np.ndarray, values: np.ndarray, n: int, steps: int, inter
 
 
 def _rates(smoothed: np.ndarray, power: float, zero_last: bool) -> np.ndarray:
-    """Return the refined rates with maximum 1."""
+    """Return the refined rates with maximum 1; all are 0 if the power leaves a weight to one step only."""
     # the scale of the norms cancels; their smallest as the unit keeps all weights within (0, 1]
     weights: np.ndarray = (smoothed.min() / smoothed) ** power
     tails = np.cumsum(weights[::-1])[::-1]
     rates: np.ndarray = weights * (np.append(tails[1:], 0.0) if zero_last else tails)
-    rates /= rates.max()
-    return rates
+    return rates / (rates.max() or 1.0)
 
 
 def _trouble(spread: float, peak: float) -> tuple[str, ...]:
