@@ -4,7 +4,11 @@ Tests that take ``backend`` run once more by CUDA on the host in ``test_cuda_on_
 ``interpreted.py``.
 """
 
+import copy
+import gc
 import math
+import pickle
+import weakref
 
 import numpy as np
 import pytest
@@ -15,6 +19,9 @@ from torch.nn import Parameter
 import fused_warmup as fw
 from fused_warmup import plan as planning
 from fused_warmup import watch
+from fused_warmup.sharpness.lanczos import Spectrum
+from fused_warmup.sharpness.probe import _larger
+from fused_warmup.tuning.initial import search
 
 BY_NAME = {case.name: case for case in CASES}
 SHAPES = [(63,), (7, 9), ()]
@@ -26,8 +33,8 @@ def backend(request):
 
 
 def tensors_of(opt, params):
-    """Parameters, then all of their states."""
-    return [t for p in params for t in (p.detach(), *states_of(opt, p).values())]
+    """Parameters, each with all of its states in the order of their names."""
+    return [t for p in params for t in (p.detach(), *(t for _, t in sorted(states_of(opt, p).items())))]
 
 
 # gradients of another dtype
@@ -80,6 +87,21 @@ def test_norms_of_scaled_gradients(name, clip, backend):
     line = opt.telemetry.latest()
     assert line["grad_norm"] == pytest.approx(float(flat.norm()), rel=1e-12)
     assert line["grad_norm_l1"] == pytest.approx(float(flat.abs().sum()), rel=1e-6)
+
+
+def test_a_scale_and_a_verdict_are_read_anew_one_by_one(backend):
+    """Another tensor of the one beside the same tensor of the other."""
+    param = Parameter(torch.zeros(3))
+    opt = fw.SGD([param], lr=1.0, backend=backend)
+    scales, verdicts = ([torch.tensor(x) for x in pair] for pair in ((2.0, 4.0), (0.0, 1.0)))
+    moved = []
+    for scale, found in ((0, 0), (1, 0), (1, 1), (1, 0), (0, 0)):
+        param.grad = torch.full((3,), 8.0)
+        opt.grad_scale, opt.found_inf = scales[scale], verdicts[found]
+        before = float(param.detach()[0])
+        opt.step()
+        moved.append(before - float(param.detach()[0]))
+    assert moved == [4.0, 2.0, 0.0, 2.0, 4.0]
 
 
 # starts of the second moment
@@ -223,6 +245,24 @@ def test_groups_that_are_the_same_and_not(how):
         assert not held(*others), others
 
 
+@pytest.mark.parametrize("how", ["python", "compiled"])
+def test_gradients_are_kept_until_they_are_released(how):
+    """Another thread may replace them while the kernels read."""
+    param = Parameter(torch.zeros(3))
+    forms = planning.PythonForms([param]) if how == "python" else planning.watch()[0]([param])
+    out, held = np.zeros(1, np.uint64), torch.ones(3)
+    param.grad, ref = held, weakref.ref(held)
+    assert forms.read([param], out.ctypes.data, True) == []
+    assert out[0] == held.data_ptr()
+    param.grad = None
+    del held
+    gc.collect()
+    assert ref() is not None
+    forms.release()
+    gc.collect()
+    assert ref() is None
+
+
 @pytest.mark.parametrize("how", WATCHERS)
 def test_entries_that_are_the_same_and_not(how):
     a, b = torch.zeros(2), torch.zeros(2)
@@ -230,3 +270,505 @@ def test_entries_that_are_the_same_and_not(how):
     assert same([{"step": a}, {"exp_avg": b, "more": a}], names, [a, b])
     for second in ({}, {"exp_avg": a}, {"exp_avg": b.clone()}, {"exp_avg": None}, {"more": b}):
         assert not same([{"step": a}, second], names, [a, b])
+
+
+# state dicts
+
+
+def test_a_saved_state_keeps_its_counts_while_training_goes_on():
+    """And what was loaded stays as it is, whatever is written in place afterwards; states are shared as in torch."""
+    params = make_params(torch.float32, SHAPES)
+    opt = fw.Adam(params, lr=torch.tensor(0.1))
+    set_grads(params, 0)
+    opt.step()
+    saved = opt.state_dict()
+    frozen = copy.deepcopy(saved)
+    opt.step()
+    for key in ("counters", "steps", "telemetry"):
+        assert_same_bits(key, saved["fused_warmup"][key], frozen["fused_warmup"][key])
+    assert [float(state["step"]) for state in saved["state"].values()] == [1.0] * len(params)
+    other = fw.Adam(make_params(torch.float32, SHAPES), lr=torch.tensor(0.2))
+    other.load_state_dict(saved)
+    other.param_groups[0]["lr"].fill_(7.0)
+    assert float(saved["param_groups"][0]["lr"]) == pytest.approx(0.1)
+    saved["fused_warmup"]["telemetry"].fill_(-1.0)
+    other.telemetry.rows().fill_(-2.0)
+    assert_same_bits("record", other.telemetry.rows(), frozen["fused_warmup"]["telemetry"])
+
+
+def test_a_loaded_norm_is_a_copy():
+    """Loaded before the first step, where the group has no norm yet; a later step writes the one that it has."""
+    saved = None
+    for seed in (0, 1):
+        params = make_params(torch.float32, SHAPES, seed)
+        opt = fw.SGD(params, lr=0.01, projection="sphere", radius=2.0)
+        if saved is not None:
+            opt.load_state_dict(saved)
+        opt.param_groups[0]["radius"] = 2.0 + seed
+        set_grads(params, 0)
+        opt.step()
+        saved = saved or opt.state_dict()
+    assert float(opt.param_groups[0]["norm"]) == 3.0
+    assert float(saved["param_groups"][0]["norm"]) == 2.0
+
+
+COPIES = {
+    "state dict": lambda opt, params: None,
+    "deepcopy": lambda opt, params: copy.deepcopy((opt, params)),
+    "pickle": lambda opt, params: pickle.loads(pickle.dumps((opt, params))),
+}
+
+
+@pytest.mark.parametrize("how", COPIES)
+def test_a_random_start_goes_on_from_a_copy(how, backend):
+    """The numbers are drawn already, and their norm must come along until the first update has used it."""
+    params = make_params(torch.float64, SHAPES)
+    options = {"exp_avg_sq_init": "random", "max_grad_norm": 2.0, "betas": (0.9, 0.5), "backend": backend}
+    opt = fw.Adam(params, **options)
+    opt.init_state()
+    if how == "state dict":
+        others = [Parameter(p.detach().clone()) for p in params]
+        other = fw.Adam(others, **options)
+        other.load_state_dict(opt.state_dict())
+    else:
+        other, others = COPIES[how](opt, params)
+    for group, o in ((params, opt), (others, other)):
+        set_grads(group, 0)
+        o.step()
+    for a, b in zip(tensors_of(opt, params), tensors_of(other, others), strict=True):
+        assert_same_bits("result", a, b)
+
+
+def test_counts_beyond_those_of_float32_are_saved():
+    """``step`` is float32 as in torch, which cannot tell 2**24 + 1 from 2**24."""
+    params = make_params(torch.float32, SHAPES)
+    opt, other = fw.Adam(params), fw.Adam(params)
+    set_grads(params, 0)
+    opt.step()
+    opt.state[params[0]]["step"].fill_(2**24 + 1)
+    other.load_state_dict(opt.state_dict())
+    assert [int(other.state[p]["step"]) for p in params] == [2**24 + 1, 1, 1]
+
+
+def test_what_a_hook_before_loading_returns_is_loaded():
+    params = make_params(torch.float32, SHAPES)
+    opt = fw.Adam(params, lr=0.1)
+    saved = opt.state_dict()
+    other = copy.deepcopy(saved)
+    other["param_groups"][0]["lr"] = 0.3
+    opt.register_load_state_dict_pre_hook(lambda o, state_dict: other)
+    opt.load_state_dict(saved)
+    assert opt.param_groups[0]["lr"] == 0.3
+    assert saved["param_groups"][0]["lr"] == 0.1
+
+
+def test_a_start_from_gradients_is_loaded_and_unloaded(backend):
+    """Whether the second moment was prepared is a part of the state, both ways."""
+    runs = []
+    for prepared in (True, False):
+        pair = []
+        for loaded in (True, False):
+            params = make_params(torch.float64, SHAPES)
+            opt = fw.GIAdam(params, lr=0.1, backend=backend)
+            # the state that is loaded over is the other one
+            if prepared != loaded:
+                set_grads(params, 0)
+                opt.init_from_gradients()
+            else:
+                opt.init_state()
+            if loaded:
+                source = fw.GIAdam(make_params(torch.float64, SHAPES), lr=0.1, backend=backend)
+                others = source.param_groups[0]["params"]
+                set_grads(others, 0)
+                source.init_from_gradients() if prepared else source.init_state()
+                opt.load_state_dict(source.state_dict())
+            set_grads(params, 1)
+            opt.step()
+            pair.append(tensors_of(opt, params))
+        runs.append(pair)
+        for a, b in zip(*pair, strict=True):
+            assert_same_bits("result", a, b)
+    assert not torch.equal(runs[0][0][0], runs[1][0][0])
+
+
+def test_states_that_the_file_does_not_have_are_dropped():
+    """Those of parameters that it does not know, so that their next step is a first one, and averages not wanted."""
+    params = make_params(torch.float32, SHAPES)
+    opt = fw.Adam(params, lr=0.1, average=fw.EMA(0.9))
+    fresh = opt.state_dict()
+    set_grads(params, 0)
+    opt.step()
+    trained = opt.state_dict()
+    opt.load_state_dict(fresh)
+    assert not any(opt.state.get(p) for p in params)
+    assert opt.state_dict()["state"] == {}
+    opt.load_state_dict(trained)
+    opt.average = None
+    opt.load_state_dict(trained)
+    assert all(set(opt.state[p]) == {"step", "exp_avg", "exp_avg_sq"} for p in params)
+
+
+def test_states_of_another_rule_or_shape_are_refused():
+    """Those that no state is missing for, and shapes of as many elements."""
+    params = make_params(torch.float32, [(7, 9)])
+    theirs = torch.optim.Adam(params)
+    set_grads(params, 0)
+    theirs.step()
+    saved = theirs.state_dict()
+    for momentum, wanted in ((0.9, "momentum_buffer"), (0.0, "no tensors")):
+        opt = fw.SGD(params, lr=0.1, momentum=momentum)
+        with pytest.raises(ValueError, match=f"must hold {wanted}, got 'exp_avg, exp_avg_sq'"):
+            opt.load_state_dict(saved)
+    turned = fw.Adam(make_params(torch.float32, [(9, 7)]))
+    with pytest.raises(ValueError, match=r"must have the shape \(9, 7\) of parameter 0, got \(7, 9\)"):
+        turned.load_state_dict(saved)
+
+
+@pytest.mark.parametrize("cls", ["Adam", "SGD"])
+def test_schedules_go_on_from_the_counts_of_torch(cls):
+    """From the parameter that made most steps; SGD of torch counts none, and its buffers do not say how many."""
+    params = make_params(torch.float32, SHAPES)
+    options = {"lr": 0.1} if cls == "Adam" else {"lr": 0.1, "momentum": 0.9}
+    theirs = getattr(torch.optim, cls)(params, **options)
+    for step in range(3):
+        set_grads(params, step)
+        if step:
+            params[1].grad = None
+        theirs.step()
+    opt = getattr(fw, cls)(params, schedule=fw.schedules.warmup(10), **options)
+    saved = theirs.state_dict()
+    # saved by an optimizer that knows no schedules, which are kept
+    opt.load_state_dict(saved)
+    set_grads(params, 3)
+    opt.step()
+    made = 3 if cls == "Adam" else 0
+    assert opt.telemetry.latest()["step"] == made + 1
+    assert opt.get_last_lr() == pytest.approx([0.1 * (made + 1) / 10])
+
+
+# a probe
+
+
+def readings_of(probe, n, before=lambda i: None):
+    """The readings of so many measurements, which are all due."""
+    found = []
+    for i in range(n):
+        before(i)
+        assert probe.measure()
+        found.append(probe.poll())
+    return found
+
+
+def quadratic(values):
+    """Parameters in two tensors, and the loss of a Hessian with these eigenvalues, which may change in place."""
+    n = len(values)
+    drawn = torch.randn(n, n, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    basis = torch.linalg.qr(drawn)[0]
+    params = [torch.ones(k, dtype=torch.float64, requires_grad=True) for k in (n // 2, n - n // 2)]
+    return params, lambda: 0.5 * ((basis.T @ torch.cat(params).double()) ** 2 * values).sum()
+
+
+def spectrum(largest, **others):
+    """A spectrum of numbers, for parts of a probe."""
+    found = {"smallest": 0.0, "residual": 0.0, "first": 0.0, "asymmetry": 0.0, "vector": [1.0], **others}
+    found = {name: torch.tensor(value, dtype=torch.float64) for name, value in found.items()}
+    return Spectrum(largest=torch.tensor(largest, dtype=torch.float64), **found)
+
+
+def test_audits_and_their_cost():
+    """Every twentieth, with products of its own and a new look at the error of differences; cold is the first alone."""
+    params, loss = quadratic(torch.linspace(0.0, 1.0, 40, dtype=torch.float64))
+    readings = readings_of(fw.SharpnessProbe(torch.optim.SGD(params, lr=0.1), loss, every=1), 42)
+    assert [r.hvps for r in readings] == [12, 5, 5, 5, 5, *[3] * 15, 13, *[3] * 19, 13, 3]
+    flags = [r.asdict()["flags"] for r in readings]
+    assert [i for i, names in enumerate(flags) if "audit" in names] == [20, 40]
+    assert [i for i, names in enumerate(flags) if "cold" in names] == [0]
+    # nothing was lost, so an audit of a search that had found the largest finds nothing larger
+    assert not any("locked" in names for names in flags)
+    # torch's SGD counts no steps, so the calls do
+    assert [r.step for r in readings] == list(range(42))
+
+
+def test_an_audit_says_that_the_search_was_locked(monkeypatch):
+    monkeypatch.setattr("fused_warmup.sharpness.probe._ADMIXTURE", 0.0)
+    values = torch.cat([torch.tensor([10.0, 5.0]), torch.linspace(0, 1, 38)]).double()
+    p = torch.zeros(40, dtype=torch.float64, requires_grad=True)
+    optimizer = torch.optim.SGD([p], lr=0.1)
+    probe = fw.SharpnessProbe(optimizer, lambda: 0.5 * (values * p * p).sum(), every=1, method="autograd")
+
+    def lose(i):
+        if i == 1:
+            probe._vectors[0], values[1] = torch.eye(40, dtype=torch.float64)[0], 20.0
+
+    readings = readings_of(probe, 22, lose)
+    assert [i for i, r in enumerate(readings) if "locked" in r.asdict()["flags"]] == [20]
+    assert readings[19].value.item() == pytest.approx(10.0)
+    assert readings[20].value.item() == pytest.approx(20.0, rel=1e-3)
+    assert readings[21].value.item() == pytest.approx(20.0, rel=1e-3)
+    assert {type(held) for r in readings for held in r.asdict()["flags"]} == {str}
+    assert readings[20].flags["locked"].dtype == torch.bool
+
+
+def test_more_products_than_the_first_warm_readings_take():
+    params, loss = quadratic(torch.linspace(0.0, 1.0, 40, dtype=torch.float64))
+    probe = fw.SharpnessProbe(torch.optim.SGD(params, lr=0.1), loss, every=1, steps=7)
+    assert [r.hvps for r in readings_of(probe, 7)] == [12, 7, 7, 7, 7, 7, 7]
+
+
+def test_arguments_of_a_probe_reach_the_measurement():
+    """Seed, method, the gradients to use, and the closure of the call before that of the probe."""
+    values = torch.linspace(0.0, 1.0, 400, dtype=torch.float64)
+    params, loss = quadratic(values)
+
+    def first(optimizer=None, call=None, **options):
+        optimizer = optimizer or torch.optim.SGD(params, lr=0.1)
+        probe = fw.SharpnessProbe(optimizer, loss, every=1, **options)
+        assert probe.measure(call)
+        return probe.poll()
+
+    assert first().value != first(seed=1).value
+    assert first(seed=1).value == first(seed=1).value
+    assert first(method="autograd").err_fd == 0.0 < first().err_fd
+    assert first(call=lambda: 3.0 * loss()).value == pytest.approx(3.0 * float(first().value), rel=1e-6)
+    assert first(torch.optim.SGD(params, lr=0.1, maximize=True)).lambda_min < -0.9
+    # Adam's pre-conditioner has the gradient in it: of scaled ones, as for a GradScaler, or computed anew
+    loss().backward()
+    expected = first(fw.Adam(params), use_grad=False).value
+    for p in params:
+        p.grad.mul_(1024.0)
+    assert first(fw.Adam(params), use_grad=False).value == expected
+    assert first(fw.Adam(params)).value < expected / 1000
+
+
+@pytest.mark.parametrize("change", ["fewer", "dtype"])
+def test_other_parameters_make_a_cold_start(change):
+    """A vector of another length or dtype is no start."""
+    params, loss = quadratic(torch.linspace(0.0, 1.0, 40, dtype=torch.float64))
+    for p in params:
+        p.data = p.data.float()
+
+    def alter(i):
+        if i == 2 and change == "fewer":
+            params[0].requires_grad_(False)
+        elif i == 2:
+            for p in params:
+                p.data = p.data.double()
+
+    probe = fw.SharpnessProbe(torch.optim.SGD(params, lr=0.1), loss, every=1)
+    readings = readings_of(probe, 4, alter)
+    assert ["cold" in r.asdict()["flags"] for r in readings] == [True, False, True, False]
+    assert [r.hvps for r in readings] == [12, 5, 12, 5]
+    assert math.isnan(readings[2].err_batch)
+
+
+def test_a_vector_survives_a_loss_that_is_not_finite():
+    """Three products from a random start would miss a tenth of the sharpness."""
+    values = torch.cat([torch.linspace(0.0, 1.0, 399), torch.tensor([1.02])]).double()
+    params, loss = quadratic(values)
+    scale = [1.0]
+    optimizer = torch.optim.SGD(params, lr=0.1)
+    probe = fw.SharpnessProbe(optimizer, lambda: scale[0] * loss(), every=1, steps=3)
+    readings = readings_of(probe, 14, lambda i: scale.__setitem__(0, math.nan if i == 12 else 1.0))
+    assert math.isnan(readings[12].value)
+    assert readings[13].value.item() == pytest.approx(readings[11].value.item(), rel=1e-2)
+    assert readings[13].err_batch.isfinite()
+    assert readings[13].err_fd.isfinite()
+
+
+def test_how_batches_differ_is_smoothed():
+    params, loss = quadratic(torch.ones(4, dtype=torch.float64))
+    probe = fw.SharpnessProbe(torch.optim.SGD(params, lr=0.1), loss)
+    assert math.isnan(probe._batch_error(spectrum(5.0, first=1.0), True))
+    for largest, first, expected in (
+        (5.0, 3.0, 2.0),
+        (5.0, 5.5, 0.9 * 2.0),
+        (math.nan, math.nan, 0.9 * 2.0),
+        (5.0, 1.0, 0.81 * 2.0 + 0.1 * 4.0),
+    ):
+        error = float(probe._batch_error(spectrum(largest, first=first), False))
+        assert error == pytest.approx(expected, rel=1e-14)
+
+
+def test_the_first_batch_error_may_be_unknown():
+    params, loss = quadratic(torch.ones(4, dtype=torch.float64))
+    probe = fw.SharpnessProbe(torch.optim.SGD(params, lr=0.1), loss)
+    assert math.isnan(probe._batch_error(spectrum(math.nan, first=1.0), False))
+    assert float(probe._batch_error(spectrum(3.0, first=1.0), False)) == 2.0
+
+
+class Known:
+    """An operator whose error of differences is known."""
+
+    def difference_error(self, spectrum):
+        return torch.tensor(self.error, dtype=torch.float64)
+
+
+def test_steps_that_are_too_long_are_shortened():
+    """Once for each calibration that is off by a hundredth, down to a sixteenth; 16 bits bear no shorter one."""
+    params, loss = quadratic(torch.ones(4, dtype=torch.float64))
+    probe = fw.SharpnessProbe(torch.optim.SGD(params, lr=0.1), loss)
+    operator = Known()
+
+    def calibrated(error, largest=2.0, shorten=True):
+        operator.error = error
+        probe._calibrate(operator, spectrum(largest), shorten)
+        return float(probe._relative_error), float(probe._stretch)
+
+    assert calibrated(math.nan)[1] == 1.0
+    assert math.isnan(float(probe._relative_error))
+    assert calibrated(0.018) == (0.009, 1.0)
+    assert calibrated(1.0, shorten=False) == (0.5, 1.0)
+    assert calibrated(1.0) == (0.5, 0.5)
+    assert calibrated(math.inf) == (0.5, 0.5)
+    assert calibrated(0.03, -2.0) == (0.015, 0.25)
+    assert calibrated(0.0, 0.0) == (0.0, 0.25)
+    assert [calibrated(1.0)[1] for _ in range(4)] == [0.125, 0.0625, 0.0625, 0.0625]
+
+
+def test_the_larger_of_two_spectra():
+    """All that belongs to its top comes along; the start vector is that of the warm search."""
+    low = spectrum(1.0, smallest=-3.0, residual=0.1, first=0.5, asymmetry=0.01, vector=[1.0, 0.0])
+    high = spectrum(2.0, smallest=-1.0, residual=0.2, first=0.7, asymmetry=0.02, vector=[0.0, 1.0])
+    for a, b in ((low, high), (high, low)):
+        found = _larger(a, b)
+        for name in ("largest", "residual", "asymmetry", "vector"):
+            assert torch.equal(getattr(found, name), getattr(high, name)), name
+        assert (found.smallest, found.first) == (-3.0, b.first)
+
+
+# searches for a rate
+
+
+class Known1d:
+    """A line whose losses are known, and the rates that were asked for."""
+
+    def __init__(self, loss):
+        self._loss, self.asked = loss, []
+        self.start = loss(0.0)
+
+    @property
+    def forwards(self):
+        return len(self.asked)
+
+    def loss(self, eta):
+        self.asked.append(eta)
+        return self._loss(eta)
+
+
+def parabola(eta):
+    """1 at 0 and at a quarter, where it begins to rise above its start."""
+    return (1.0 - 8.0 * eta) ** 2
+
+
+SEARCHES = {
+    # doubling to the threshold itself, where the loss no longer falls
+    "exact": (1 / 64, 1.0, 0.1, [1, 2, 4, 8, 16], 16, 8, 16, ()),
+    # past it, and back by halves until the rise is a tenth at most
+    "halves": (3 / 64, 1.0, 0.1, [3, 6, 12, 24, 18, 15, 16.5, 15.75, 16.125], 16.125, 15.75, 16.125, ()),
+    # the bracket is between half of the target and the target
+    "target below": (3 / 64, 20 / 64, 3.0, [3, 6, 12, 20], 20, 10, 20, ("target",)),
+    "falls up to the target": (1 / 64, 10 / 64, 0.1, [1, 2, 4, 8, 10], 10, 10, math.inf, ("target",)),
+    "starts at the target": (1 / 64, 1 / 64, 0.1, [1], 1, 1, math.inf, ("target",)),
+    "rises at once": (32 / 64, 1.0, 0.1, [32], 32, 0, 32, ("rises",)),
+    "stands still at once": (16 / 64, 1.0, 0.1, [16], 16, 0, 16, ("rises",)),
+}
+
+
+@pytest.mark.parametrize("name", SEARCHES)
+def test_rates_that_a_search_tries(name):
+    """Each one, in 64ths."""
+    start, target, tolerance, asked, value, lo, hi, flags = SEARCHES[name]
+    line = Known1d(parabola)
+    found = search(line, start, target, tolerance)
+    assert [64 * eta for eta in line.asked] == asked
+    assert (64 * found.value, 64 * found.lo, 64 * found.hi) == (value, lo, hi)
+    assert (found.forwards, found.flags) == (len(asked), flags)
+
+
+def test_a_search_without_a_resolution_ends():
+    """No rate above the threshold raises the loss by little."""
+    found = search(Known1d(lambda eta: 1.0 - eta if eta < 0.2 else 5.0), 0.1, 1.0, 0.1)
+    assert found.flags == ("unresolved",)
+    assert found.lo == pytest.approx(0.2, rel=1e-12)
+    assert found.lo < found.value == found.hi
+
+
+def test_the_rate_that_is_the_target_saves_all_steps_but_one():
+    assert fw.tuning.reach_steps(100, 1.0, 1.0) == 1.0
+    assert fw.tuning.saved_steps(100, 1.0, 1.0, forwards=3) == 97.5
+
+
+def bowl(*rates):
+    """A quadratic bowl over one group for each rate, whose gradients stand; 2 is the critical rate of their sum."""
+    params = [torch.ones(3, dtype=torch.float64, requires_grad=True) for _ in rates]
+    groups = [{"params": [p], "lr": rate} for p, rate in zip(params, rates, strict=True)]
+    loss = lambda: 0.5 * sum(p.square().sum() for p in params)  # noqa: E731
+    loss().backward()
+    return groups, loss
+
+
+@pytest.mark.parametrize("cls", [fw.SGD, torch.optim.SGD])
+def test_a_catapult_keeps_ratios_and_tensors(cls):
+    groups, loss = bowl(torch.tensor(0.1), torch.tensor(0.05))
+    opt = cls(groups, lr=0.1)
+    held = [group["lr"] for group in opt.param_groups]
+    catapult = fw.PersistentCatapult(opt, target=1.0)
+    assert catapult.step(5.0, loss) == catapult.lr > 0.1
+    assert all(group["lr"] is lr for group, lr in zip(opt.param_groups, held, strict=True))
+    assert [float(lr) for lr in held] == pytest.approx([catapult.lr, catapult.lr / 2])
+
+
+def test_a_catapult_without_rates_gives_all_groups_the_same():
+    groups, loss = bowl(0.0, 0.0)
+    opt = fw.SGD(groups, lr=0.1)
+    catapult = fw.PersistentCatapult(opt, target=1.0)
+    catapult.step(5.0, loss)
+    assert [group["lr"] for group in opt.param_groups] == [catapult.lr] * 2
+
+
+def test_a_catapult_searches_below_its_lowest_loss_only():
+    """Not at an equal one, and not for ever after one that is not finite; all evaluations are counted."""
+    groups, loss = bowl(0.1)
+    catapult = fw.PersistentCatapult(fw.SGD(groups, lr=0.1), target=1e6, start=1e-3)
+    counts = []
+    for value, searches in ((math.nan, 1), (math.inf, 1), (5.0, 2), (5.0, 2), (6.0, 2), (4.0, 3)):
+        rate = catapult.lr
+        catapult.step(value, loss)
+        assert catapult.searches == searches, value
+        assert catapult.lr >= rate
+        counts.append(catapult.forwards)
+    # from where the rate is, one look is enough to see that it rises
+    assert counts == [counts[0], counts[0], counts[0] + 1, counts[0] + 1, counts[0] + 1, counts[0] + 2]
+    assert counts[0] > 10
+    assert catapult.best == 4.0
+
+
+def test_a_catapult_stays_where_the_loss_is_not_finite():
+    groups, loss = bowl(0.1)
+    catapult = fw.PersistentCatapult(fw.SGD(groups, lr=0.1), target=1.0)
+    assert catapult.step(5.0, lambda: loss() * math.nan) == 0.0
+    assert (catapult.searches, catapult.best) == (1, 5.0)
+
+
+@pytest.mark.parametrize("reduce", [True, False])
+def test_a_catapult_shares_a_copy_of_the_loss(reduce, monkeypatch):
+    """The mean over processes, which is taken in place, must not be written into the user's loss."""
+    groups, loss = bowl(0.1)
+    monkeypatch.setattr("fused_warmup.tuning.catapult.average", lambda *values: [v.mul_(3.0) for v in values])
+    catapult = fw.PersistentCatapult(fw.SGD(groups, lr=0.1), target=1.0, reduce=reduce)
+    given = torch.tensor(5.0, dtype=torch.float64)
+    catapult.step(given, loss)
+    assert given == 5.0
+    assert catapult.best == (15.0 if reduce else 5.0)
+
+
+def test_a_state_of_a_catapult_is_whole():
+    groups, loss = bowl(0.1)
+    first = fw.PersistentCatapult(fw.SGD(groups, lr=0.1), target=3.0, start=1e-3, tolerance=0.3)
+    first.step(5.0, loss)
+    second = fw.PersistentCatapult(fw.SGD(groups, lr=0.1), target=1.0)
+    second.load_state_dict(first.state_dict())
+    names = ("lr", "best", "forwards", "searches", "target", "start", "tolerance")
+    assert [getattr(second, name) for name in names] == [getattr(first, name) for name in names]
+    with pytest.raises(ValueError, match=r"state_dict must have the keys .*version"):
+        second.load_state_dict({k: v for k, v in first.state_dict().items() if k != "version"})
