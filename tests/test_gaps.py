@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 from cases import BACKENDS, CASES, assert_same_bits, make_params, set_grads, states_of
+from test_failure_modes import mesh  # noqa: F401
 from torch.nn import Parameter
 
 import fused_warmup as fw
@@ -245,6 +246,26 @@ def test_groups_that_are_the_same_and_not(how):
     assert held([a, b], [c])
     for others in ([[b, a], [c]], [[a, b], [a]], [[a], [c]], [[a, b, c], [c]], [[a, b]], [[a, b], [c], []]):
         assert not held(*others), others
+
+
+def test_a_shard_that_was_replaced_is_trained(backend, mesh):  # noqa: F811
+    """As FSDP does when it moves a model: the parameter stays the same object, and its old memory stays in place."""
+    from torch.distributed.tensor import Shard, distribute_tensor
+
+    def placed(value):
+        return distribute_tensor(torch.full((4, 3), value), mesh, [Shard(0)])
+
+    param = Parameter(placed(1.0))
+    opt = fw.SGD([param], lr=0.5, backend=backend)
+    for _ in range(2):
+        param.grad = placed(1.0)
+        opt.step()
+    old = param._local_tensor
+    param._local_tensor = torch.full((4, 3), 7.0)
+    param.grad = placed(1.0)
+    opt.step()
+    assert torch.equal(param._local_tensor, torch.full((4, 3), 6.5))
+    assert not old.any()
 
 
 @pytest.mark.parametrize("how", ["python", "compiled"])
