@@ -24,6 +24,12 @@ from cases import (
     states_of,
 )
 from test_backends import EPS, check_pair, check_single_steps, run_pair
+from test_gaps import (
+    check_changing_dtypes,
+    test_an_infinite_gradient_on_a_sphere_spoils_its_element_only,  # noqa: F401
+    test_init_from_gradients_leaves_out_what_has_none,  # noqa: F401
+    test_norms_of_scaled_gradients,  # noqa: F401
+)
 from test_layers import (
     INPUTS,
     LAMBS,
@@ -48,10 +54,12 @@ from triton.runtime.interpreter import TensorHandle
 from vector_cases import check_operations, check_response, combination
 
 import fused_warmup as fw
+from fused_warmup import averaging
 from fused_warmup.backends.triton import memory, rules, schedules
 from fused_warmup.backends.triton.launch import LANES, TritonBackend
 from fused_warmup.reference import rules as truth
-from fused_warmup.table import DTYPES, STRUCTS, Hyper, pack_hypers
+from fused_warmup.reference import schedules as truth_schedules
+from fused_warmup.table import AVERAGE_KINDS, DTYPES, STRUCTS, Hyper, pack_hypers
 
 # numpy says so where IEEE arithmetic silently gives infinity or NaN, which is what these tests are about
 pytestmark = pytest.mark.filterwarnings(
@@ -141,6 +149,18 @@ def test_gradients_of_another_dtype(dtype, grad_dtype):
             opt.step()
     unit = EPS[dtype]
     assert_close("param", param, other, 2 * unit, 2 * unit)
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype", "other", "clip"),
+    [
+        ("sgd-momentum", torch.float32, torch.bfloat16, None),
+        ("adamw", torch.bfloat16, torch.float32, 1.0),
+        ("adamp", torch.float32, torch.float16, None),
+    ],
+)
+def test_gradients_that_change_dtype_and_back(name, dtype, other, clip):
+    check_changing_dtypes(name, dtype, clip, "triton", (dtype, other, dtype))
 
 
 @some
@@ -334,13 +354,14 @@ def test_the_average_is_of_the_parameter_as_it_is_stored(dtype):
         assert_same_bits("average", opt.state[p]["average"], p.detach().float())
 
 
-@pytest.mark.parametrize("init", ["grad", "random"])
-def test_second_moments_that_do_not_start_at_zero(init):
+@pytest.mark.parametrize(("init", "clip"), [("grad", None), ("random", None), ("random", 1.0)])
+def test_second_moments_that_do_not_start_at_zero(init, clip):
+    options = {"exp_avg_sq_init": init, "exp_avg_sq_init_scale": 0.5, "max_grad_norm": clip}
     pairs = []
     for backend in ("triton", "reference"):
         torch.manual_seed(0)
         params = make_params(torch.float32, FEW_SHAPES)
-        opt = fw.Adam(params, lr=1e-2, backend=backend, exp_avg_sq_init=init, exp_avg_sq_init_scale=0.5)
+        opt = fw.Adam(params, lr=1e-2, backend=backend, **options)
         for step in range(2):
             set_grads(params, step)
             opt.step()
@@ -404,6 +425,31 @@ def test_schedules():
     multiplier_kernel[(1,)](*columns, first, count, t, out, N=n)
     expected = [1.0 if s is None else float(s(step)) for s in (None, *chains) for step in steps]
     assert_close("multiplier", out[: len(expected)], torch.tensor(expected, dtype=torch.float64), 0.0, 1e-13)
+
+
+@triton.jit
+def average_weight_kernel(kind, decay, start, every, step, out, N: tl.constexpr):
+    i = tl.arange(0, N)
+    weight = schedules.average_weight(
+        tl.load(kind + i), tl.load(decay + i), tl.load(start + i), tl.load(every + i), tl.load(step + i)
+    )
+    tl.store(out + i, weight)
+
+
+def test_weights_of_averages():
+    """None, and both kinds with starts and periods that do not divide each other, before and after the start."""
+    kinds = [None, fw.EMA(0.9), fw.EMA(0.3, every=3), fw.SWA(1), fw.SWA(4, every=3), fw.SWA(7, every=2)]
+    table = [(*averaging.settings(average), step) for average in kinds for step in range(1, 31)]
+    expected = [truth_schedules.average_weight(*row) for row in table]
+    n = 1 << (len(table) - 1).bit_length()
+    table += table[:1] * (n - len(table))
+    kind, *numbers = zip(*table, strict=True)
+    kinds_of = torch.tensor([AVERAGE_KINDS[k] for k in kind], dtype=torch.int32)
+    dtypes = (torch.float64, torch.int64, torch.int64, torch.int64)
+    columns = [torch.tensor(column, dtype=d) for column, d in zip(numbers, dtypes, strict=True)]
+    out = torch.zeros(n, dtype=torch.float64)
+    average_weight_kernel[(1,)](kinds_of, *columns, out, N=n)
+    assert out[: len(expected)].tolist() == expected
 
 
 @triton.jit

@@ -1,0 +1,444 @@
+"""Plants one small fault at a time in a copy of the sources, and says which of them no test notices.
+
+    python tests/mutants.py              faults in Python and Triton
+    python tests/mutants.py --only watch those in files, or of texts, with this word
+    python tests/mutants.py --build      those in C++ too: each builds the extension, which takes minutes
+
+Not a test: it takes an hour or two. A fault is a line of ``FAULTS``: the text that is replaced, which must stand
+in its file exactly once, what replaces it, and the tests that should notice where they are not those of the file.
+A text that is gone stops the script before anything is run; so do tests that fail without a fault.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+import torch  # noqa: F401
+
+ROOT = Path(__file__).resolve().parent.parent
+COPIED = ("fused_warmup", "tests", "csrc", "benchmarks", "pyproject.toml", "setup.py")
+# a fault may make a loop endless
+SECONDS = 900
+AUTOWU = "test_autowu.py -k 'not digits'"
+LARGE = "test_large_lr.py -k 'not digits and not ticks and not signatures and not held_out'"
+REFINE = "test_refine.py -k 'not digits and not command'"
+TUNING = "test_tuning.py"
+SPHERE = "test_sphere.py"
+# what is the same for all rules and backends is tried with some
+SOME = "-k 'not -reference and not spawned and not forked and not new_process and not LAMB and not RAdam and not amsgrad'"
+STATES = f"test_state_dict.py {SOME}"
+MODES = f"test_failure_modes.py {SOME}"
+PLACES = f"{MODES[:-1]} and not _12_ and not _22_ and not _03_ and not _09_ and not _31_ and not _20_sched'"
+PLAN = "test_plan.py"
+ERRORS = "test_errors.py"
+# and a word of the test there that is for the fault
+GAPS = "test_gaps.py -k"
+
+# by file below fused_warmup or csrc, and the tests that should notice: lines of old text, new text, other tests
+FAULTS: dict[tuple[str, str], list[tuple[str, ...]]] = {
+    ("state.py", STATES): [
+        ('group["norm"] = group["norm"].clone()', "pass", SPHERE),
+        ("group[key] = live[id(group[key])]", "group[key] = group[key].state_dict()", AUTOWU),
+        (".to(torch.float32)", ""),
+        ("opt._counters.clone()", "opt._counters", f"{GAPS} saved_state"),
+        ('"init_norm_sq": opt._init_norm_sq', '"init_norm_sq": 0.0', f"{GAPS} random_start"),
+        ("made[place] if place in made else restored(", "restored(", AUTOWU),
+        ('loaded["lr"] = loaded["lr"].clone()', "pass", f"{GAPS} saved_state"),
+        ("torch.float64, copy=True)", "torch.float64)", f"{GAPS} loaded_norm"),
+        ("held.copy_(norm)", 'group["norm"] = norm', SPHERE),
+        ("state_dict = state_dict if replaced is None else replaced", "pass", f"{GAPS} hook_before"),
+        ("post_hook(opt)", "pass", MODES),
+        ('exact.get(k, saved.get("step"))', 'saved.get("step")', f"{GAPS} beyond_those"),
+        ('1 if "momentum_buffer" in tensors else 0', "0", f"{STATES} test_failure_modes.py"),
+        ('"counted": "step" in saved', '"counted": True', f"{GAPS} counts_of_torch"),
+        ('"initialized": bool(saved.get("initialized", False))', '"initialized": False', f"{GAPS} unloaded"),
+        ("not 0 <= count < 2**62 or count", "count", ERRORS),
+        ('keep.pop("average", None)', "pass", f"{GAPS} does_not_have"),
+        ('keep["average"] = param', "pass"),
+        ('{*_KNOWN, "average"} - set(keep)', "set(_KNOWN) - set(keep)", f"{GAPS} does_not_have"),
+        ('{*_KNOWN, "average"} - set(keep)', '{"average"} - set(keep)'),
+        ('state.pop("initialized", None)', "pass", f"{GAPS} unloaded"),
+        ("opt._state.pop(param, None)", "pass", f"{GAPS} does_not_have"),
+        ("step = max((state", "step = min((state", f"{GAPS} counts_of_torch"),
+        ("    opt._reset()", "    pass", f"{GAPS} unloaded"),
+        ("    opt.update_captured()", "    pass", "test_capture.py"),
+        ('float(own.get("init_norm_sq", 0.0))', "0.0", f"{GAPS} random_start"),
+        ('own.get("rule") != opt.rule', "False", ERRORS),
+        ("value.shape != param.shape", "value.numel() != param.numel()", f"{GAPS} rule_or_shape"),
+        ('"telemetry": opt.telemetry.rows()', '"telemetry": opt.telemetry.rows()[:1024]', "test_state_dict.py"),
+        ("rows if rows is not None else", "rows if rows is None else"),
+        ('not in (*required, "max_exp_avg_sq")', "not in _KNOWN", f"{GAPS} rule_or_shape"),
+        ('and key not in ("max_exp_avg_sq", "momentum_buffer")', "and False", ERRORS),
+        ("held.load_state_dict(new.state_dict())", "pass", AUTOWU),
+        ('return {**loaded, "schedule": held}', "return loaded", AUTOWU),
+    ],
+    ("watch.py", PLAN): [
+        ("bool((self._now == self._addresses).all())", "True", f"{PLAN} {MODES}"),
+        ("self._forms.read(tensors, self._addresses.ctypes.data)", "pass", f"{PLAN} {MODES}"),
+        ("[len(a) for a in now] == [len(b) for b in members]", "len(now) == len(members)", f"{GAPS} groups_that"),
+        ("p is q for a, b", "p is p for a, b", f"{GAPS} groups_that"),
+        ("d.get(name) is value", "name in d", f"{GAPS} entries_that"),
+    ],
+    ("plan.py", f"{PLAN} {PLACES}"): [
+        ("len(self._state) == self._n_states", "True"),
+        ("and self._state_watch.in_place()", ""),
+        ("self._same_entries(self._dicts, self._names, self._objects)", "True"),
+        ("all(local_tensor(row.param) is row.local for row in self._shards)", "True", f"{GAPS} shard_that"),
+        ("return all(map(_is_frozen, value))", "return True", f"{GAPS} inside_their_pair"),
+        ("type(t) in self._types[i] and", ""),
+        ("self._kept.append(t)", "pass", f"{GAPS} released"),
+        ("recast = kinds != self._cast", "recast = bool(kinds)", f"{GAPS} dtype_and_back"),
+        ('self._table["grad_dtype"] = self._table["dtype"]', "pass", f"{GAPS} dtype_and_back"),
+        ("self._cast, self._kinds = kinds, None", "self._cast = kinds", "interpreted.py -k dtype_and_back"),
+        ("bool(a) or self.hypers[r.group].sphere", "bool(a)", f"{SPHERE} {MODES}"),
+        ("grad_scale is self.scaling[0] and found_inf", "found_inf"),
+        ("found_inf is self.scaling[1]", "True"),
+        ("if settings == self.settings:", "if settings.measure == self.settings.measure:" ),
+        ("self._signatures = [None] * len(self._signatures)", "pass", AUTOWU),
+    ],
+    ("optimizer.py", f"{PLAN} {PLACES}"): [
+        ("self.average != self._planned_average\n", "False\n", f"{PLAN} test_averaging.py"),
+        ('self.nonfinite == "skip" or plan.random_start', 'self.nonfinite == "skip"', "test_reference.py"),
+        ("self._swapped = False\n        self._captured = []", "self._captured = []", STATES),
+        ('"telemetry", "_counters", "_init_norm_sq")', '"telemetry", "_counters")', STATES),
+        ("if isinstance(loss, (Tensor, float)):", "if isinstance(loss, Tensor):", f"test_telemetry.py {MODES}"),
+    ],
+    ("optimizers.py", "test_reference.py"): [
+        ("init_exp_avg_sq(param, grad, h, weight_decay, clip_coef)", "init_exp_avg_sq(param, grad, h, weight_decay, 1.0)"),
+        ('self._state[row.param]["initialized"] = True\n        plan.finish()', "plan.finish()"),
+        ("if any(int(row.step) for row, _ in active)", "if any(int(row.step) for row in plan.rows)"),
+        ("if grad is not None]\n        if not active", "]\n        if not active"),
+    ],
+    ("build.py", f"{PLAN} {PLACES}"): [
+        ("or hypers[g].sphere) and param.requires_grad", ") and param.requires_grad", SPHERE),
+        ('state["step"].zero_()', "pass", f"{PLAN} {MODES} test_reference.py"),
+        ("opt._init_norm_sq = drawn + others", "opt._init_norm_sq = drawn", "test_reference.py"),
+        ("if not layout.fits(state[key], local, by_channel):", "if False:"),
+    ],
+    ("averaging.py", "test_averaging.py"): [
+        ('"EMA", average.decay, average.every, average.every', '"EMA", average.decay, 1, average.every'),
+        ('"SWA", 0.0, average.start, average.every', '"SWA", 0.0, average.every, average.every'),
+        ("dense = param.stride() == average.stride()", "dense = True", f"{GAPS} strided_view"),
+        ("param.data if dense else param.data.clone()", "param.data"),
+        ("param.data = average.to(param.dtype)", "param.data = average"),
+        ("param.data.copy_(average)", "pass"),
+        ("for param, kept, dense in reversed(undo)", "for param, kept, dense in reversed(undo[1:])"),
+        ('check.number("EMA", "decay", self.decay, 0.0, 1.0, ends="[]")', "pass", ERRORS),
+        ('check.whole("SWA", "every", self.every, 1)', "pass", ERRORS),
+    ],
+    ("telemetry.py", "test_telemetry.py"): [
+        ("if self._uncopied == _PAGE:", "if self._uncopied == _PAGE + 1:"),
+        ("range(max(self._calls, calls - _PAGE), calls)", "range(self._calls, calls)", "test_telemetry.py test_capture.py"),
+        ("page[[call % _PAGE for call in new]]", "page[[call % _PAGE for call in new][::-1]]"),
+        ('rows.to("cpu", torch.float64, copy=True)', 'rows.to("cpu", torch.float64)', f"{GAPS} saved_state"),
+        ("self._copies, self._uncopied = [], 0\n        self._calls = len(rows)", "self._calls = len(rows)", f"{GAPS} nobody_has_read"),
+        ("self._copies, self._uncopied = [], 0\n        # whoever", "self._uncopied = 0\n        # whoever"),
+        ("return self._calls", "return 0", STATES),
+        ("return self._rows[0].clone()", "return self._rows[0]", f"{GAPS} saved_state"),
+        ("(*self._copies, (self.page", "((self.page", "test_telemetry.py test_capture.py"),
+        ("block for block in reversed(self._rows)", "block for block in self._rows"),
+        ("if len(self._rows) > _PAGE:", "if False:"),
+        ("self._rows += [rows for rows in found if len(rows)]", "self._rows += found"),
+        ("slot.fill_(value)", "pass"),
+        ("self.slots.device != device", "False"),
+    ],
+    ("reference/schedules.py", "test_schedules.py test_averaging.py"): [
+        ("and t >= segment.steps:", "and t > segment.steps:"),
+        ("        return end\n", "        return start\n"),
+        ("    if not segments:\n        return 1.0", "    if not segments:\n        return 0.0", "test_backends.py -k trajectory"),
+        ("and t >= begin + (segments", "and t > begin + (segments"),
+        ("step < start", "step <= start"),
+        ("(step - start) % every != 0", "step % every != 0"),
+        ("1.0 if averaged == 0 else 1.0 - decay", "1.0 - decay"),
+    ],
+    ("sharpness/probe.py", "test_probe.py"): [
+        ("max(self._steps, early)", "(early or self._steps)"),
+        ("a.largest > b.largest", "a.largest < b.largest"),
+        ("torch.where(better, a.residual, b.residual)", "b.residual"),
+        ("first=b.first", "first=a.first"),
+        ("cold.largest > spectrum.largest + spectrum.residual", "cold.largest > 0.0 * spectrum.largest"),
+        ("cold.largest > spectrum.largest + spectrum.residual", "cold.largest < 0.0 * spectrum.largest"),
+        ("torch.zeros_like(spectrum.vector) if old is None else old", "torch.zeros_like(spectrum.vector)"),
+        ("if cold or audit or self._relative_error is None", "if self._relative_error is None"),
+        ("fine & (error > 1e-2), 0.5 if", "fine & (error > 1e-2), 1.0 if"),
+        ("0.5 if shorten else 1.0", "0.5"),
+        ("torch.where(spectrum.largest == 0.0, 0.0, error)", "error"),
+        ("torch.where(fine, error, old)", "error"),
+        (".clamp(min=0.0)", ""),
+        ("torch.where(old.isfinite(), _MEMORY", "torch.where(old.isnan(), _MEMORY"),
+        ("torch.where(gap.isfinite(), smooth, old)", "smooth"),
+        ("(len(vector), vector.dtype) == (vectors.numel, vectors.dtype)", "vector.dtype == vectors.dtype"),
+        ("(len(vector), vector.dtype) == (vectors.numel, vectors.dtype)", "len(vector) == vectors.numel"),
+        ("self.optimizer, self._use_grad)", "self.optimizer, True)"),
+        ("preview.sign, self._stretch)", "1.0, self._stretch)"),
+        ('manual_seed(check.whole(name, "seed", seed))', "manual_seed(0)"),
+        ("self._calls - 1 if isinstance", "self._calls if isinstance"),
+        ("v.bool() if isinstance(v, Tensor) else v", "v"),
+    ],
+    ("backends/triton/rules.py", "interpreted.py -k 'one_step_from_the_same_state and float32'"): [
+        ("near = (x > -1.0) & (u != 1.0)", "near = u != 1.0", "interpreted.py -k scalars"),
+        ("tl.where(u == 1.0, x, u - 1.0)", "u - 1.0", "interpreted.py -k scalars"),
+        ("tl.where(positive, -expm1(", "tl.where(True, -expm1(", "interpreted.py -k scalars"),
+        ("s.init_grad * (grad * grad), s.init_state * exp_avg_sq)", "s.init_grad * (grad * grad), exp_avg_sq)", "interpreted.py -k second_moments"),
+        ("return tl.where(x > high, high, x)", "return x", "interpreted.py -k 'lamb'"),
+        ("& (param_norm != 0.0)", "", "interpreted.py -k 'lamb'"),
+        ("tl.where(grad_norm > h.eps, grad_norm, h.eps)", "grad_norm", "interpreted.py -k 'adamp or sgdp or projections'"),
+        ("* tl.sqrt(size.to(tl.float64)) <", "<", "interpreted.py -k 'adamp or sgdp or projections'"),
+        ("& (squares < float(\"inf\"))", "", "interpreted.py -k 'sphere or rescales'"),
+        ("defined = (squares > 0.0)", "defined = (squares >= 0.0)", "interpreted.py -k 'sphere or rescales'"),
+        ("tl.where(weight < 0.5, small, tl.fma(weight - 1.0, difference, param))", "small", "interpreted.py -k 'trajectory or average_is_of'"),
+        ("tl.where(weight < 0.5, small, tl.fma(weight - 1.0, difference, param))", "tl.fma(weight - 1.0, difference, param)", "interpreted.py -k 'trajectory or average_is_of'"),
+        ("init_state=s.init_state * 0.0 + 1.0", "init_state=s.init_state", "interpreted.py -k preconditioner"),
+    ],
+    ("backends/triton/schedules.py", "interpreted.py -k 'test_schedules'"): [
+        ("tl.where(positive | (y == 0.0), value, 0.0)", "tl.where(positive, value, 0.0)"),
+        ("(segment.steps > 0) & (t >= segment.steps)", "(segment.steps > 0) & (t > segment.steps)"),
+        ("t = tl.where(over, segment.steps, t)", "t = t"),
+        ("(kind == TABLE) & ~over", "kind == TABLE"),
+        ("tl.where(begun & (t >= begin), j, i)", "tl.where(begun & (t > begin), j, i)"),
+        ("(step < start)", "(step <= start)", "interpreted.py -k 'trajectory or average_is_of or strided or average_weight'"),
+        ("((step - start) % every != 0)", "(step % every != 0)", "interpreted.py -k 'trajectory or average_is_of or strided or average_weight'"),
+        ("averaged = (step - start) // every", "averaged = step // every", "interpreted.py -k 'trajectory or average_is_of or strided or average_weight'"),
+        ("1.0 / (averaged + 1).to", "1.0 / (averaged + 2).to", "interpreted.py -k 'trajectory or average_is_of or strided or average_weight'"),
+    ],
+    ("backends/triton/kernels.py", "interpreted.py -k grad_scaler"): [
+        ("part.l1 * verdict.unscale", "part.l1"),
+    ],
+    ("backends/triton/layers.py", "interpreted.py -k 'layers'"): [
+        ("(part % GRAIN == 0)", "True"),
+        ("& (chunk.offset % GRAIN == 0)", ""),
+    ],
+    ("reference/backend.py", "test_failure_modes.py -k scaler"): [
+        ("grad_norm * unscale, grad_norm_l1 * unscale", "grad_norm * unscale, grad_norm_l1"),
+    ],
+    ("reference/rules.py", "test_sphere.py"): [
+        ("squares < math.inf", "True"),
+    ],
+    ("tuning/initial.py", TUNING): [
+        ("min(upper, target) / 2.0", "min(upper, target) / 4.0", f"{GAPS} rates_that"),
+        ("if upper >= target:", "if upper > target:", f"{GAPS} rates_that"),
+        ("rise <= accepted", "rise < line.start"),
+        ("        line.forwards = 0\n", ""),
+        ('("target",) if upper == target else ()', "()", f"{GAPS} rates_that"),
+        ("1.0 if target <= critical else", "1.0 if target < critical else", f"{GAPS} target_saves"),
+        ('check.whole("saved_steps", "forwards", forwards) / 2.0', 'check.whole("saved_steps", "forwards", forwards)'),
+        ("line.loss(min(upper, target))", "line.loss(upper)", f"{GAPS} rates_that"),
+        ("if loss < line.start:", "if loss <= line.start:", f"{GAPS} rates_that"),
+        ("if not rise < line.start:", "if rise > line.start:", f"{GAPS} rates_that"),
+        ('check.number(owner, "target", target, start)', 'check.number(owner, "target", target, 0.0)'),
+        ('RateSearch(math.nan, 0.0, math.inf, 0, ("nonfinite",))', 'RateSearch(math.nan, 0.0, math.inf, 0, ())'),
+        ("return RateSearch(target, target, math.inf", "return RateSearch(target, lower, math.inf", f"{GAPS} rates_that"),
+    ],
+    ("tuning/catapult.py", TUNING): [
+        ("value < self.best or not", "value <= self.best or not", f"{GAPS} catapult"),
+        ("self.lr or self.start, self.target", "self.start, self.target", f"{GAPS} catapult"),
+        ("value if math.isfinite(value) else self.best", "value", f"{GAPS} catapult"),
+        ("self.lr * ratio", "self.lr", f"{GAPS} catapult"),
+        ('group["lr"].fill_(lr)', 'group["lr"] = lr', f"{GAPS} catapult"),
+        ("average(shared)", "pass", f"{GAPS} catapult"),
+        ("torch.float64, copy=True)", "torch.float64)", f"{GAPS} catapult"),
+        ("self.forwards += line.forwards", "self.forwards = line.forwards"),
+        ('"target", "start", "tolerance")', '"target", "start")', f"{GAPS} catapult"),
+        ("if math.isfinite(line.start):", "if True:", f"{GAPS} catapult"),
+        ("line.forwards = 0", "pass", f"{GAPS} catapult"),
+    ],
+    ("tuning/states.py", TUNING): [
+        ('{"version", *keys} - set(state_dict)', "set(keys) - set(state_dict)", f"{GAPS} catapult"),
+    ],
+    ("tuning/norms.py", REFINE): [
+        ("norms[skipped == 0.0]", "norms"),
+        ("not text.endswith(\"\\n\")", "False"),
+        ("len(norms) < 2", "len(norms) < 1"),
+        ("header[0].strip().lower()", "header[0]"),
+        ('places["skipped"] = header.index("skipped")', "pass"),
+    ],
+    ("tuning/refine.py", REFINE): [
+        ("max(float(np.finfo(np.float64).tiny), least * float(np.median(kept)))", "least * float(np.median(kept))"),
+        ("len(places) == n == steps", "n == steps"),
+        ("int(_START * length)", "0"),
+        ("peak > _LATEST_PEAK", "peak > 0.9"),
+        ("np.append(tails[1:], 0.0) if zero_last else tails", "np.append(tails[1:], 0.0)"),
+        ("np.asarray(np.exp(found)) if log else found", "found"),
+        ("max(1, round(_FALLBACK_WARMUP * length))", "round(_FALLBACK_WARMUP * length)"),
+        ("np.full(half, values[0])", "np.full(half, values[half])"),
+        ("max(1, 2 * (n - 1))", "2 * (n - 1)"),
+    ],
+    ("tuning/bounds.py", REFINE): [
+    ],
+    ("tuning/epochs.py", AUTOWU): [
+        ("self.filled = 0\n        host", "host"),
+        ("self.values = self.values.to(device)", "pass"),
+        ("self.values[-1].copy_(made)", "self.values[-1] = 0"),
+    ],
+    ("tuning/geometry.py", LARGE): [
+        (".detach().double() for state in states", ".detach() for state in states"),
+        ("mean[name] = last.clone()", "mean[name] = last"),
+        ("3 * highest // 4", "highest // 2"),
+        ("edges != sorted(set(edges))", "edges != sorted(edges)"),
+        ("list(a) != list(b)", "False"),
+    ],
+    ("tuning/regimes.py", LARGE): [
+        ("chance + _ABOVE_CHANCE * (1.0 - chance)", "chance"),
+        ("and len(trial.losses) > 1", ""),
+        ("near = trial.barrier is None or", "near = trial.barrier is not None and"),
+        ("near and trial.tuned >= goal", "near and trial.tuned > goal"),
+        ("max(good, key=lambda p: p.trial.tuned or 0.0)", "max(good, key=lambda p: p.lr)"),
+        ("min(end, divergence if", "max(end, divergence if"),
+        ("*trial.accuracies[-1:]]", "*trial.accuracies]"),
+        ("pstdev(tail)", "0.0"),
+    ],
+    ("tuning/large_lr.py", LARGE): [
+        ('if key != "pretrained")', ")"),
+        ("states[min(rates)], states[max(rates)]", "states[rates[0]], states[rates[1]]"),
+    ],
+    ("tuning/autowu.py", AUTOWU): [
+        ("self._steps - 1 if counters is None", "self._steps if counters is None"),
+        ("math.ceil((1.0 - self._options", "math.floor((1.0 - self._options"),
+        ("waited + 1.0 > self._options", "waited + 1.0 >= self._options"),
+        ("lowest - 1e-4 * abs(lowest)", "lowest"),
+        ("self.phase, self._epoch.filled = phase, 0", "self.phase = phase"),
+        ("2 * sum(p > self", "1 + sum(p > self"),
+        (".mean()) < 0.5", ".mean()) < 0.9"),
+        ('"_source": None, "_alone": False', '"_source": None'),
+        ('new._plateau = list(state_dict["plateau"])', "pass"),
+        ('new.tests = [WarmupTest(**test) for test in state_dict["tests"]]', "pass"),
+        ('new.back_at = state_dict["back_at"]', "pass"),
+        ("self._plateau = [lowest, 0.0]", "pass"),
+    ],
+    ("tuning/gp.py", AUTOWU): [
+        ("_JITTER = 1e-4", "_JITTER = 1e-2"),
+        ("int(known[grid <= end].argmin())", "int(known.argmin())"),
+        ("if len(y) > 3 else 0.0", "if len(y) > 30 else 0.0"),
+        ("self._steps = state[\"steps\"]", "pass"),
+        ("multinomial(most, generator=self._generator).sort().values", "multinomial(most, generator=self._generator)"),
+    ],
+}  # fmt: skip
+
+# by file below csrc
+CPP_FAULTS: dict[tuple[str, str], list[tuple[str, ...]]] = {
+    ("decide.h", "test_telemetry.py test_failure_modes.py -k scaler"): [
+        ("verdict.grad_norm_l1 = total.l1 * verdict.unscale", "verdict.grad_norm_l1 = total.l1"),
+    ],
+    ("exchange.h", "test_plan.py test_failure_modes.py"): [
+        ("t.dtype_bits != form.dtype_bits ||", ""),
+        ("t.dtype_code != form.dtype_code ||", ""),
+    ],
+}  # fmt: skip
+
+
+class Fault(NamedTuple):
+    path: str
+    old: str
+    new: str
+    tests: str
+
+    def __str__(self) -> str:
+        return f"{self.path}: {self.old!r} -> {self.new!r}"
+
+
+def listed(folder: str, faults: dict[tuple[str, str], list[tuple[str, ...]]], word: str) -> list[Fault]:
+    """All faults with a word in their place or text."""
+    found = [
+        Fault(f"{folder}/{file}", line[0], line[1], line[2] if len(line) > 2 else tests)
+        for (file, tests), lines in faults.items()
+        for line in lines
+    ]
+    return [fault for fault in found if word in str(fault)]
+
+
+def check(faults: list[Fault]) -> None:
+    """Stop if a text does not stand in its file exactly once."""
+    for fault in faults:
+        count = (ROOT / fault.path).read_text(encoding="utf-8").count(fault.old)
+        if count != 1:
+            raise SystemExit(f"mutants: {fault.path} must hold {fault.old!r} once, got {count} times.")
+
+
+def run(copy: Path, tests: str) -> int:
+    """Run tests in the copy, in a fork that has torch already, and return the exit status of pytest."""
+    child = os.fork()
+    if child == 0:
+        # tests that do not end have failed
+        signal.alarm(SECONDS)
+        with (copy / "output").open("w") as output:
+            os.dup2(output.fileno(), 1)
+            os.dup2(output.fileno(), 2)
+        os.environ.update(PYTHONPATH=str(copy), PYTHONDONTWRITEBYTECODE="1")
+        if "interpreted" in tests:
+            os.environ["TRITON_INTERPRET"] = "1"
+        os.chdir(copy / "tests")
+        sys.dont_write_bytecode, sys.path[0] = True, str(copy)
+        os._exit(int(pytest.main(["-x", "-q", "-p", "no:cacheprovider", *shlex.split(tests)])))
+    status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    if status in (pytest.ExitCode.USAGE_ERROR, pytest.ExitCode.NO_TESTS_COLLECTED):
+        output_text = (copy / "output").read_text(encoding="utf-8")
+        raise SystemExit(f"mutants: pytest {tests} must find tests, got\n{output_text}")
+    return status
+
+
+def build(copy: Path) -> None:
+    """Compile the extension in the copy, without CUDA."""
+    command = [sys.executable, "setup.py", "-q", "build_ext", "--inplace"]
+    subprocess.run(command, cwd=copy, env={**os.environ, "FUSED_WARMUP_CUDA": "0"}, check=True)
+
+
+def is_noticed(copy: Path, fault: Fault) -> bool:
+    """Plant a fault, run its tests, and take it out again."""
+    file = copy / fault.path
+    text = file.read_text(encoding="utf-8")
+    file.write_text(text.replace(fault.old, fault.new), encoding="utf-8")
+    try:
+        if fault.path.startswith("csrc"):
+            build(copy)
+        return run(copy, fault.tests) != 0
+    finally:
+        file.write_text(text, encoding="utf-8")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--only", default="", metavar="WORD")
+    parser.add_argument("--build", action="store_true")
+    options = parser.parse_args()
+    faults = listed("fused_warmup", FAULTS, options.only)
+    if options.build:
+        faults += listed("csrc", CPP_FAULTS, options.only)
+    check(faults)
+    missed = []
+    with tempfile.TemporaryDirectory() as folder:
+        copy = Path(folder)
+        for name in COPIED:
+            source = ROOT / name
+            if source.is_dir():
+                shutil.copytree(source, copy / name, ignore=shutil.ignore_patterns("__pycache__"))
+            else:
+                shutil.copy(source, copy / name)
+        for tests in sorted({fault.tests for fault in faults}):
+            if run(copy, tests) != 0:
+                raise SystemExit(f"mutants: pytest {tests} must pass without a fault.")
+        for number, fault in enumerate(faults, 1):
+            begun = time.monotonic()
+            noticed = is_noticed(copy, fault)
+            missed += [] if noticed else [fault]
+            verdict = "noticed    " if noticed else "NOT NOTICED"
+            print(
+                f"{number:3}/{len(faults)} {verdict} {time.monotonic() - begun:4.0f} s  {fault}", flush=True
+            )
+    print(f"{len(faults)} planted, {len(faults) - len(missed)} noticed")
+    for fault in missed:
+        print(f"not noticed by {fault.tests}: {fault}")
+
+
+if __name__ == "__main__":
+    main()
