@@ -21,15 +21,15 @@ namespace fw {
 // because gcc does not vectorise a choice by a bool that is the same for all elements
 template <class C>
 struct ScalarsOf {
-  C grad_scale, weight_decay, decay, one_minus_beta1, one_minus_beta2, step_size, denom_scale, eps, momentum,
+  C grad_scale, weight_decay, decay, exp_avg_weight, exp_avg_sq_weight, step_size, denom_scale, eps, momentum,
       one_minus_dampening, rect, init_grad, init_state, nesterov, moment_scale, grad_gain, update_decay;
 
   FW_HD explicit ScalarsOf(const Scalars& s)
       : grad_scale(static_cast<C>(s.grad_scale)),
         weight_decay(static_cast<C>(s.weight_decay)),
         decay(static_cast<C>(s.decay)),
-        one_minus_beta1(static_cast<C>(s.one_minus_beta1)),
-        one_minus_beta2(static_cast<C>(s.one_minus_beta2)),
+        exp_avg_weight(static_cast<C>(s.exp_avg_weight)),
+        exp_avg_sq_weight(static_cast<C>(s.exp_avg_sq_weight)),
         step_size(static_cast<C>(s.step_size)),
         denom_scale(static_cast<C>(s.denom_scale)),
         eps(static_cast<C>(s.eps)),
@@ -62,14 +62,26 @@ FW_HD double rectification(double beta2, double rho) {
   return sqrt((rho - 4.0) * (rho - 2.0) * rho_inf / ((rho_inf - 4.0) * (rho_inf - 2.0) * rho));
 }
 
+// The weight 1 - beta of a new value in a moment, as lerp() takes it: minus 1 if above one half. That is
+// -beta, exactly, where 1 - beta may round to 1.
+FW_HD double lerp_weight(double beta) { return beta < 0.5 ? -beta : 1.0 - beta; }
+
+// Linear interpolation: start + weight * (end - start), or end + weight * (end - start) for a weight that is
+// given minus 1. A difference, so that rounding the weight leaves no drift, and added to the end that counts
+// for more, so that nothing cancels.
+template <class C>
+FW_HD C lerp(C start, C end, C weight) {
+  return multiply_add(weight, end - start, weight > C(0) ? start : end);
+}
+
 // what every rule shares: the order is clip, sign, then coupled or decoupled decay
 FW_HD Scalars common_scalars(const Hyper& h, const Rates& rates, double clip_coef) {
   Scalars s = {};
   s.grad_scale = h.maximize ? -clip_coef : clip_coef;
   s.weight_decay = h.decoupled ? 0.0 : rates.weight_decay;
   s.decay = h.decoupled ? rates.lr * rates.weight_decay : 0.0;
-  s.one_minus_beta1 = 1.0 - h.beta1;
-  s.one_minus_beta2 = 1.0 - h.beta2;
+  s.exp_avg_weight = lerp_weight(h.beta1);
+  s.exp_avg_sq_weight = lerp_weight(h.beta2);
   s.eps = h.eps;
   s.rect = 1.0;
   s.init_state = 1.0;
@@ -94,9 +106,8 @@ struct Adam {
     grad = multiply_add(s.weight_decay, param, grad * s.grad_scale);
     // v_0 = g_0^2 before the first step, or the prepared state scaled (eq. 6 of Kalra & Barkeshli)
     exp_avg_sq = s.init_grad > C(0) ? s.init_grad * (grad * grad) : s.init_state * exp_avg_sq;
-    // as differences, so that rounding beta to the type of the arithmetic leaves no drift
-    exp_avg = multiply_add(s.one_minus_beta1, grad - exp_avg, exp_avg);
-    exp_avg_sq = multiply_add(s.one_minus_beta2, multiply_add(grad, grad, -exp_avg_sq), exp_avg_sq);
+    exp_avg = lerp(exp_avg, grad, s.exp_avg_weight);
+    exp_avg_sq = lerp(exp_avg_sq, grad * grad, s.exp_avg_sq_weight);
     state[0] = exp_avg, state[1] = exp_avg_sq;
     if constexpr (kStates == 3) {
       // the negated comparison keeps a NaN of exp_avg_sq, as torch.maximum does
@@ -136,8 +147,8 @@ struct RAdam {
   FW_HD static void update(C& param, C grad, C* state, const ScalarsOf<C>& s) {
     C exp_avg = state[0], exp_avg_sq = state[1];
     grad = multiply_add(s.weight_decay, param, grad * s.grad_scale);
-    exp_avg = multiply_add(s.one_minus_beta1, grad - exp_avg, exp_avg);
-    exp_avg_sq = multiply_add(s.one_minus_beta2, multiply_add(grad, grad, -exp_avg_sq), exp_avg_sq);
+    exp_avg = lerp(exp_avg, grad, s.exp_avg_weight);
+    exp_avg_sq = lerp(exp_avg_sq, grad * grad, s.exp_avg_sq_weight);
     state[0] = exp_avg, state[1] = exp_avg_sq;
     C denom = s.rect > C(0) ? root(exp_avg_sq) + s.eps : C(1);
     param = param - multiply_add(s.decay, param, s.step_size * exp_avg / denom);
@@ -179,8 +190,8 @@ FW_HD double bounded(double x, double low, double high) {
 // both moments of Adam with the gradient in them; grad_gain is 1 for averages
 template <class C>
 FW_HD void moments(C grad, C& exp_avg, C& exp_avg_sq, const ScalarsOf<C>& s) {
-  exp_avg = multiply_add(s.one_minus_beta1, multiply_add(s.grad_gain, grad, -exp_avg), exp_avg);
-  exp_avg_sq = multiply_add(s.one_minus_beta2, multiply_add(grad, grad, -exp_avg_sq), exp_avg_sq);
+  exp_avg = lerp(exp_avg, s.grad_gain * grad, s.exp_avg_weight);
+  exp_avg_sq = lerp(exp_avg_sq, grad * grad, s.exp_avg_sq_weight);
 }
 
 struct LAMB {
@@ -196,7 +207,7 @@ struct LAMB {
     s.step_size = eta;
     s.moment_scale = h.bias_correction ? 1.0 / bias_correction(h.beta1, step) : 1.0;
     s.denom_scale = h.bias_correction ? 1.0 / sqrt(bias_correction(h.beta2, step)) : 1.0;
-    s.grad_gain = h.grad_averaging ? 1.0 : 1.0 / s.one_minus_beta1;
+    s.grad_gain = h.grad_averaging ? 1.0 : 1.0 / (1.0 - h.beta1);
     s.update_decay = h.decays_update ? s.weight_decay : 0.0;
     s.weight_decay = h.decays_update ? 0.0 : s.weight_decay;
   }
@@ -309,7 +320,7 @@ struct AdamP : Projection {
   FW_HD static C candidate(C, C grad, const C* state, const ScalarsOf<C>& s) {
     C exp_avg = state[0];
     grad = grad * s.grad_scale;
-    exp_avg = s.nesterov > C(0) ? multiply_add(s.one_minus_beta1, grad - exp_avg, exp_avg) : exp_avg;
+    exp_avg = lerp(exp_avg, s.nesterov > C(0) ? grad : exp_avg, s.exp_avg_weight);
     C denom = multiply_add(root(state[1]), s.denom_scale, s.eps);
     return exp_avg / denom;
   }
@@ -363,12 +374,10 @@ FW_HD C rescale(C param, C factor) {
   return param * factor;
 }
 
-// weight averaging: average + weight * (param - average), written so that weight 1 gives the parameter itself
+// weight averaging; weight 1 gives the parameter itself
 template <class C>
 FW_HD void average_update(C& average, C param, C weight) {
-  C difference = param - average;
-  average = weight < C(0.5) ? multiply_add(weight, difference, average)
-                            : multiply_add(weight - C(1), difference, param);
+  average = lerp(average, param, weight < C(0.5) ? weight : weight - C(1));
 }
 
 // What a first moment of ones would do to a parameter at rate 1: one over the pre-conditioner of this step,
@@ -378,7 +387,9 @@ FW_HD C response(C param, C grad, C* state, const ScalarsOf<C>& s) {
   if constexpr (Rule::kMinStates < 2) return C(1);
   Rule::template update<kStates>(param, grad, state, s);
   ScalarsOf<C> still = s;
-  still.weight_decay = still.decay = still.one_minus_beta1 = still.one_minus_beta2 = still.init_grad = C(0);
+  still.weight_decay = still.decay = still.init_grad = C(0);
+  // far below the last digit, so that the moments stay
+  still.exp_avg_weight = still.exp_avg_sq_weight = C(1e-30);
   still.init_state = C(1);
   state[0] = C(1);
   C moved = C(0);

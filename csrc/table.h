@@ -103,8 +103,8 @@ enum SegmentKind : int32_t {
   X(double, grad_scale, 0)           \
   X(double, weight_decay, 8)         \
   X(double, decay, 16)               \
-  X(double, one_minus_beta1, 24)     \
-  X(double, one_minus_beta2, 32)     \
+  X(double, exp_avg_weight, 24)      \
+  X(double, exp_avg_sq_weight, 32)   \
   X(double, step_size, 40)           \
   X(double, denom_scale, 48)         \
   X(double, eps, 56)                 \

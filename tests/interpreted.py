@@ -38,6 +38,8 @@ from test_layers import (
     test_golden_lamb,
     test_golden_projections,
 )
+from test_moments import CASES as MOMENT_CASES
+from test_moments import check_moments
 from test_sphere import (
     RULES,
     check_directions,
@@ -100,6 +102,22 @@ def test_trajectory(case):
     options = {"max_grad_norm": 5.0, "average": fw.EMA(0.9, every=2), "schedule": SCHEDULES["warmup_linear"]}
     for state in run_pair(case, "triton", torch.float32, FEW_SHAPES, (1, 5, 6, 7), **options):
         check_pair(*state, torch.float32)
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    [
+        ("adam", torch.float32),
+        ("adam", torch.float64),
+        ("radam", torch.float32),
+        ("lamb-sums", torch.float32),
+        ("adamp-nesterov", torch.float64),
+    ],
+    ids=str,
+)
+def test_moments(name, dtype):
+    """Every statement that moves a moment."""
+    check_moments(next(case for case in MOMENT_CASES if case.name == name), "triton", dtype)
 
 
 @pytest.mark.parametrize("clip", [None, 5.0])

@@ -43,6 +43,13 @@ from test_layers import (  # noqa: F401
     test_rows_of_every_length,
     test_the_authors_package,
 )
+from test_moments import (  # noqa: F401
+    test_a_gradient_that_collapses_makes_no_leap,
+    test_a_moment_that_has_arrived_stays,
+    test_moments_are_those_of_the_recurrence,
+    test_no_drift_near_one,
+    test_same_as_torch_in_double,
+)
 from test_properties import (  # noqa: F401
     Layout,
     guarded,

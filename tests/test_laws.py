@@ -73,7 +73,7 @@ def assigned(function):
 def test_rules_of_triton_assign_what_the_reference_assigns():
     """A diff of the two reads as a translation: the same local names in the same order."""
     # where the two languages differ: a choice must be computed on both sides, and fields are set at the end
-    free = {"s", "beta2", "adaptive", "nesterov", "decoupled", "positive", "small", "new_state"}
+    free = {"s", "beta2", "adaptive", "nesterov", "decoupled", "positive", "new_state"}
     free |= {"corrected", "inside", "ratio"}
     trees = [ast.parse(path.read_text()) for path in (Path(rules.__file__), TRITON / "rules.py")]
     functions = [

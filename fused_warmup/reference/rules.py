@@ -60,8 +60,8 @@ class Scalars:
     grad_scale: float = 1.0
     weight_decay: float = 0.0
     decay: float = 0.0
-    one_minus_beta1: float = 0.0
-    one_minus_beta2: float = 0.0
+    exp_avg_weight: float = 0.0
+    exp_avg_sq_weight: float = 0.0
     step_size: float = 0.0
     denom_scale: float = 0.0
     eps: float = 0.0
@@ -94,14 +94,31 @@ def rectification(beta2: float, rho: float) -> float:
     return math.sqrt((rho - 4.0) * (rho - 2.0) * rho_inf / ((rho_inf - 4.0) * (rho_inf - 2.0) * rho))
 
 
+def lerp_weight(beta: float) -> float:
+    """Weight ``1 - beta`` of a new value in a moment, as ``lerp`` takes it: minus 1 if above one half.
+
+    That is ``-beta``, exactly, where ``1 - beta`` may round to 1.
+    """
+    return -beta if beta < 0.5 else 1.0 - beta
+
+
+def lerp(start: Tensor, end: Tensor, weight: float) -> Tensor:
+    """Interpolate from ``start`` to ``end``; a weight above one half is given minus 1, so it is negative.
+
+    A difference, so that rounding the weight leaves no drift, and added to the end that counts for more, so
+    that nothing cancels.
+    """
+    return (start if weight > 0.0 else end) + weight * (end - start)
+
+
 def common_scalars(h: Hyper, eta: float, weight_decay: float, clip_coef: float) -> Scalars:
     """What every rule shares: the order is clip, sign, then coupled or decoupled decay."""
     s = Scalars()
     s.grad_scale = -clip_coef if h.maximize else clip_coef
     s.weight_decay = 0.0 if h.decoupled else weight_decay
     s.decay = eta * weight_decay if h.decoupled else 0.0
-    s.one_minus_beta1 = 1.0 - h.beta1
-    s.one_minus_beta2 = 1.0 - h.beta2
+    s.exp_avg_weight = lerp_weight(h.beta1)
+    s.exp_avg_sq_weight = lerp_weight(h.beta2)
     s.eps = h.eps
     s.rect = 1.0
     s.init_state = 1.0
@@ -204,8 +221,8 @@ class Adam:
         grad = grad * s.grad_scale + s.weight_decay * param
         # v_0 = g_0^2 before the first step, or the prepared state scaled (eq. 6 of Kalra & Barkeshli)
         exp_avg_sq = s.init_grad * (grad * grad) if s.init_grad > 0.0 else s.init_state * exp_avg_sq
-        exp_avg = exp_avg + s.one_minus_beta1 * (grad - exp_avg)
-        exp_avg_sq = exp_avg_sq + s.one_minus_beta2 * (grad * grad - exp_avg_sq)
+        exp_avg = lerp(exp_avg, grad, s.exp_avg_weight)
+        exp_avg_sq = lerp(exp_avg_sq, grad * grad, s.exp_avg_sq_weight)
         new_state = [exp_avg, exp_avg_sq]
         if len(state) == 3:
             exp_avg_sq = torch.maximum(exp_avg_sq, state[2])
@@ -249,8 +266,8 @@ class RAdam:
         """One step of RAdam; momentum without a denominator while unrectified."""
         exp_avg, exp_avg_sq = state[0], state[1]
         grad = grad * s.grad_scale + s.weight_decay * param
-        exp_avg = exp_avg + s.one_minus_beta1 * (grad - exp_avg)
-        exp_avg_sq = exp_avg_sq + s.one_minus_beta2 * (grad * grad - exp_avg_sq)
+        exp_avg = lerp(exp_avg, grad, s.exp_avg_weight)
+        exp_avg_sq = lerp(exp_avg_sq, grad * grad, s.exp_avg_sq_weight)
         denom = exp_avg_sq.sqrt() + s.eps if s.rect > 0.0 else torch.ones_like(exp_avg_sq)
         param = param - (s.decay * param + s.step_size * exp_avg / denom)
         return param, [exp_avg, exp_avg_sq]
@@ -298,8 +315,8 @@ def bounded(x: float, low: float, high: float) -> float:
 
 def moments(grad: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, s: Scalars) -> list[Tensor]:
     """Both moments of Adam with the gradient in them; ``grad_gain`` is 1 for averages."""
-    exp_avg = exp_avg + s.one_minus_beta1 * (s.grad_gain * grad - exp_avg)
-    exp_avg_sq = exp_avg_sq + s.one_minus_beta2 * (grad * grad - exp_avg_sq)
+    exp_avg = lerp(exp_avg, s.grad_gain * grad, s.exp_avg_weight)
+    exp_avg_sq = lerp(exp_avg_sq, grad * grad, s.exp_avg_sq_weight)
     return [exp_avg, exp_avg_sq]
 
 
@@ -322,7 +339,7 @@ class LAMB:
         s.step_size = eta
         s.moment_scale = 1.0 / bias_correction(h.beta1, step) if h.bias_correction else 1.0
         s.denom_scale = 1.0 / math.sqrt(bias_correction(h.beta2, step)) if h.bias_correction else 1.0
-        s.grad_gain = 1.0 if h.grad_averaging else 1.0 / s.one_minus_beta1
+        s.grad_gain = 1.0 if h.grad_averaging else 1.0 / (1.0 - h.beta1)
         s.update_decay = s.weight_decay if h.decays_update else 0.0
         s.weight_decay = 0.0 if h.decays_update else s.weight_decay
 
@@ -447,7 +464,7 @@ class AdamP(Projection):
         """Adam's update without the correction of the first moment, which is in the step size."""
         exp_avg = state[0]
         grad = grad * s.grad_scale
-        exp_avg = exp_avg + s.one_minus_beta1 * (grad - exp_avg) if s.nesterov > 0.0 else exp_avg
+        exp_avg = lerp(exp_avg, grad if s.nesterov > 0.0 else exp_avg, s.exp_avg_weight)
         denom = state[1].sqrt() * s.denom_scale + s.eps
         return exp_avg / denom
 
@@ -512,8 +529,7 @@ def rescale(param: Tensor, factor: float) -> Tensor:
 
 def average_update(average: Tensor, param: Tensor, weight: float) -> Tensor:
     """Move the average towards the parameter; weight 1 gives the parameter itself."""
-    difference = param - average
-    return average + weight * difference if weight < 0.5 else param - difference * (1.0 - weight)
+    return lerp(average, param, weight if weight < 0.5 else weight - 1.0)
 
 
 def response(rule: type[Rule], param: Tensor, grad: Tensor, state: Sequence[Tensor], s: Scalars) -> Tensor:
@@ -524,8 +540,9 @@ def response(rule: type[Rule], param: Tensor, grad: Tensor, state: Sequence[Tens
     still = replace(s)
     still.weight_decay = 0.0
     still.decay = 0.0
-    still.one_minus_beta1 = 0.0
-    still.one_minus_beta2 = 0.0
+    # far below the last digit, so that the moments stay
+    still.exp_avg_weight = 1e-30
+    still.exp_avg_sq_weight = 1e-30
     still.init_grad = 0.0
     still.init_state = 1.0
     zero = torch.zeros_like(param)

@@ -70,6 +70,18 @@ def rectification(beta2, rho):
 
 
 @triton.jit
+def lerp_weight(beta):
+    """Weight ``1 - beta`` of a new value in a moment, as ``lerp`` takes it: minus 1 if above one half."""
+    return tl.where(beta < 0.5, -beta, 1.0 - beta)
+
+
+@triton.jit
+def lerp(start, end, weight):
+    """Interpolate from ``start`` to ``end``; a weight above one half is given minus 1, so it is negative."""
+    return tl.fma(weight, end - start, tl.where(weight > 0.0, start, end))
+
+
+@triton.jit
 def common_scalars(h, rates, clip_coef):
     """What every rule shares: the order is clip, sign, then coupled or decoupled decay."""
     decoupled = h.decoupled != 0
@@ -77,8 +89,8 @@ def common_scalars(h, rates, clip_coef):
         grad_scale=tl.where(h.maximize != 0, -clip_coef, clip_coef),
         weight_decay=tl.where(decoupled, 0.0, rates.weight_decay),
         decay=tl.where(decoupled, rates.lr * rates.weight_decay, 0.0),
-        one_minus_beta1=1.0 - h.beta1,
-        one_minus_beta2=1.0 - h.beta2,
+        exp_avg_weight=lerp_weight(h.beta1),
+        exp_avg_sq_weight=lerp_weight(h.beta2),
         eps=h.eps,
         rect=1.0,
         init_state=1.0,
@@ -113,9 +125,8 @@ class Adam:
         grad = tl.fma(s.weight_decay, param, grad * s.grad_scale)
         # v_0 = g_0^2 before the first step, or the prepared state scaled (eq. 6 of Kalra & Barkeshli)
         exp_avg_sq = tl.where(s.init_grad > 0.0, s.init_grad * (grad * grad), s.init_state * exp_avg_sq)
-        # as differences, so that rounding beta to the type of the arithmetic leaves no drift
-        exp_avg = tl.fma(s.one_minus_beta1, grad - exp_avg, exp_avg)
-        exp_avg_sq = tl.fma(s.one_minus_beta2, tl.fma(grad, grad, -exp_avg_sq), exp_avg_sq)
+        exp_avg = lerp(exp_avg, grad, s.exp_avg_weight)
+        exp_avg_sq = lerp(exp_avg_sq, grad * grad, s.exp_avg_sq_weight)
         new_state = (exp_avg, exp_avg_sq)
         if len(state) == 3:
             # the comparison is false for a NaN of exp_avg_sq, which stays, as in torch.maximum
@@ -162,8 +173,8 @@ class RAdam:
         exp_avg = state[0]
         exp_avg_sq = state[1]
         grad = tl.fma(s.weight_decay, param, grad * s.grad_scale)
-        exp_avg = tl.fma(s.one_minus_beta1, grad - exp_avg, exp_avg)
-        exp_avg_sq = tl.fma(s.one_minus_beta2, tl.fma(grad, grad, -exp_avg_sq), exp_avg_sq)
+        exp_avg = lerp(exp_avg, grad, s.exp_avg_weight)
+        exp_avg_sq = lerp(exp_avg_sq, grad * grad, s.exp_avg_sq_weight)
         denom = tl.where(s.rect > 0.0, root(exp_avg_sq) + s.eps, 1.0)
         param = param - tl.fma(s.decay, param, divide(s.step_size * exp_avg, denom))
         return param, (exp_avg, exp_avg_sq)
@@ -215,8 +226,8 @@ def bounded(x, low, high):
 @triton.jit
 def moments(grad, exp_avg, exp_avg_sq, s):
     """Both moments of Adam with the gradient in them; ``grad_gain`` is 1 for averages."""
-    exp_avg = tl.fma(s.one_minus_beta1, tl.fma(s.grad_gain, grad, -exp_avg), exp_avg)
-    exp_avg_sq = tl.fma(s.one_minus_beta2, tl.fma(grad, grad, -exp_avg_sq), exp_avg_sq)
+    exp_avg = lerp(exp_avg, s.grad_gain * grad, s.exp_avg_weight)
+    exp_avg_sq = lerp(exp_avg_sq, grad * grad, s.exp_avg_sq_weight)
     return exp_avg, exp_avg_sq
 
 
@@ -240,7 +251,7 @@ class LAMB:
             step_size=eta,
             moment_scale=tl.where(corrected, 1.0 / bias_correction(h.beta1, step), 1.0),
             denom_scale=tl.where(corrected, 1.0 / tl.sqrt(bias_correction(h.beta2, step)), 1.0),
-            grad_gain=tl.where(h.grad_averaging != 0, 1.0, 1.0 / s.one_minus_beta1),
+            grad_gain=tl.where(h.grad_averaging != 0, 1.0, 1.0 / (1.0 - h.beta1)),
             update_decay=tl.where(inside, s.weight_decay, 0.0),
             weight_decay=tl.where(inside, 0.0, s.weight_decay),
         )
@@ -382,7 +393,7 @@ class AdamP(Projection):
         """Adam's update without the correction of the first moment, which is in the step size."""
         exp_avg = state[0]
         grad = grad * s.grad_scale
-        exp_avg = tl.where(s.nesterov > 0.0, tl.fma(s.one_minus_beta1, grad - exp_avg, exp_avg), exp_avg)
+        exp_avg = lerp(exp_avg, tl.where(s.nesterov > 0.0, grad, exp_avg), s.exp_avg_weight)
         denom = tl.fma(root(state[1]), s.denom_scale, s.eps)
         return divide(exp_avg, denom)
 
@@ -459,9 +470,7 @@ def rescale(param, factor):
 @triton.jit
 def average_update(average, param, weight):
     """Move the average towards the parameter; weight 1 gives the parameter itself."""
-    difference = param - average
-    small = tl.fma(weight, difference, average)
-    return tl.where(weight < 0.5, small, tl.fma(weight - 1.0, difference, param))
+    return lerp(average, param, tl.where(weight < 0.5, weight, weight - 1.0))
 
 
 @triton.jit
@@ -475,8 +484,9 @@ def response(param, grad, state, s, UPDATE: tl.constexpr):
             s,
             weight_decay=s.weight_decay * 0.0,
             decay=s.decay * 0.0,
-            one_minus_beta1=s.one_minus_beta1 * 0.0,
-            one_minus_beta2=s.one_minus_beta2 * 0.0,
+            # far below the last digit, so that the moments stay
+            exp_avg_weight=s.exp_avg_weight * 0.0 + 1e-30,
+            exp_avg_sq_weight=s.exp_avg_sq_weight * 0.0 + 1e-30,
             init_grad=s.init_grad * 0.0,
             init_state=s.init_state * 0.0 + 1.0,
         )
