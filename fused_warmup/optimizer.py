@@ -357,15 +357,16 @@ class FusedOptimizer(Optimizer):
 
     def _once(self, params: list[Any]) -> list[Any]:
         """Return the entries of a group, each parameter once; a tied weight may be listed twice."""
-        first = {id(entry[1] if isinstance(entry, tuple) else entry): entry for entry in reversed(params)}
+        first: dict[int, Any] = {}
+        for entry in params:
+            first.setdefault(id(entry[1] if isinstance(entry, tuple) else entry), entry)
         if len(first) < len(params):
             warnings.warn(
                 f"{type(self).__name__}: got a parameter group with duplicate parameters; each is "
                 "trained once.",
                 stacklevel=4,
             )
-            params = list(reversed(first.values()))
-        return params
+        return list(first.values())
 
     def _check_params(self, params: list[Tensor], hyper: Hyper) -> None:
         """Raise for parameters that no backend takes, before any state exists, and resolve the backend."""
