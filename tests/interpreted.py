@@ -447,18 +447,24 @@ def test_schedules():
 
 @triton.jit
 def average_weight_kernel(kind, decay, start, every, step, out, N: tl.constexpr):
+    """Weights as value number ``step`` where that step is averaged, 0 elsewhere."""
     i = tl.arange(0, N)
-    weight = schedules.average_weight(
-        tl.load(kind + i), tl.load(decay + i), tl.load(start + i), tl.load(every + i), tl.load(step + i)
-    )
-    tl.store(out + i, weight)
+    n = tl.load(step + i)
+    due = schedules.is_averaged(tl.load(kind + i), tl.load(start + i), tl.load(every + i), n)
+    weight = schedules.average_weight(tl.load(kind + i), tl.load(decay + i), n)
+    tl.store(out + i, tl.where(due, weight, 0.0))
 
 
 def test_weights_of_averages():
     """None, and both kinds with starts and periods that do not divide each other, before and after the start."""
     kinds = [None, fw.EMA(0.9), fw.EMA(0.3, every=3), fw.SWA(1), fw.SWA(4, every=3), fw.SWA(7, every=2)]
     table = [(*averaging.settings(average), step) for average in kinds for step in range(1, 31)]
-    expected = [truth_schedules.average_weight(*row) for row in table]
+    expected = [
+        truth_schedules.average_weight(kind, decay, step)
+        if truth_schedules.is_averaged(kind, start, every, step)
+        else 0.0
+        for kind, decay, start, every, step in table
+    ]
     n = 1 << (len(table) - 1).bit_length()
     table += table[:1] * (n - len(table))
     kind, *numbers = zip(*table, strict=True)
