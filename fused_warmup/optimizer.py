@@ -408,7 +408,7 @@ class FusedOptimizer(Optimizer):
             raise RuntimeError(
                 f"{type(self).__name__}: step() must not be called inside averaged_parameters()."
             )
-        may_probe = not session.state and all(float(group["lr"]) == 0.0 for group in self.param_groups)
+        may_probe = not session.state and self._is_at_rest()
         plan, backend = self._prepared_plan()
         if may_probe and plan.gradients_are_zero():
             # not a step but a wrapper that wants to see the states
@@ -451,6 +451,10 @@ class FusedOptimizer(Optimizer):
         plan.push_grads()
         backend.prepare(plan)
         plan.release()
+
+    def _is_at_rest(self) -> bool:
+        """Whether all learning rates are 0, which are numbers on the host."""
+        return all(float(group["lr"]) == 0.0 for group in self.param_groups)
 
     def _measure_norms(self, plan: Plan) -> None:
         """Take the norms of groups that are about to make their first step on a sphere."""

@@ -28,8 +28,10 @@ def _scalar(owner: str, name: str, condition: str, value: Any) -> float | int:
     """Return the one real number that a tensor, an array or a number is."""
     if isinstance(value, Tensor):
         reason = _unreadable(value)
-        if reason or value.numel() != 1:
-            check.fail(owner, name, condition, reason or f"shape {tuple(value.shape)}", error=TypeError)
+        if reason:
+            check.fail(owner, name, condition, reason, error=TypeError)
+        if value.numel() != 1:
+            check.fail(owner, name, condition, f"shape {tuple(value.shape)}")
         value = local_tensor(value).item()
     if isinstance(value, (str, bytes, complex)) or not hasattr(value, "__float__"):
         check.fail(owner, name, condition, value, error=TypeError)

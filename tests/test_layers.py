@@ -420,7 +420,7 @@ def test_scale_invariant_weights_are_projected_and_the_last_layer_is_not(backend
         (lambda p: fw.LAMB(p, norm_clip=(2.0, 1.0)), r"LAMB: norm_clip\[1\] must be finite and >= 2, got 1\.0"),
         (lambda p: fw.LAMB(p, norm_clip=3.0), r"LAMB: norm_clip must be a pair of numbers or None, got 3\.0"),
         (lambda p: fw.LAMB(p, decay_mode="l2"), "LAMB: decay_mode must be one of 'update', 'gradient', 'decoupled', got"),
-        (lambda p: fw.LAMB(p, always_adapt=1), "LAMB: always_adapt must be True or False, got 1"),
+        (lambda p: fw.LAMB(p, always_adapt=2), "LAMB: always_adapt must be True or False, got 2"),
         (lambda p: fw.LAMB(p, bias_correction=None), "LAMB: bias_correction must be True or False, got None"),
         (lambda p: fw.AdamP(p, delta=-0.1), r"AdamP: delta must be finite and >= 0, got -0\.1"),
         (lambda p: fw.AdamP(p, wd_ratio=math.inf), "AdamP: wd_ratio must be finite and >= 0, got inf"),
