@@ -187,13 +187,6 @@ FW_HD double bounded(double x, double low, double high) {
   return x > high ? high : x;
 }
 
-// both moments of Adam with the gradient in them; grad_gain is 1 for averages
-template <class C>
-FW_HD void moments(C grad, C& exp_avg, C& exp_avg_sq, const ScalarsOf<C>& s) {
-  exp_avg = lerp(exp_avg, s.grad_gain * grad, s.exp_avg_weight);
-  exp_avg_sq = lerp(exp_avg_sq, grad * grad, s.exp_avg_sq_weight);
-}
-
 struct LAMB {
   static constexpr int kMinStates = 2;
   static constexpr int kMaxStates = 2;
@@ -207,6 +200,7 @@ struct LAMB {
     s.step_size = eta;
     s.moment_scale = h.bias_correction ? 1.0 / bias_correction(h.beta1, step) : 1.0;
     s.denom_scale = h.bias_correction ? 1.0 / sqrt(bias_correction(h.beta2, step)) : 1.0;
+    // 1 for an average
     s.grad_gain = h.grad_averaging ? 1.0 : 1.0 / (1.0 - h.beta1);
     s.update_decay = h.decays_update ? s.weight_decay : 0.0;
     s.weight_decay = h.decays_update ? 0.0 : s.weight_decay;
@@ -218,7 +212,8 @@ struct LAMB {
   template <int kStates, class C>
   FW_HD static void advance(C param, C grad, C* state, const ScalarsOf<C>& s) {
     grad = multiply_add(s.weight_decay, param, grad * s.grad_scale);
-    moments(grad, state[0], state[1], s);
+    state[0] = lerp(state[0], s.grad_gain * grad, s.exp_avg_weight);
+    state[1] = lerp(state[1], grad * grad, s.exp_avg_sq_weight);
   }
 
   template <int kStates, class C>
@@ -304,7 +299,6 @@ struct AdamP : Projection {
   FW_HD static void scalars(const Hyper& h, double eta, int64_t step, Scalars& s) {
     s.step_size = eta / bias_correction(h.beta1, step);
     s.denom_scale = 1.0 / sqrt(bias_correction(h.beta2, step));
-    s.grad_gain = 1.0;
     s.nesterov = h.nesterov ? 1.0 : 0.0;
   }
 
@@ -313,7 +307,8 @@ struct AdamP : Projection {
   template <int kStates, class C>
   FW_HD static void advance(C, C grad, C* state, const ScalarsOf<C>& s) {
     grad = grad * s.grad_scale;
-    moments(grad, state[0], state[1], s);
+    state[0] = lerp(state[0], grad, s.exp_avg_weight);
+    state[1] = lerp(state[1], grad * grad, s.exp_avg_sq_weight);
   }
 
   template <int kStates, class C>

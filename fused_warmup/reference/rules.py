@@ -313,13 +313,6 @@ def bounded(x: float, low: float, high: float) -> float:
     return high if x > high else x
 
 
-def moments(grad: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, s: Scalars) -> list[Tensor]:
-    """Both moments of Adam with the gradient in them; ``grad_gain`` is 1 for averages."""
-    exp_avg = lerp(exp_avg, s.grad_gain * grad, s.exp_avg_weight)
-    exp_avg_sq = lerp(exp_avg_sq, grad * grad, s.exp_avg_sq_weight)
-    return [exp_avg, exp_avg_sq]
-
-
 class LAMB:
     """Adam whose update is scaled to the norm of its layer."""
 
@@ -339,6 +332,7 @@ class LAMB:
         s.step_size = eta
         s.moment_scale = 1.0 / bias_correction(h.beta1, step) if h.bias_correction else 1.0
         s.denom_scale = 1.0 / math.sqrt(bias_correction(h.beta2, step)) if h.bias_correction else 1.0
+        # 1 for an average
         s.grad_gain = 1.0 if h.grad_averaging else 1.0 / (1.0 - h.beta1)
         s.update_decay = s.weight_decay if h.decays_update else 0.0
         s.weight_decay = 0.0 if h.decays_update else s.weight_decay
@@ -352,7 +346,9 @@ class LAMB:
     def advance(param: Tensor, grad: Tensor, state: Sequence[Tensor], s: Scalars) -> list[Tensor]:
         """Both moments."""
         grad = grad * s.grad_scale + s.weight_decay * param
-        return moments(grad, state[0], state[1], s)
+        exp_avg = lerp(state[0], s.grad_gain * grad, s.exp_avg_weight)
+        exp_avg_sq = lerp(state[1], grad * grad, s.exp_avg_sq_weight)
+        return [exp_avg, exp_avg_sq]
 
     @staticmethod
     def candidate(param: Tensor, grad: Tensor, state: Sequence[Tensor], s: Scalars) -> Tensor:
@@ -445,7 +441,6 @@ class AdamP(Projection):
         """Bias corrections of both moments."""
         s.step_size = eta / bias_correction(h.beta1, step)
         s.denom_scale = 1.0 / math.sqrt(bias_correction(h.beta2, step))
-        s.grad_gain = 1.0
         s.nesterov = 1.0 if h.nesterov else 0.0
 
     @staticmethod
@@ -457,7 +452,9 @@ class AdamP(Projection):
     def advance(param: Tensor, grad: Tensor, state: Sequence[Tensor], s: Scalars) -> list[Tensor]:
         """Both moments."""
         grad = grad * s.grad_scale
-        return moments(grad, state[0], state[1], s)
+        exp_avg = lerp(state[0], grad, s.exp_avg_weight)
+        exp_avg_sq = lerp(state[1], grad * grad, s.exp_avg_sq_weight)
+        return [exp_avg, exp_avg_sq]
 
     @staticmethod
     def candidate(param: Tensor, grad: Tensor, state: Sequence[Tensor], s: Scalars) -> Tensor:

@@ -223,14 +223,6 @@ def bounded(x, low, high):
     return tl.where(x > high, high, x)
 
 
-@triton.jit
-def moments(grad, exp_avg, exp_avg_sq, s):
-    """Both moments of Adam with the gradient in them; ``grad_gain`` is 1 for averages."""
-    exp_avg = lerp(exp_avg, s.grad_gain * grad, s.exp_avg_weight)
-    exp_avg_sq = lerp(exp_avg_sq, grad * grad, s.exp_avg_sq_weight)
-    return exp_avg, exp_avg_sq
-
-
 class LAMB:
     """Adam whose update is scaled to the norm of its layer."""
 
@@ -251,6 +243,7 @@ class LAMB:
             step_size=eta,
             moment_scale=tl.where(corrected, 1.0 / bias_correction(h.beta1, step), 1.0),
             denom_scale=tl.where(corrected, 1.0 / tl.sqrt(bias_correction(h.beta2, step)), 1.0),
+            # 1 for an average
             grad_gain=tl.where(h.grad_averaging != 0, 1.0, 1.0 / (1.0 - h.beta1)),
             update_decay=tl.where(inside, s.weight_decay, 0.0),
             weight_decay=tl.where(inside, 0.0, s.weight_decay),
@@ -267,7 +260,9 @@ class LAMB:
     def advance(param, grad, state, s):
         """Both moments."""
         grad = tl.fma(s.weight_decay, param, grad * s.grad_scale)
-        return moments(grad, state[0], state[1], s)
+        exp_avg = lerp(state[0], s.grad_gain * grad, s.exp_avg_weight)
+        exp_avg_sq = lerp(state[1], grad * grad, s.exp_avg_sq_weight)
+        return exp_avg, exp_avg_sq
 
     @staticmethod
     @triton.jit
@@ -370,7 +365,6 @@ class AdamP(Projection):
             s,
             step_size=eta / bias_correction(h.beta1, step),
             denom_scale=1.0 / tl.sqrt(bias_correction(h.beta2, step)),
-            grad_gain=1.0,
             nesterov=tl.where(h.nesterov != 0, 1.0, 0.0),
         )
 
@@ -385,7 +379,9 @@ class AdamP(Projection):
     def advance(param, grad, state, s):
         """Both moments."""
         grad = grad * s.grad_scale
-        return moments(grad, state[0], state[1], s)
+        exp_avg = lerp(state[0], grad, s.exp_avg_weight)
+        exp_avg_sq = lerp(state[1], grad * grad, s.exp_avg_sq_weight)
+        return exp_avg, exp_avg_sq
 
     @staticmethod
     @triton.jit
