@@ -32,6 +32,13 @@ from test_bitwise import (  # noqa: F401
     test_the_update_of_a_tensor_does_not_depend_on_its_neighbours,
     train,
 )
+from test_gaps import (  # noqa: F401
+    test_a_scale_and_a_verdict_are_read_anew_one_by_one,
+    test_an_infinite_gradient_on_a_sphere_spoils_its_element_only,
+    test_gradients_that_change_dtype_and_back,
+    test_init_from_gradients_leaves_out_what_has_none,
+    test_norms_of_scaled_gradients,
+)
 from test_layers import (  # noqa: F401
     test_channels_are_made_orthogonal,
     test_every_row_must_be_orthogonal_to_be_projected_by_row,

@@ -717,6 +717,13 @@ def test_a_search_without_a_resolution_ends():
     assert found.lo < found.value == found.hi
 
 
+def test_a_loss_as_high_as_at_the_start_has_risen():
+    line = Known1d(lambda eta: 1.0 - eta if eta < 0.2 else 1.0 if eta < 0.24 else 5.0)
+    found = search(line, 1 / 8, 1.0, 0.1)
+    assert [64 * eta for eta in line.asked] == [8, 16, 12, 14]
+    assert (64 * found.lo, 64 * found.value, found.flags) == (12, 14, ())
+
+
 def test_the_rate_that_is_the_target_saves_all_steps_but_one():
     assert fw.tuning.reach_steps(100, 1.0, 1.0) == 1.0
     assert fw.tuning.saved_steps(100, 1.0, 1.0, forwards=3) == 97.5
