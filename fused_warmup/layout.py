@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.parameter import is_lazy
 
 from .table import DTYPES
 
@@ -114,6 +115,9 @@ def check_param(owner: str, index: int, param: Tensor, device: torch.device | No
         TypeError: If the parameter is fake, sparse, complex, quantised or of an integer dtype.
         ValueError: If it has no memory, overlaps itself or lies on another device than ``device``.
     """
+    if is_lazy(param):
+        hint = "run the model once, which gives it its shape."
+        raise ValueError(f"{owner}: parameter {index} must hold data, got an uninitialized one; {hint}")
     name = f"{owner}: {describe(index, param)}"
     local = local_tensor(param)
     _check_kind(name, local)

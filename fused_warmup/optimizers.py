@@ -393,9 +393,9 @@ class LAMB(FusedOptimizer):
         always_adapt: Scale the update without weight decay too; None is as the preset says.
         norm_clip: Lower and upper bound of ``||param||`` in the ratio, or None.
         decay_mode: ``"update"`` decays inside the update, before its norm; ``"gradient"`` is an L2 penalty;
-            ``"decoupled"`` is as for AdamW, and in no norm: the ratio has the norm of the parameter before its
-            decay. timm's ``decoupled_decay`` takes it after, which is a factor ``1 - lr * weight_decay`` in
-            the ratio.
+            ``"decoupled"`` is as for AdamW, and in no norm: the ratio has the norm that the parameter has
+            before its decay. timm's ``decoupled_decay`` takes it afterwards, which is a factor
+            ``1 - lr * weight_decay`` in the ratio.
         maximize: Ascend.
         preset: ``"paper"`` always adapts; ``"apex"`` clips gradients to norm 1 and adapts where there is
             weight decay; ``"nvlamb"`` clips and always adapts; ``"lambc"`` always adapts, with ratios of at

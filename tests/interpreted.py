@@ -40,6 +40,7 @@ from test_layers import (
 )
 from test_moments import CASES as MOMENT_CASES
 from test_moments import check_moments
+from test_outside import joined_late
 from test_sphere import (
     RULES,
     check_directions,
@@ -443,6 +444,27 @@ def test_schedules():
     multiplier_kernel[(1,)](*columns, first, count, t, out, N=n)
     expected = [1.0 if s is None else float(s(step)) for s in (None, *chains) for step in steps]
     assert_close("multiplier", out[: len(expected)], torch.tensor(expected, dtype=torch.float64), 0.0, 1e-13)
+
+
+def test_averages_count_the_values_of_each_row():
+    assert joined_late("triton", fw.SWA(4, every=2), 4) == [-6.0, -2.0]
+    assert joined_late("triton", fw.EMA(0.5, every=2), 4) == [-6.25, -2.0]
+
+
+def test_counts_are_those_of_the_state_dict():
+    params = make_params(torch.float32, [(3,), (2, 2)])
+    opt = fw.Adam(params, backend="triton")
+    saved = None
+    for step in range(3):
+        set_grads(params, step)
+        params[1].grad = params[1].grad if step == 1 else None
+        opt.step()
+        saved = saved or opt.state_dict()
+    assert [float(opt.state_dict()["state"][i]["step"]) for i in (0, 1)] == [3.0, 1.0]
+    assert float(saved["state"][0]["step"]) == 3.0
+    opt.state[params[0]]["step"] = torch.tensor(6.0)
+    opt.step()
+    assert int(opt.state[params[0]]["step"]) == 7
 
 
 @triton.jit

@@ -57,6 +57,14 @@ from test_moments import (  # noqa: F401
     test_no_drift_near_one,
     test_same_as_torch_in_double,
 )
+from test_outside import (  # noqa: F401
+    test_a_late_parameter_has_an_average_of_its_own_values,
+    test_a_norm_of_any_form,
+    test_an_average_of_what_has_no_gradient,
+    test_an_average_that_begins_after_a_load,
+    test_counters_follow_states_that_a_wrapper_restores,
+    test_gradients_after_a_scaled_step,
+)
 from test_properties import (  # noqa: F401
     Layout,
     guarded,
@@ -84,7 +92,7 @@ from test_sphere import (  # noqa: F401
 from vector_cases import check_operations, check_response, combination, draw, make_pair
 
 import fused_warmup as fw
-from fused_warmup import _cpu, columns, optimizer
+from fused_warmup import _cpu, columns, session
 from fused_warmup.backends.native import CpuBackend, CudaBackend
 from fused_warmup.reference.rules import LAYER_RULES
 
@@ -97,9 +105,9 @@ def module():
 @pytest.fixture(autouse=True)
 def every_step_is_by_cuda(module, monkeypatch):
     """Whatever backend but the reference a test asks for."""
-    real = optimizer.resolve
+    real = session.resolve
     monkeypatch.setattr(
-        optimizer,
+        session,
         "resolve",
         lambda name, device: real(name, device) if name == "reference" else CudaBackend(module),
     )

@@ -407,3 +407,10 @@ def test_warmup_of_no_steps_is_none():
     opt.load_state_dict(opt.state_dict())
     opt.step()
     assert_close("parameter", param, torch.tensor([0.5]), 0.0)
+
+
+@each_backend
+def test_a_parameter_without_a_shape_is_named(backend):
+    opt = fw.Adam(nn.LazyLinear(2).parameters(), backend=backend)
+    with pytest.raises(ValueError, match=r"^Adam: parameter 0 must hold data, got an uninitialized one"):
+        opt.init_state()
