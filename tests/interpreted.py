@@ -9,6 +9,7 @@ import math
 
 import numpy as np
 import pytest
+import test_layers
 import torch
 import triton
 import triton.language as tl
@@ -26,7 +27,10 @@ from cases import (
 from test_backends import EPS, check_pair, check_single_steps, run_pair
 from test_gaps import (
     check_changing_dtypes,
+    check_first_look,
+    test_a_gradient_of_zeros_is_at_right_angles_to_everything,  # noqa: F401
     test_an_infinite_gradient_on_a_sphere_spoils_its_element_only,  # noqa: F401
+    test_averages_of_parameters_that_jump,  # noqa: F401
     test_init_from_gradients_leaves_out_what_has_none,  # noqa: F401
     test_norms_of_scaled_gradients,  # noqa: F401
 )
@@ -281,6 +285,10 @@ def test_layers_make_the_golden_steps_of_lamb(name):
     test_golden_lamb(name, "triton", torch.float64)
 
 
+def test_layers_without_a_ratio():
+    test_layers.test_layers_without_a_ratio("triton")
+
+
 # rows around vectors, tiles, pieces and chunks
 ROWS = [(7, 1), (40, 9), (3, 136), (18, 64), (2, 2049), (3, 4104), (1, 33_000), (1, 5), (4, 0)]
 
@@ -468,6 +476,28 @@ def test_counts_are_those_of_the_state_dict():
 
 
 @triton.jit
+def bias_correction_kernel(beta, step, out, N: tl.constexpr):
+    i = tl.arange(0, N)
+    tl.store(out + i, rules.bias_correction(tl.load(beta + i), tl.load(step + i)))
+
+
+def test_bias_corrections_at_the_ends():
+    """Of betas that are 0 or next to 1, where one step changes less than an ulp of 1."""
+    betas = [0.0, 1e-300, 0.5, 0.9, 1.0 - 2.0**-40, 1.0 - 2.0**-53]
+    table = [(beta, step) for beta in betas for step in (1, 2, 3, 1000, 10**7, 2**40)]
+    expected = [truth.bias_correction(*row) for row in table]
+    n = 1 << (len(table) - 1).bit_length()
+    table += table[:1] * (n - len(table))
+    beta, step = (
+        torch.tensor(x, dtype=d)
+        for x, d in zip(zip(*table, strict=True), (torch.float64, torch.int64), strict=True)
+    )
+    out = torch.zeros(n, dtype=torch.float64)
+    bias_correction_kernel[(1,)](beta, step, out, N=n)
+    assert out[: len(expected)].tolist() == pytest.approx(expected, rel=1e-13)
+
+
+@triton.jit
 def average_weight_kernel(kind, decay, start, every, step, out, N: tl.constexpr):
     """Weights as value number ``step`` where that step is averaged, 0 elsewhere."""
     i = tl.arange(0, N)
@@ -581,3 +611,8 @@ def test_preconditioner_is_that_of_the_reference(name):
         return case.make(groups, backend="triton", **options), TritonBackend()
 
     check_response(BY_NAME[name], make, params, schedule=SCHEDULES["warmup_linear"])
+
+
+@pytest.mark.parametrize("init", ["grad", "random"])
+def test_a_look_at_a_first_step_that_does_not_start_at_zero(init):
+    check_first_look(init, "triton", TritonBackend)

@@ -35,6 +35,7 @@ from test_bitwise import (  # noqa: F401
 from test_gaps import (  # noqa: F401
     test_a_scale_and_a_verdict_are_read_anew_one_by_one,
     test_an_infinite_gradient_on_a_sphere_spoils_its_element_only,
+    test_averages_of_parameters_that_jump,
     test_gradients_that_change_dtype_and_back,
     test_init_from_gradients_leaves_out_what_has_none,
     test_norms_of_scaled_gradients,

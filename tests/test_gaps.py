@@ -16,10 +16,12 @@ import torch
 from cases import BACKENDS, CASES, assert_same_bits, make_params, set_grads, states_of
 from test_failure_modes import mesh  # noqa: F401
 from torch.nn import Parameter
+from vector_cases import check_response
 
 import fused_warmup as fw
 from fused_warmup import plan as planning
 from fused_warmup import watch
+from fused_warmup.backends.native import CpuBackend
 from fused_warmup.sharpness.lanczos import Spectrum
 from fused_warmup.sharpness.probe import _larger
 from fused_warmup.tuning import Trial
@@ -134,6 +136,24 @@ def test_init_from_gradients_leaves_out_what_has_none(stepped, backend):
     assert torch.allclose(opt.state[first]["exp_avg_sq"], torch.full_like(first, 0.999 * 32.0 + 0.016))
 
 
+@pytest.mark.skipif("cpu" not in BACKENDS, reason="the extension fused_warmup._cpu is not built")
+@pytest.mark.parametrize("init", ["grad", "random"])
+def test_a_look_at_a_first_step_that_does_not_start_at_zero(init):
+    check_first_look(init, "cpu", lambda: CpuBackend())
+
+
+def check_first_look(init, backend, kernels):
+    """The pre-conditioner has the start value in it, once; then it is a moment as any other."""
+
+    def started(_, params, **options):
+        options |= {"exp_avg_sq_init": init, "exp_avg_sq_init_scale": 0.5, "max_grad_norm": 2.0}
+        opt = fw.Adam(params, lr=1e-2, backend=backend, **options)
+        opt.init_state()
+        return opt, kernels()
+
+    check_response(None, started, make_params(torch.float32, [(33,), ()]), steps=(0, 1))
+
+
 # spheres
 
 
@@ -155,7 +175,36 @@ def test_an_infinite_gradient_on_a_sphere_spoils_its_element_only(bad, backend):
     assert float(opts[0].param_groups[0]["norm"]) == pytest.approx(norm, rel=1e-14)
 
 
+# layers
+
+
+@pytest.mark.parametrize("cls", [fw.AdamP, fw.SGDP])
+def test_a_gradient_of_zeros_is_at_right_angles_to_everything(cls, backend):
+    """``eps`` stands in for its norm, so that the layer decays as one whose scale does not matter."""
+    param = Parameter(torch.ones(2, 3, dtype=torch.float64))
+    opt = cls([param], lr=0.1, weight_decay=0.1, wd_ratio=0.5, backend=backend)
+    param.grad = torch.zeros(2, 3, dtype=torch.float64)
+    opt.step()
+    torch.testing.assert_close(param.detach(), torch.full_like(param, 0.995), rtol=1e-15, atol=0.0)
+
+
 # averages
+
+
+def test_averages_of_parameters_that_jump(backend):
+    """The first is the parameter itself, though the difference is rounded; a small weight leaves small averages exact."""
+    param = Parameter(torch.full((70,), 2.0**25))
+    opt = fw.SGD([param], lr=0.25, average=fw.EMA(1.0 - 2.0**-30, every=2), backend=backend)
+    values = []
+    for grad in (2.0**27 - 8.0, 2.8, 0.0, -(2.0**27)):
+        param.grad = torch.full((70,), grad)
+        opt.step()
+        values.append((param.detach().clone(), opt.state[param]["average"].clone()))
+    assert_same_bits("first", values[1][1], values[1][0])
+    assert float(values[1][0][0]) == pytest.approx(1.3)
+    first, last = values[1][0].double(), values[3][0].double()
+    expected = first + 2.0**-30 * (last - first)
+    torch.testing.assert_close(values[3][1].double(), expected, rtol=2.0**-23, atol=0.0)
 
 
 @pytest.mark.parametrize("how", ["columns", "transposed rows"])
