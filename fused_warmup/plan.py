@@ -405,7 +405,7 @@ class Plan:
     def unscale_grads(self) -> None:
         """Divide ``.grad`` by the scale of a ``GradScaler``, as torch's optimizers leave it."""
         scale = self.scaling[0]
-        grads = [local_tensor(p.grad.detach()) for p in self._params if p.grad is not None]
+        grads = [local_tensor(p.grad) for p in self._params if p.grad is not None]
         if scale is not None and grads:
             torch._foreach_mul_(grads, scale.double().reciprocal().float().reshape(()))
 

@@ -36,19 +36,26 @@ class RowCounters:
         self.step = self.record[_FIELDS.index("step")]
         self.n_averaged = self.record[_FIELDS.index("n_averaged")]
         self.step_float = torch.zeros((), dtype=torch.float32, device=device)
+        self._version = 0
         if step or n_averaged:
             self.set(step, n_averaged)
 
     def set(self, step: int, n_averaged: int) -> None:
         """Write both counts; nothing waits."""
         self.step.fill_(step)
-        self.step_float.fill_(step)
         self.n_averaged.fill_(n_averaged)
+        self.settle()
+
+    def settle(self) -> None:
+        """Bring ``step_float`` to a count that was written in place; kernels change no version."""
+        if self.record._version != self._version:
+            self.step_float.copy_(self.step)
+            self._version = self.record._version
 
     def count_update(self) -> int:
         """Count one more update and return how many there are; waits for the device."""
         self.step += 1
-        self.step_float.copy_(self.step)
+        self.settle()
         return int(self.step)
 
     def count_average(self) -> int:

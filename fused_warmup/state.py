@@ -70,14 +70,12 @@ def pack_state(rule: str, session: Session, state_dict: dict[str, Any]) -> dict[
         packed[k] = dict(state)
         record = session.records.get(param)
         if record is not None and state.get("step") is record.step:
+            record.settle()
             packed[k]["step"] = record.step_float
             step_ids.append(k)
             records.append(record)
         elif "step" in state:
             packed[k]["step"] = torch.as_tensor(state["step"], dtype=torch.float32)
-    if records:
-        # somebody may have written a count in place
-        torch._foreach_copy_([r.step_float for r in records], [r.step for r in records])
     own = {
         "version": _VERSION,
         "rule": rule,

@@ -95,7 +95,14 @@ def test_init_state_makes_every_state_and_no_step(capture):
     opt.init_state()
     for p, old in zip(params, before, strict=True):
         assert_same_bits("param", p.detach(), old)
-        assert set(opt.state[p]) == {"step", "exp_avg", "exp_avg_sq", "max_exp_avg_sq", "average", "n_averaged"}
+        assert set(opt.state[p]) == {
+            "step",
+            "exp_avg",
+            "exp_avg_sq",
+            "max_exp_avg_sq",
+            "average",
+            "n_averaged",
+        }
         assert int(opt.state[p]["step"]) == 0
         assert not opt.state[p]["exp_avg"].any()
         assert_same_bits("average", opt.state[p]["average"], old)

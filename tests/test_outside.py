@@ -414,3 +414,25 @@ def test_a_parameter_without_a_shape_is_named(backend):
     opt = fw.Adam(nn.LazyLinear(2).parameters(), backend=backend)
     with pytest.raises(ValueError, match=r"^Adam: parameter 0 must hold data, got an uninitialized one"):
         opt.init_state()
+
+
+@each_backend
+def test_a_count_written_in_place_is_saved(backend):
+    param = parameter()
+    opt = fw.Adam([param], backend=backend)
+    opt.step()
+    saved = opt.state_dict()
+    opt.state[param]["step"].fill_(50)
+    assert float(opt.state_dict()["state"][0]["step"]) == 50.0
+    opt.step()
+    assert float(saved["state"][0]["step"]) == 51.0
+
+
+@each_backend
+def test_sparse_gradients_are_unscaled_too(backend):
+    table = nn.Embedding(3, 2, sparse=True)
+    opt = fw.SGD(table.parameters(), lr=0.1, unscale_grads=True, backend=backend)
+    scaler = torch.amp.GradScaler("cpu", init_scale=64.0)
+    scaler.scale(table(torch.tensor([1, 2, 2])).sum()).backward()
+    scaler.step(opt)
+    assert table.weight.grad.to_dense()[:, 0].tolist() == [0.0, 1.0, 2.0]
