@@ -136,6 +136,28 @@ def test_init_from_gradients_leaves_out_what_has_none(stepped, backend):
     assert torch.allclose(opt.state[first]["exp_avg_sq"], torch.full_like(first, 0.999 * 32.0 + 0.016))
 
 
+@pytest.mark.parametrize("clip", [None, 2.0])
+def test_a_random_start_has_the_norm_of_the_gradient_that_is_applied(clip, backend):
+    """Also where nothing but the start asks for the norm, and for parameters that come later: part of it then."""
+    first, later = make_params(torch.float64, [(50,), (30,)])
+    options = {"exp_avg_sq_init": "random", "exp_avg_sq_init_scale": 3.0, "max_grad_norm": clip}
+    opt = fw.Adam([first], betas=(0.9, 0.5), backend=backend, **options)
+    for params in ([first], [first, later]):
+        if params[1:]:
+            opt.add_param_group({"params": later})
+        opt.init_state()
+        drawn = opt.state[params[-1]]["exp_avg_sq"].clone()
+        set_grads(params, 0)
+        opt.step()
+        line = opt.telemetry.latest()
+        norm = line["grad_norm"] * line["clip_coef"]
+        # the squares of those that have started already count as what they are expected to be
+        squares = float(drawn.sum()) + (50 if params[1:] else 0)
+        start = 3.0 * norm**2 / squares * drawn
+        expected = 0.5 * start + 0.5 * (params[-1].grad * line["clip_coef"]).square()
+        torch.testing.assert_close(opt.state[params[-1]]["exp_avg_sq"], expected, rtol=1e-12, atol=0.0)
+
+
 @pytest.mark.skipif("cpu" not in BACKENDS, reason="the extension fused_warmup._cpu is not built")
 @pytest.mark.parametrize("init", ["grad", "random"])
 def test_a_look_at_a_first_step_that_does_not_start_at_zero(init):
@@ -191,6 +213,22 @@ def test_a_gradient_of_zeros_is_at_right_angles_to_everything(cls, backend):
 # averages
 
 
+def test_an_average_whose_period_does_not_divide_its_start(backend):
+    """The mean of what was there after steps 4, 7 and 10."""
+    params = make_params(torch.float64, SHAPES)
+    opt = fw.SGD(params, lr=0.1, average=fw.SWA(4, every=3), backend=backend)
+    seen = []
+    for step in range(1, 13):
+        set_grads(params, step)
+        opt.step()
+        if step in (4, 7, 10):
+            seen.append([p.detach().clone() for p in params])
+    for p, *values in zip(params, *seen, strict=True):
+        torch.testing.assert_close(
+            opt.state[p]["average"], torch.stack(values).mean(0), rtol=1e-14, atol=1e-15
+        )
+
+
 def test_averages_of_parameters_that_jump(backend):
     """The first is the parameter itself, though the difference is rounded; a small weight leaves small averages exact."""
     param = Parameter(torch.full((70,), 2.0**25))
@@ -227,6 +265,28 @@ def test_the_base_of_a_strided_view_holds_the_averages_inside_the_block(how, bac
     assert torch.equal(rest, others)
 
 
+# settings
+
+
+def test_settings_that_change_while_norms_are_measured_anyway(backend):
+    """Another norm to clip to, and skipping besides."""
+    param = Parameter(torch.zeros(1, dtype=torch.float64))
+    opt = fw.SGD([param], lr=1.0, max_grad_norm=1.0, backend=backend)
+    moved = []
+    for clip, policy, grad in (
+        (1.0, "propagate", 8.0),
+        (2.0, "propagate", 8.0),
+        (2.0, "skip", math.inf),
+        (3.0, "skip", 8.0),
+    ):
+        opt.max_grad_norm, opt.nonfinite = clip, policy
+        before = param.detach().clone()
+        param.grad = torch.full((1,), grad, dtype=torch.float64)
+        opt.step()
+        moved.append(float(before - param.detach()))
+    assert moved == pytest.approx([1.0, 2.0, 0.0, 3.0], rel=1e-6)
+
+
 # telemetry
 
 
@@ -245,6 +305,14 @@ def test_loading_drops_rows_that_nobody_has_read(unread):
     for _ in range(1500):
         long.step()
     assert long.telemetry.history()["step"].tolist() == list(range(1, 1504))
+
+
+def test_a_loss_that_a_closure_returns_as_a_number_is_recorded():
+    param = Parameter(torch.zeros(1))
+    opt = fw.SGD([param], lr=1.0)
+    param.grad = torch.zeros(1)
+    assert opt.step(lambda: 2.5) == 2.5
+    assert opt.telemetry.latest()["loss"] == 2.5
 
 
 # hyper-parameters written in place
