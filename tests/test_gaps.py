@@ -24,9 +24,10 @@ from fused_warmup import watch
 from fused_warmup.backends.native import CpuBackend
 from fused_warmup.sharpness.lanczos import Spectrum
 from fused_warmup.sharpness.probe import _larger
+from fused_warmup.telemetry import Telemetry
 from fused_warmup.tuning import Trial
+from fused_warmup.tuning.epochs import LossBuffer
 from fused_warmup.tuning.initial import search
-from fused_warmup.tuning.refine import _trouble
 
 BY_NAME = {case.name: case for case in CASES}
 SHAPES = [(63,), (7, 9), ()]
@@ -313,6 +314,16 @@ def test_a_loss_that_a_closure_returns_as_a_number_is_recorded():
     param.grad = torch.zeros(1)
     assert opt.step(lambda: 2.5) == 2.5
     assert opt.telemetry.latest()["loss"] == 2.5
+
+
+def test_what_is_kept_on_a_device_follows_the_parameters():
+    """Of which there is another one on every machine, though nothing can be read there."""
+    cpu, meta = torch.device("cpu"), torch.device("meta")
+    telemetry, losses = Telemetry(), LossBuffer(3, reduce=False)
+    for device in (cpu, meta):
+        telemetry.allocate(device)
+        losses.add(1.0, device)
+        assert telemetry.slots.device == telemetry.page.device == losses.values.device == device
 
 
 # hyper-parameters written in place
@@ -932,17 +943,6 @@ def test_means_of_states_are_of_doubles_and_of_their_own_memory():
     assert not states[-1]["n"]
 
 
-def test_angles_need_the_same_names():
-    a = {"u": torch.ones(3), "v": torch.zeros(3)}
-    with pytest.raises(ValueError, match=r"b must have the names \['u', 'v'\] of a, got \['v', 'u'\]"):
-        fw.tuning.angular_distance(a, {"v": a["v"], "u": a["u"]})
-
-
-def test_bands_do_not_share_a_bound():
-    with pytest.raises(ValueError, match=r"bounds must rise, got \[1, 1\]"):
-        fw.tuning.frequency_bands(torch.ones(4, 4), [1, 1])
-
-
 # accuracies of the last epoch count, tuned ones where they are higher; one epoch alone cannot diverge
 TRIALS = {
     0.1: Trial((1.0, 1e-3), (0.9, 0.6), tuned=0.7),
@@ -961,6 +961,15 @@ def test_what_makes_the_best_rate():
     assert [p.regime for p in found.points] == ["1", "2A", "2A", "2A", "2B", "2B", "3"]
     assert (found.divergence, found.best, found.window) == (0.7, 0.3, (0.2, 0.4))
     assert (found.points[2].loss, found.points[2].spread) == pytest.approx((0.6, 0.1))
+
+
+def test_a_bit_above_chance_is_chance():
+    """One and a half times it for ten classes."""
+    trials = {0.1: 0.9, 0.2: 0.2, 0.3: 0.14, 0.4: 0.16}
+    found = fw.tuning.find_regimes(
+        lambda lr: Trial((1.0, 1e-3 if lr == 0.1 else 0.5), (trials[lr],)), trials, chance=0.1, max_runs=0
+    )
+    assert found.divergence == 0.3
 
 
 def test_the_window_ends_where_training_diverges():
@@ -1001,16 +1010,3 @@ def test_a_header_of_any_case_and_spacing(tmp_path):
     file.write_text(" Step ,norm,other\n0,3.0,9.0\n1,2.0,9.0\n2,1.0,9.0\n")
     found = fw.tuning.refinement(file, smoothing=0.0)
     assert found.smoothed.tolist() == [3.0, 2.0, 1.0]
-
-
-def test_the_shortest_fallback_has_a_warmup_of_a_step():
-    """A twentieth of few steps is less than one."""
-    fallback = fw.tuning.refinement(np.ones(5), smoothing=0.0).fallback
-    assert fallback.values(5).tolist() == pytest.approx([1.0, 1.0, 0.75, 0.5, 0.25])
-
-
-def test_where_trouble_begins():
-    """Above a range of ten, and above half of the run."""
-    assert _trouble(10.0, 0.5) == ()
-    assert len(_trouble(10.1, 0.5)) == len(_trouble(10.0, 0.51)) == 1
-    assert len(_trouble(10.1, 0.51)) == 2
