@@ -308,6 +308,13 @@ def test_layers_of_rows_of_every_length(cls, dtype, options):
     assert_like_the_reference(cls, dtype, params, "triton", steps=1, **options)
 
 
+def test_layers_of_odd_channels_longer_than_a_chunk():
+    """The second channel begins at an odd place with a chunk of a round length, which is not aligned for that."""
+    options = {"lr": 0.01, "weight_decay": 0.1, "delta": 1e9}
+    params = make_params(torch.float32, [(2, 33_001)])
+    assert_like_the_reference(fw.AdamP, torch.float32, params, "triton", steps=1, **options)
+
+
 def test_layers_in_any_layout():
     params = layouts(torch.float32)
     options = {"lr": 0.01, "delta": 1e9, "momentum": 0.9, "nesterov": True, "max_grad_norm": 1.0}

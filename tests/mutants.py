@@ -104,15 +104,15 @@ FAULTS: dict[tuple[str, str], list[tuple[str, ...]]] = {
         ("bool(a) or self.hypers[r.group].sphere", "bool(a)", f"{SPHERE} {MODES}"),
         ("grad_scale is self.scaling[0] and found_inf", "found_inf"),
         ("found_inf is self.scaling[1]", "True"),
-        ("if settings == self.settings:", "if settings.measure == self.settings.measure:" ),
+        ("if settings == self.settings:", "if settings.measure == self.settings.measure:", f"{GAPS} measured_anyway"),
         ("self._signatures = [None] * len(self._signatures)", "pass", AUTOWU),
     ],
     ("optimizer.py", f"{PLAN} {PLACES}"): [
         ("self.average != self._planned_average\n", "False\n", f"{PLAN} test_averaging.py"),
-        ('self.nonfinite == "skip" or plan.random_start', 'self.nonfinite == "skip"', "test_reference.py"),
+        ('self.nonfinite == "skip" or plan.random_start', 'self.nonfinite == "skip"', f"{GAPS} applied"),
         ("self._swapped = False\n        self._captured = []", "self._captured = []", STATES),
         ('"telemetry", "_counters", "_init_norm_sq")', '"telemetry", "_counters")', STATES),
-        ("if isinstance(loss, (Tensor, float)):", "if isinstance(loss, Tensor):", f"test_telemetry.py {MODES}"),
+        ("if isinstance(loss, (Tensor, float)):", "if isinstance(loss, Tensor):", f"{GAPS} as_a_number"),
     ],
     ("optimizers.py", "test_reference.py"): [
         ("init_exp_avg_sq(param, grad, h, weight_decay, clip_coef)", "init_exp_avg_sq(param, grad, h, weight_decay, 1.0)"),
@@ -123,7 +123,7 @@ FAULTS: dict[tuple[str, str], list[tuple[str, ...]]] = {
     ("build.py", f"{PLAN} {PLACES}"): [
         ("or hypers[g].sphere) and param.requires_grad", ") and param.requires_grad", SPHERE),
         ('state["step"].zero_()', "pass", f"{PLAN} {MODES} test_reference.py"),
-        ("opt._init_norm_sq = drawn + others", "opt._init_norm_sq = drawn", "test_reference.py"),
+        ("opt._init_norm_sq = drawn + others", "opt._init_norm_sq = drawn", f"{GAPS} applied"),
         ("if not layout.fits(state[key], local, by_channel):", "if False:"),
     ],
     ("averaging.py", "test_averaging.py"): [
@@ -159,7 +159,7 @@ FAULTS: dict[tuple[str, str], list[tuple[str, ...]]] = {
         ("    if not segments:\n        return 1.0", "    if not segments:\n        return 0.0", "test_backends.py -k trajectory"),
         ("and t >= begin + (segments", "and t > begin + (segments"),
         ("step < start", "step <= start"),
-        ("(step - start) % every != 0", "step % every != 0"),
+        ("(step - start) % every != 0", "step % every != 0", f"{GAPS} whose_period"),
         ("1.0 if averaged == 0 else 1.0 - decay", "1.0 - decay"),
     ],
     ("sharpness/probe.py", "test_probe.py"): [
@@ -214,10 +214,10 @@ FAULTS: dict[tuple[str, str], list[tuple[str, ...]]] = {
     ],
     ("backends/triton/layers.py", "interpreted.py -k 'rows_of_every'"): [
         ("(part % GRAIN == 0)", "True"),
-        ("& (chunk.offset % GRAIN == 0)", ""),
+        ("& (chunk.offset % GRAIN == 0)", "", "interpreted.py -k odd_channels"),
     ],
     ("reference/backend.py", "test_failure_modes.py -k scaler"): [
-        ("grad_norm * unscale, grad_norm_l1 * unscale", "grad_norm * unscale, grad_norm_l1"),
+        ("grad_norm * unscale, grad_norm_l1 * unscale", "grad_norm * unscale, grad_norm_l1", f"{GAPS} scaled_gradients"),
     ],
     ("reference/rules.py", "test_sphere.py"): [
         ("squares < math.inf", "True"),

@@ -24,9 +24,10 @@ from fused_warmup import watch
 from fused_warmup.backends.native import CpuBackend
 from fused_warmup.sharpness.lanczos import Spectrum
 from fused_warmup.sharpness.probe import _larger
+from fused_warmup.telemetry import Telemetry
 from fused_warmup.tuning import Trial
+from fused_warmup.tuning.epochs import LossBuffer
 from fused_warmup.tuning.initial import search
-from fused_warmup.tuning.refine import _trouble
 
 BY_NAME = {case.name: case for case in CASES}
 SHAPES = [(63,), (7, 9), ()]
@@ -136,6 +137,28 @@ def test_init_from_gradients_leaves_out_what_has_none(stepped, backend):
     assert torch.allclose(opt.state[first]["exp_avg_sq"], torch.full_like(first, 0.999 * 32.0 + 0.016))
 
 
+@pytest.mark.parametrize("clip", [None, 2.0])
+def test_a_random_start_has_the_norm_of_the_gradient_that_is_applied(clip, backend):
+    """Also where nothing but the start asks for the norm, and for parameters that come later: part of it then."""
+    first, later = make_params(torch.float64, [(50,), (30,)])
+    options = {"exp_avg_sq_init": "random", "exp_avg_sq_init_scale": 3.0, "max_grad_norm": clip}
+    opt = fw.Adam([first], betas=(0.9, 0.5), backend=backend, **options)
+    for params in ([first], [first, later]):
+        if params[1:]:
+            opt.add_param_group({"params": later})
+        opt.init_state()
+        drawn = opt.state[params[-1]]["exp_avg_sq"].clone()
+        set_grads(params, 0)
+        opt.step()
+        line = opt.telemetry.latest()
+        norm = line["grad_norm"] * line["clip_coef"]
+        # the squares of those that have started already count as what they are expected to be
+        squares = float(drawn.sum()) + (50 if params[1:] else 0)
+        start = 3.0 * norm**2 / squares * drawn
+        expected = 0.5 * start + 0.5 * (params[-1].grad * line["clip_coef"]).square()
+        torch.testing.assert_close(opt.state[params[-1]]["exp_avg_sq"], expected, rtol=1e-12, atol=0.0)
+
+
 @pytest.mark.skipif("cpu" not in BACKENDS, reason="the extension fused_warmup._cpu is not built")
 @pytest.mark.parametrize("init", ["grad", "random"])
 def test_a_look_at_a_first_step_that_does_not_start_at_zero(init):
@@ -191,6 +214,22 @@ def test_a_gradient_of_zeros_is_at_right_angles_to_everything(cls, backend):
 # averages
 
 
+def test_an_average_whose_period_does_not_divide_its_start(backend):
+    """The mean of what was there after steps 4, 7 and 10."""
+    params = make_params(torch.float64, SHAPES)
+    opt = fw.SGD(params, lr=0.1, average=fw.SWA(4, every=3), backend=backend)
+    seen = []
+    for step in range(1, 13):
+        set_grads(params, step)
+        opt.step()
+        if step in (4, 7, 10):
+            seen.append([p.detach().clone() for p in params])
+    for p, *values in zip(params, *seen, strict=True):
+        torch.testing.assert_close(
+            opt.state[p]["average"], torch.stack(values).mean(0), rtol=1e-14, atol=1e-15
+        )
+
+
 def test_averages_of_parameters_that_jump(backend):
     """The first is the parameter itself, though the difference is rounded; a small weight leaves small averages exact."""
     param = Parameter(torch.full((70,), 2.0**25))
@@ -227,6 +266,28 @@ def test_the_base_of_a_strided_view_holds_the_averages_inside_the_block(how, bac
     assert torch.equal(rest, others)
 
 
+# settings
+
+
+def test_settings_that_change_while_norms_are_measured_anyway(backend):
+    """Another norm to clip to, and skipping besides."""
+    param = Parameter(torch.zeros(1, dtype=torch.float64))
+    opt = fw.SGD([param], lr=1.0, max_grad_norm=1.0, backend=backend)
+    moved = []
+    for clip, policy, grad in (
+        (1.0, "propagate", 8.0),
+        (2.0, "propagate", 8.0),
+        (2.0, "skip", math.inf),
+        (3.0, "skip", 8.0),
+    ):
+        opt.max_grad_norm, opt.nonfinite = clip, policy
+        before = param.detach().clone()
+        param.grad = torch.full((1,), grad, dtype=torch.float64)
+        opt.step()
+        moved.append(float(before - param.detach()))
+    assert moved == pytest.approx([1.0, 2.0, 0.0, 3.0], rel=1e-6)
+
+
 # telemetry
 
 
@@ -245,6 +306,24 @@ def test_loading_drops_rows_that_nobody_has_read(unread):
     for _ in range(1500):
         long.step()
     assert long.telemetry.history()["step"].tolist() == list(range(1, 1504))
+
+
+def test_a_loss_that_a_closure_returns_as_a_number_is_recorded():
+    param = Parameter(torch.zeros(1))
+    opt = fw.SGD([param], lr=1.0)
+    param.grad = torch.zeros(1)
+    assert opt.step(lambda: 2.5) == 2.5
+    assert opt.telemetry.latest()["loss"] == 2.5
+
+
+def test_what_is_kept_on_a_device_follows_the_parameters():
+    """Of which there is another one on every machine, though nothing can be read there."""
+    cpu, meta = torch.device("cpu"), torch.device("meta")
+    telemetry, losses = Telemetry(), LossBuffer(3, reduce=False)
+    for device in (cpu, meta):
+        telemetry.allocate(device)
+        losses.add(1.0, device)
+        assert telemetry.slots.device == telemetry.page.device == losses.values.device == device
 
 
 # hyper-parameters written in place
@@ -866,17 +945,6 @@ def test_means_of_states_are_of_doubles_and_of_their_own_memory():
     assert not states[-1]["n"]
 
 
-def test_angles_need_the_same_names():
-    a = {"u": torch.ones(3), "v": torch.zeros(3)}
-    with pytest.raises(ValueError, match=r"b must have the names \['u', 'v'\] of a, got \['v', 'u'\]"):
-        fw.tuning.angular_distance(a, {"v": a["v"], "u": a["u"]})
-
-
-def test_bands_do_not_share_a_bound():
-    with pytest.raises(ValueError, match=r"bounds must rise, got \[1, 1\]"):
-        fw.tuning.frequency_bands(torch.ones(4, 4), [1, 1])
-
-
 # accuracies of the last epoch count, tuned ones where they are higher; one epoch alone cannot diverge
 TRIALS = {
     0.1: Trial((1.0, 1e-3), (0.9, 0.6), tuned=0.7),
@@ -895,6 +963,15 @@ def test_what_makes_the_best_rate():
     assert [p.regime for p in found.points] == ["1", "2A", "2A", "2A", "2B", "2B", "3"]
     assert (found.divergence, found.best, found.window) == (0.7, 0.3, (0.2, 0.4))
     assert (found.points[2].loss, found.points[2].spread) == pytest.approx((0.6, 0.1))
+
+
+def test_a_bit_above_chance_is_chance():
+    """One and a half times it for ten classes."""
+    trials = {0.1: 0.9, 0.2: 0.2, 0.3: 0.14, 0.4: 0.16}
+    found = fw.tuning.find_regimes(
+        lambda lr: Trial((1.0, 1e-3 if lr == 0.1 else 0.5), (trials[lr],)), trials, chance=0.1, max_runs=0
+    )
+    assert found.divergence == 0.3
 
 
 def test_the_window_ends_where_training_diverges():
@@ -935,16 +1012,3 @@ def test_a_header_of_any_case_and_spacing(tmp_path):
     file.write_text(" Step ,norm,other\n0,3.0,9.0\n1,2.0,9.0\n2,1.0,9.0\n")
     found = fw.tuning.refinement(file, smoothing=0.0)
     assert found.smoothed.tolist() == [3.0, 2.0, 1.0]
-
-
-def test_the_shortest_fallback_has_a_warmup_of_a_step():
-    """A twentieth of few steps is less than one."""
-    fallback = fw.tuning.refinement(np.ones(5), smoothing=0.0).fallback
-    assert fallback.values(5).tolist() == pytest.approx([1.0, 1.0, 0.75, 0.5, 0.25])
-
-
-def test_where_trouble_begins():
-    """Above a range of ten, and above half of the run."""
-    assert _trouble(10.0, 0.5) == ()
-    assert len(_trouble(10.1, 0.5)) == len(_trouble(10.0, 0.51)) == 1
-    assert len(_trouble(10.1, 0.51)) == 2
