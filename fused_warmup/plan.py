@@ -180,7 +180,9 @@ class Plan:
             for name, address in zip(("state0", "state1", "state2"), states, strict=False):
                 packed[name] = address
             packed["param"] = row.work.data_ptr()
-            packed["average"] = 0 if row.average is None else row.average.data_ptr()
+            if row.average is not None:
+                # an empty one has no address, but counts its values all the same
+                packed["average"] = row.average.data_ptr() if row.average.numel() else 1
             packed["counters"] = row.counters.record.data_ptr()
             packed["step_float"] = row.counters.step_float.data_ptr()
             packed["numel"] = row.work.numel()
