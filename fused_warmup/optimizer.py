@@ -333,8 +333,9 @@ class FusedOptimizer(Optimizer):
         if isinstance(param_group, dict):
             for key, value in self._common.items():
                 # a wrapper may repeat what the optimizer was made with in each group
-                if param_group.get(key, value) != value:
-                    check.fail(name, key, "be given once for the whole optimizer", param_group[key])
+                given = param_group.get(key, value)
+                if type(given) is not type(value) or given != value:
+                    check.fail(name, key, "be given once for the whole optimizer", given)
             if param_group.get("differentiable"):
                 check.fail(
                     name, "differentiable", "be False", True, "torch.optim has the differentiable form."

@@ -212,7 +212,7 @@ def test_errors():
         catapult.load_state_dict({k: v for k, v in catapult.state_dict().items() if k != "best"})
     with pytest.raises(ValueError, match=r"state_dict\['version'\] must be 1, got 2"):
         catapult.load_state_dict({**catapult.state_dict(), "version": 2})
-    with pytest.raises(ValueError, match=r"parallel_warmup: steps must be >= 1, got 0"):
-        schedules.parallel_warmup(0, 0.5)
+    with pytest.raises(ValueError, match=r"parallel_warmup: steps must be >= 0, got -1"):
+        schedules.parallel_warmup(-1, 0.5)
     with pytest.raises(AttributeError, match="has no attribute 'Sharpness'"):
         _ = fw.Sharpness
