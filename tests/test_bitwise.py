@@ -155,9 +155,9 @@ def test_instruction_sets_do_not_change_a_bit(case: str, option: str) -> None:
     opts = {}
     for name in _cpu.instruction_sets():
         opts[name] = make_optimizer(case, **OPTIONS[option])
-        opts[name]._backend = CpuBackend(instruction_set=name)
+        opts[name]._session.backend = CpuBackend(instruction_set=name)
         train(opts[name])
-        assert opts[name]._backend._isa == _cpu.instruction_sets().index(name)
+        assert opts[name]._session.backend._isa == _cpu.instruction_sets().index(name)
     baseline = opts.pop("baseline")
     results = [bits(opt) for opt in opts.values()]
     for result in results:
