@@ -426,7 +426,10 @@ def test_a_step_without_any_gradient():
 
 def test_auto_never_takes_the_interpreter():
     assert "triton" in fw.available_backends()
-    assert fw.SGD(make_params(torch.float32, FEW_SHAPES), lr=0.1)._session.backend.name in ("cpu", "reference")
+    assert fw.SGD(make_params(torch.float32, FEW_SHAPES), lr=0.1)._session.backend.name in (
+        "cpu",
+        "reference",
+    )
 
 
 # parts: the same functions, called by small kernels of the test
