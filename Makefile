@@ -34,7 +34,7 @@ bench: $(READY)
 # fetches nothing; another torch than the pinned one may warn
 gpu:
 	FUSED_WARMUP_CUDA=1 FUSED_WARMUP_CUDA_ARCHS=$$($(PYTHON) -m benchmarks.arch) $(PYTHON) setup.py -q build_ext --inplace
-	$(PYTHON) -m pytest -q -W default tests/test_gpu.py tests/test_backends.py tests/test_capture.py
+	$(PYTHON) -m pytest -q -W default tests/backends/test_gpu.py tests/backends/test_backends.py tests/plan/test_capture.py
 	$(PYTHON) -m benchmarks.gpu
 
 lint: $(READY)

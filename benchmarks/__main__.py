@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from fused_warmup.cli.bench import print_table, to_json, to_markdown
-from fused_warmup.cli.works import Row
+from fused_warmup.cli.bench.cases import Row
+from fused_warmup.cli.bench.command import print_table, to_json, to_markdown
 
 HERE = Path(__file__).resolve().parent
 

@@ -3,7 +3,7 @@
 import pytest
 from pytest_benchmark.fixture import BenchmarkFixture
 
-from fused_warmup.cli.works import HostCase, cases
+from fused_warmup.cli.bench.cases import HostCase, cases
 
 from .common import race
 

@@ -7,8 +7,8 @@ from pytest_benchmark.fixture import BenchmarkFixture
 from torch import nn
 
 import fused_warmup as fw
-from fused_warmup.cli.race import nothing
-from fused_warmup.cli.works import SHAPES, Case, Sides, Work, make_params, ours, torch_step
+from fused_warmup.cli.bench.cases import SHAPES, Case, Sides, Work, make_params, ours, torch_step
+from fused_warmup.cli.bench.timing import nothing
 
 from .common import race
 

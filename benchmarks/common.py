@@ -7,9 +7,9 @@ from dataclasses import asdict
 
 from pytest_benchmark.fixture import BenchmarkFixture
 
+from fused_warmup.cli.bench.cases import Case
+from fused_warmup.cli.bench.timing import Race
 from fused_warmup.cli.machine import describe
-from fused_warmup.cli.race import Race
-from fused_warmup.cli.works import Case
 
 
 def race(benchmark: BenchmarkFixture, case: Case, seconds: float) -> None:

@@ -23,9 +23,9 @@ import torch
 from torch import nn
 
 import fused_warmup as fw
+from fused_warmup.cli.bench.cases import Maker, averaged, clipped, ours, torch_step
+from fused_warmup.cli.bench.timing import Step
 from fused_warmup.cli.machine import versions
-from fused_warmup.cli.race import Step
-from fused_warmup.cli.works import Maker, averaged, clipped, ours, torch_step
 
 RESULTS = Path(__file__).resolve().parent / "results"
 MAX_NORM, DECAY = 1.0, 0.999

@@ -18,10 +18,10 @@ from torch import nn
 
 import fused_warmup as fw
 from fused_warmup.backends import resolve
-from fused_warmup.cli.data import load
+from fused_warmup.cli.bench.timing import Comparison, interleaved, timed
 from fused_warmup.cli.machine import describe
-from fused_warmup.cli.models import build
-from fused_warmup.cli.race import Comparison, interleaved, timed
+from fused_warmup.cli.train.data import load
+from fused_warmup.cli.train.models import build
 from fused_warmup.sharpness.vectors import FusedVectors
 
 RESULTS = Path(__file__).resolve().parent / "results"

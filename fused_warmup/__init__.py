@@ -5,10 +5,14 @@ from typing import TYPE_CHECKING, Any
 
 from . import schedules
 from ._version import __version__
-from .averaging import EMA, SWA
 from .backends import available_backends
-from .optimizer import FusedOptimizer
-from .optimizers import LAMB, SGD, SGDP, Adam, AdamP, AdamW, GIAdam, RAdam
+from .optim.adam import Adam, AdamW, GIAdam
+from .optim.adamp import SGDP, AdamP
+from .optim.averaging import EMA, SWA
+from .optim.base import FusedOptimizer
+from .optim.lamb import LAMB
+from .optim.radam import RAdam
+from .optim.sgd import SGD
 
 if TYPE_CHECKING:
     from . import sharpness, tuning

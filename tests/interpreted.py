@@ -14,6 +14,7 @@ import torch
 import triton
 import triton.language as tl
 import vector_cases
+from backends.test_backends import EPS, check_pair, check_single_steps, run_pair
 from cases import (
     CASES,
     SCHEDULES,
@@ -24,8 +25,7 @@ from cases import (
     set_grads,
     states_of,
 )
-from test_backends import EPS, check_pair, check_single_steps, run_pair
-from test_gaps import (
+from optim.test_gaps import (
     check_changing_dtypes,
     check_first_look,
     test_a_gradient_of_zeros_is_at_right_angles_to_everything,  # noqa: F401
@@ -34,7 +34,7 @@ from test_gaps import (
     test_init_from_gradients_leaves_out_what_has_none,  # noqa: F401
     test_norms_of_scaled_gradients,  # noqa: F401
 )
-from test_layers import (
+from optim.test_layers import (
     INPUTS,
     LAMBS,
     assert_like_the_reference,
@@ -42,10 +42,10 @@ from test_layers import (
     test_golden_lamb,
     test_golden_projections,
 )
-from test_moments import CASES as MOMENT_CASES
-from test_moments import check_moments
-from test_outside import joined_late
-from test_sphere import (
+from optim.test_moments import CASES as MOMENT_CASES
+from optim.test_moments import check_moments
+from optim.test_outside import joined_late
+from optim.test_sphere import (
     RULES,
     check_directions,
     check_steps,
@@ -61,12 +61,12 @@ from triton.runtime.interpreter import TensorHandle
 from vector_cases import check_operations, check_response, combination
 
 import fused_warmup as fw
-from fused_warmup import averaging
 from fused_warmup.backends.triton import memory, rules, schedules
 from fused_warmup.backends.triton.launch import LANES, TritonBackend
+from fused_warmup.plan.hyper import AverageSettings, Hyper, pack_hypers
+from fused_warmup.plan.structs import AVERAGE_KINDS, DTYPES, STRUCTS
 from fused_warmup.reference import rules as truth
 from fused_warmup.reference import schedules as truth_schedules
-from fused_warmup.table import AVERAGE_KINDS, DTYPES, STRUCTS, Hyper, pack_hypers
 
 # numpy says so where IEEE arithmetic silently gives infinity or NaN, which is what these tests are about
 pytestmark = pytest.mark.filterwarnings(
@@ -520,7 +520,11 @@ def average_weight_kernel(kind, decay, start, every, step, out, N: tl.constexpr)
 def test_weights_of_averages():
     """None, and both kinds with starts and periods that do not divide each other, before and after the start."""
     kinds = [None, fw.EMA(0.9), fw.EMA(0.3, every=3), fw.SWA(1), fw.SWA(4, every=3), fw.SWA(7, every=2)]
-    table = [(*averaging.settings(average), step) for average in kinds for step in range(1, 31)]
+    table = [
+        (*(average.settings if average else AverageSettings()), step)
+        for average in kinds
+        for step in range(1, 31)
+    ]
     expected = [
         truth_schedules.average_weight(kind, decay, step)
         if truth_schedules.is_averaged(kind, start, every, step)

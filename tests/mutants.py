@@ -31,26 +31,26 @@ ROOT = Path(__file__).resolve().parent.parent
 COPIED = ("fused_warmup", "tests", "csrc", "benchmarks", "pyproject.toml", "setup.py", "README.md", "LICENSE")
 # a fault may make a loop endless
 SECONDS = 900
-AUTOWU = "test_autowu.py -k 'not digits'"
-LARGE = "test_large_lr.py -k 'not digits and not ticks and not signatures and not held_out'"
-REFINE = "test_refine.py -k 'not digits and not command'"
-TUNING = "test_tuning.py"
-SPHERE = "test_sphere.py"
+AUTOWU = "tuning/test_autowu.py -k 'not digits'"
+LARGE = "tuning/test_large_lr.py -k 'not digits and not ticks and not signatures and not held_out'"
+REFINE = "tuning/test_refine.py -k 'not digits and not command'"
+TUNING = "tuning/test_tuning.py"
+SPHERE = "optim/test_sphere.py"
 # what is the same for all rules and backends is tried with some
 SOME = "-k 'not -reference and not spawned and not forked and not new_process and not LAMB and not RAdam and not amsgrad'"
-STATES = f"test_state_dict.py {SOME}"
-MODES = f"test_failure_modes.py {SOME}"
+STATES = f"optim/test_state_dict.py {SOME}"
+MODES = f"optim/test_failure_modes.py {SOME}"
 PLACES = f"{MODES[:-1]} and not _12_ and not _22_ and not _03_ and not _09_ and not _31_ and not _20_sched'"
-PLAN = "test_plan.py"
-ERRORS = "test_errors.py"
+PLAN = "plan/test_plan.py"
+ERRORS = "optim/test_errors.py"
 # and a word of the test there that is for the fault
-GAPS = "test_gaps.py -k"
-OUTSIDE = "test_outside.py"
-TORCH = "test_torch_state.py"
+GAPS = "optim/test_gaps.py -k"
+OUTSIDE = "optim/test_outside.py"
+TORCH = "optim/test_torch_state.py"
 
 # by file below fused_warmup or csrc, and the tests that should notice: lines of old text, new text, other tests
 FAULTS: dict[tuple[str, str], list[tuple[str, ...]]] = {
-    ("outside.py", f"{TORCH} {OUTSIDE}"): [
+    ("plan/state_checks.py", f"{TORCH} {OUTSIDE}"): [
         ("or count != int(count)", ""),
         ("not 0 <= count < 2**62", "not count < 2**62"),
         ("if local.is_meta:", "if False:"),
@@ -59,30 +59,30 @@ FAULTS: dict[tuple[str, str], list[tuple[str, ...]]] = {
         ("if value.shape != param.shape:", "if False:"),
         ("local.is_complex() or local.is_quantized", "local.is_quantized"),
     ],
-    ("rows.py", f"{OUTSIDE} {TORCH}"): [
+    ("plan/rows.py", f"{OUTSIDE} {TORCH}"): [
         ("self.n_averaged.fill_(n_averaged)", "pass"),
         ("            self.step_float.copy_(self.step)", "            pass"),
         ('_FIELDS.index("n_averaged")', '_FIELDS.index("step")'),
     ],
-    ("processes.py", "test_processes.py -k shards"): [
+    ("distributed/groups.py", "distributed/test_processes.py -k shards"): [
         ("return is_sharded(param) or", "return", MODES),
         ('"_fsdp_flattened"', '"_flattened"'),
         ("return frame is not None", "return False"),
     ],
-    ("session.py", OUTSIDE): [
-        ('    "counters",\n', "", "test_state_dict.py test_torch_calls.py"),
+    ("optim/session.py", OUTSIDE): [
+        ('    "counters",\n', "", "optim/test_state_dict.py optim/test_torch_calls.py"),
     ],
-    ("losses.py", f"{OUTSIDE} test_readings.py -k loss"): [
+    ("optim/losses.py", f"{OUTSIDE} sharpness/test_readings.py -k loss"): [
         ("loss.numel() > 1 and not", "False and not", OUTSIDE),
         (".double().mean()", ".double().sum()", OUTSIDE),
         ('in "iuf"', 'in "f"'),
         ("loss.is_complex() or loss.dtype == torch.bool", "loss.dtype == torch.bool"),
     ],
-    ("state.py", STATES): [
+    ("optim/state_dict.py", STATES): [
         ("loaded.update(opt.fixed)", "pass", OUTSIDE),
         ("session.state.update(others)", "pass", TORCH),
         ("else copy.deepcopy(value)\n", "else value\n", TORCH),
-        ('list(dict.fromkeys(group["params"]))', 'list(group["params"])', "test_torch_contract.py -k tied"),
+        ('list(dict.fromkeys(group["params"]))', 'list(group["params"])', "optim/test_torch_contract.py -k tied"),
         ("held is not None and not live", "not live", OUTSIDE),
         ("due_count(session.average, calls)", "0", OUTSIDE),
         ('torch.as_tensor(group["norm"]).clone()', 'group["norm"]', SPHERE),
@@ -97,7 +97,7 @@ FAULTS: dict[tuple[str, str], list[tuple[str, ...]]] = {
         ("state_dict = state_dict if replaced is None else replaced", "pass", f"{GAPS} hook_before"),
         ("post_hook(opt)", "pass", MODES),
         ("step = int(exact[k])", "pass", f"{GAPS} beyond_those"),
-        ('1 if "momentum_buffer" in tensors else 0', "0", f"{STATES} test_failure_modes.py"),
+        ('1 if "momentum_buffer" in tensors else 0', "0", f"{STATES} optim/test_failure_modes.py"),
         ('"counted": "step" in saved', '"counted": True', f"{GAPS} counts_of_torch"),
         ('bool(saved.get("initialized", False))', "False", f"{GAPS} unloaded"),
 
@@ -108,7 +108,7 @@ FAULTS: dict[tuple[str, str], list[tuple[str, ...]]] = {
         ("session.state.pop(param, None)", "pass", f"{GAPS} does_not_have"),
         ("step = max([step, *(", "step = min([step, *(", f"{GAPS} counts_of_torch"),
         ("    session.reset()", "    pass", f"{GAPS} unloaded"),
-        ("    opt.update_captured()", "    pass", "test_capture.py"),
+        ("    opt.update_captured()", "    pass", "plan/test_capture.py"),
         ('float(own.get("init_norm_sq", 0.0))', "0.0", f"{GAPS} random_start"),
         ('own.get("rule") != opt.rule', "False", ERRORS),
         ("value.shape != param.shape", "value.numel() != param.numel()", f"{GAPS} rule_or_shape"),
@@ -119,14 +119,14 @@ FAULTS: dict[tuple[str, str], list[tuple[str, ...]]] = {
         ("held.load_state_dict(new.state_dict())", "pass", AUTOWU),
         ('return {**loaded, "schedule": held}', "return loaded", AUTOWU),
     ],
-    ("watch.py", PLAN): [
+    ("plan/address_cache.py", PLAN): [
         ("bool((self._now == self._addresses).all())", "True", f"{PLAN} {MODES}"),
         ("self._forms.read(tensors, self._addresses.ctypes.data)", "pass", f"{PLAN} {MODES}"),
         ("[len(a) for a in now] == [len(b) for b in members]", "len(now) == len(members)", f"{GAPS} groups_that"),
         ("p is q for a, b", "p is p for a, b", f"{GAPS} groups_that"),
         ("d.get(name) is value", "name in d", f"{GAPS} entries_that"),
     ],
-    ("plan.py", f"{PLAN} {PLACES}"): [
+    ("plan/plan.py", f"{PLAN} {PLACES}"): [
         ("len(self._state) == self._n_states", "True"),
         ("and self._state_watch.in_place()", ""),
         ("self._same_entries(self._dicts, self._names, self._objects)", "True"),
@@ -143,25 +143,25 @@ FAULTS: dict[tuple[str, str], list[tuple[str, ...]]] = {
         ("if settings == self.settings:", "if settings.measure == self.settings.measure:", f"{GAPS} measured_anyway"),
         ("self._signatures = [None] * len(self._signatures)", "pass", AUTOWU),
     ],
-    ("optimizer.py", f"{PLAN} {PLACES}"): [
-        ("session.average != session.planned_average\n            or not plan", "False\n            or not plan", f"{PLAN} test_averaging.py"),
+    ("optim/base.py", f"{PLAN} {PLACES}"): [
+        ("session.average != session.planned_average\n            or not plan", "False\n            or not plan", f"{PLAN} optim/test_averaging.py"),
         ("or skip or plan.random_start", "or skip", f"{GAPS} applied"),
 
         ("if value is not None:", "if isinstance(value, torch.Tensor):", f"{GAPS} as_a_number"),
     ],
-    ("optimizers.py", "test_reference.py"): [
+    ("optim/adam.py", "backends/test_reference.py"): [
         ("init_exp_avg_sq(param, grad, h, weight_decay, clip_coef)", "init_exp_avg_sq(param, grad, h, weight_decay, 1.0)"),
         ('self._session.state[row.param]["initialized"] = True', "pass"),
         ("if any(int(row.counters.step) for row, _ in active)", "if any(int(row.counters.step) for row in plan.rows)", f"{GAPS} init_from_gradients"),
         ("if grad is not None]\n        if not active", "]\n        if not active", f"{GAPS} init_from_gradients"),
     ],
-    ("build.py", f"{PLAN} {PLACES}"): [
+    ("plan/build.py", f"{PLAN} {PLACES}"): [
         ("or hypers[g].sphere) and param.requires_grad", ") and param.requires_grad", SPHERE),
-        ("record.set(0, int(record.n_averaged))", "pass", f"{PLAN} {MODES} test_reference.py"),
+        ("record.set(0, int(record.n_averaged))", "pass", f"{PLAN} {MODES} backends/test_reference.py"),
         ("for _, param, _ in members) - started", "for _, param, _ in members) * 0", f"{GAPS} applied"),
         ("if not layout.fits(state[key], local, by_channel):", "if False:"),
     ],
-    ("averaging.py", "test_averaging.py"): [
+    ("optim/averaging.py", "optim/test_averaging.py"): [
         ('"EMA", average.decay, average.every, average.every', '"EMA", average.decay, 1, average.every'),
         ('"SWA", 0.0, average.start, average.every', '"SWA", 0.0, average.every, average.every'),
         ("dense = param.stride() == average.stride()", "dense = True", f"{GAPS} strided_view"),
@@ -172,32 +172,32 @@ FAULTS: dict[tuple[str, str], list[tuple[str, ...]]] = {
         ('check.number("EMA", "decay", self.decay, 0.0, 1.0, ends="[]")', "pass", ERRORS),
         ('check.whole("SWA", "every", self.every, 1)', "pass", ERRORS),
     ],
-    ("telemetry.py", "test_telemetry.py"): [
+    ("optim/telemetry.py", "optim/test_telemetry.py"): [
         ("if self._uncopied == _PAGE:", "if self._uncopied == _PAGE + 1:"),
-        ("range(max(self._calls, calls - _PAGE), calls)", "range(self._calls, calls)", "test_telemetry.py test_capture.py"),
+        ("range(max(self._calls, calls - _PAGE), calls)", "range(self._calls, calls)", "optim/test_telemetry.py plan/test_capture.py"),
         ("page[[call % _PAGE for call in new]]", "page[[call % _PAGE for call in new][::-1]]"),
         ('rows.to("cpu", torch.float64, copy=True)', 'rows.to("cpu", torch.float64)', f"{GAPS} saved_state"),
         ("self._copies, self._uncopied = [], 0\n        self._calls = len(rows)", "self._calls = len(rows)", f"{GAPS} nobody_has_read"),
         ("self._copies, self._uncopied = [], 0\n        # whoever", "self._uncopied = 0\n        # whoever"),
         ("return self._calls", "return 0", STATES),
         ("return self._rows[0].clone()", "return self._rows[0]", f"{GAPS} saved_state"),
-        ("(*self._copies, (self.page", "((self.page", "test_telemetry.py test_capture.py"),
+        ("(*self._copies, (self.page", "((self.page", "optim/test_telemetry.py plan/test_capture.py"),
         ("block for block in reversed(self._rows)", "block for block in self._rows"),
         ("if len(self._rows) > _PAGE:", "if False:"),
         ("self._rows += [rows for rows in found if len(rows)]", "self._rows += found"),
         ("slot.fill_(value)", "pass"),
         ("self.slots.device != device", "False", f"{GAPS} on_a_device"),
     ],
-    ("reference/schedules.py", "test_schedules.py test_averaging.py"): [
+    ("reference/schedules.py", "schedules/test_schedules.py optim/test_averaging.py"): [
         ("and t >= segment.steps:", "and t > segment.steps:"),
         ("        return end\n", "        return start\n"),
-        ("    if not segments:\n        return 1.0", "    if not segments:\n        return 0.0", "test_backends.py -k trajectory"),
+        ("    if not segments:\n        return 1.0", "    if not segments:\n        return 0.0", "backends/test_backends.py -k trajectory"),
         ("and t >= begin + (segments", "and t > begin + (segments"),
         ("step >= start", "step > start"),
         ("(step - start) % every == 0", "step % every == 0", f"{GAPS} whose_period"),
         ("1.0 if n_averaged == 1 else 1.0 - decay", "1.0 - decay"),
     ],
-    ("sharpness/probe.py", "test_probe.py"): [
+    ("sharpness/probe.py", "sharpness/test_probe.py"): [
         ("max(self._steps, early)", "(early or self._steps)", f"{GAPS} more_products"),
         ("a.largest > b.largest", "a.largest < b.largest", f"{GAPS} larger_of"),
         ("torch.where(better, a.residual, b.residual)", "b.residual", f"{GAPS} larger_of"),
@@ -242,21 +242,21 @@ FAULTS: dict[tuple[str, str], list[tuple[str, ...]]] = {
         ("((step - start) % every == 0)", "(step % every == 0)", "interpreted.py -k weights_of"),
         ("1.0 / n.to", "1.0 / (n + 1).to", "interpreted.py -k weights_of"),
     ],
-    ("backends/triton/kernels.py", "interpreted.py -k scaled_gradients"): [
+    ("backends/triton/step.py", "interpreted.py -k scaled_gradients"): [
         ("part.l1 * verdict.unscale", "part.l1"),
         ("verdict.grad_norm * verdict.clip_coef", "verdict.grad_norm", "interpreted.py -k second_moments"),
     ],
-    ("backends/triton/layers.py", "interpreted.py -k 'rows_of_every'"): [
+    ("backends/triton/layerwise.py", "interpreted.py -k 'rows_of_every'"): [
         ("(part % GRAIN == 0)", "True"),
         ("& (chunk.offset % GRAIN == 0)", "", "interpreted.py -k odd_channels"),
     ],
-    ("reference/backend.py", "test_failure_modes.py -k scaler"): [
+    ("backends/reference.py", "optim/test_failure_modes.py -k scaler"): [
         ("grad_norm * unscale, grad_norm_l1 * unscale", "grad_norm * unscale, grad_norm_l1", f"{GAPS} scaled_gradients"),
     ],
-    ("reference/rules.py", "test_sphere.py"): [
+    ("reference/rules.py", "optim/test_sphere.py"): [
         ("squares < math.inf", "True"),
     ],
-    ("tuning/initial.py", TUNING): [
+    ("tuning/warmup/initial_lr.py", TUNING): [
         ("min(upper, target) / 2.0", "min(upper, target) / 4.0", f"{GAPS} rates_that"),
         ("if upper >= target:", "if upper > target:", f"{GAPS} rates_that"),
         ("rise <= accepted", "rise < line.start"),
@@ -271,7 +271,7 @@ FAULTS: dict[tuple[str, str], list[tuple[str, ...]]] = {
         ('RateSearch(math.nan, 0.0, math.inf, 0, ("nonfinite",))', 'RateSearch(math.nan, 0.0, math.inf, 0, ())'),
         ("return RateSearch(target, target, math.inf", "return RateSearch(target, lower, math.inf", f"{GAPS} rates_that"),
     ],
-    ("tuning/catapult.py", TUNING): [
+    ("tuning/warmup/persistent_catapult.py", TUNING): [
         ("value < self.best or not", "value <= self.best or not", f"{GAPS} catapult"),
         ("self.lr or self.start, self.target", "self.start, self.target", f"{GAPS} catapult"),
         ("value if math.isfinite(value) and", "value if", f"{GAPS} catapult"),
@@ -285,13 +285,13 @@ FAULTS: dict[tuple[str, str], list[tuple[str, ...]]] = {
         ("line.forwards = 0", "pass", f"{GAPS} catapult"),
     ],
     ("tuning/states.py", TUNING): [
-        ('{"version", *keys} - set(state_dict)', "set(keys) - set(state_dict)", "test_autowu.py -k bad_states"),
+        ('{"version", *keys} - set(state_dict)', "set(keys) - set(state_dict)", "tuning/test_autowu.py -k bad_states"),
     ],
-    ("tuning/norms.py", REFINE): [
+    ("tuning/refinement/norms.py", REFINE): [
         ("norms[skipped == 0.0]", "norms"),
         ("len(norms) < 2", "len(norms) < 1"),
     ],
-    ("tuning/refine.py", REFINE): [
+    ("tuning/refinement/refine.py", REFINE): [
         ("max(float(np.finfo(np.float64).tiny), least * float(np.median(kept)))", "least * float(np.median(kept))"),
         ("len(places) == n == steps", "n == steps"),
         ("int(_START * length)", "0"),
@@ -302,21 +302,21 @@ FAULTS: dict[tuple[str, str], list[tuple[str, ...]]] = {
         ("np.full(half, values[0])", "np.full(half, values[half])"),
         ("max(1, 2 * (n - 1))", "2 * (n - 1)"),
     ],
-    ("tuning/bounds.py", REFINE): [
+    ("tuning/refinement/bounds.py", REFINE): [
     ],
-    ("tuning/epochs.py", AUTOWU): [
+    ("tuning/autowu/loss_buffer.py", AUTOWU): [
         ("self.filled = 0\n        host", "host"),
         ("self.values = self.values.to(device)", "pass", f"{GAPS} on_a_device"),
         ("self.values[-1].copy_(made)", "self.values[-1] = 0"),
     ],
-    ("tuning/geometry.py", LARGE): [
+    ("tuning/large_lr/geometry.py", LARGE): [
         (".detach().double() for state in states", ".detach() for state in states", f"{GAPS} means_of"),
         ("mean[name] = last.clone()", "mean[name] = last", f"{GAPS} means_of"),
         ("3 * highest // 4", "highest // 2"),
         ("edges != sorted(set(edges))", "edges != sorted(edges)"),
         ("list(a) != list(b)", "False"),
     ],
-    ("tuning/regimes.py", LARGE): [
+    ("tuning/large_lr/regimes.py", LARGE): [
         ("chance + _ABOVE_CHANCE * (1.0 - chance)", "chance", f"{GAPS} above_chance"),
         ("and len(trial.losses) > 1", "", f"{GAPS} best_rate"),
         ("near = trial.barrier is None or", "near = trial.barrier is not None and", f"{GAPS} best_rate"),
@@ -326,11 +326,11 @@ FAULTS: dict[tuple[str, str], list[tuple[str, ...]]] = {
         ("*trial.accuracies[-1:]]", "*trial.accuracies]", f"{GAPS} best_rate"),
         ("pstdev(tail)", "0.0", f"{GAPS} best_rate"),
     ],
-    ("tuning/large_lr.py", LARGE): [
+    ("tuning/large_lr/pretrain_finetune.py", LARGE): [
         ('if key != "pretrained")', ")", f"{GAPS} any_order"),
         ("states[min(rates)], states[max(rates)]", "states[rates[0]], states[rates[1]]", f"{GAPS} any_order"),
     ],
-    ("tuning/autowu.py", AUTOWU): [
+    ("tuning/autowu/schedule.py", AUTOWU): [
         ("self._steps - 1 if counters is None", "self._steps if counters is None"),
         ("math.ceil((1.0 - self._options", "math.floor((1.0 - self._options", f"{GAPS} cooldown"),
         ("waited + 1.0 > self._options", "waited + 1.0 >= self._options"),
@@ -344,7 +344,7 @@ FAULTS: dict[tuple[str, str], list[tuple[str, ...]]] = {
         ('new.back_at = state_dict["back_at"]', "pass"),
         ("self._plateau = [lowest, 0.0]", "pass"),
     ],
-    ("tuning/gp.py", AUTOWU): [
+    ("tuning/autowu/gaussian_process.py", AUTOWU): [
         ("_JITTER = 1e-4", "_JITTER = 1e-2"),
         ("int(known[grid <= end].argmin())", "int(known.argmin())", f"{GAPS} beyond_the_last"),
         ("if len(y) > 3 else 0.0", "if len(y) > 30 else 0.0", f"{GAPS} four_losses"),

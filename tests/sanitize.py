@@ -17,12 +17,12 @@ FLAGS = "-g -O1 -fsanitize=address,undefined -fno-sanitize-recover=all -fno-omit
 # -O1 of the last flag wins over -O3: the loops stay readable in a report
 TESTS = [
     BUILD / "test_origin.py",
-    ROOT / "tests" / "test_properties.py",
-    ROOT / "tests" / "test_bitwise.py",
-    ROOT / "tests" / "test_backends.py",
-    ROOT / "tests" / "test_vectors.py",
-    ROOT / "tests" / "test_layers.py",
-    ROOT / "tests" / "test_cuda_on_host.py",
+    ROOT / "tests" / "optim" / "test_properties.py",
+    ROOT / "tests" / "backends" / "test_bitwise.py",
+    ROOT / "tests" / "backends" / "test_backends.py",
+    ROOT / "tests" / "sharpness" / "test_vectors.py",
+    ROOT / "tests" / "optim" / "test_layers.py",
+    ROOT / "tests" / "backends" / "test_cuda_on_host.py",
 ]
 CHOICE = (
     "not error_is_no_larger and not test_schedules and not float16 "

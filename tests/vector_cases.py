@@ -6,7 +6,7 @@ from cases import CASES, set_grads
 from torch.nn import Parameter
 
 from fused_warmup import _cpu
-from fused_warmup.sharpness.preview import Preview
+from fused_warmup.sharpness.pending_step import Preview
 from fused_warmup.sharpness.vectors import FusedVectors, Vectors
 
 # optimizers whose sharpness can be measured against their own pre-conditioner

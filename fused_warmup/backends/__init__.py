@@ -94,6 +94,6 @@ def resolve(name: str, device: torch.device) -> Backend:
         from .triton.launch import TritonBackend
 
         return TritonBackend()
-    from ..reference.backend import ReferenceBackend
+    from .reference import ReferenceBackend
 
     return ReferenceBackend()

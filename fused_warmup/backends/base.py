@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Protocol, runtime_checkable
 
-from ..plan import Plan
-from ..spans import ResponseTable, Spans
+from ..plan.plan import Plan
+from ..plan.vector_tables import ResponseTable, Spans
 
 
 class Backend(Protocol):

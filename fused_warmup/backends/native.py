@@ -7,8 +7,8 @@ from typing import Any
 import torch
 
 from .. import _checks as check
-from ..plan import Plan
-from ..spans import OPERATIONS, ResponseTable, Spans
+from ..plan.plan import Plan
+from ..plan.vector_tables import OPERATIONS, ResponseTable, Spans
 
 # below so many elements a thread costs more than it saves
 _ELEMENTS_PER_THREAD = 1 << 14

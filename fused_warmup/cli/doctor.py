@@ -14,7 +14,7 @@ from rich.table import Table
 import fused_warmup as fw
 
 from ..backends import BACKENDS, unavailable_reason
-from ..traffic import Traffic
+from ..plan.traffic import Traffic
 from .console import PlainConsole
 from .machine import cpu_model, versions
 from .words import complain

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import importlib
-import importlib.util
 import re
+from collections.abc import Callable
 from typing import Any
 
 import click
@@ -13,13 +12,44 @@ from .. import __version__
 from . import EXTRAS, missing
 from .words import complain
 
+
+def _doctor() -> click.Command:
+    from .doctor import doctor
+
+    return doctor
+
+
+def _bench() -> click.Command:
+    from .bench.command import bench
+
+    return bench
+
+
+def _train() -> click.Command:
+    from .train.command import train
+
+    return train
+
+
+def _refine() -> click.Command:
+    from .refine import refine
+
+    return refine
+
+
+def _report() -> click.Command:
+    from .train.report import report
+
+    return report
+
+
 # the help stands here, so that listing the commands imports none of them
-COMMANDS = {
-    "doctor": "Show versions, the machine and which backends work.",
-    "bench": "Measure the step against the torch lines it replaces.",
-    "train": "Train a small model beside the torch lines it replaces.",
-    "refine": "Refine a schedule from the gradient norms of an earlier run.",
-    "report": "Redraw the chart and the table of a saved training.",
+COMMANDS: dict[str, tuple[str, Callable[[], click.Command]]] = {
+    "doctor": ("Show versions, the machine and which backends work.", _doctor),
+    "bench": ("Measure the step against the torch lines it replaces.", _bench),
+    "train": ("Train a small model beside the torch lines it replaces.", _train),
+    "refine": ("Refine a schedule from the gradient norms of an earlier run.", _refine),
+    "report": ("Redraw the chart and the table of a saved training.", _report),
 }
 
 # 128 and the number of the signal
@@ -50,23 +80,20 @@ def sentence_of(command: str | None, error: Exception) -> str:
 
 
 class LazyGroup(click.Group):
-    """A group whose commands live in modules of the same name."""
+    """A group that imports a command when it is asked for."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
-        """Return the commands whose modules this installation has."""
-        return [name for name in COMMANDS if importlib.util.find_spec(f"{__package__}.{name}")]
+        """Return the names of the commands, in the order of the help."""
+        return list(COMMANDS)
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
         """Import one command, or return None for an unknown one."""
-        if cmd_name not in self.list_commands(ctx):
-            return None
-        command: click.Command = getattr(importlib.import_module(f"{__package__}.{cmd_name}"), cmd_name)
-        return command
+        return COMMANDS[cmd_name][1]() if cmd_name in COMMANDS else None
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """List the commands without importing them."""
         with formatter.section("Commands"):
-            formatter.write_dl([(name, COMMANDS[name]) for name in self.list_commands(ctx)])
+            formatter.write_dl([(name, sentence) for name, (sentence, _) in COMMANDS.items()])
 
     def invoke(self, ctx: click.Context) -> Any:
         """Run a command; whatever goes wrong becomes one line, and an interrupt the exit code of shells."""

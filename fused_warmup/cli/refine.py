@@ -12,11 +12,11 @@ from rich.table import Table
 
 from .. import _checks as check
 from ..schedules import Schedule
-from ..tuning.norms import read_norms
-from ..tuning.refine import ADVICE, Refinement, refinement
-from .charts import GREY, INK, OURS, PALE, THEIRS, logarithmic, points
+from ..tuning.refinement.norms import read_norms
+from ..tuning.refinement.refine import ADVICE, Refinement, refinement
 from .console import PlainConsole
 from .files import PATH, picture_kind, tried, write_picture
+from .train.charts import GREY, INK, OURS, PALE, THEIRS, logarithmic, points
 from .words import complain
 
 # a number of a schedule takes 20 bytes of JSON

@@ -1,9 +1,9 @@
 """Sharpness, the edge of stability and the critical learning rate, during training."""
 
-from .critical import critical_lr
+from .line_search import critical_lr
 from .operators import preconditioned, threshold, top_eigenvalue
 from .probe import SharpnessProbe
-from .reading import RateSearch, SharpnessReading
+from .result import RateSearch, SharpnessReading
 
 __all__ = [
     "RateSearch",

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from .. import _checks as check
-from .keeper import Keeper
+from .loss_evaluator import Keeper
 from .vectors import dot
 
 METHODS = ("difference", "autograd")

@@ -10,10 +10,10 @@ from torch import Tensor
 
 from .. import _checks as check
 from .hvp import Hessian
-from .keeper import Keeper, Loss
 from .lanczos import Spectrum, lanczos, lengths
-from .preview import Preview
-from .reading import SharpnessReading, bracket
+from .loss_evaluator import Keeper, Loss
+from .pending_step import Preview
+from .result import SharpnessReading, bracket
 from .vectors import dot
 
 # differences that miss by more than this fraction are worth a flag

@@ -11,13 +11,13 @@ import torch
 from torch import Tensor
 
 from .. import _checks as check
-from ..optimizer import FusedOptimizer
+from ..optim.base import FusedOptimizer
 from .hvp import Hessian
-from .keeper import Keeper, Loss
 from .lanczos import Spectrum, lanczos
+from .loss_evaluator import Keeper, Loss
 from .operators import Operator, make_reading, operators_of, random_vector
-from .preview import Preview
-from .reading import SharpnessReading
+from .pending_step import Preview
+from .result import SharpnessReading
 
 _COLD_STEPS, _AUDIT_STEPS, _AUDIT_EVERY = 10, 8, 20
 # the top vector still turns fast at the first measurements after a cold one

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ..backends.base import VectorBackend
-from ..spans import Spans
+from ..plan.vector_tables import Spans
 
 
 def dot(a: Tensor, b: Tensor) -> Tensor:

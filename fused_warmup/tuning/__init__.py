@@ -1,13 +1,13 @@
 """Published ways to choose a learning rate and its warmup."""
 
-from .autowu import AutoWU
-from .bounds import best_rates, best_scale, last_iterate_bound, refined_bound
-from .catapult import PersistentCatapult
-from .geometry import angular_distance, average_states, frequency_bands, linear_barrier
-from .initial import initial_lr, reach_steps, saved_steps
-from .large_lr import pretrain_finetune, relative_rate
-from .refine import Refinement, fit_polynomial, refine_groups, refine_schedule, refinement
-from .regimes import Regimes, Trial, find_regimes
+from .autowu.schedule import AutoWU
+from .large_lr.geometry import angular_distance, average_states, frequency_bands, linear_barrier
+from .large_lr.pretrain_finetune import pretrain_finetune, relative_rate
+from .large_lr.regimes import Regimes, Trial, find_regimes
+from .refinement.bounds import best_rates, best_scale, last_iterate_bound, refined_bound
+from .refinement.refine import Refinement, fit_polynomial, refine_groups, refine_schedule, refinement
+from .warmup.initial_lr import initial_lr, reach_steps, saved_steps
+from .warmup.persistent_catapult import PersistentCatapult
 
 __all__ = [
     "AutoWU",

@@ -12,14 +12,14 @@ from typing import Any
 
 import torch
 
-from ...plan import Plan
+from ...plan.plan import Plan
+from ...plan.structs import DTYPES
+from ...plan.vector_tables import OPERATIONS, ResponseTable, Spans
 from ...reference import rules as reference
-from ...spans import OPERATIONS, ResponseTable, Spans
-from ...table import DTYPES
-from .kernels import decide_kernel, measure_kernel, rescale_kernel, update_kernel
-from .layers import apply_kernel, propose_kernel, settle_kernel
-from .response import response_kernel
+from .layerwise import apply_kernel, propose_kernel, settle_kernel
+from .preconditioner import response_kernel
 from .rules import LAYER_RULES, RULES
+from .step import decide_kernel, measure_kernel, rescale_kernel, update_kernel
 from .vectors import vector_kernel
 
 # elements that a program takes at a time: eight a thread, 16 bytes of bfloat16 and twice that of float32

@@ -12,7 +12,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ...table import DTYPES, STRUCTS
+from ...plan.structs import DTYPES, STRUCTS
 
 # a constant of the module, so that the caches of compiled kernels know the layout they were compiled for
 LAYOUT = tl.constexpr({

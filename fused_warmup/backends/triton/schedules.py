@@ -5,8 +5,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from ...plan.structs import AVERAGE_KINDS
 from ...schedules import SEGMENT_KINDS
-from ...table import AVERAGE_KINDS
 from .memory import Segment, load_struct
 
 WARMUP = tl.constexpr(SEGMENT_KINDS.index("warmup"))

@@ -5,8 +5,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from ...spans import OPERATIONS
-from ...table import DTYPES as CODES
+from ...plan.structs import DTYPES as CODES
+from ...plan.vector_tables import OPERATIONS
 from .memory import (
     VECTOR,
     Algebra,

@@ -1,0 +1,169 @@
+"""The step in plain PyTorch: measure, decide, update; the statements of ``csrc/decide.h``.
+
+It reads its counters on the host, so on an accelerator it waits; it is the truth, not the fast path.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..reference.rules import (
+    LAYER_RULES,
+    RULES,
+    LayerRule,
+    Scalars,
+    average_update,
+    common_scalars,
+    rescale,
+    sphere_factor,
+    sphere_rate,
+)
+from ..reference.schedules import average_weight, is_averaged, multiplier
+
+
+class ReferenceBackend:
+    """Runs a plan with the rules of ``reference/rules.py`` on any device."""
+
+    name = "reference"
+    carries = 0
+
+    def prepare(self, plan: Any) -> None:
+        """Nothing to load."""
+
+    @torch.no_grad()
+    def step(self, plan: Any) -> None:
+        """Make one step.
+
+        Args:
+            plan: A refreshed ``fused_warmup.plan.Plan``.
+        """
+        rule = RULES.get(plan.rule) or LAYER_RULES[plan.rule]
+        counters, settings = plan.record["counters"], plan.settings
+        active = [(row, grad) for row, grad in zip(plan.rows, plan.grads, strict=True) if grad is not None]
+        t = int(counters[0])
+
+        grad_norm_l1, grad_norm = _norms([grad for _, grad in active])
+        grad_scale, found_inf = (None if s is None else float(s) for s in plan.scaling)
+        unscale = 1.0 if grad_scale is None else 1.0 / grad_scale
+        grad_norm, grad_norm_l1 = grad_norm * unscale, grad_norm_l1 * unscale
+        skipped = bool(found_inf) or (
+            settings.skip_nonfinite and any(not bool(grad.isfinite().all()) for _, grad in active)
+        )
+        if skipped and not settings.measure:
+            # nobody looked at the gradients of a step that was not made
+            grad_norm = grad_norm_l1 = math.nan
+        clip_coef = 1.0
+        if settings.max_grad_norm is not None:
+            ratio = settings.max_grad_norm / (grad_norm + 1e-6)
+            clip_coef = 1.0 if ratio >= 1.0 else ratio
+
+        for rates, h in zip(plan.rates, plan.hypers, strict=True):
+            rates[0] = h.lr * multiplier(h.schedule.segments if h.schedule else (), t)
+            decay_segments = h.weight_decay_schedule.segments if h.weight_decay_schedule else ()
+            rates[1] = h.weight_decay * multiplier(decay_segments, t)
+
+        rect = math.nan
+        for row, grad in active if not skipped else ():
+            step, h = row.counters.count_update(), plan.hypers[row.group]
+            eta, weight_decay = plan.rates[row.group].tolist()
+            if h.sphere:
+                eta = sphere_rate(eta, float(plan.norms[row.group]), rule.sphere_exponent(h, step))
+            s = common_scalars(h, eta, weight_decay, clip_coef * unscale)
+            rule.scalars(h, eta, step, s)
+            if step == 1 and not row.initialized and h.init == "grad":
+                s.init_grad = h.init_scale
+            if step == 1 and not row.initialized and h.init == "random":
+                norm = grad_norm * clip_coef
+                s.init_state = h.init_scale * norm * norm / settings.init_norm_sq
+            rect = s.rect if math.isnan(rect) else rect
+            arithmetic = torch.float64 if row.work.dtype == torch.float64 else torch.float32
+            param, grad = row.work.to(arithmetic), grad.to(arithmetic)
+            if plan.rule in RULES:
+                param, states = RULES[plan.rule].update(param, grad, row.states, s)
+            else:
+                param, states = _update_layer(LAYER_RULES[plan.rule], param, grad, row.states, h, s)
+            row.work.copy_(param)
+            for state, new in zip(row.states, states, strict=True):
+                state.copy_(new)
+        for g, h in enumerate(plan.hypers) if not skipped else ():
+            if h.sphere:
+                _rescale([row for row in plan.rows if row.group == g], h.radius, plan.norms[g])
+        kind, decay, start, every = plan.average
+        averaged = not skipped and is_averaged(kind, start, every, t + 1)
+        for row in plan.rows if averaged else ():
+            if row.average is not None:
+                weight = average_weight(kind, decay, row.counters.count_average())
+                row.average.copy_(average_update(row.average, row.work.to(row.average.dtype), weight))
+
+        if not skipped:
+            counters[0] = t + 1
+        page, slots = plan.record["page"], plan.record["slots"]
+        if page is not None:
+            line = [float(counters[0]), float(plan.rates[0, 0]), grad_norm, grad_norm_l1, clip_coef, rect]
+            line += [float(skipped), *slots.tolist()]
+            page[int(counters[1]) % len(page)] = torch.tensor(line, dtype=torch.float64, device=page.device)
+        slots.fill_(math.nan)
+        counters[1] += 1
+
+
+def _rescale(rows: Sequence[Any], radius: float, norm: Tensor) -> None:
+    """Bring the parameters of a group to their sphere, where they are from then on."""
+    squares = sum((float(row.work.to(torch.float64).square().sum()) for row in rows), 0.0)
+    radius = radius if radius > 0.0 else float(norm)
+    factor = sphere_factor(radius, squares)
+    for row in rows:
+        arithmetic = torch.float64 if row.work.dtype == torch.float64 else torch.float32
+        row.work.copy_(rescale(row.work.to(arithmetic), factor))
+    norm.fill_(radius)
+
+
+def _update_layer(
+    rule: type[LayerRule], param: Tensor, grad: Tensor, state: list[Tensor], h: Any, s: Scalars
+) -> tuple[Tensor, list[Tensor]]:
+    """Return the new parameter and states by a rule that needs sums over the layer."""
+    states = rule.advance(param, grad, state, s)
+    update = rule.candidate(param, grad, states, s)
+    products = rule.products(param.to(torch.float64), grad.to(torch.float64), update.to(torch.float64), s)
+    channels = len(param) if rule.projects and param.dim() > 1 and param.numel() else 1
+    sums = torch.stack([x.reshape(channels, -1).sum(1) for x in products], dim=1)
+    radial = _settle(rule, param, sums, h, s).to(param.dtype)
+    return rule.apply(param, update, radial, s), states
+
+
+def _settle(rule: type[LayerRule], param: Tensor, sums: Tensor, h: Any, s: Scalars) -> Tensor:
+    """Choose the view, channels before the layer; return how much of the parameter leaves the update.
+
+    Args:
+        rule: The rule.
+        param: The parameter.
+        sums: Sums of products, float64 of shape ``[channels, products]``.
+        h: Hyper-parameters.
+        s: Changed to what the sums say.
+
+    Returns:
+        Float64 that broadcasts to the parameter.
+    """
+    layer, size = sums.sum(0).tolist(), param.numel()
+    radial = torch.zeros(len(sums), dtype=torch.float64, device=param.device)
+    by_channel = by_layer = False
+    if rule.projects and param.dim() > 1:
+        by_channel = all(rule.scale_invariant(h, c, size // len(sums)) for c in sums.tolist())
+        by_layer = not by_channel and rule.scale_invariant(h, layer, size)
+    if by_channel:
+        radial.copy_(torch.tensor([rule.radial(h, c) for c in sums.tolist()], dtype=torch.float64))
+    if by_layer:
+        radial.fill_(rule.radial(h, layer))
+    rule.settle(h, layer, by_channel or by_layer, s)
+    return radial.reshape(-1, *[1] * (param.dim() - 1)) if param.dim() > 1 else radial.sum()
+
+
+def _norms(grads: list[Tensor]) -> tuple[float, float]:
+    """Return the L1 and L2 norm over all gradients, summed in double precision."""
+    l1 = sum((float(grad.to(torch.float64).abs().sum()) for grad in grads), 0.0)
+    l2_sq = sum((float(grad.to(torch.float64).square().sum()) for grad in grads), 0.0)
+    return l1, math.sqrt(l2_sq)

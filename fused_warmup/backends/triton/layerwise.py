@@ -1,0 +1,443 @@
+"""The stages of rules that need sums over layers, as Triton kernels: propose, settle, apply.
+
+A channel is cut into pieces, whose sums are taken in tiles of some pieces by some columns, and added up in
+order. No mathematics here: the rules have it, and ``csrc/reduce.h`` says what a piece is.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from ...plan.chunks import PIECE as _PIECE
+from .memory import (
+    VECTOR,
+    Chunk,
+    Hyper,
+    Row,
+    Scalars,
+    Step,
+    Verdict,
+    arithmetic,
+    item_size,
+    load_struct,
+    load_tile,
+    narrow,
+    state_dtype,
+    store_struct,
+    store_tile,
+    widen,
+)
+from .rules import average_update
+from .step import (
+    arrives_last,
+    average_weight_of,
+    combine_all,
+    finish_spheres,
+    grad_of,
+    is_on_sphere,
+    keep_squares,
+    measure_chunk,
+    record_norms,
+    scalars_of,
+)
+
+PIECE = tl.constexpr(_PIECE)
+# elements that fill a vector of any kind
+GRAIN = tl.constexpr(8)
+
+
+@triton.jit
+def first_piece(row, chunk):
+    """Number of the first piece of a chunk."""
+    each = tl.cdiv(row.channel_size, PIECE)
+    channel = chunk.offset // row.channel_size
+    return row.first_piece + channel * each + (chunk.offset - channel * row.channel_size) // PIECE
+
+
+@triton.jit
+def channel_part(row, chunk):
+    """Elements of a channel that are in one chunk."""
+    return tl.minimum(row.channel_size, chunk.count.to(tl.int64)).to(tl.int32)
+
+
+@triton.jit
+def count_pieces(chunk, part):
+    """Number of the pieces of a chunk that has parts of channels of one length."""
+    return chunk.count // part * tl.cdiv(part, PIECE)
+
+
+@triton.jit
+def tile_places(i, column, part, count, COLUMNS: tl.constexpr, ALIGNED: tl.constexpr):
+    """Where elements of some pieces stand in their chunk, and which of them there are."""
+    of_channel = tl.cdiv(part, PIECE)
+    channel = i // of_channel
+    skipped = (i - channel * of_channel) * PIECE
+    begin = channel * part + skipped
+    length = tl.where(i < count, tl.minimum(part - skipped, PIECE), 0)
+    if ALIGNED:
+        begin = tl.multiple_of(begin, GRAIN)
+        length = tl.multiple_of(length, GRAIN)
+    columns = column + tl.arange(0, COLUMNS)
+    return begin[:, None] + columns[None, :], columns[None, :] < length[:, None]
+
+
+@triton.jit
+def is_aligned(addresses, chunk, part):
+    """Whether all pieces of a chunk may be read in vectors."""
+    return (addresses % VECTOR == 0) & (chunk.offset % GRAIN == 0) & (part % GRAIN == 0)
+
+
+@triton.jit
+def add_products(sums, products, mask):
+    """Add to each sum what a tile has; four neighbours are in one thread."""
+    added = ()
+    for k in tl.static_range(len(sums)):
+        x = tl.where(mask, products[k], 0.0)
+        fours = tl.reshape(x, (x.shape[0], x.shape[1] // 4, 4))
+        added = added + (sums[k] + tl.sum(fours, axis=2),)
+    return added
+
+
+@triton.jit
+def propose_tiles(
+    step,
+    row,
+    grad,
+    chunk,
+    row_scalars,
+    ADVANCE: tl.constexpr,
+    CANDIDATE: tl.constexpr,
+    PRODUCTS: tl.constexpr,
+    N_SUMS: tl.constexpr,
+    DTYPE: tl.constexpr,
+    GRAD_DTYPE: tl.constexpr,
+    N_STATES: tl.constexpr,
+    PIECES: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    ALIGNED: tl.constexpr,
+):
+    """Move the states of a chunk, and sum what the update that they mean is judged by."""
+    C: tl.constexpr = arithmetic(DTYPE)
+    STATE_DTYPE: tl.constexpr = state_dtype(DTYPE)
+    states = (row.state0, row.state1, row.state2)
+    s = scalars_of(row_scalars, C)
+    part = channel_part(row, chunk)
+    count = count_pieces(chunk, part)
+    first = first_piece(row, chunk)
+    for start in range(0, count, PIECES):
+        i = start + tl.arange(0, PIECES)
+        sums = ()
+        for _ in tl.static_range(N_SUMS):
+            sums = sums + (tl.zeros((PIECES, COLUMNS // 4), tl.float64),)
+        for column in range(0, tl.minimum(part, PIECE), COLUMNS):
+            places, mask = tile_places(i, column, part, count, COLUMNS, ALIGNED)
+            here = row.param + chunk.offset * item_size(DTYPE)
+            param = load_tile(here, places, mask, DTYPE, C, ALIGNED)
+            here = grad + chunk.offset * item_size(GRAD_DTYPE)
+            g = load_tile(here, places, mask, GRAD_DTYPE, C, ALIGNED)
+            state = ()
+            for j in tl.static_range(N_STATES):
+                at = states[j] + chunk.offset * item_size(STATE_DTYPE)
+                state = state + (load_tile(at, places, mask, STATE_DTYPE, C, ALIGNED),)
+            state = ADVANCE(param, g, state, s)
+            for j in tl.static_range(N_STATES):
+                at = states[j] + chunk.offset * item_size(STATE_DTYPE)
+                store_tile(at, places, mask, state[j], STATE_DTYPE, ALIGNED)
+            update = CANDIDATE(param, g, state, s)
+            products = PRODUCTS(param.to(tl.float64), g.to(tl.float64), update.to(tl.float64), row_scalars)
+            sums = add_products(sums, products, mask)
+        for k in tl.static_range(N_SUMS):
+            out = (step.sums + ((first + i) * N_SUMS + k) * 8).to(tl.pointer_type(tl.float64))
+            tl.store(out, tl.sum(sums[k], axis=1), i < count)
+
+
+@triton.jit
+def propose_kernel(
+    step,
+    ADVANCE: tl.constexpr,
+    CANDIDATE: tl.constexpr,
+    PRODUCTS: tl.constexpr,
+    N_SUMS: tl.constexpr,
+    KINDS: tl.constexpr,
+    GRAD_DTYPES: tl.constexpr,
+    ACCUMULATE: tl.constexpr,
+    PIECES: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    ODD_PIECES: tl.constexpr,
+    ODD_COLUMNS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    TAIL: tl.constexpr,
+):
+    """The first part of an update in two, for every chunk."""
+    step = load_struct(step.to(tl.int64), 0, Step)
+    if load_struct(step.verdict, 0, Verdict).skipped == 0:
+        for i in range(tl.program_id(0), step.n_chunks, tl.num_programs(0)):
+            chunk = load_struct(step.chunks, i, Chunk)
+            row = load_struct(step.rows, chunk.row, Row)
+            grad = tl.load(grad_of(step, chunk.row))
+            s = load_struct(step.scalars, chunk.row, Scalars)
+            addresses = row.param | grad | row.state0 | row.state1
+            aligned = is_aligned(addresses, chunk, channel_part(row, chunk))
+            for k in tl.static_range(len(KINDS)):
+                kind = (row.dtype == KINDS[k][0]) & (row.grad_dtype == KINDS[k][1])
+                if (grad != 0) & kind & (row.n_states == KINDS[k][2]):
+                    if aligned:
+                        propose_tiles(
+                            step, row, grad, chunk, s, ADVANCE, CANDIDATE, PRODUCTS, N_SUMS,
+                            KINDS[k][0], KINDS[k][1], KINDS[k][2], PIECES, COLUMNS, True,
+                        )  # fmt: skip
+                    else:
+                        propose_tiles(
+                            step, row, grad, chunk, s, ADVANCE, CANDIDATE, PRODUCTS, N_SUMS,
+                            KINDS[k][0], KINDS[k][1], KINDS[k][2], ODD_PIECES, ODD_COLUMNS, False,
+                        )  # fmt: skip
+            if ACCUMULATE:
+                # once more, from the cache: the order of the sums is that of the measure stage
+                measure_chunk(step, i, chunk, row, grad, GRAD_DTYPES, BLOCK, TAIL)
+
+
+@triton.jit
+def load_sums(step, piece, known, N_SUMS: tl.constexpr):
+    """The sums of some pieces; zeros where none is known."""
+    sums = ()
+    for k in tl.static_range(N_SUMS):
+        at = (step.sums + (piece * N_SUMS + k) * 8).to(tl.pointer_type(tl.float64))
+        sums = sums + (tl.load(at, known, 0.0),)
+    return sums
+
+
+@triton.jit
+def add_sums(a, b):
+    """Sums of two parts."""
+    added = ()
+    for k in tl.static_range(len(a)):
+        added = added + (a[k] + b[k],)
+    return added
+
+
+@triton.jit
+def no_layer(LANES: tl.constexpr, N_SUMS: tl.constexpr):
+    """Sums of nothing."""
+    sums = ()
+    for _ in tl.static_range(N_SUMS):
+        sums = sums + (tl.zeros((LANES,), tl.float64),)
+    return sums
+
+
+@triton.jit
+def channel_sums(step, row, channel, known, each, LANES: tl.constexpr, N_SUMS: tl.constexpr):
+    """The sums over some channels of ``each`` pieces."""
+    sums = no_layer(LANES, N_SUMS)
+    for j in range(0, each):
+        sums = add_sums(sums, load_sums(step, row.first_piece + channel * each + j, known, N_SUMS))
+    return sums
+
+
+@triton.jit
+def settle_row(
+    step,
+    i,
+    row,
+    INVARIANT: tl.constexpr,
+    RADIAL: tl.constexpr,
+    SETTLE: tl.constexpr,
+    N_SUMS: tl.constexpr,
+    PROJECTS: tl.constexpr,
+    LANES: tl.constexpr,
+):
+    """What the sums over a row and its channels say; of a single channel, both say the same."""
+    lanes = tl.arange(0, LANES)
+    h = load_struct(step.hypers, row.group, Hyper)
+    each = tl.cdiv(row.channel_size, PIECE)
+    channels = row.numel // row.channel_size
+    parts = no_layer(LANES, N_SUMS)
+    failed = tl.zeros((LANES,), tl.int32)
+    if channels == 1:
+        for start in range(0, each, LANES):
+            piece = start + lanes
+            parts = add_sums(parts, load_sums(step, row.first_piece + piece, piece < each, N_SUMS))
+    else:
+        for start in range(0, channels, LANES):
+            channel = start + lanes
+            sums = channel_sums(step, row, channel, channel < channels, each, LANES, N_SUMS)
+            along = (channel < channels) & (INVARIANT(h, sums, row.channel_size) == 0)
+            failed = tl.where(along, 1, failed)
+            parts = add_sums(parts, sums)
+    layer = ()
+    for k in tl.static_range(N_SUMS):
+        layer = layer + (tl.sum(parts[k]),)
+    projects = PROJECTS & (row.projects != 0)
+    by_channel = projects & (channels > 1) & (tl.sum(failed) == 0)
+    by_layer = projects & (by_channel == 0) & INVARIANT(h, layer, row.numel)
+    s = load_struct(step.scalars, i, Scalars)
+    # other threads may still read what one of them is about to write
+    tl.debug_barrier()
+    store_struct(step.scalars, i, SETTLE(h, layer, by_channel | by_layer, s), Scalars)
+    if PROJECTS:
+        for start in range(0, channels * each, LANES):
+            piece = start + lanes
+            known = piece < channels * each
+            looked_at = tl.where(by_channel, each, 0)
+            sums = no_layer(LANES, N_SUMS)
+            for j in range(0, looked_at):
+                place = row.first_piece + piece // each * each + j
+                sums = add_sums(sums, load_sums(step, place, known, N_SUMS))
+            radial = tl.where(by_layer, RADIAL(h, layer), 0.0)
+            radial = tl.where(by_channel, RADIAL(h, sums), radial)
+            out = (step.radials + (row.first_piece + piece) * 8).to(tl.pointer_type(tl.float64))
+            tl.store(out, radial, known)
+
+
+@triton.jit
+def settle_kernel(
+    step,
+    INVARIANT: tl.constexpr,
+    RADIAL: tl.constexpr,
+    SETTLE: tl.constexpr,
+    N_SUMS: tl.constexpr,
+    PROJECTS: tl.constexpr,
+    ACCUMULATE: tl.constexpr,
+    LANES: tl.constexpr,
+):
+    """From sums to what the second part of the update needs, row by row."""
+    step = load_struct(step.to(tl.int64), 0, Step)
+    verdict = load_struct(step.verdict, 0, Verdict)
+    if verdict.skipped == 0:
+        for i in range(tl.program_id(0), step.n_rows, tl.num_programs(0)):
+            row = load_struct(step.rows, i, Row)
+            if (tl.load(grad_of(step, i)) != 0) & (row.numel > 0):
+                settle_row(step, i, row, INVARIANT, RADIAL, SETTLE, N_SUMS, PROJECTS, LANES)
+        if ACCUMULATE:
+            if tl.program_id(0) == 0:
+                record_norms(step, verdict, combine_all(step.partials, step.n_chunks, LANES))
+
+
+@triton.jit
+def apply_tiles(
+    step,
+    row,
+    grad,
+    chunk,
+    row_scalars,
+    average_weight,
+    on_sphere,
+    looks_back,
+    CANDIDATE: tl.constexpr,
+    APPLY: tl.constexpr,
+    PROJECTS: tl.constexpr,
+    DTYPE: tl.constexpr,
+    GRAD_DTYPE: tl.constexpr,
+    N_STATES: tl.constexpr,
+    AVERAGE: tl.constexpr,
+    SPHERES: tl.constexpr,
+    PIECES: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    ALIGNED: tl.constexpr,
+):
+    """Find the update of a chunk again, move and average the parameter; returns the squares of what it is."""
+    C: tl.constexpr = arithmetic(DTYPE)
+    STATE_DTYPE: tl.constexpr = state_dtype(DTYPE)
+    states = (row.state0, row.state1, row.state2)
+    s = scalars_of(row_scalars, C)
+    weight = average_weight.to(C)
+    part = channel_part(row, chunk)
+    count = count_pieces(chunk, part)
+    first = first_piece(row, chunk)
+    squares = (tl.zeros((PIECES, COLUMNS // 4), tl.float64),)
+    for start in range(0, count, PIECES):
+        i = start + tl.arange(0, PIECES)
+        radial = tl.zeros((PIECES,), tl.float64)
+        if PROJECTS:
+            radials = (step.radials + (first + i) * 8).to(tl.pointer_type(tl.float64))
+            radial = tl.load(radials, (i < count) & (grad != 0), 0.0)
+        for column in range(0, tl.minimum(part, PIECE), COLUMNS):
+            places, mask = tile_places(i, column, part, count, COLUMNS, ALIGNED)
+            here = row.param + chunk.offset * item_size(DTYPE)
+            param = load_tile(here, places, mask, DTYPE, C, ALIGNED)
+            if grad != 0:
+                # nothing is read where the mask is off everywhere
+                at = grad + chunk.offset * item_size(GRAD_DTYPE)
+                g = load_tile(at, places, mask & looks_back, GRAD_DTYPE, C, ALIGNED)
+                state = ()
+                for j in tl.static_range(N_STATES):
+                    at = states[j] + chunk.offset * item_size(STATE_DTYPE)
+                    state = state + (load_tile(at, places, mask, STATE_DTYPE, C, ALIGNED),)
+                update = CANDIDATE(param, g, state, s)
+                stored = narrow(APPLY(param, update, radial.to(C)[:, None], s), DTYPE)
+                store_tile(here, places, mask, stored, DTYPE, ALIGNED)
+                # the average is of the parameter as it is stored
+                param = widen(stored, DTYPE).to(C)
+            if SPHERES:
+                if on_sphere:
+                    x = param.to(tl.float64)
+                    squares = add_products(squares, (x * x,), mask)
+            if AVERAGE:
+                if weight > 0.0:
+                    at = row.average + chunk.offset * item_size(STATE_DTYPE)
+                    average = load_tile(at, places, mask, STATE_DTYPE, C, ALIGNED)
+                    average = average_update(average, param, weight)
+                    store_tile(at, places, mask, average, STATE_DTYPE, ALIGNED)
+    return tl.sum(squares[0])
+
+
+@triton.jit
+def apply_kernel(
+    step,
+    CANDIDATE: tl.constexpr,
+    APPLY: tl.constexpr,
+    LOOKS_BACK: tl.constexpr,
+    PROJECTS: tl.constexpr,
+    KINDS: tl.constexpr,
+    AVERAGE: tl.constexpr,
+    SPHERES: tl.constexpr,
+    PIECES: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    ODD_PIECES: tl.constexpr,
+    ODD_COLUMNS: tl.constexpr,
+    LANES: tl.constexpr,
+):
+    """The second part of an update in two, for every chunk, the last one first."""
+    step = load_struct(step.to(tl.int64), 0, Step)
+    verdict = load_struct(step.verdict, 0, Verdict)
+    if verdict.skipped == 0:
+        for n in range(tl.program_id(0), step.n_chunks, tl.num_programs(0)):
+            chunk = load_struct(step.chunks, step.n_chunks - 1 - n, Chunk)
+            row = load_struct(step.rows, chunk.row, Row)
+            grad = tl.load(grad_of(step, chunk.row))
+            s = load_struct(step.scalars, chunk.row, Scalars)
+            looks_back = LOOKS_BACK(load_struct(step.hypers, row.group, Hyper), row.n_states)
+            addresses = row.param | grad | row.state0 | row.state1 | row.average
+            aligned = is_aligned(addresses, chunk, channel_part(row, chunk))
+            weight = average_weight_of(row)
+            squares = tl.full((), 0.0, tl.float64)
+            wanted = grad != 0
+            on_sphere = False
+            if SPHERES:
+                # averaged when it is back there
+                on_sphere = is_on_sphere(step, row.group)
+                weight = tl.where(on_sphere, 0.0, weight)
+                wanted = wanted | on_sphere
+            if AVERAGE:
+                wanted = wanted | (weight > 0.0)
+            for k in tl.static_range(len(KINDS)):
+                kind = (row.dtype == KINDS[k][0]) & (row.grad_dtype == KINDS[k][1])
+                if wanted & kind & (row.n_states == KINDS[k][2]):
+                    if aligned:
+                        squares = apply_tiles(
+                            step, row, grad, chunk, s, weight, on_sphere, looks_back,
+                            CANDIDATE, APPLY, PROJECTS, KINDS[k][0], KINDS[k][1], KINDS[k][2],
+                            AVERAGE, SPHERES, PIECES, COLUMNS, True,
+                        )  # fmt: skip
+                    else:
+                        squares = apply_tiles(
+                            step, row, grad, chunk, s, weight, on_sphere, looks_back,
+                            CANDIDATE, APPLY, PROJECTS, KINDS[k][0], KINDS[k][1], KINDS[k][2],
+                            AVERAGE, SPHERES, ODD_PIECES, ODD_COLUMNS, False,
+                        )  # fmt: skip
+            if SPHERES:
+                if on_sphere:
+                    keep_squares(step, step.n_chunks - 1 - n, squares)
+        if SPHERES:
+            if arrives_last(step):
+                finish_spheres(step, LANES)

@@ -1,0 +1,133 @@
+"""The pre-conditioner of the step about to be made, one launch: the statements of ``csrc/response.h``."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from .memory import (
+    VECTOR,
+    Chunk,
+    Counters,
+    Hyper,
+    Partial,
+    Rates,
+    Response,
+    Row,
+    Scalars,
+    Step,
+    arithmetic,
+    item_size,
+    load_block,
+    load_struct,
+    state_dtype,
+    store_block,
+)
+from .rules import response, root
+from .step import grad_of, judge, scalars_of, scalars_of_rows, set_rates, updates_of
+
+
+@triton.jit
+def as_numbers(s):
+    """Scalars of which those that nothing set are numbers of the device too."""
+    zero = tl.full((), 0.0, tl.float64)
+    numbers = ()
+    for i in tl.static_range(len(s)):
+        numbers = numbers + (s[i] + zero,)
+    return Scalars(*numbers)
+
+
+@triton.jit
+def response_blocks(
+    call,
+    row,
+    grad,
+    chunk,
+    place,
+    s,
+    fold,
+    first,
+    last,
+    UPDATE: tl.constexpr,
+    DTYPE: tl.constexpr,
+    GRAD_DTYPE: tl.constexpr,
+    N_STATES: tl.constexpr,
+    WIDE: tl.constexpr,
+    BLOCK: tl.constexpr,
+    WHOLE: tl.constexpr,
+):
+    """Some blocks of a chunk, whole and aligned ones or others."""
+    C: tl.constexpr = arithmetic(DTYPE)
+    STATE_DTYPE: tl.constexpr = state_dtype(DTYPE)
+    states = (row.state0, row.state1, row.state2)
+    lanes = tl.arange(0, BLOCK)
+    for done in range(first, last, BLOCK):
+        own = chunk.offset + done
+        there = (place + own) * item_size(WIDE)
+        mask = lanes < last - done
+        param = load_block(row.param + own * item_size(DTYPE), lanes, mask, DTYPE, C, WHOLE)
+        g = load_block(grad + own * item_size(GRAD_DTYPE), lanes, mask, GRAD_DTYPE, C, WHOLE)
+        state = ()
+        for j in tl.static_range(N_STATES):
+            at = states[j] + own * item_size(STATE_DTYPE)
+            state = state + (load_block(at, lanes, mask, STATE_DTYPE, C, WHOLE),)
+        inverse = response(param, g, state, s, UPDATE)
+        if call.scale != 0:
+            store_block(call.scale + there, lanes, mask, root(inverse).to(arithmetic(WIDE)), WIDE, WHOLE)
+        if call.folded != 0:
+            folded = root(inverse * fold).to(arithmetic(WIDE))
+            store_block(call.folded + there, lanes, mask, folded, WIDE, WHOLE)
+
+
+@triton.jit
+def response_kernel(
+    step,
+    call,
+    SCALARS: tl.constexpr,
+    UPDATE: tl.constexpr,
+    KINDS: tl.constexpr,
+    WIDE: tl.constexpr,
+    BLOCK: tl.constexpr,
+    TAIL: tl.constexpr,
+    LANES: tl.constexpr,
+):
+    """Every chunk of the rows that are measured; nothing of the step is written."""
+    step = load_struct(step.to(tl.int64), 0, Step)
+    call = load_struct(call.to(tl.int64), 0, Response)
+    t = load_struct(step.counters, 0, Counters).step
+    l2_sq = tl.load(call.l2_sq.to(tl.pointer_type(tl.float64)))
+    verdict = judge(step, t, Partial(l1=l2_sq * 0.0, l2_sq=l2_sq, nonfinite=tl.full((), 0, tl.int64)))
+    # every program writes the same numbers, for its own threads to read
+    set_rates(Step(step, rates=call.rates), t, LANES)
+    tl.debug_barrier()
+    for i in range(tl.program_id(0), step.n_chunks, tl.num_programs(0)):
+        chunk = load_struct(step.chunks, i, Chunk)
+        place = tl.load((call.offsets + chunk.row * 8).to(tl.pointer_type(tl.int64)))
+        if place >= 0:
+            row = load_struct(step.rows, chunk.row, Row)
+            grad = tl.load(grad_of(step, chunk.row))
+            h = load_struct(step.hypers, row.group, Hyper)
+            rates = load_struct(call.rates, row.group, Rates)
+            fold = rates.lr / tl.load((call.edges + chunk.row * 8).to(tl.pointer_type(tl.float64)))
+            updates = updates_of(row) + 1
+            # at rate 1, because the pre-conditioner does not hold the rate
+            rates = Rates(rates, lr=rates.lr * 0.0 + 1.0)
+            all_scalars = as_numbers(
+                scalars_of_rows(step, verdict, row, h, rates, rates.lr, updates, SCALARS)
+            )
+            addresses = row.param | grad | row.state0 | row.state1 | row.state2 | call.scale | call.folded
+            addresses = addresses | (place * item_size(WIDE))
+            whole = tl.where(addresses % VECTOR == 0, chunk.count // BLOCK * BLOCK, 0)
+            for k in tl.static_range(len(KINDS)):
+                kind = (row.dtype == KINDS[k][0]) & (row.n_states == KINDS[k][2])
+                if kind & (row.grad_dtype == KINDS[k][1]):
+                    s = scalars_of(all_scalars, arithmetic(KINDS[k][0]))
+                    own_fold = fold.to(arithmetic(KINDS[k][0]))
+                    response_blocks(
+                        call, row, grad, chunk, place, s, own_fold, 0, whole,
+                        UPDATE, KINDS[k][0], KINDS[k][1], KINDS[k][2], WIDE, BLOCK, True,
+                    )  # fmt: skip
+                    response_blocks(
+                        call, row, grad, chunk, place, s, own_fold, whole, chunk.count,
+                        UPDATE, KINDS[k][0], KINDS[k][1], KINDS[k][2], WIDE, TAIL, False,
+                    )  # fmt: skip

@@ -1,0 +1,1 @@
+"""The command ``fused-warmup bench``."""

@@ -1,0 +1,1 @@
+"""Which process groups a tensor is spread over, and means over them."""

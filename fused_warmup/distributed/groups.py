@@ -1,0 +1,57 @@
+"""What other processes hold of a model, and means over a group of them."""
+
+from __future__ import annotations
+
+import sys
+
+import torch
+from torch import Tensor
+
+
+def average(tensor: Tensor) -> None:
+    """Replace a tensor by its mean over the default process group, where there is one; all ranks call it."""
+    dist = torch.distributed
+    if world_size() == 1:
+        return
+    # nccl takes tensors of its own device only
+    shared = tensor.cuda() if dist.get_backend() == "nccl" and not tensor.is_cuda else tensor.contiguous()
+    dist.all_reduce(shared)
+    tensor.copy_(shared / dist.get_world_size())
+
+
+def world_size() -> int:
+    """Return the number of processes of the default group, 1 without one."""
+    dist = torch.distributed
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def is_sharded(tensor: Tensor) -> bool:
+    """Whether other processes hold other parts of a tensor: the norm of the local part is not its norm."""
+    placements = getattr(tensor, "placements", ())
+    return any(p.is_shard() for p in placements) and getattr(tensor, "device_mesh").size() > 1  # noqa: B009
+
+
+def is_part(param: Tensor) -> bool:
+    """Whether other processes hold the rest of a parameter: a shard of a DTensor or of FSDP1.
+
+    FSDP1 marks what it has flattened, the flat parameter and, with ``use_orig_params=True``, its pieces.
+    """
+    return is_sharded(param) or (getattr(param, "_fsdp_flattened", False) and world_size() > 1)
+
+
+def is_flattened(param: Tensor) -> bool:
+    """Whether a parameter is several of a model in a row, whose layers cannot be told apart."""
+    return bool(getattr(param, "_is_flat_param", False))
+
+
+def built_by_zero() -> bool:
+    """Whether a ``ZeroRedundancyOptimizer`` is making this optimizer, for a part of the parameters."""
+    zero = sys.modules.get("torch.distributed.optim.zero_redundancy_optimizer")
+    if zero is None or world_size() == 1:
+        return False
+    frame = sys._getframe(1)
+    while (
+        frame is not None and frame.f_code is not zero.ZeroRedundancyOptimizer._init_local_optimizer.__code__
+    ):
+        frame = frame.f_back  # type: ignore[assignment]
+    return frame is not None

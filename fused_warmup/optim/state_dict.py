@@ -1,0 +1,338 @@
+"""State dicts in torch's format, out of and into the device buffers."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from .. import _checks as check
+from ..plan.rows import RowCounters
+from ..plan.state_checks import checked_norm, checked_state, whole_count
+from ..plan.structs import COUNTERS, TELEMETRY
+from ..plan.tensors import state_like
+from ..schedules import Schedule
+from ..schedules.adaptive import LiveSchedule, live_schedules, restored
+
+if TYPE_CHECKING:
+    from .base import FusedOptimizer
+    from .session import Session
+
+_VERSION = 1
+_SCHEDULES = ("schedule", "weight_decay_schedule")
+# what any of our rules or torch's may keep per parameter
+_KNOWN = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq", "momentum_buffer")
+# and what this package keeps besides; all else belongs to somebody else
+_OWN = (*_KNOWN, "average", "step", "n_averaged", "initialized")
+
+
+def pack_state(rule: str, session: Session, state_dict: dict[str, Any]) -> dict[str, Any]:
+    """Return torch's state dict in plain types, with an entry for what torch has no place for.
+
+    Tensors are those of the optimizer, as in torch: they follow later steps, counts and moments together.
+
+    Args:
+        rule: Name of the update rule.
+        session: What the optimizer keeps.
+        state_dict: What ``torch.optim.Optimizer.state_dict`` returned for it; not changed.
+
+    Returns:
+        The state dict. ``step`` is float32 as torch keeps it; the exact int64 counts are in ``fused_warmup``.
+    """
+    groups = [dict(group) for group in state_dict["param_groups"]]
+    # groups share a live schedule, and so they do in the state dict
+    live = {id(schedule): schedule.state_dict() for schedule in live_schedules(groups)}
+    for group in groups:
+        if "norm" in group:
+            # a later step writes it
+            group["norm"] = torch.as_tensor(group["norm"]).clone()
+        for key in _SCHEDULES:
+            if isinstance(group.get(key), Schedule):
+                group[key] = group[key].to_dict()
+            elif isinstance(group.get(key), LiveSchedule):
+                group[key] = live[id(group[key])]
+    packed = dict(state_dict["state"])
+    step_ids, records = [], []
+    for k, param in enumerate(session.params):
+        state = packed.get(k)
+        if not isinstance(state, Mapping):
+            continue
+        if not state:
+            del packed[k]
+            continue
+        packed[k] = dict(state)
+        record = session.records.get(param)
+        if record is not None and state.get("step") is record.step:
+            record.settle()
+            packed[k]["step"] = record.step_float
+            step_ids.append(k)
+            records.append(record)
+        elif "step" in state:
+            packed[k]["step"] = torch.as_tensor(state["step"], dtype=torch.float32)
+    own = {
+        "version": _VERSION,
+        "rule": rule,
+        "steps": [record.step for record in records],
+        "step_ids": step_ids,
+        "counters": session.counters,
+        "init_norm_sq": session.init_norm_sq,
+        "telemetry": session.telemetry.kept_rows() if session.telemetry.enabled else None,
+    }
+    return {**state_dict, "state": packed, "param_groups": groups, "fused_warmup": own}
+
+
+def load_state(opt: FusedOptimizer, state_dict: dict[str, Any]) -> None:
+    """Load a state dict of ours or of ``torch.optim`` into ``opt``, all of it or nothing.
+
+    Args:
+        opt: The optimizer.
+        state_dict: What ``state_dict`` returned; not changed.
+
+    Raises:
+        ValueError: If it is of another optimizer, version or shape.
+        TypeError: If a state is of a kind that cannot be read.
+    """
+    state_dict = dict(state_dict)
+    for pre_hook in opt._optimizer_load_state_dict_pre_hooks.values():
+        replaced = pre_hook(opt, state_dict)
+        state_dict = state_dict if replaced is None else replaced
+    owner, session = type(opt).__name__, opt._session
+    own = _own_entry(owner, opt, state_dict)
+    groups = _loaded_groups(owner, opt, state_dict)
+    states = _loaded_states(owner, opt, state_dict, own, groups)
+    ids = {k for group in state_dict["param_groups"] for k in group["params"]}
+    others = {k: value for k, value in state_dict["state"].items() if k not in ids}
+
+    _warn_of_schedules(owner, session, groups)
+    for group, loaded in zip(session.param_groups, groups, strict=True):
+        _keep_norm(group, loaded)
+        group.update(_kept_live(group, loaded))
+    params = session.params
+    for key in session.state.keys() - set(params):
+        del session.state[key]
+    session.state.update(others)
+    calls = _load_counters(session, own, states)
+    with torch.no_grad():
+        for param in params:
+            _fill(session, param, states.get(param), calls)
+    session.reset()
+    opt.update_captured()
+    for post_hook in opt._optimizer_load_state_dict_post_hooks.values():
+        post_hook(opt)
+
+
+def _warn_of_schedules(owner: str, session: Session, groups: list[dict[str, Any]]) -> None:
+    """Warn once if the state dict, which wins as in torch, replaces a schedule of the optimizer."""
+    for g, (group, loaded) in enumerate(zip(session.param_groups, groups, strict=True)):
+        for key in _SCHEDULES:
+            held = group.get(key)
+            taken = loaded.get(key, held)
+            live = isinstance(held, LiveSchedule) and isinstance(taken, LiveSchedule)
+            if held is not None and not live and held != taken:
+                warnings.warn(
+                    f"{owner}: load_state_dict() replaces the {key} of group {g} by that of the state dict, "
+                    f"another one; to keep yours, set param_groups[{g}][{key!r}] after the load.",
+                    stacklevel=5,
+                )
+                return
+
+
+def _ids(group: Mapping[str, Any]) -> list[Any]:
+    """Return the ids of a saved group's parameters, each once: torch repeats a tied weight."""
+    return list(dict.fromkeys(group["params"]))
+
+
+def _own_entry(owner: str, opt: FusedOptimizer, state_dict: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return the checked entry of ours, or an empty one for a state dict of torch."""
+    for key in ("state", "param_groups"):
+        if key not in state_dict:
+            check.fail(owner, "state_dict", f"have the key {key!r}", sorted(state_dict))
+    own: Mapping[str, Any] = state_dict.get("fused_warmup", {})
+    if own and own.get("version") != _VERSION:
+        hint = "It was saved by another release."
+        check.fail(owner, "state_dict['fused_warmup']['version']", f"be {_VERSION}", own.get("version"), hint)
+    if own and own.get("rule") != opt.rule:
+        check.fail(owner, "state_dict", f"be that of a {opt.rule} rule", own.get("rule"))
+    rows = own.get("telemetry")
+    if rows is not None and (rows.dim() != 2 or rows.shape[1] != len(TELEMETRY)):
+        name = "state_dict['fused_warmup']['telemetry']"
+        check.fail(owner, name, f"have the shape [steps, {len(TELEMETRY)}]", tuple(rows.shape))
+    return own
+
+
+def _loaded_groups(owner: str, opt: FusedOptimizer, state_dict: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Return the hyper-parameters to take over, checked."""
+    saved = state_dict["param_groups"]
+    if len(saved) != len(opt.param_groups):
+        check.fail(owner, "state_dict", f"have {len(opt.param_groups)} parameter groups", len(saved))
+    groups = []
+    made: dict[int, Any] = {}
+    for i, (live, group) in enumerate(zip(opt.param_groups, saved, strict=True)):
+        if len(_ids(group)) != len(live["params"]):
+            name = f"state_dict['param_groups'][{i}]"
+            check.fail(owner, name, f"have {len(live['params'])} parameters", len(_ids(group)))
+        loaded = {}
+        for key, value in group.items():
+            if key in _SCHEDULES and isinstance(value, Mapping):
+                place = id(value)
+                made[place] = made[place] if place in made else restored(value)
+                loaded[key] = made[place]
+            elif key != "params":
+                loaded[key] = value.detach().clone() if isinstance(value, Tensor) else copy.deepcopy(value)
+        loaded.update(opt.fixed)
+        opt._make_hyper({**live, **loaded})
+        if "norm" in loaded:
+            device = live["params"][0].device if live["params"] else torch.device("cpu")
+            name = f"state_dict['param_groups'][{i}]['norm']"
+            loaded["norm"] = checked_norm(owner, name, loaded["norm"], device)
+        groups.append(loaded)
+    return groups
+
+
+def _keep_norm(group: dict[str, Any], loaded: dict[str, Any]) -> None:
+    """Bring the loaded norm of a group to where the kernels read it; without one it is to be measured."""
+    norm, held = loaded.pop("norm", None), group.get("norm")
+    if norm is None:
+        group.pop("norm", None)
+    elif isinstance(held, Tensor) and (held.dtype, held.device) == (norm.dtype, norm.device):
+        held.copy_(norm)
+    else:
+        group["norm"] = norm
+
+
+def _kept_live(group: Mapping[str, Any], loaded: dict[str, Any]) -> dict[str, Any]:
+    """Return what a group takes over; a live schedule stays the object that the user holds."""
+    held, new = group["schedule"], loaded.get("schedule")
+    if not isinstance(held, LiveSchedule) or not isinstance(new, LiveSchedule):
+        return loaded
+    held.load_state_dict(new.state_dict())
+    return {**loaded, "schedule": held}
+
+
+def _loaded_states(
+    owner: str,
+    opt: FusedOptimizer,
+    state_dict: Mapping[str, Any],
+    own: Mapping[str, Any],
+    groups: list[dict[str, Any]],
+) -> dict[Tensor, dict[str, Any]]:
+    """Return the states to take over by parameter, checked; ``step`` is an int."""
+    exact = dict(zip(own["step_ids"], own["steps"], strict=True)) if own else {}
+    ids = [k for group in state_dict["param_groups"] for k in _ids(group)]
+    params = [(g, p) for g, group in enumerate(opt.param_groups) for p in group["params"]]
+    states = {}
+    for index, (k, (g, param)) in enumerate(zip(ids, params, strict=True)):
+        saved = state_dict["state"].get(k)
+        if saved is None or (isinstance(saved, Mapping) and not saved):
+            continue
+        name = f"state_dict['state'][{k!r}]"
+        if not isinstance(saved, Mapping):
+            check.fail(owner, name, "be a dictionary", saved, error=TypeError)
+        required = opt._state_names({**opt.param_groups[g], **groups[g]})
+        tensors = {key: saved[key] for key in (*_KNOWN, "average") if saved.get(key) is not None}
+        foreign = [key for key in tensors if key in _KNOWN and key not in (*required, "max_exp_avg_sq")]
+        missing = [
+            key for key in required if key not in tensors and key not in ("max_exp_avg_sq", "momentum_buffer")
+        ]
+        others = {key: value for key, value in saved.items() if key not in _OWN}
+        if foreign or (missing and len(others) < len(saved)):
+            wanted = " and ".join(required) or "no tensors"
+            check.fail(owner, name, f"hold {wanted}", ", ".join(tensors) or "none of them")
+        for key, value in tensors.items():
+            if isinstance(value, Tensor) and value.shape != param.shape:
+                condition = f"have the shape {tuple(param.shape)} of parameter {index}"
+                check.fail(owner, f"{name}[{key!r}]", condition, tuple(value.shape))
+            checked_state(owner, index, key, value, param)
+        others = {key: _as_torch(param, value, k, state_dict, key) for key, value in others.items()}
+        states[param] = {"tensors": tensors, "others": others, "counted": "step" in saved}
+        if len(others) == len(saved):
+            # nothing of an optimizer: it has not made a step
+            continue
+        # torch's SGD keeps no count; with a buffer the first step is over
+        step = saved.get("step", 1 if "momentum_buffer" in tensors else 0)
+        step = whole_count(owner, f"{name}['step']", step)
+        if k in exact and float(np.float32(int(exact[k]))) == step:
+            step = int(exact[k])
+        n_averaged = saved.get("n_averaged")
+        if n_averaged is not None:
+            n_averaged = whole_count(owner, f"{name}['n_averaged']", n_averaged)
+        initialized = bool(saved.get("initialized", False))
+        states[param] |= {"step": step, "n_averaged": n_averaged, "initialized": initialized}
+    return states
+
+
+def _as_torch(param: Tensor, value: Any, k: Any, state_dict: Mapping[str, Any], key: str = "") -> Any:
+    """Return a state of somebody else as torch loads it: tensors as the parameter has them."""
+    if isinstance(value, Tensor):
+        groups = state_dict["param_groups"]
+        return Optimizer._process_value_according_to_param_policy(param, value, k, groups, key)
+    if isinstance(value, dict):
+        return {name: _as_torch(param, item, k, state_dict, name) for name, item in value.items()}
+    if type(value) in (list, tuple, set):
+        return type(value)(_as_torch(param, item, k, state_dict) for item in value)
+    return copy.deepcopy(value)
+
+
+def _fill(session: Session, param: Tensor, loaded: Mapping[str, Any] | None, calls: int) -> None:
+    """Copy loaded values into the buffers of a parameter; buffers that are missing are made."""
+    if loaded is None:
+        session.state.pop(param, None)
+        return
+    state = session.state[param]
+    keep = dict(loaded["tensors"])
+    if "step" not in loaded:
+        state.clear()
+        state.update(loaded["others"])
+        return
+    n_averaged = loaded["n_averaged"]
+    if session.average is None:
+        keep.pop("average", None)
+    elif "average" not in keep:
+        keep["average"], n_averaged = param, 0
+    if n_averaged is None:
+        n_averaged = session.average_settings.due_count(calls)
+    for key in set(state) - set(keep):
+        del state[key]
+    for key, value in keep.items():
+        if not isinstance(state.get(key), Tensor):
+            state[key] = state_like(param)
+        state[key].copy_(value)
+    state.update(loaded["others"])
+    record = session.records.get(param)
+    if record is None or record.record.device != param.device:
+        record = session.records[param] = RowCounters(param.device)
+    record.set(loaded["step"], n_averaged if session.average is not None else 0)
+    state["step"] = record.step
+    if session.average is not None:
+        state["n_averaged"] = record.n_averaged
+    if loaded["initialized"]:
+        state["initialized"] = True
+
+
+def _load_counters(
+    session: Session, own: Mapping[str, Any], states: Mapping[Tensor, Mapping[str, Any]]
+) -> int:
+    """Take over counters and telemetry, and return the number of updates made.
+
+    Where the states say more than the counters, or there are none, it is the largest count of a parameter.
+    """
+    device = next((p.device for p in session.params), torch.device("cpu"))
+    saved = own.get("counters")
+    rows = own.get("telemetry")
+    calls = 0
+    if session.telemetry.enabled:
+        empty = torch.empty(0, len(TELEMETRY), dtype=torch.float64, device="cpu")
+        calls = session.telemetry.load_rows(rows if rows is not None else empty)
+    step: int = 0 if saved is None else int(saved[COUNTERS.index("step")])
+    step = max([step, *(state["step"] for state in states.values() if state["counted"])])
+    if session.counters is None:
+        session.counters = torch.zeros(len(COUNTERS), dtype=torch.int64, device=device)
+    session.counters.copy_(torch.tensor([step, calls], dtype=torch.int64, device="cpu"))
+    session.init_norm_sq = float(own.get("init_norm_sq", 0.0))
+    return step

@@ -1,0 +1,166 @@
+"""The record that the step keeps on the device, and the one place that copies it to the host."""
+
+from __future__ import annotations
+
+import csv
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ..plan.structs import COUNTERS, SLOTS, TELEMETRY
+
+_PAGE = 1024
+
+
+class Telemetry:
+    """One row per call of ``step()``, written by the decide stage.
+
+    The rows collect in a page on the device. A full page is copied to the host without waiting for it;
+    ``latest``, ``history`` and ``to_csv`` are what waits. A state dict holds the last 1,024 rows, which are
+    what a resumed run begins with, or all of them if the optimizer was made with ``telemetry="all"``.
+
+    Columns, all float64:
+
+    * ``step``: updates made so far, this one included (a skipped one is not).
+    * ``lr``: learning rate really applied to the first parameter group.
+    * ``grad_norm``, ``grad_norm_l1``: L2 and L1 norm of all gradients as they came, before clipping.
+    * ``clip_coef``: factor applied to the gradients, 1 without clipping.
+    * ``rect``: rectification of RAdam for the first parameter that has a gradient; 0 while it is not
+      rectified, 1 for rules without one, NaN when nothing was updated.
+    * ``skipped``: 1 if a non-finite gradient made the step do nothing.
+    * ``loss``: what ``record_loss`` was given since the step before; NaN without one.
+    * ``sharpness``: what ``record_sharpness`` was given since the step before, as a ``SharpnessProbe`` does;
+      NaN without one.
+    """
+
+    def __init__(self, enabled: bool = True, keep_all: bool = False) -> None:
+        self.enabled, self._keep_all = enabled, keep_all
+        self.page: Tensor | None = None
+        self.slots: Tensor | None = None
+        self._counters: Tensor | None = None
+        # rows on the host, then copies of the page under way with the counts at the time of each
+        self._rows: list[Tensor] = []
+        self._copies: list[tuple[Tensor, Tensor]] = []
+        self._calls = 0
+        self._uncopied = 0
+
+    def allocate(self, device: torch.device, counters: Tensor | None = None) -> None:
+        """Make the page and the slots on the device of the parameters; nothing if they are there."""
+        if self.slots is None or self.slots.device != device:
+            self.slots = torch.full((len(SLOTS),), torch.nan, dtype=torch.float64, device=device)
+        if self.enabled and (self.page is None or self.page.device != device):
+            page = torch.zeros(_PAGE, len(TELEMETRY), dtype=torch.float64, device=device)
+            self.page = page if self.page is None else page.copy_(self.page)
+        if counters is not None:
+            self._counters = counters
+
+    def advance(self) -> None:
+        """Note that the device has written one more row."""
+        if self.page is None or self._counters is None:
+            return
+        self._uncopied += 1
+        if self._uncopied == _PAGE:
+            self._copies.append((_copied(self.page), _copied(self._counters)))
+            self._uncopied = 0
+
+    def record(self, name: str, value: Tensor | float) -> None:
+        """Leave the loss or sharpness for the next row; nothing waits."""
+        assert self.slots is not None
+        slot = self.slots[SLOTS.index(name)]
+        if isinstance(value, Tensor):
+            slot.copy_(value.detach().reshape(()), non_blocking=True)
+        else:
+            slot.fill_(value)
+
+    def __len__(self) -> int:
+        """Return the number of rows; waits for the device."""
+        self._collect()
+        return sum(map(len, self._rows))
+
+    def rows(self) -> Tensor:
+        """Return all rows on the CPU, float64 of shape ``[steps, columns]``; waits for the device.
+
+        Steps that a CUDA graph replays leave rows too. The page holds the last 1024: of more replays than
+        that without a reading in between, the older rows are gone.
+        """
+        self._collect()
+        self._join()
+        return self._rows[0].clone()
+
+    def kept_rows(self) -> Tensor:
+        """Return the rows that go into a state dict; waits for the device."""
+        rows = self.rows()
+        return rows if self._keep_all else rows[-_PAGE:].clone()
+
+    def _collect(self) -> None:
+        """Take over the rows that the device has written; waits for it."""
+        if self.page is None or self._counters is None:
+            return
+        if self.page.is_cuda:
+            torch.cuda.synchronize(self.page.device)
+        found = [self._new_rows(*copy) for copy in (*self._copies, (self.page.cpu(), self._counters.cpu()))]
+        self._rows += [rows for rows in found if len(rows)]
+        self._copies, self._uncopied = [], 0
+        # whoever looks at every step must not pay for a tensor each
+        if len(self._rows) > _PAGE:
+            self._join()
+
+    def _join(self) -> None:
+        """Make one block of all rows."""
+        empty = torch.empty(0, len(TELEMETRY), dtype=torch.float64, device="cpu")
+        self._rows = [torch.cat([empty, *self._rows])]
+
+    def _new_rows(self, page: Tensor, counters: Tensor) -> Tensor:
+        """Return the rows of a copy of the page that no copy before it had."""
+        calls = int(counters[COUNTERS.index("calls")])
+        new = range(max(self._calls, calls - _PAGE), calls)
+        self._calls = calls
+        return page[[call % _PAGE for call in new]]
+
+    def load_rows(self, rows: Tensor) -> int:
+        """Take over the rows of another record, as the start of this one.
+
+        Returns:
+            What the count of calls must be for the next row to come after them.
+        """
+        self._rows = [rows.to("cpu", torch.float64, copy=True)]
+        self._copies, self._uncopied = [], 0
+        self._calls = len(rows)
+        return self._calls
+
+    def history(self) -> dict[str, Tensor]:
+        """Return every column as a float64 CPU tensor of shape ``[len(self)]``; waits for the device."""
+        return dict(zip(TELEMETRY, self.rows().T.contiguous(), strict=True))
+
+    def latest(self) -> dict[str, float]:
+        """Return the last row by column name; waits for the device.
+
+        Raises:
+            RuntimeError: If there is no row yet, or telemetry is off.
+        """
+        self._collect()
+        rows = next((block for block in reversed(self._rows) if len(block)), None)
+        if rows is None:
+            raise RuntimeError(
+                "Telemetry: latest() must follow a step made with telemetry=True, got no rows."
+            )
+        return dict(zip(TELEMETRY, rows[-1].tolist(), strict=True))
+
+    def to_csv(self, path: str | Path) -> None:
+        """Write all rows to a CSV file with a header line; waits for the device.
+
+        Args:
+            path: File to write; numbers are written so that reading gives the same float64.
+        """
+        with Path(path).open("w", newline="") as file:
+            writer = csv.writer(file)
+            writer.writerow(TELEMETRY)
+            writer.writerows(self.rows().tolist())
+
+
+def _copied(tensor: Tensor) -> Tensor:
+    """Return a copy on the host without a wait; the device may still be writing it."""
+    pinned = tensor.device.type != "cpu"
+    copy = torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu", pin_memory=pinned)
+    return copy.copy_(tensor, non_blocking=pinned)

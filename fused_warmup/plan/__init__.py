@@ -1,0 +1,1 @@
+"""The packed table of one step: which memory it reads and writes."""

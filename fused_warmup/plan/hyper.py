@@ -1,0 +1,115 @@
+"""Hyper-parameters of parameter groups, and how the table holds them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+
+from ..schedules import SEGMENT_KINDS, Schedule
+from .structs import INIT_KINDS, STRUCTS
+
+
+@dataclass
+class Hyper:
+    """Hyper-parameters of one parameter group after validation; rates are per step, before schedules."""
+
+    lr: float
+    weight_decay: float = 0.0
+    beta1: float = 0.0
+    beta2: float = 0.0
+    eps: float = 0.0
+    momentum: float = 0.0
+    dampening: float = 0.0
+    rho_threshold: float = 0.0
+    init_scale: float = 1.0
+    delta: float = 0.0
+    wd_ratio: float = 0.0
+    min_norm: float = 0.0
+    max_norm: float = math.inf
+    trust_clip: float = math.inf
+    init: str = "zeros"
+    decoupled: bool = False
+    maximize: bool = False
+    nesterov: bool = False
+    skip_unrectified: bool = False
+    bias_correction: bool = True
+    grad_averaging: bool = True
+    adapts: bool = True
+    decays_update: bool = False
+    sphere: bool = False
+    radius: float = 0.0
+    schedule: Schedule | None = None
+    weight_decay_schedule: Schedule | None = None
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What holds for the whole optimizer at one step.
+
+    Attributes:
+        max_grad_norm: Norm to clip to, or None.
+        skip_nonfinite: Leave everything as it is when a gradient is not finite.
+        measure: Whether the update must know the norms beforehand.
+        init_norm_sq: Squared norm of the random start of the second moments.
+    """
+
+    max_grad_norm: float | None = None
+    skip_nonfinite: bool = False
+    measure: bool = False
+    init_norm_sq: float = 0.0
+
+
+class AverageSettings(NamedTuple):
+    """Average of the parameters that an optimizer keeps.
+
+    Attributes:
+        kind: ``"EMA"``, ``"SWA"`` or None for no average.
+        decay: Weight of the old average.
+        start: Number of the first step that is averaged, from 1.
+        every: Average after every so many steps.
+    """
+
+    kind: str | None = None
+    decay: float = 0.0
+    start: int = 1
+    every: int = 1
+
+    def due_count(self, step: int) -> int:
+        """Return how many of the first ``step`` updates are averaged."""
+        return 0 if self.kind is None or step < self.start else (step - self.start) // self.every + 1
+
+
+def pack_hypers(hypers: Sequence[Hyper]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Return the columns Hyper, Segment and values of the groups; each schedule is packed once."""
+    segments: list[tuple[float, ...]] = []
+    values: list[float] = []
+    places: dict[Schedule, tuple[int, int]] = {}
+
+    def place(schedule: Schedule | None) -> tuple[int, int]:
+        if schedule is None:
+            return 0, 0
+        if schedule not in places:
+            places[schedule] = len(segments), len(schedule.segments)
+            begin = 0
+            for s in schedule.segments:
+                kind = SEGMENT_KINDS.index(s.kind)
+                segments.append((begin, s.steps or 0, s.start, s.end, s.shape, kind, len(values)))
+                values.extend(s.values)
+                begin += s.steps or 0
+        return places[schedule]
+
+    table = np.zeros(len(hypers), STRUCTS["Hyper"])
+    plain = [
+        name for name in STRUCTS["Hyper"].names or () if name in Hyper.__dataclass_fields__ and name != "init"
+    ]
+    for packed, h in zip(table, hypers, strict=True):
+        for name in plain:
+            packed[name] = getattr(h, name)
+        packed["init"] = INIT_KINDS[h.init]
+        packed["lr_segment"], packed["lr_segments"] = place(h.schedule)
+        packed["decay_segment"], packed["decay_segments"] = place(h.weight_decay_schedule)
+    return table, np.array(segments, STRUCTS["Segment"]), np.array(values, np.float64)

@@ -1,0 +1,177 @@
+"""The structs of ``csrc/table.h`` as numpy dtypes, field by field."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+
+MAX_STATES = 3
+
+# codes of enum DType
+DTYPES: dict[torch.dtype, int] = {
+    torch.float32: 0,
+    torch.float64: 1,
+    torch.bfloat16: 2,
+    torch.float16: 3,
+}
+INIT_KINDS = {"zeros": 0, "grad": 1, "random": 2}
+AVERAGE_KINDS = {None: 0, "EMA": 1, "SWA": 2}
+_FIELDS: dict[str, list[tuple[str, str]]] = {
+    "Row": [
+        *((name, "u8") for name in ("param", "state0", "state1", "state2", "average", "counters")),
+        ("numel", "i8"),
+        *((name, "i4") for name in ("group", "dtype", "grad_dtype", "n_states", "initialized", "projects")),
+        ("channel_size", "i8"),
+        ("first_piece", "i8"),
+        ("step_float", "u8"),
+    ],
+    "Chunk": [("offset", "i8"), ("count", "i4"), ("row", "i4")],
+    "Hyper": [
+        *(
+            (name, "f8")
+            for name in (
+                "lr",
+                "weight_decay",
+                "beta1",
+                "beta2",
+                "eps",
+                "momentum",
+                "dampening",
+                "rho_threshold",
+                "init_scale",
+                "delta",
+                "wd_ratio",
+                "min_norm",
+                "max_norm",
+                "trust_clip",
+            )
+        ),
+        *(
+            (name, "i4")
+            for name in (
+                "init",
+                "decoupled",
+                "maximize",
+                "nesterov",
+                "skip_unrectified",
+                "bias_correction",
+                "grad_averaging",
+                "adapts",
+                "decays_update",
+                "lr_segment",
+                "lr_segments",
+                "decay_segment",
+                "decay_segments",
+                "reserved",
+            )
+        ),
+    ],
+    "Segment": [
+        ("begin", "i8"),
+        ("steps", "i8"),
+        ("start", "f8"),
+        ("end", "f8"),
+        ("shape", "f8"),
+        ("kind", "i4"),
+        ("first_value", "i4"),
+    ],
+    "Rates": [("lr", "f8"), ("weight_decay", "f8")],
+    "Scalars": [
+        (name, "f8")
+        for name in (
+            "grad_scale",
+            "weight_decay",
+            "decay",
+            "exp_avg_weight",
+            "exp_avg_sq_weight",
+            "step_size",
+            "denom_scale",
+            "eps",
+            "momentum",
+            "one_minus_dampening",
+            "rect",
+            "init_grad",
+            "init_state",
+            "nesterov",
+            "moment_scale",
+            "grad_gain",
+            "update_decay",
+        )
+    ],
+    "Sphere": [
+        ("norm", "u8"),
+        *((name, "f8") for name in ("radius", "factor")),
+        *((name, "i8") for name in ("first_chunk", "n_chunks")),
+    ],
+    "Partial": [("l1", "f8"), ("l2_sq", "f8"), ("nonfinite", "i8")],
+    "Counters": [("step", "i8"), ("calls", "i8")],
+    "RowCounters": [("step", "i8"), ("n_averaged", "i8"), ("average_weight", "f8")],
+    "Slots": [("loss", "f8"), ("sharpness", "f8")],
+    "Telemetry": [
+        (name, "f8")
+        for name in (
+            "step",
+            "lr",
+            "grad_norm",
+            "grad_norm_l1",
+            "clip_coef",
+            "rect",
+            "skipped",
+            "loss",
+            "sharpness",
+        )
+    ],
+    "Verdict": [
+        ("t", "i8"),
+        *((name, "f8") for name in ("grad_norm", "grad_norm_l1", "clip_coef", "unscale", "rect")),
+        ("skipped", "i4"),
+        ("finished_blocks", "i4"),
+    ],
+    "Step": [
+        *(
+            (name, "u8")
+            for name in (
+                "rows",
+                "grads",
+                "chunks",
+                "hypers",
+                "segments",
+                "values",
+                "rates",
+                "scalars",
+                "partials",
+                "counters",
+                "slots",
+                "telemetry",
+            )
+        ),
+        *((name, "i8") for name in ("n_rows", "n_chunks", "n_groups", "telemetry_capacity")),
+        *((name, "f8") for name in ("max_grad_norm", "init_norm_sq", "average_decay")),
+        *((name, "i8") for name in ("average_start", "average_every")),
+        *((name, "i4") for name in ("average_kind", "skip_nonfinite", "measure", "clip")),
+        *((name, "u8") for name in ("verdict", "grad_scale", "found_inf", "sums", "radials")),
+        *((name, "u8") for name in ("spheres", "squares")),
+    ],
+    "Span": [
+        *((name, "u8") for name in ("param", "snapshot", "plus", "minus")),
+        ("offset", "i8"),
+        *((name, "i4") for name in ("dtype", "reserved")),
+    ],
+    "Algebra": [
+        *((name, "u8") for name in ("spans", "chunks", "partials", "sums", "basis")),
+        *((name, "u8") for name in ("out", "scale", "factors", "finished")),
+        *((name, "i8") for name in ("n_chunks", "stride")),
+        *((name, "i4") for name in ("n_basis", "doubles", "fresh", "narrow")),
+    ],
+    "Response": [
+        *((name, "u8") for name in ("offsets", "edges", "l2_sq", "scale", "folded", "rates")),
+        *((name, "i4") for name in ("doubles", "reserved")),
+    ],
+}
+
+STRUCTS: dict[str, np.dtype] = {name: np.dtype(fields) for name, fields in _FIELDS.items()}
+
+COUNTERS = STRUCTS["Counters"].names or ()
+SLOTS = STRUCTS["Slots"].names or ()
+RATES = STRUCTS["Rates"].names or ()
+TELEMETRY = STRUCTS["Telemetry"].names or ()

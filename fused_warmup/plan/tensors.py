@@ -1,0 +1,215 @@
+"""Kinds and layouts of tensors: which ones a backend takes, and how a row lays them out."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn.parameter import is_lazy
+
+from .structs import DTYPES
+
+
+def compute_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Return the dtype of arithmetic and states beside parameters of ``dtype``."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def describe(index: int, tensor: Tensor) -> str:
+    """Return how an error names a parameter."""
+    return f"parameter {index} (shape {tuple(tensor.shape)}, {tensor.dtype}, {tensor.device})"
+
+
+def local_tensor(tensor: Tensor) -> Tensor:
+    """Return the part of a tensor that lies in this process: the shard of a DTensor, else the tensor."""
+    return getattr(tensor, "_local_tensor", tensor) if type(tensor) is not Tensor else tensor
+
+
+def check_placement(owner: str, index: int, param: Tensor, grad: Tensor) -> None:
+    """Raise if the parts of a distributed gradient are not those of its parameter.
+
+    Raises:
+        ValueError: If the placements differ and there is more than one process.
+    """
+    wanted, got = (getattr(t, "placements", None) for t in (param, grad))
+    mesh = getattr(param, "device_mesh", None)
+    if wanted != got and mesh is not None and mesh.size() > 1:
+        raise ValueError(
+            f"{owner}: the gradient of parameter {index} must be placed as {wanted}, got {got}. "
+            "Redistribute it first."
+        )
+
+
+def is_dense(tensor: Tensor) -> bool:
+    """Whether the elements fill one stretch of memory, in whatever order of dimensions."""
+    if tensor.is_contiguous():
+        return True
+    expected = 1
+    for stride, size in sorted((t, n) for t, n in zip(tensor.stride(), tensor.shape, strict=True) if n != 1):
+        if stride != expected:
+            return False
+        expected *= size
+    return True
+
+
+def work_layout(local: Tensor, by_channel: bool = False) -> Tensor:
+    """Return a meta tensor with the layout that the row of a parameter has: its own if that is dense.
+
+    Args:
+        local: The parameter.
+        by_channel: Whether each index of the first dimension must have one stretch of memory.
+    """
+    kind = work_format(local, by_channel)
+    return torch.empty_like(local, device="meta", requires_grad=False, memory_format=kind)
+
+
+def work_format(local: Tensor, by_channel: bool) -> torch.memory_format:
+    """Return the memory format that makes a tensor like ``local`` one with the layout of its row."""
+    kept = torch.empty_like(local, device="meta", requires_grad=False)
+    if not by_channel or local.dim() < 2 or len(local) == 1 or kept.stride(0) * len(kept) == kept.numel():
+        return torch.preserve_format
+    return torch.contiguous_format
+
+
+def same_layout(a: Tensor, b: Tensor) -> bool:
+    """Whether equal positions in memory hold equal elements; dimensions of one element do not count."""
+    pairs = zip(a.shape, b.shape, a.stride(), b.stride(), strict=False)
+    return a.dim() == b.dim() and all(m == n and (s == t or n == 1) for m, n, s, t in pairs)
+
+
+def overlaps_itself(tensor: Tensor) -> bool:
+    """Whether two elements may share memory."""
+    reach = 1
+    for stride, size in sorted((t, n) for t, n in zip(tensor.stride(), tensor.shape, strict=True) if n != 1):
+        if stride < reach:
+            return tensor.numel() > 1
+        reach = stride * (size - 1) + reach
+    return False
+
+
+def _check_kind(name: str, tensor: Tensor) -> None:
+    """Raise ``TypeError`` unless a tensor is real memory of a layout and dtype that kernels read."""
+    if is_fake(tensor):
+        raise TypeError(
+            f"{name} must hold data, got a FakeTensor; keep step() out of torch.compile and export."
+        )
+    if tensor.layout != torch.strided:
+        raise TypeError(f"{name} must be dense, got layout {tensor.layout}.")
+    if tensor.dtype not in DTYPES:
+        hint = "; give torch.view_as_real of it." if tensor.is_complex() else "."
+        raise TypeError(f"{name} must be float32, float64, bfloat16 or float16, got {tensor.dtype}{hint}")
+
+
+def check_param(owner: str, index: int, param: Tensor, device: torch.device | None) -> Tensor:
+    """Return the local memory of a parameter that a backend can update.
+
+    Raises:
+        TypeError: If the parameter is fake, sparse, complex, quantised or of an integer dtype.
+        ValueError: If it has no memory, overlaps itself or lies on another device than ``device``.
+    """
+    if is_lazy(param):
+        hint = "run the model once, which gives it its shape."
+        raise ValueError(f"{owner}: parameter {index} must hold data, got an uninitialized one; {hint}")
+    name = f"{owner}: {describe(index, param)}"
+    local = local_tensor(param)
+    _check_kind(name, local)
+    if local.is_meta:
+        raise ValueError(f"{name} must hold data, got a meta tensor; materialise the model first.")
+    if device is not None and local.device != device:
+        raise ValueError(
+            f"{name} must be on one device with the others, got {local.device}, expected {device}."
+        )
+    if overlaps_itself(local):
+        raise ValueError(f"{name} must not overlap itself, got strides {local.stride()}; clone it.")
+    return local
+
+
+def check_grad(owner: str, index: int, local: Tensor, grad: Tensor, takes_sparse: bool = False) -> Tensor:
+    """Return the local memory of a gradient that fits its parameter, a dense copy of a sparse one.
+
+    Raises:
+        TypeError: If the gradient is fake or of an unsupported dtype.
+        RuntimeError: If it is sparse, unless the rule takes that.
+        ValueError: If it has another shape or another device than its parameter.
+    """
+    name = f"{owner}: the gradient of {describe(index, local)}"
+    grad = local_tensor(grad)
+    if grad.layout == torch.sparse_coo:
+        if not takes_sparse:
+            # the type that torch's optimizers raise
+            raise RuntimeError(
+                f"{name} must be dense, got layout {grad.layout}; SGD takes sparse ones, as does "
+                "torch.optim.SparseAdam."
+            )
+        grad = grad.to_dense()
+    _check_kind(name, grad)
+    if grad.device != local.device:
+        raise ValueError(f"{name} must be on {local.device}, got {grad.device}.")
+    if grad.shape != local.shape:
+        raise ValueError(f"{name} must have its shape, got {tuple(grad.shape)}.")
+    return grad
+
+
+def is_fake(tensor: Tensor) -> bool:
+    """Whether a tensor only stands for one, as while a compiler traces."""
+    if type(tensor) in (Tensor, torch.nn.Parameter):
+        return False
+    from torch._subclasses.fake_tensor import FakeTensor
+
+    return isinstance(tensor, FakeTensor) or isinstance(getattr(tensor, "data", None), FakeTensor)
+
+
+def fits(state: Tensor, local: Tensor, by_channel: bool = False) -> bool:
+    """Whether a state has the device, dtype and layout that the row of a parameter needs."""
+    wanted, held = work_layout(local, by_channel), local_tensor(state)
+    kind = (held.device, held.dtype)
+    return kind == (local.device, compute_dtype(local.dtype)) and same_layout(held, wanted)
+
+
+def state_like(param: Tensor, by_channel: bool = False) -> Tensor:
+    """Return zeros in the layout that the row of ``param`` has and in the dtype of its arithmetic."""
+    kind = work_format(local_tensor(param), by_channel)
+    return torch.zeros_like(param, dtype=compute_dtype(param.dtype), memory_format=kind)
+
+
+def check_disjoint(owner: str, indexed: Sequence[tuple[int, Tensor, int]]) -> None:
+    """Raise if two parameters share memory.
+
+    Args:
+        owner: Name of the optimizer class.
+        indexed: Position, tensor and address of each.
+
+    Raises:
+        ValueError: If they do; both are named.
+    """
+    spans = sorted(
+        ((address, address + _reach(t), i, t) for i, t, address in indexed if t.numel()),
+        key=lambda span: span[:3],
+    )
+    for k, (start, end, i, a) in enumerate(spans):
+        for begin, _, j, b in spans[k + 1 :]:
+            if begin >= end:
+                break
+            # strided views may interleave without meeting
+            if (is_dense(a) and is_dense(b)) or np.intersect1d(start + _bytes(a), begin + _bytes(b)).size:
+                raise ValueError(
+                    f"{owner}: parameters must not share memory, got {min(i, j)} and {max(i, j)} over the "
+                    "same addresses; give the tensor that both are views of."
+                )
+
+
+def _reach(tensor: Tensor) -> int:
+    """Return the bytes from the first element of a tensor to the end of its last."""
+    strides = zip(tensor.shape, tensor.stride(), strict=True)
+    return (sum((n - 1) * stride for n, stride in strides) + 1) * tensor.element_size()
+
+
+def _bytes(tensor: Tensor) -> np.ndarray:
+    """Return the offset of every byte of a tensor."""
+    offsets = np.zeros(1, np.int64)
+    for n, stride in zip(tensor.shape, tensor.stride(), strict=True):
+        offsets = np.add.outer(offsets, np.arange(n) * stride).ravel()
+    size = tensor.element_size()
+    return np.add.outer(offsets * size, np.arange(size)).ravel()

@@ -1,0 +1,76 @@
+"""The ledger of a step: kernel launches, and the bytes that must move for each parameter."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from ..reference.rules import LAYER_RULES
+from .hyper import Settings
+from .plan import Plan
+from .rows import Row
+
+
+@dataclass(frozen=True)
+class Traffic:
+    """What one step of a plan asks of a device.
+
+    Attributes:
+        launches: Kernel launches on the device backends; the same for any number of tensors.
+        read: Bytes read, of all tensors together.
+        written: Bytes written.
+        numel: Number of parameters.
+    """
+
+    launches: int
+    read: int
+    written: int
+    numel: int
+
+    @property
+    def per_parameter(self) -> float:
+        """Bytes read and written per parameter."""
+        return (self.read + self.written) / max(self.numel, 1)
+
+
+def traffic(plan: Plan) -> Traffic:
+    """Return the ledger of a step in which all parameters have gradients and the average is due.
+
+    The table itself is left out: 16 bytes a chunk of 32,768 elements and 200 a tensor. A sphere takes one
+    more pass over its groups, whose squares the update sums.
+
+    Args:
+        plan: A plan whose groups and settings are those of the step.
+    """
+    sizes, layered = plan.grad_sizes(), LAYER_RULES.get(plan.rule)
+    stages = [
+        _row_bytes(row, size, plan.settings)
+        if layered is None
+        else _layer_bytes(
+            row, size, plan.settings, layered.looks_back(plan.hypers[row.group], len(row.states))
+        )
+        for row, size in zip(plan.rows, sizes, strict=True)
+    ]
+    # what is on a sphere is read and written once more
+    stages += [(n, n) for row in plan.rows if plan.hypers[row.group].sphere for n in [row.work.nbytes]]
+    return Traffic(
+        # decide and update, with the two parts of an update between sums; a pass before them for the norm
+        launches=(2 if layered is None else 4) + plan.settings.measure + plan.has_spheres,
+        read=sum(read for read, _ in stages),
+        written=sum(written for _, written in stages),
+        numel=plan.numel,
+    )
+
+
+def _row_bytes(row: Row, grad_size: int, settings: Settings) -> tuple[int, int]:
+    """Return the bytes read and written for one row."""
+    kept = [row.work, *row.states, *([] if row.average is None else [row.average])]
+    updated = sum(tensor.element_size() for tensor in kept)
+    passes = 2 if settings.measure else 1
+    return row.work.numel() * (updated + passes * grad_size), row.work.numel() * updated
+
+
+def _layer_bytes(row: Row, grad_size: int, settings: Settings, looks_back: bool) -> tuple[int, int]:
+    """Return them for a rule that reads parameter and states once more after the sums."""
+    read, written = _row_bytes(row, grad_size, settings)
+    again = row.work.element_size() + sum(state.element_size() for state in row.states)
+    return read + row.work.numel() * (again + looks_back * grad_size), written

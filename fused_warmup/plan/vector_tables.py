@@ -1,0 +1,183 @@
+"""The tables of a sharpness measurement: what its kernels read beside the table of the optimizer."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .chunks import chunks
+from .device_buffers import Columns
+from .plan import Plan, address_of, watch
+from .structs import DTYPES, STRUCTS
+
+# operations of ``csrc/vectors.h``, in the order of its enum
+OPERATIONS = ("perturb", "finish", "combine")
+# sums besides the products with basis vectors
+EXTRA_SUMS = 2
+
+
+class Spans:
+    """Spans, chunks and the call of one operation, for the kernels of a backend.
+
+    Args:
+        params: Parameters, dense in memory, on one device.
+        snapshot: Their values, laid out like them.
+        offsets: Where the piece of each begins in a flat vector.
+        dtype: Dtype of the vectors, float32 or float64.
+
+    Attributes:
+        address: Address of the struct ``Algebra`` on the host.
+        device: Where everything is.
+        offsets: Where the piece of each parameter begins in a flat vector.
+        numel: Number of elements.
+        n_chunks: Number of chunks.
+        n_basis: Basis vectors of the present call.
+        dtypes: Codes of the dtypes that parameters have.
+        doubles: Whether the vectors are float64.
+    """
+
+    def __init__(
+        self, params: Sequence[Tensor], snapshot: Sequence[Tensor], offsets: Sequence[int], dtype: torch.dtype
+    ) -> None:
+        self.device, self.offsets = params[0].device, list(offsets)
+        self._params = list(params)
+        self._forms = watch()[0](self._params)
+        self._columns = Columns(self.device)
+        self._spans = np.zeros(len(params), STRUCTS["Span"])
+        self._spans["param"] = [address_of(p) for p in params]
+        self._spans["snapshot"] = [address_of(p) for p in snapshot]
+        self._spans["offset"] = offsets
+        self._spans["dtype"] = [DTYPES[p.dtype] for p in params]
+        sizes = [p.numel() for p in params]
+        pieces = chunks(sizes, sizes)
+        self.numel, self.n_chunks = sum(sizes), len(pieces)
+        self.dtypes = tuple(sorted({DTYPES[p.dtype] for p in params}))
+        self.doubles, self.n_basis = dtype == torch.float64, 0
+        self._call = np.zeros(1, STRUCTS["Algebra"])
+        self.address: int = self._call.ctypes.data
+        self._addresses = np.zeros(len(params), np.uint64)
+        self._partials = torch.empty(0, dtype=torch.float64, device=self.device)
+        self._finished = torch.zeros(1, dtype=torch.int32, device=self.device)
+        # held for the addresses in the table
+        self._kept: list[Any] = [*params, *snapshot]
+        self._set(
+            spans=self._columns.put("spans", self._spans),
+            chunks=self._columns.put("chunks", pieces),
+            finished=self._finished,
+            n_chunks=len(pieces),
+            doubles=self.doubles,
+        )
+
+    def _set(self, **fields: Any) -> None:
+        for name, value in fields.items():
+            self._call[name] = address_of(value) if value is None or isinstance(value, Tensor) else value
+
+    def put_gradients(self, plus: Sequence[Tensor | None], minus: Sequence[Tensor | None]) -> None:
+        """Take over the gradients at both ends; None counts as zeros."""
+        self._grads = [self._put("plus", plus), self._put("minus", minus)]
+        self._columns.push("spans")
+
+    def _put(self, name: str, grads: Sequence[Tensor | None]) -> list[Tensor | None]:
+        held: list[Any] = list(grads)
+        out = self._addresses.ctypes.data
+        for i in self._forms.read(held, out):
+            # of another layout, as of an expanded sum
+            held[i] = torch.empty_like(self._params[i]).copy_(held[i].detach())
+        if any(a is not b for a, b in zip(held, grads, strict=True)):
+            self._forms.read(held, out)
+        self._spans[name] = self._addresses
+        return held
+
+    def prepare(
+        self,
+        basis: Tensor,
+        out: Tensor | None,
+        scale: Tensor | None,
+        factors: Tensor,
+        *,
+        fresh: bool = False,
+        narrow: bool = False,
+    ) -> Tensor:
+        """Describe one operation.
+
+        Args:
+            basis: ``[m, n]``, rows next to each other.
+            out: ``[n]``, or None.
+            scale: ``[n]``, or None for ones.
+            factors: Float64, see ``csrc/vectors.h``.
+            fresh: ``out`` need not be read.
+            narrow: Some parameters are rounded to 16 bits.
+
+        Returns:
+            Float64 of ``[m + 2]`` on the device, for the sums.
+        """
+        m = self.n_basis = len(basis)
+        width = m + EXTRA_SUMS
+        if len(self._partials) < width * self.n_chunks:
+            self._partials = torch.empty(width * self.n_chunks, dtype=torch.float64, device=self.device)
+        sums = torch.empty(width, dtype=torch.float64, device=self.device)
+        self._set(
+            partials=self._partials, sums=sums, basis=basis if m else None, out=out, scale=scale,
+            factors=factors, n_basis=m, stride=basis.stride(0), fresh=fresh, narrow=narrow,
+        )  # fmt: skip
+        return sums
+
+    def call_column(self) -> Tensor:
+        """Return the struct ``Algebra`` on the device, for kernels that take its address."""
+        return self._columns.put("call", self._call)
+
+
+class ResponseTable:
+    """What the kernels that make the pre-conditioner of the next step read beside the table of the step.
+
+    Args:
+        plan: The table of the optimizer, refreshed for the step about to be made.
+        params: Parameters that are measured.
+        offsets: Where the piece of each begins in a flat vector.
+        edges: Threshold of the learning rate times an eigenvalue, for each of them.
+        l2_sq: 0-dim float64 on the device, the squared norm of all gradients; read where the step would clip.
+        scale: ``P**-1/2``, ``[n]``, is written there unless it is None.
+        folded: The same with the square root of ``lr / edge``, ``[n]``, unless it is None.
+
+    Attributes:
+        address: Address of the struct ``Response`` on the host.
+        doubles: Whether the vectors are float64.
+        rates: Float64 of ``[groups, 2]`` on the device: learning rate and weight decay that will be in force.
+    """
+
+    def __init__(
+        self,
+        plan: Plan,
+        params: Sequence[Tensor],
+        offsets: Sequence[int],
+        edges: Sequence[float],
+        l2_sq: Tensor,
+        scale: Tensor | None,
+        folded: Tensor | None,
+    ) -> None:
+        places = {id(p): (offset, edge) for p, offset, edge in zip(params, offsets, edges, strict=True)}
+        found = [places.get(id(row.param), (-1, 1.0)) for row in plan.rows]
+        self._columns = Columns(plan.device)
+        self.rates = torch.zeros_like(plan.rates)
+        self.doubles = any(t is not None and t.dtype == torch.float64 for t in (scale, folded))
+        self._call = np.zeros(1, STRUCTS["Response"])
+        self.address: int = self._call.ctypes.data
+        # held for the addresses in the table
+        self._kept = l2_sq, scale, folded
+        self._call["offsets"] = address_of(
+            self._columns.put("offsets", np.array([offset for offset, _ in found], np.int64))
+        )
+        self._call["edges"] = address_of(
+            self._columns.put("edges", np.array([edge for _, edge in found], np.float64))
+        )
+        for name, tensor in (("l2_sq", l2_sq), ("scale", scale), ("folded", folded), ("rates", self.rates)):
+            self._call[name] = address_of(tensor)
+        self._call["doubles"] = self.doubles
+
+    def call_column(self) -> Tensor:
+        """Return the struct ``Response`` on the device, for kernels that take its address."""
+        return self._columns.put("call", self._call)

@@ -1,0 +1,242 @@
+"""Running a loss closure at moved parameters so that nothing of it remains."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.modules.module import register_module_forward_pre_hook
+
+from .. import _checks as check
+from ..backends import resolve
+from ..backends.base import VectorBackend
+from ..distributed.groups import average
+from ..optim.losses import checked_loss
+from ..plan.structs import DTYPES
+from ..plan.tensors import compute_dtype, is_dense, local_tensor
+from .closures import Search
+from .randomness import random_state, restorer, set_random_state
+from .vectors import FusedVectors, Vectors
+
+Loss = Callable[[], Tensor]
+
+
+class Keeper:
+    """Evaluates a loss closure again and again, each time from the same state, and restores that state.
+
+    Inside the ``with`` block the parameters may be moved through ``.data``, which version counters of the
+    user's graphs do not see. At its end, and after an exception, everything has the bits it had: parameters,
+    buffers of the modules that the closure runs, ``.grad``, the random numbers of Python, numpy and torch,
+    and generators that the closure or one of its modules owns, see ``Search``. Each evaluation sees the same
+    random numbers.
+
+    Args:
+        owner: Name of the caller, for messages.
+        loss_fn: Returns the loss, a tensor with one element, without calling ``backward()``.
+        params: Parameters, dense tensors of float32, float64, bfloat16 or float16 on one device.
+        backend: Name of the backend whose kernels work on the vectors.
+        reduce: Take the mean of losses and gradients over the default process group, where there is one.
+
+    Raises:
+        TypeError: If ``loss_fn`` cannot be called or a parameter is of another kind.
+        ValueError: If there are no parameters, one is given twice, or they are on several devices.
+
+    Attributes:
+        params: The parameters.
+        snapshot: Their values before the block.
+        vectors: Operations on flat vectors, of float64 if one of the parameters is, else float32.
+        evaluations: Number of evaluations of the closure so far.
+        autocast: Whether a module of the closure ran under autocast to 16 bits.
+    """
+
+    vectors: Vectors
+
+    def __init__(
+        self,
+        owner: str,
+        loss_fn: Loss,
+        params: Sequence[Tensor],
+        backend: str = "auto",
+        reduce: bool = False,
+    ) -> None:
+        if not callable(loss_fn):
+            check.fail(owner, "loss_fn", "be a function that returns the loss", loss_fn, error=TypeError)
+        self.owner, self.params = owner, check_params(owner, params)
+        self.device = self.params[0].device
+        self._backend = resolve(backend, self.device)
+        self.evaluations, self.autocast = 0, False
+        self._loss_fn = loss_fn
+        self._reduce = check.flag(owner, "reduce", reduce)
+        self._search = Search()
+        self._generators: list[Callable[[], object]] = []
+        self._buffers: list[tuple[torch.nn.Module, dict[str, Tensor | None], dict[str, Tensor]]] = []
+
+    def __enter__(self) -> Keeper:
+        """Remember everything that an evaluation could change."""
+        self.snapshot = [p.detach().clone() for p in self.params]
+        self.vectors = self._make_vectors()
+        self._grads = [p.grad for p in self.params]
+        self._random = random_state(self.device)
+        # hooks of parameters run in the backward pass
+        for root in (self._loss_fn, *(p._backward_hooks for p in self.params)):
+            self._see(root)
+        for param in self.params:
+            param.grad = None
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Put everything back."""
+        for param, value, grad in zip(self.params, self.snapshot, self._grads, strict=True):
+            param.data.copy_(value)
+            param.grad = grad
+        torch.clear_autocast_cache()
+        self._rewind()
+
+    def evaluate(self) -> Tensor:
+        """Return the loss at the parameters as they are now, 0-dim; the grad mode is the caller's.
+
+        Raises:
+            TypeError: If the closure returns no tensor.
+            ValueError: If the loss has several elements, or the closure has called ``backward()``.
+        """
+        loss = self._run()
+        if not isinstance(loss, Tensor):
+            check.fail(self.owner, "loss_fn", "return a tensor", loss, error=TypeError)
+        if loss.numel() != 1:
+            check.fail(self.owner, "loss_fn", "return a loss with one element", tuple(loss.shape))
+        return loss.reshape(())
+
+    @torch.no_grad()
+    def value(self) -> Tensor:
+        """Return the loss as a new 0-dim float64 tensor without a graph; the closure may return a number.
+
+        Raises:
+            TypeError: If the closure returns no number.
+            ValueError: As for ``evaluate``.
+        """
+        loss = checked_loss(self.owner, "loss_fn", self._run(), returned=True)
+        return torch.as_tensor(loss).to(torch.float64, copy=True)
+
+    def _run(self) -> Any:
+        """Return what the closure returns, run from the state in which the block began."""
+        if self.evaluations:
+            self._rewind()
+        self.evaluations += 1
+        # casts of parameters that have moved since
+        torch.clear_autocast_cache()
+        # what the first evaluation does not run, the others do not either
+        with contextlib.nullcontext() if self.evaluations > 1 else _watched(self._hook):
+            loss = self._loss_fn()
+        if any(p.grad is not None for p in self.params):
+            check.fail(self.owner, "loss_fn", "return the loss without calling backward()", "new gradients")
+        return loss
+
+    def share(self, *tensors: Tensor | None) -> None:
+        """Replace what is linear in the loss of this process by its mean over all, if that was asked for."""
+        for tensor in tensors if self._reduce else ():
+            if tensor is not None:
+                average(tensor)
+
+    def _make_vectors(self) -> Vectors:
+        """Return the operations of the backend; plain ones beside parameters that are strided views."""
+        dtype = functools.reduce(torch.promote_types, (compute_dtype(p.dtype) for p in self.params))
+        if isinstance(self._backend, VectorBackend) and all(map(is_dense, self.params)):
+            return FusedVectors(self.params, self.snapshot, dtype, self._backend)
+        return Vectors(self.params, self.snapshot, dtype)
+
+    def _hook(self, module: torch.nn.Module) -> None:
+        """Note a module before it runs."""
+        kind = self.device.type
+        if torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind).itemsize == 2:
+            self.autocast = True
+        if module not in self._search:
+            self._see(module)
+
+    def _see(self, root: Any) -> None:
+        """Remember buffers of modules and states of generators that an object leads to, if they are new."""
+        for item in self._search(root):
+            if isinstance(item, torch.nn.Module):
+                objects = dict(item._buffers)
+                values = {k: local_tensor(b).detach().clone() for k, b in objects.items() if b is not None}
+                self._buffers.append((item, objects, values))
+            elif (restore := restorer(item)) is not None:
+                self._generators.append(restore)
+
+    def _rewind(self) -> None:
+        """Restore buffers and random numbers, so that the next evaluation is of the same function."""
+        for module, objects, values in self._buffers:
+            for name, value in values.items():
+                buffer = objects[name]
+                assert buffer is not None
+                local_tensor(buffer).data.copy_(value)
+            if any(module._buffers.get(k) is not b for k, b in objects.items()):
+                module._buffers.update(objects)
+        # two may share a state, or have that of all: the one that was remembered first, unused, counts
+        for restore in reversed(self._generators):
+            restore()
+        set_random_state(self._random)
+
+
+_watchers: list[Callable[[torch.nn.Module], None]] = []
+_handles: list[Any] = []
+
+
+def _tell_watcher(module: torch.nn.Module, _: Any) -> None:
+    # a compiler that traces this must find nothing in it
+    if not torch.compiler.is_compiling() and _watchers:
+        _watchers[-1](module)
+
+
+@contextlib.contextmanager
+def _watched(watcher: Callable[[torch.nn.Module], None]) -> Iterator[None]:
+    """Call ``watcher`` with each module before it runs.
+
+    Compiled code is guarded by the keys of the global hooks: it is the same hook under the same key each
+    time, so that a compiled model is compiled once more and not at every measurement.
+    """
+    if not _handles:
+        _handles.append(register_module_forward_pre_hook(_tell_watcher))
+    handle = _handles[0]
+    handle.hooks_dict_ref()[handle.id] = _tell_watcher
+    _watchers.append(watcher)
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=r"Using `torch.compile\(module\)` when there are")
+            yield
+    finally:
+        _watchers.pop()
+        if not _watchers:
+            handle.remove()
+
+
+def check_params(owner: str, params: Sequence[Tensor]) -> list[Tensor]:
+    """Return the parameters as a list.
+
+    Raises:
+        TypeError: If one is no dense floating-point tensor, or is sharded.
+        ValueError: If there is none, one is given twice, or they are on several devices.
+    """
+    params = list(params)
+    first: dict[int, int] = {}
+    if not params or not any(isinstance(p, Tensor) and p.numel() for p in params):
+        check.fail(owner, "params", "hold at least one element", params)
+    for i, p in enumerate(params):
+        if not isinstance(p, Tensor) or p.layout != torch.strided or p.dtype not in DTYPES:
+            condition = "be a dense tensor of float32, float64, bfloat16 or float16"
+            check.fail(owner, f"params[{i}]", condition, getattr(p, "dtype", p), error=TypeError)
+        if local_tensor(p) is not p:
+            check.fail(owner, f"params[{i}]", "be a plain tensor, not a sharded one", type(p).__name__,
+                       error=TypeError)  # fmt: skip
+        if not (p.requires_grad and p.is_leaf):
+            check.fail(owner, f"params[{i}]", "be a leaf that requires a gradient", tuple(p.shape))
+        if p.device != params[0].device:
+            check.fail(owner, f"params[{i}]", f"be on {params[0].device} with the others", str(p.device))
+        if first.setdefault(id(p), i) != i:
+            hint = "Give each parameter once."
+            check.fail(owner, f"params[{i}]", f"differ from params[{first[id(p)]}]", tuple(p.shape), hint)
+    return params

@@ -1,0 +1,404 @@
+"""The step that an optimizer is about to make: its states, rates and direction, without making it."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+
+from .. import _checks as check
+from ..backends.base import VectorBackend
+from ..optim.adam import Adam
+from ..optim.base import FusedOptimizer
+from ..optim.radam import RAdam
+from ..optim.sgd import SGD
+from ..plan.hyper import Hyper
+from ..plan.plan import Plan
+from ..plan.tensors import compute_dtype
+from ..plan.vector_tables import ResponseTable
+from ..reference.rules import RULES, Scalars, common_scalars, response
+from .hvp import Hessian
+from .vectors import FusedVectors, Vectors, dot
+
+_TORCH: dict[type[torch.optim.Optimizer], type[FusedOptimizer]] = {
+    torch.optim.Adam: Adam,
+    torch.optim.AdamW: Adam,
+    torch.optim.RAdam: RAdam,
+    torch.optim.SGD: SGD,
+}
+_KNOWN: tuple[type, ...] = (FusedOptimizer, *_TORCH)
+# where wrappers keep the optimizer that they wrap
+_WRAPPED = ("optimizer", "optim", "base_optimizer", "inner_optimizer", "original_optimizer")
+
+
+def edge_of(rule: str, h: Hyper) -> float:
+    """Return the stability threshold of ``lr * eigenvalue`` late in training, table A4."""
+    if rule != "SGD":
+        return 2.0 * (1.0 + h.beta1) / (1.0 - h.beta1)
+    if h.nesterov:
+        return 2.0 * (1.0 + h.momentum) / (1.0 + 2.0 * h.momentum)
+    return 2.0 * (1.0 + h.momentum) / (1.0 - h.dampening if h.momentum else 1.0)
+
+
+@dataclass
+class Member:
+    """One parameter in the step about to be made.
+
+    Attributes:
+        param: The parameter.
+        rule: Name of the update rule.
+        hyper: Validated hyper-parameters of its group.
+        states: What the rule keeps, zeros before the first step; not copies.
+        step: Number of the update, from 1.
+        initialized: Whether the second moment was prepared before the first step.
+        lr: Learning rate in force, schedule included.
+        weight_decay: Weight decay in force, schedule included.
+    """
+
+    param: Tensor
+    rule: str
+    hyper: Hyper
+    states: list[Tensor]
+    step: int
+    initialized: bool
+    lr: float
+    weight_decay: float
+
+    @property
+    def edge(self) -> float:
+        """Stability threshold of ``lr * eigenvalue`` late in training."""
+        return edge_of(self.rule, self.hyper)
+
+    @property
+    def early_edge(self) -> float:
+        """The same at the first step, before there is momentum."""
+        h = self.hyper
+        if self.rule != "SGD":
+            return 2.0 / (1.0 - h.beta1)
+        return 2.0 / (1.0 + h.momentum) if h.nesterov else 2.0
+
+    @property
+    def coupled_decay(self) -> float:
+        """L2 penalty, which adds to the Hessian."""
+        return 0.0 if self.hyper.decoupled else self.weight_decay
+
+    def scalars(self, eta: float, clip_coef: float = 1.0) -> Scalars:
+        """Return what the rule needs besides tensors, at learning rate ``eta``."""
+        s = common_scalars(self.hyper, eta, self.weight_decay, clip_coef)
+        RULES[self.rule].scalars(self.hyper, eta, self.step, s)
+        if self.step == 1 and not self.initialized and self.hyper.init == "grad":
+            s.init_grad = self.hyper.init_scale
+        return s
+
+
+class Preview:
+    """All parameters that take part in the next step of an optimizer.
+
+    Args:
+        owner: Name of the caller, for messages.
+        optimizer: One of ours, or ``Adam``, ``AdamW``, ``RAdam`` or ``SGD`` of torch.
+        use_grad: Take the gradients in ``.grad``; parameters without one then take no part.
+
+    Raises:
+        TypeError: If the rule of the optimizer is not known, or it is a wrapper of one.
+        ValueError: If some groups ascend and others descend, no parameter takes part, or one is kept on a
+            sphere.
+
+    Attributes:
+        optimizer: The optimizer itself, where a wrapper passes for one.
+        params: The parameters.
+        grads: Their gradients, or None if the closure must give them.
+        made: Updates that the optimizer has made, 0-dim int64 of its own, or an int.
+        sign: -1 if the optimizer ascends.
+    """
+
+    def __init__(self, owner: str, optimizer: torch.optim.Optimizer, use_grad: bool = True) -> None:
+        optimizer = _unwrapped(owner, optimizer)
+        self.owner, self.optimizer = owner, optimizer
+        ours = optimizer if isinstance(optimizer, FusedOptimizer) else None
+        every = [(g, p) for g in optimizer.param_groups for p in g["params"] if p.requires_grad]
+        with_grad = [(g, p) for g, p in every if p.grad is not None] if use_grad else []
+        chosen = with_grad or every
+        if not chosen:
+            check.fail(owner, "optimizer", "have parameters that require a gradient", optimizer)
+        # a look at the property would make each later step check all states
+        self._state: Mapping[Tensor, Any] = optimizer.state if ours is None else ours._session.state
+        counters = None if ours is None else ours._session.counters
+        self._hypers = {id(g): _hyper(owner, optimizer, g) for g in optimizer.param_groups}
+        self._chosen = chosen
+        self.params = [p for _, p in chosen]
+        self.made: Tensor | int = 0 if counters is None else counters[0].clone()
+        if ours is None:
+            self.made = max(_counts(0, [self._state.get(p, {}) for p in self.params])[1]) - 1
+        self.grads = [p.grad.detach() for _, p in with_grad] if with_grad else None
+        self._own = [self._hypers[id(g)] for g, _ in chosen]
+        if any(hyper.sphere for _, hyper in self._own):
+            hint = "A step is looked at along a line, which leaves the sphere."
+            check.fail(owner, "projection", "be None in groups that are looked at", "sphere", hint)
+        signs = {-1.0 if hyper.maximize else 1.0 for _, hyper in self._own}
+        if len(signs) > 1:
+            check.fail(owner, "maximize", "be the same for all groups", sorted(signs))
+        self.sign = signs.pop()
+        self._max_grad_norm = None if ours is None else ours.max_grad_norm
+        self._init_norm_sq = 0.0 if ours is None else ours._session.init_norm_sq
+
+    @functools.cached_property
+    def members(self) -> list[Member]:
+        """The parameters with what their update needs; reading the step counts waits for the device."""
+        t, steps = _counts(self.made, [self._state.get(p, {}) for p in self.params])
+        return [
+            _member(self.optimizer, p, *self._hypers[id(g)], g, self._state.get(p, {}), step, t)
+            for (g, p), step in zip(self._chosen, steps, strict=True)
+        ]
+
+    def ahead(self, vectors: Vectors) -> Ahead | None:
+        """Return the pre-conditioner by the kernels of the optimizer's backend, which wait for nothing.
+
+        None where they cannot: before the first step, for an optimizer of torch or gradients of a closure.
+        """
+        optimizer = self.optimizer
+        if not (isinstance(optimizer, FusedOptimizer) and isinstance(vectors, FusedVectors) and self.grads):
+            return None
+        for param, grad in zip(self.params, self.grads, strict=True):
+            param.grad = grad
+        prepared = optimizer._plan_ahead()
+        for param in self.params:
+            param.grad = None
+        if prepared is None:
+            return None
+        plan, backend = prepared
+        try:
+            return _ahead(self, plan, backend, vectors) if isinstance(backend, VectorBackend) else None
+        finally:
+            plan.release()
+
+    @property
+    def lr(self) -> float:
+        """Learning rate of the first group that takes part, in force at the next step."""
+        return self.members[0].lr
+
+    @property
+    def backend(self) -> str:
+        """Name of the backend that the optimizer asked for."""
+        return self.optimizer.backend if isinstance(self.optimizer, FusedOptimizer) else "auto"
+
+    def grads_of(self, hessian: Hessian) -> list[Tensor]:
+        """Return the gradients in ``.grad``, or those of the closure with zeros where it gives none."""
+        if self.grads is not None:
+            return self.grads
+        found = zip(hessian.gradient(), self.params, strict=True)
+        return [torch.zeros_like(p) if g is None else g for g, p in found]
+
+    def ratios(self) -> list[float]:
+        """Return the learning rate of each parameter over ``lr``; by ``param_groups`` while ``lr`` is 0."""
+        rates = [m.lr for m in self.members] if self.lr > 0.0 else [m.hyper.lr for m in self.members]
+        return [rate / rates[0] if rates[0] > 0.0 else 1.0 for rate in rates]
+
+    def inverse_preconditioners(self, grads: Sequence[Tensor]) -> list[Tensor]:
+        """Return the diagonal of ``1 / P`` for each parameter, such that the update is ``lr * m / P``.
+
+        ``P = (1 - beta1**t) (sqrt(v / (1 - beta2**t)) + eps)`` for Adam, with this step's gradient in ``v``.
+
+        Args:
+            grads: Gradients of the loss.
+
+        Returns:
+            Tensors in the shapes of the parameters; ones for SGD.
+
+        Source: Kalra & Barkeshli 2024, arXiv:2406.09405, equation 6 with the square root of the authors'
+            code.
+        """
+        factor = self._factor(grads)
+        return [self._response(m, g, factor) for m, g in zip(self.members, grads, strict=True)]
+
+    def directions(self, grads: Sequence[Tensor]) -> list[Tensor]:
+        """Return the update per unit of the first group's learning rate: ``param - lr * direction``.
+
+        Args:
+            grads: Gradients of the loss.
+
+        Returns:
+            Tensors in the shapes of the parameters; decoupled decay is in them.
+        """
+        factor = self._factor(grads)
+        parts = zip(self.members, grads, self.ratios(), strict=True)
+        return [self._moved(m, g, ratio, factor) for m, g, ratio in parts]
+
+    def _factor(self, grads: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+        """Return the clip coefficient and the scale of a random second moment, 0-dim float64."""
+        # in double before they are squared, which 16 bits would round
+        norm = torch.stack([dot(g.double(), g.double()) for g in grads]).sum().sqrt()
+        clip = torch.ones_like(norm)
+        if self._max_grad_norm is not None:
+            clip = (self._max_grad_norm / (norm + 1e-6)).clamp(max=1.0)
+        return clip, (norm * clip).square()
+
+    def _arguments(
+        self, m: Member, grad: Tensor, eta: float, factor: tuple[Tensor, Tensor]
+    ) -> tuple[Tensor, Tensor, list[Tensor], Scalars]:
+        """Return what the rule takes, in double precision."""
+        clip, norm_sq = factor
+        states = [s.to(torch.float64) for s in m.states]
+        if m.step == 1 and not m.initialized and m.hyper.init == "random":
+            if not self._init_norm_sq:
+                raise RuntimeError(
+                    f"{self.owner}: the optimizer must have drawn its states: call init_state()."
+                )
+            states[1] = states[1] * (m.hyper.init_scale * norm_sq / self._init_norm_sq)
+        grad = grad.to(torch.float64) * clip
+        return m.param.detach().to(torch.float64), grad, states, m.scalars(eta)
+
+    @torch.no_grad()
+    def _moved(self, m: Member, grad: Tensor, ratio: float, factor: tuple[Tensor, Tensor]) -> Tensor:
+        param, grad, states, s = self._arguments(m, grad, ratio, factor)
+        moved, _ = RULES[m.rule].update(param, grad, states, s)
+        return (param - moved).to(compute_dtype(m.param.dtype))
+
+    @torch.no_grad()
+    def _response(self, m: Member, grad: Tensor, factor: tuple[Tensor, Tensor]) -> Tensor:
+        """Return the update that a first moment of ones would give, which is ``1 / P``."""
+        param, grad, states, s = self._arguments(m, grad, 1.0, factor)
+        return response(RULES[m.rule], param, grad, states, s).to(compute_dtype(m.param.dtype))
+
+
+@dataclass
+class Ahead:
+    """The pre-conditioner of the step about to be made, as the optimizer's kernels find it; on the device.
+
+    Attributes:
+        scale: ``P**-1/2``, ``[n]``, or None for the identity.
+        folded: The same with the square root of ``lr / edge``, or None where that is the same for all.
+        factor: ``lr / edge`` of the first parameter, 0-dim float64.
+        decays: L2 penalty of each parameter, 0-dim float64 each; empty without any.
+    """
+
+    scale: Tensor | None
+    folded: Tensor | None
+    factor: Tensor
+    decays: list[Tensor]
+
+
+def _ahead(preview: Preview, plan: Plan, backend: VectorBackend, vectors: FusedVectors) -> Ahead | None:
+    """Run the kernels over a table that is ready for the step."""
+    assert preview.grads is not None
+    hypers = [hyper for _, hyper in preview._own]
+    rule = preview._own[0][0].rule
+    edges = [edge_of(rule, h) for h in hypers]
+    shared = len({(h.lr / edge, h.schedule) for h, edge in zip(hypers, edges, strict=True)}) == 1
+    scale, folded = (vectors.basis(1)[0] if wanted else None for wanted in (rule != "SGD", not shared))
+    l2_sq = vectors.number(0.0)
+    if plan.settings.measure:
+        norms = torch.stack([torch.linalg.vector_norm(g, dtype=vectors.dtype) for g in preview.grads])
+        l2_sq = norms.to(torch.float64).square().sum()
+    table = ResponseTable(plan, preview.params, vectors.offsets, edges, l2_sq, scale, folded)
+    if not backend.response(plan, table):
+        return None
+    groups = {id(row.param): row.group for row in plan.rows}
+    rates = [table.rates[groups[id(p)]] for p in preview.params]
+    decays = [rate[1] for rate in rates] if any(h.weight_decay and not h.decoupled for h in hypers) else []
+    decays = [d * 0.0 if h.decoupled else d for d, h in zip(decays, hypers, strict=False)]
+    return Ahead(scale, folded, rates[0][0] / edges[0], decays)
+
+
+def _counts(made: Tensor | int, states: Sequence[Mapping[str, Any]]) -> tuple[int, list[int]]:
+    """Return the optimizer's count and those of the parameters, read from the device at once."""
+    found = [made, *(_step_of(state) for state in states)]
+    tensors = [c.to(torch.int64) for c in found if isinstance(c, Tensor)]
+    device = next((c.device for c in tensors if c.device.type != "cpu"), torch.device("cpu"))
+    read = iter(torch.stack([c.to(device) for c in tensors]).tolist() if tensors else ())
+    t, *steps = [next(read) if isinstance(c, Tensor) else c for c in found]
+    return t, [step + 1 for step in steps]
+
+
+def _step_of(state: Mapping[str, Any]) -> Tensor | int:
+    """Return the updates that a parameter has had; torch's SGD counts none, but has a buffer then."""
+    step: Tensor | int = state.get("step", 1 if state.get("momentum_buffer") is not None else 0)
+    return step if isinstance(step, Tensor) else int(step)
+
+
+def _unwrapped(owner: str, optimizer: Any) -> torch.optim.Optimizer:
+    """Return the optimizer itself, also for a wrapper whose class derives from that of the optimizer.
+
+    Raises:
+        TypeError: If it is another wrapper, or no optimizer.
+    """
+    path, inner = _inner(optimizer)
+    if isinstance(optimizer, _KNOWN):
+        # such a wrapper forwards attributes, or has copies of them that go stale
+        passes = isinstance(optimizer, type(inner)) and _params(optimizer) == _params(inner)
+        return _unwrapped(owner, inner) if passes else cast(torch.optim.Optimizer, optimizer)
+    kind = type(optimizer).__name__
+    if inner is None and isinstance(optimizer, torch.optim.Optimizer):
+        hint = "Adam, AdamW, GIAdam, RAdam and SGD are, of this package or of torch."
+        check.fail(owner, "optimizer", "be one whose rule is known", kind, hint, TypeError)
+    hint = f" Pass its attribute {path}." if path else ""
+    raise TypeError(f"{owner}: optimizer must be a fused_warmup optimizer, got {kind}.{hint}")
+
+
+def _inner(wrapper: Any, depth: int = 3) -> tuple[str, Any]:
+    """Return the path of attributes from a wrapper to an optimizer of a known rule, and that optimizer."""
+    found: dict[str, Any] = {}
+    for name in dict.fromkeys((*_WRAPPED, *getattr(wrapper, "__dict__", ()))):
+        # properties of an unknown object may raise anything
+        with contextlib.suppress(Exception):
+            found[name] = getattr(wrapper, name)
+    for name, value in found.items():
+        if isinstance(value, _KNOWN) and value is not wrapper:
+            return f".{name}", value
+    for name in _WRAPPED if depth else ():
+        path, inner = _inner(found.get(name), depth - 1)
+        if inner is not None:
+            return f".{name}{path}", inner
+    return "", None
+
+
+def _params(optimizer: torch.optim.Optimizer) -> list[int]:
+    """Return the identities of the parameters."""
+    return [id(p) for group in optimizer.param_groups for p in group["params"]]
+
+
+def _hyper(
+    owner: str, optimizer: torch.optim.Optimizer, group: dict[str, Any]
+) -> tuple[type[FusedOptimizer], Hyper]:
+    """Return the class of ours that has the rule, and the hyper-parameters of a group."""
+    if isinstance(optimizer, FusedOptimizer):
+        if optimizer.rule not in RULES:
+            check.fail(owner, "optimizer", "have a known rule", optimizer.rule, error=TypeError)
+        return type(optimizer), optimizer._make_hyper(group)
+    ours = next(ours for kind, ours in _TORCH.items() if isinstance(optimizer, kind))
+    decoupled = group.get("decoupled_weight_decay", False) or isinstance(optimizer, torch.optim.AdamW)
+    own = {"exp_avg_sq_init": "zeros", "exp_avg_sq_init_scale": 1.0, "rho_threshold": 5.0,
+           "unrectified": "momentum"}  # fmt: skip
+    return ours, ours._hyper(owner, {**own, **group, "decoupled_weight_decay": decoupled})
+
+
+def _member(
+    optimizer: torch.optim.Optimizer,
+    param: Tensor,
+    cls: type[FusedOptimizer],
+    hyper: Hyper,
+    group: Mapping[str, Any],
+    state: Mapping[str, Any],
+    step: int,
+    t: int,
+) -> Member:
+    """Return a parameter with what the next step does to it."""
+    names = cls._state_names(group)
+    states = [state.get(name) for name in names]
+    zeros = torch.zeros_like(param, dtype=compute_dtype(param.dtype), requires_grad=False)
+    return Member(
+        param=param,
+        rule=cls.rule,
+        hyper=hyper,
+        states=[zeros if s is None else s.detach() for s in states],
+        step=step,
+        initialized=bool(state.get("initialized", False)),
+        lr=hyper.lr * (hyper.schedule(t) if hyper.schedule else 1.0),
+        weight_decay=hyper.weight_decay
+        * (hyper.weight_decay_schedule(t) if hyper.weight_decay_schedule else 1.0),
+    )

@@ -1,0 +1,1 @@
+"""Automatic warmup, which ends where the losses have passed their minimum."""

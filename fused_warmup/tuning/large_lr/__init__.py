@@ -1,0 +1,1 @@
+"""Where large learning rates lead: regimes, fine-tuning, and the geometry of solutions."""

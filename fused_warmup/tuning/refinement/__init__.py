@@ -1,0 +1,1 @@
+"""Schedules refined from the gradient norms of a run."""

@@ -1,0 +1,96 @@
+"""Gradient norms from where they were recorded."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from ... import _checks as check
+from ...optim.telemetry import Telemetry
+from ..large_lr.sheets import read_sheet
+
+# what exports of experiment trackers have first
+_STEPS = ("step", "_step")
+COLUMNS = {"sgd": "grad_norm", "adam": "grad_norm_l1"}
+
+
+def read_norms(owner: str, source: Any, kind: str, column: str | None = None) -> np.ndarray:
+    """Return one norm per step; rows of steps that were skipped are left out.
+
+    Args:
+        owner: Name for messages.
+        source: ``Telemetry``, its ``history()``, the path of a CSV file, or numbers of shape ``[steps]``.
+        kind: ``"sgd"`` takes the L2 norm of a telemetry, ``"adam"`` the L1 norm.
+        column: Name of the column to take instead.
+
+    Returns:
+        float64 array of ``[steps]``; entries may be zero or not finite.
+
+    Raises:
+        TypeError: If the source is of another kind.
+        ValueError: If a column is missing, the file was cut short or can be read in two ways, or a norm is
+            negative.
+        OSError: If the file cannot be read.
+    """
+    wanted = COLUMNS[check.one_of(owner, "kind", kind, tuple(COLUMNS))] if column is None else column
+    if isinstance(source, Telemetry):
+        source = source.history()
+    if isinstance(source, (str, Path)):
+        source = _read_csv(owner, Path(source), wanted, named=column is not None)
+    if isinstance(source, Mapping):
+        if wanted not in source:
+            check.fail(owner, "norms", f"have the column {wanted!r}", list(source))
+        norms = _array(owner, source[wanted])
+        skipped = _array(owner, source["skipped"]) if "skipped" in source else np.zeros(len(norms))
+        norms = norms[skipped == 0.0]
+    else:
+        norms = _array(owner, source)
+    if norms.ndim != 1 or len(norms) < 2:
+        check.fail(owner, "norms", "hold one number per step, of two steps at least", norms.shape)
+    negative = np.flatnonzero(norms < 0.0)
+    if len(negative):
+        check.fail(owner, f"norms[{negative[0]}]", "be >= 0", float(norms[negative[0]]))
+    if not np.isfinite(norms).any():
+        check.fail(owner, "norms", "have an entry that is finite", "none")
+    return norms
+
+
+def _array(owner: str, numbers: Any) -> np.ndarray:
+    """Return numbers as a float64 array."""
+    if isinstance(numbers, torch.Tensor):
+        numbers = numbers.detach().to("cpu", torch.float64).numpy()
+    try:
+        return np.asarray(numbers, dtype=np.float64)
+    except (TypeError, ValueError):
+        check.fail(owner, "norms", "be numbers, a telemetry or a path", numbers, error=TypeError)
+
+
+def _read_csv(owner: str, path: Path, wanted: str, *, named: bool) -> dict[str, list[float]]:
+    """Return the wanted column of a file with a header line, and the column ``skipped`` if it has one.
+
+    A file without the wanted column may have a single one, or steps and one value first.
+    """
+    sheet = read_sheet(owner, path, (wanted,))
+    header = sheet.header
+    take = wanted.strip()
+    if wanted not in header and not named:
+        take = header[0] if len(header) == 1 else header[1] if header[0].lower() in _STEPS else wanted
+        if _is_number(take):
+            sheet.fail(sheet.head, "have the names of the columns", header)
+    columns = {wanted: sheet.numbers(take, "Name the one to take.")}
+    if "skipped" in header:
+        columns["skipped"] = sheet.numbers("skipped")
+    return columns
+
+
+def _is_number(text: str) -> bool:
+    """Return whether a name is a number: the first row of a file without a header line."""
+    try:
+        float(text.replace(",", "."))
+    except ValueError:
+        return False
+    return True

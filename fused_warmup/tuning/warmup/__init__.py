@@ -1,0 +1,1 @@
+"""Warmups that are measured: the initial rate and the persistent catapult."""

@@ -1,0 +1,427 @@
+"""The CUDA kernels as they are, run on the host: against the reference, the CPU kernels and themselves.
+
+The tests of the other backends are collected here once more, with every step made by the CUDA backend over a
+table that is mirrored as on a GPU.
+"""
+
+import ctypes
+import math
+from types import SimpleNamespace
+
+import cuda_on_host
+import pytest
+import torch
+import vector_cases
+from backends.test_backends import (  # noqa: F401
+    EPS,
+    test_one_step_from_the_same_state,
+    test_schedules,
+    test_trajectory,
+)
+from backends.test_bitwise import (  # noqa: F401
+    OPTIMIZERS,
+    OPTIONS,
+    bits,
+    make_optimizer,
+    test_a_group_added_later_leaves_the_others_alone,
+    test_a_rebuilt_table_does_not_change_a_bit,
+    test_norms_are_the_same_bits_from_either_pass,
+    test_runs_do_not_differ,
+    test_telemetry_does_not_change_a_bit,
+    test_the_update_of_a_tensor_does_not_depend_on_its_neighbours,
+    train,
+)
+from cases import CASES, SCHEDULES, assert_close, assert_same_bits, make_params, set_grads, states_of
+from optim.test_gaps import (  # noqa: F401
+    test_a_scale_and_a_verdict_are_read_anew_one_by_one,
+    test_an_infinite_gradient_on_a_sphere_spoils_its_element_only,
+    test_averages_of_parameters_that_jump,
+    test_gradients_that_change_dtype_and_back,
+    test_init_from_gradients_leaves_out_what_has_none,
+    test_norms_of_scaled_gradients,
+)
+from optim.test_layers import (  # noqa: F401
+    test_channels_are_made_orthogonal,
+    test_every_row_must_be_orthogonal_to_be_projected_by_row,
+    test_golden_lamb,
+    test_golden_projections,
+    test_lamb_moves_every_layer_by_its_rate,
+    test_layers_without_a_ratio,
+    test_rows_are_those_of_the_shape_whatever_the_layout,
+    test_rows_of_every_length,
+    test_the_authors_package,
+)
+from optim.test_moments import (  # noqa: F401
+    test_a_gradient_that_collapses_makes_no_leap,
+    test_a_moment_that_has_arrived_stays,
+    test_moments_are_those_of_the_recurrence,
+    test_no_drift_near_one,
+    test_same_as_torch_in_double,
+)
+from optim.test_outside import (  # noqa: F401
+    test_a_late_parameter_has_an_average_of_its_own_values,
+    test_a_norm_of_any_form,
+    test_an_average_of_what_has_no_gradient,
+    test_an_average_that_begins_after_a_load,
+    test_counters_follow_states_that_a_wrapper_restores,
+    test_gradients_after_a_scaled_step,
+)
+from optim.test_properties import (  # noqa: F401
+    Layout,
+    guarded,
+    test_dense_tensors_train_as_the_reference_does,
+    test_kernels_stay_inside_states_and_averages,
+    test_strided_views_train_as_the_reference_does,
+    test_the_layout_of_memory_does_not_change_a_bit,
+)
+from optim.test_sphere import (  # noqa: F401
+    test_a_given_radius_changes_no_direction,
+    test_a_group_that_other_parameters_join,
+    test_a_norm_that_is_none_rescales_nothing,
+    test_a_skipped_step_changes_nothing,
+    test_a_state_dict_goes_on_bit_for_bit,
+    test_directions_do_not_depend_on_the_radius,
+    test_norms_grow_without_a_sphere_only,
+    test_one_step_from_the_same_state_on_a_sphere,
+    test_other_groups_do_not_notice,
+    test_projection_and_radius_may_change,
+    test_scaled_gradients_are_unscaled_first,
+    test_telemetry_has_the_effective_rate,
+    test_the_angle_of_a_step_is_that_of_the_effective_rate,
+    test_what_has_no_gradient_turns_with_the_rest,
+)
+from vector_cases import check_operations, check_response, combination, draw, make_pair
+
+import fused_warmup as fw
+from fused_warmup import _cpu
+from fused_warmup.backends.native import CpuBackend, CudaBackend
+from fused_warmup.optim import session
+from fused_warmup.plan import device_buffers
+from fused_warmup.reference.rules import LAYER_RULES
+
+
+@pytest.fixture(scope="session")
+def module():
+    return cuda_on_host.cached()
+
+
+@pytest.fixture(autouse=True)
+def every_step_is_by_cuda(module, monkeypatch):
+    """Whatever backend but the reference a test asks for."""
+    real = session.resolve
+    monkeypatch.setattr(
+        session,
+        "resolve",
+        lambda name, device: real(name, device) if name == "reference" else CudaBackend(module),
+    )
+    monkeypatch.setattr(device_buffers, "is_mirrored", lambda device: True)
+
+
+@pytest.fixture
+def backend():
+    return "cpu"
+
+
+def counter(module, name):
+    return ctypes.c_int.in_dll(ctypes.CDLL(module.__file__), f"cuda_on_host_{name}")
+
+
+def spied(module):
+    """The module, and the numbers of addresses that went along with its launches."""
+    carried = []
+
+    def step(rule, address, grads, n_grads, *rest):
+        carried.append(n_grads)
+        module.step(rule, address, grads, n_grads, *rest)
+
+    return SimpleNamespace(
+        step=step, rules=module.rules, prepare=module.prepare, CARRY_LIMIT=module.CARRY_LIMIT
+    ), carried
+
+
+def pair(case, dtype, backends, shapes=None, **options):
+    """The same parameters under two backends."""
+    runs = []
+    for backend in backends:
+        params = make_params(dtype, *([shapes] if shapes else []))
+        opt = case.make(params, **options)
+        opt._session.backend = backend
+        runs.append((params, opt))
+    return runs
+
+
+def assert_close_state(runs, unit):
+    """Sums over layers are added up in another order, which changes a last bit of them at most."""
+    (params, opt), (others, other) = runs
+    for i, (p, q) in enumerate(zip(params, others, strict=True)):
+        assert_close(f"param {i}", p, q, 2 * unit, 2 * unit)
+        expected = states_of(other, q)
+        for name, value in states_of(opt, p).items():
+            if name == "average" or opt.param_groups[0].get("decay_mode") == "gradient":
+                assert_close(f"{name} {i}", value, expected[name], 2 * unit, 2 * unit)
+            else:
+                assert_same_bits(f"{name} {i}", value, expected[name])
+
+
+def assert_same_state(runs):
+    (params, opt), (others, other) = runs
+    for i, (p, q) in enumerate(zip(params, others, strict=True)):
+        assert_same_bits(f"param {i}", p, q)
+        expected = states_of(other, q)
+        for name, value in states_of(opt, p).items():
+            assert_same_bits(f"{name} {i}", value, expected[name])
+
+
+@pytest.mark.skipif(len(_cpu.instruction_sets()) == 1, reason="this processor rounds products and sums twice")
+@pytest.mark.parametrize("dtype", list(EPS), ids=str)
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_same_bits_as_the_cpu_kernels(module, case, dtype):
+    """One text of the mathematics, one rounding: every bit but those of the norms, which are summed otherwise."""
+    runs = pair(case, dtype, (CudaBackend(module), CpuBackend()), average=fw.EMA(0.9), nonfinite="skip")
+    assert [opt._session.backend.name for _, opt in runs] == ["cuda", "cpu"]
+    for step in range(7):
+        for params, opt in runs:
+            set_grads(params, step)
+            if step == 2:
+                params[4].grad = None
+            if step == 3:
+                params[6].grad[1000] = math.nan
+            opt.step()
+    if case.cls.rule in LAYER_RULES:
+        assert_close_state(runs, EPS[dtype])
+    else:
+        assert_same_state(runs)
+    ours, theirs = (opt.telemetry.history() for _, opt in runs)
+    for name, values in ours.items():
+        rtol = 16 * 2.0**-24 if name == "grad_norm_l1" else 1e-12
+        torch.testing.assert_close(values, theirs[name], rtol=rtol, atol=0, equal_nan=True)
+    assert ours["skipped"].tolist() == [0, 0, 0, 1, 0, 0, 0]
+
+
+@pytest.mark.parametrize("option", list(OPTIONS))
+@pytest.mark.parametrize("case", list(OPTIMIZERS))
+def test_grids_and_orders_do_not_change_a_bit(module, monkeypatch, case, option):
+    """Parameters, states and norms; whoever forgot a barrier sees threads in another order."""
+    results = []
+    for blocks, order in [(0, ""), (1, ""), (3, "backwards"), (10**6, "backwards"), (10**6, "")]:
+        monkeypatch.setenv("CUDA_ON_HOST_ORDER", order)
+        opt = make_optimizer(case, **OPTIONS[option])
+        opt._session.backend = CudaBackend(module, max_blocks=blocks)
+        results.append(bits(train(opt)))
+    assert "telemetry: grad_norm_l1" in results[0]
+    for result in results[1:]:
+        assert [key for key in results[0] if result[key] != results[0][key]] == []
+
+
+@pytest.mark.parametrize(
+    ("options", "launches"), [({}, 2), ({"max_grad_norm": 1.0}, 3), ({"nonfinite": "skip"}, 3)], ids=str
+)
+@pytest.mark.parametrize(("cls", "more"), [(fw.Adam, 0), (fw.LAMB, 2), (fw.AdamP, 2)])
+@pytest.mark.parametrize("dtype", list(EPS), ids=str)
+def test_launches_do_not_depend_on_the_table(module, dtype, cls, more, options, launches):
+    for shapes in ([(0,)], [(5,)] * 3, [(7,)] * 600):
+        params = make_params(dtype, shapes)
+        opt = cls([{"params": [p]} for p in params], average=fw.EMA(0.9), **options)
+        set_grads(params, 0)
+        count = counter(module, "launches")
+        before = count.value
+        opt.step()
+        assert count.value - before == launches + more == opt.traffic().launches
+
+
+@pytest.mark.parametrize("cls", [fw.Adam, fw.AdamP])
+def test_spheres_take_one_more_launch(module, cls):
+    for count in (3, 600):
+        params = make_params(torch.float32, [(7,)] * count)
+        opt = cls([{"params": [p], "projection": "sphere"} for p in params[1:]])
+        opt.add_param_group({"params": params[:1]})
+        set_grads(params, 0)
+        launches = counter(module, "launches")
+        before = launches.value
+        opt.step()
+        assert launches.value - before == (3 if cls is fw.Adam else 5) == opt.traffic().launches
+
+
+@pytest.mark.parametrize("clip", [None, 1.0], ids=["unclipped", "clipped"])
+@pytest.mark.parametrize("extra", [-1, 0, 1])
+@pytest.mark.parametrize("limit", ["small", "large"])
+def test_addresses_travel_with_the_launch_where_they_fit(module, limit, extra, clip):
+    """And through the column where they do not, or have not changed; the first launch writes the column."""
+    count = {"small": 480, "large": module.CARRY_LIMIT}[limit] + extra
+    seen, carried = spied(module)
+    case = next(case for case in CASES if case.name == "adamw")
+    runs = pair(case, torch.float32, (CudaBackend(seen), CpuBackend()), [(2,)] * count, max_grad_norm=clip)
+    for step in range(4):
+        for params, opt in runs:
+            if step == 0:
+                set_grads(params, step)
+            if step == 2:
+                params[-1].grad = torch.ones(2)
+                params[0].grad = None
+            opt.step()
+    assert_same_state(runs)
+    fits = count <= module.CARRY_LIMIT
+    assert carried == ([count, 0, count, 0] if fits else [0] * 4)
+    assert [int(runs[0][1].state[p]["step"]) for p in (runs[0][0][0], runs[0][0][-1])] == [2, 4]
+
+
+@pytest.mark.parametrize("projection", [None, "sphere"])
+@pytest.mark.parametrize("dtype", list(EPS), ids=str)
+def test_alignment_does_not_change_a_bit(dtype, projection):
+    """Vectors or single elements: parameters, states and norms, and nothing outside the views."""
+    size, results = 40_003, []
+    values = torch.randn(size).to(dtype)
+    grads = [torch.randn(size).to(dtype) for _ in range(3)]
+    for offset in range(8):
+        views = [guarded(values, Layout(offset=offset))]
+        views[0].view.requires_grad_()
+        opt = fw.Adam([views[0].view], amsgrad=True, average=fw.EMA(0.9), projection=projection)
+        for grad in grads:
+            views.append(guarded(grad, Layout(offset=(3 * offset) % 8)))
+            views[0].view.grad = views[-1].view
+            before = [view.bytes_outside().clone() for view in views]
+            opt.step()
+            for view, bytes_before in zip(views, before, strict=True):
+                assert torch.equal(view.bytes_outside(), bytes_before)
+        results.append(bits(opt))
+    assert [i for i, result in enumerate(results) if result != results[0]] == []
+
+
+@pytest.mark.skipif(
+    not hasattr(torch.Tensor, "grad_dtype"), reason="this torch forbids gradients of another dtype"
+)
+@pytest.mark.parametrize("clip", [None, 2.0], ids=["unclipped", "clipped"])
+@pytest.mark.parametrize("dtype", list(EPS), ids=str)
+def test_float32_gradients_of_other_parameters(dtype, clip):
+    """Mixed into one table with gradients of the parameter's own type."""
+    runs = []
+    for name, kind in (("cpu", dtype), ("reference", torch.float64)):
+        params = make_params(kind, [(3000,), (7,), (2049,)])
+        opt = fw.RAdam(params, lr=0.01, backend=name, max_grad_norm=clip)
+        runs.append((params, opt))
+    for step in range(6):
+        for (params, opt), own in zip(runs, (torch.float32, torch.float64), strict=True):
+            set_grads(params, step)
+            params[0].grad = None
+            params[0].grad_dtype = None
+            params[0].grad = (torch.linspace(-1.0, 1.0, 3000) * (step + 1)).to(own)
+            opt.step()
+    unit = EPS[dtype]
+    for i, (p, q) in enumerate(zip(runs[0][0], runs[1][0], strict=True)):
+        assert_close(f"param {i}", p, q, 10 * unit, 10 * unit)
+    ours, truth = (opt.telemetry.latest() for _, opt in runs)
+    assert ours["grad_norm"] == pytest.approx(truth["grad_norm"], rel=1e-12)
+
+
+@pytest.mark.parametrize("backend_name", ["cpu", "reference"])
+@pytest.mark.parametrize("case", ["adamw", "radam", "sgd-momentum"])
+def test_scaled_gradients(case, backend_name):
+    """What a ``GradScaler`` leaves: unscaled in the same passes; nothing moves where it found an infinity."""
+    made = next(c for c in CASES if c.name == case)
+    results = []
+    for scale in (1.0, 1024.0):
+        params = make_params(torch.float32)
+        opt = made.make(params, backend=backend_name, max_grad_norm=1.0, average=fw.EMA(0.9))
+        for step in range(4):
+            set_grads(params, step, scale)
+            opt.grad_scale = torch.tensor(scale)
+            opt.found_inf = torch.tensor(float(step in {0, 2}))
+            before = [p.detach().clone() for p in params]
+            opt.step()
+            moved = [not torch.equal(p, q) for p, q in zip(params, before, strict=True) if p.numel()]
+            assert moved == [step not in {0, 2}] * len(moved)
+        history = opt.telemetry.history()
+        assert history["skipped"].tolist() == [1, 0, 1, 0]
+        assert history["step"].tolist() == [0, 1, 1, 2]
+        results.append(bits(opt, {"grad_norm", "clip_coef", "rect", "lr"}))
+    # a power of two changes no rounding
+    assert results[0] == results[1]
+
+
+def test_magnitudes_beyond_float32_still_add_up():
+    params = make_params(torch.float32, [(40_000,)])
+    opt = fw.SGD(params, lr=1e-38)
+    params[0].grad = torch.full((40_000,), 3e38)
+    opt.step()
+    line = opt.telemetry.latest()
+    exact = float(params[0].grad[0])
+    assert line["grad_norm_l1"] == pytest.approx(40_000 * exact, rel=1e-12)
+    assert line["grad_norm"] == pytest.approx(200 * exact, rel=1e-12)
+
+
+def test_no_gradients_and_no_elements():
+    params = make_params(torch.float32, [(4,), (0,)])
+    opt = fw.Adam(params, average=fw.EMA(0.5))
+    for step in range(2):
+        set_grads(params, step)
+        opt.step()
+    average = opt.state[params[0]]["average"].clone()
+    opt.zero_grad()
+    opt.step()
+    assert opt.telemetry.latest()["grad_norm"] == 0.0
+    assert int(opt.state[params[0]]["step"]) == 2
+    assert not torch.equal(average, params[0])
+    # the average goes on towards a parameter that rests
+    assert_close("average", opt.state[params[0]]["average"], (average + params[0]) / 2, 1e-6)
+
+
+def test_the_device_is_left_as_it_was_and_errors_have_names(module):
+    device = counter(module, "device")
+    module.prepare(0, 1, False)
+    assert device.value == 0
+    with pytest.raises(RuntimeError, match=r"cudaSetDevice.*cudaErrorInvalidDevice, invalid device ordinal"):
+        module.prepare(0, 7, False)
+    assert device.value == 0
+    with pytest.raises(ValueError, match="rule must be"):
+        module.prepare(99, 0, False)
+    with pytest.raises(ValueError, match="address must be"):
+        module.step(0, 0, 0, 0, False, 0, 0)
+
+
+def test_the_tests_of_other_backends_run_these_kernels(module):
+    opt = fw.Adam(make_params(torch.float32), backend="cpu")
+    assert isinstance(opt._session.backend, CudaBackend)
+    assert opt._session.backend._cuda is module
+
+
+@pytest.mark.parametrize("scaled", [True, False])
+@pytest.mark.parametrize(
+    "dtypes",
+    [[torch.float32], [torch.float64], [torch.bfloat16, torch.float16], vector_cases.DTYPES],
+    ids=str,
+)
+def test_vector_operations(module, dtypes, scaled):
+    check_operations(dtypes, CudaBackend(module), scaled=scaled)
+
+
+@pytest.mark.parametrize("backwards", [False, True])
+def test_vector_sums_do_not_depend_on_the_grid(module, backwards, monkeypatch):
+    monkeypatch.setenv("CUDA_ON_HOST_ORDER", "backwards" if backwards else "forwards")
+    bits = []
+    for max_blocks in (0, 1, 3):
+        bits.append(combination(CudaBackend(module, max_blocks), [(100_003,), (70_001,)], 6))
+    assert torch.equal(bits[0], bits[1])
+    assert torch.equal(bits[0], bits[2])
+
+
+def test_a_vector_operation_is_one_launch(module):
+    launches = ctypes.c_int.in_dll(ctypes.CDLL(module.__file__), "cuda_on_host_launches")
+    _, fused = make_pair(vector_cases.DTYPES, CudaBackend(module))
+    before = launches.value
+    fused.perturb(draw(fused, 0), None, fused.number(1e-3))
+    assert launches.value == before + 1
+
+
+@pytest.mark.parametrize("dtype", vector_cases.DTYPES, ids=str)
+@pytest.mark.parametrize("case", vector_cases.PRECONDITIONED, ids=lambda case: case.name)
+def test_preconditioner_is_that_of_the_reference(module, case, dtype):
+    def make(case, params, **options):
+        return case.make(params, **options), CudaBackend(module)
+
+    clip = None if "weight_decay" in case.options else 5.0
+    params = make_params(dtype, [(3,), (0,), (), (33, 101)])
+    options = {"max_grad_norm": clip, "schedule": SCHEDULES["warmup_linear"]}
+    check_response(case, make, params, **options)
+    mixed = [p for d in vector_cases.DTYPES for p in make_params(d, [(33,)])]
+    groups = [{"params": mixed[:1]}, {"params": mixed[1:], "lr": 3e-3}]
+    check_response(case, lambda case, _, **more: make(case, groups, **more), mixed, steps=(1,))

@@ -1,0 +1,78 @@
+"""The Triton kernels in Triton's interpreter, in processes of their own, and how the backend is chosen.
+
+``TRITON_INTERPRET`` counts when triton is imported, so one process cannot both interpret and compile kernels:
+``test_triton_compile.py`` compiles in this one, and ``interpreted.py`` runs in two others at a time.
+"""
+
+import importlib.util
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import fused_warmup as fw
+from fused_warmup import backends
+
+ROOT = Path(__file__).resolve().parents[2]
+# two halves that take about as long
+HALVES = ("one_step or grids", "not one_step and not grids")
+needs_triton = pytest.mark.skipif(
+    importlib.util.find_spec("triton") is None, reason="triton is not installed"
+)
+
+
+@needs_triton
+def test_in_the_interpreter():
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/interpreted.py", "-k"]
+    environment = {**os.environ, "TRITON_INTERPRET": "1"}
+    runs = [
+        subprocess.Popen(
+            [*command, half],
+            cwd=ROOT,
+            env=environment,
+            text=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+        )
+        for half in HALVES
+    ]
+    outputs = [run.communicate()[0] for run in runs]
+    assert all(run.returncode == 0 for run in runs), "\n".join(outputs)
+
+
+def test_why_it_is_unavailable(monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    if importlib.util.find_spec("triton") is not None:
+        assert (
+            backends.unavailable_reason("triton") == "there is no CUDA device, and TRITON_INTERPRET is not 1"
+        )
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(RuntimeError, match='backend="triton" is unavailable: the package triton is not inst'):
+        fw.SGD([torch.zeros(3, requires_grad=True)], backend="triton")
+
+
+@needs_triton
+def test_an_old_triton_is_named(monkeypatch):
+    import triton
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.delattr(triton, "constexpr_function")
+    assert f"triton {triton.__version__} is too old" in str(backends.unavailable_reason("triton"))
+
+
+@needs_triton
+def test_which_tensors_it_takes(monkeypatch):
+    """The interpreter reads the memory of the host, the kernels that of the device."""
+    cpu, cuda = torch.device("cpu"), torch.device("cuda")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    for interpreted, good, bad in ((True, cpu, cuda), (False, cuda, cpu)):
+        monkeypatch.setattr(backends, "_interpreted", lambda interpreted=interpreted: interpreted)
+        with pytest.raises(ValueError, match=f'backend="triton" must get tensors .*, got tensors on {bad}'):
+            backends.resolve("triton", bad)
+        assert backends.resolve("triton", good).name == "triton"
+        assert backends.resolve("auto", cpu).name in ("cpu", "reference")
+        assert backends.resolve("auto", cuda).name in ("cuda", "reference" if interpreted else "triton")

@@ -1,0 +1,380 @@
+"""The Triton kernels compiled ahead of time, for devices that need not be there: accesses, registers, launches."""
+
+import os
+import re
+import subprocess
+from types import SimpleNamespace
+
+import pytest
+import torch
+from cases import make_params, set_grads
+
+import fused_warmup as fw
+from fused_warmup import backends
+from fused_warmup.plan.structs import DTYPES
+
+if os.environ.get("TRITON_INTERPRET") == "1":
+    pytest.skip("nothing is compiled where TRITON_INTERPRET is 1", allow_module_level=True)
+triton = pytest.importorskip("triton", reason="triton is not installed")
+
+from triton.backends.compiler import GPUTarget  # noqa: E402
+from triton.backends.nvidia.compiler import get_ptxas  # noqa: E402
+from triton.compiler import ASTSource  # noqa: E402
+
+from fused_warmup.backends.triton import launch, layerwise, preconditioner, vectors  # noqa: E402
+from fused_warmup.backends.triton.step import (  # noqa: E402
+    decide_kernel,
+    measure_kernel,
+    rescale_kernel,
+    update_kernel,
+)
+
+F32, F64, BF16, F16 = (DTYPES[d] for d in (torch.float32, torch.float64, torch.bfloat16, torch.float16))
+SIZES = {F32: 4, F64: 8, BF16: 2, F16: 2}
+TARGETS = (80, 90, 100)
+THREADS = 32 * launch.NUM_WARPS
+# registers of a multiprocessor
+REGISTERS = 1 << 16
+
+
+@pytest.fixture(autouse=True)
+def empty_cache(tmp_path, monkeypatch):
+    """What was compiled before must not stand in for what is there now."""
+    monkeypatch.setattr(triton.knobs.cache, "dir", str(tmp_path))
+
+
+def compile_kernel(kernel, constants, target):
+    """Return the PTX and what ptxas says of it: registers, bytes of stack and bytes of spills."""
+    names = kernel.arg_names
+    options = {name: value for name, value in constants.items() if name not in names}
+    constexprs = {(names.index(name),): value for name, value in constants.items() if name in names}
+    signature = {name: "*i64" if name in ("step", "call") else "constexpr" for name in names}
+    source = ASTSource(kernel, signature, constexprs, {})
+    ptx = triton.compile(source, target=GPUTarget("cuda", target, 32), options=options).asm["ptx"]
+    arch = f"sm_{target}" + ("a" if target >= 90 else "")
+    command = [get_ptxas(target).path, "-v", "--fmad=false", "--regAllocOptLevel=2", f"--gpu-name={arch}"]
+    path = os.path.join(triton.knobs.cache.dir, "kernel.ptx")
+    with open(path, "w") as file:
+        file.write(ptx)
+    report = subprocess.run(
+        [*command, path, "-o", os.devnull], check=True, capture_output=True, text=True
+    ).stderr
+    numbers = {
+        name: max(int(n) for n in re.findall(pattern, report))
+        for name, pattern in (
+            ("registers", r"Used (\d+) registers"),
+            ("stack", r"(\d+) bytes stack frame"),
+            ("spills", r"(\d+) bytes spill"),
+        )
+    }
+    return ptx, numbers
+
+
+def wide_bytes(ptx, operation):
+    """Bytes that the accesses of 16 bytes or more move, for one thread."""
+    found = re.findall(rf"\b{operation}\.global\S*\.v(\d)\.b(\d+)", ptx)
+    sizes = [int(n) * int(bits) // 8 for n, bits in found]
+    assert all(size >= 16 for size in sizes), sizes
+    return sum(sizes)
+
+
+def update(rule, dtype, n_states, full):
+    """A plain update, or one that adds up norms and keeps an average."""
+    kinds = ((dtype, dtype, n_states),)
+    constants = launch.update_constants(rule, kinds, accumulate=full, average=full)
+    state = SIZES[F64 if dtype == F64 else F32]
+    own = n_states + full
+    return update_kernel, constants, 2 * SIZES[dtype] + own * state, SIZES[dtype] + own * state
+
+
+def on_sphere(job):
+    """An update or its second part that sums the squares of what it stored; these move no bytes more."""
+    kernel, constants, loaded, stored = job
+    return kernel, {**constants, "SPHERES": True, "maxnreg": max(constants["maxnreg"], 128)}, loaded, stored
+
+
+def rescale(dtype, full):
+    """A parameter back on its sphere, and its average."""
+    constants = launch.rescale_constants(((dtype, dtype, 2),), average=full)
+    own = SIZES[dtype] + full * SIZES[F64 if dtype == F64 else F32]
+    return rescale_kernel, constants, own, own
+
+
+def measure(dtype):
+    return measure_kernel, launch.measure_constants(((dtype, dtype, 2),)), SIZES[dtype], 0
+
+
+def propose(rule, dtype, n_states, full):
+    """The first part of an update in two; the norms read the gradient once more."""
+    constants = launch.propose_constants(rule, ((dtype, dtype, n_states),), accumulate=full)
+    state = n_states * SIZES[F64 if dtype == F64 else F32]
+    return layerwise.propose_kernel, constants, (2 + full) * SIZES[dtype] + state, state
+
+
+def apply(rule, dtype, n_states, full):
+    """The second part; the rule may read the gradient again, which LAMB never does."""
+    constants = launch.apply_constants(rule, ((dtype, dtype, n_states),), average=full)
+    state = SIZES[F64 if dtype == F64 else F32]
+    again = 0 if rule == "LAMB" else SIZES[dtype]
+    own = SIZES[dtype] + full * state
+    return layerwise.apply_kernel, constants, own + again + n_states * state, own
+
+
+JOBS = {
+    "lamb-propose-float32": propose("LAMB", F32, 2, False),
+    "lamb-apply-bfloat16": apply("LAMB", BF16, 2, True),
+    "adamp-propose-float32-full": propose("AdamP", F32, 2, True),
+    "adamp-propose-bfloat16-full": propose("AdamP", BF16, 2, True),
+    "adamp-apply-float32-full": apply("AdamP", F32, 2, True),
+    "sgdp-propose-float32": propose("SGDP", F32, 1, False),
+    "measure-float32": measure(F32),
+    "measure-bfloat16": measure(BF16),
+    "adam-float32": update("Adam", F32, 2, False),
+    "adam-bfloat16": update("Adam", BF16, 2, False),
+    "adam-float32-full": update("Adam", F32, 2, True),
+    "adam-bfloat16-full": update("Adam", BF16, 2, True),
+    "amsgrad-float32-full": update("Adam", F32, 3, True),
+    "radam-float32": update("RAdam", F32, 2, False),
+    "radam-bfloat16-full": update("RAdam", BF16, 2, True),
+    "sgd-float32-full": update("SGD", F32, 1, True),
+    "sgd-bfloat16": update("SGD", BF16, 1, False),
+    "adam-sphere-float32-full": on_sphere(update("Adam", F32, 2, True)),
+    "sgd-sphere-bfloat16-full": on_sphere(update("SGD", BF16, 1, True)),
+    "adamp-apply-sphere-float32-full": on_sphere(apply("AdamP", F32, 2, True)),
+    "rescale-float32": rescale(F32, False),
+    "rescale-bfloat16-full": rescale(BF16, True),
+}
+RARE = {
+    "adamp-propose-float64": propose("AdamP", F64, 2, False),
+    "sgdp-apply-plain-float32": apply("SGDP", F32, 0, False),
+    "measure-float64": measure(F64),
+    "adam-float16": update("Adam", F16, 2, False),
+    "adam-float64-full": update("Adam", F64, 2, True),
+    "sgd-plain-float32": update("SGD", F32, 0, False),
+    "adam-sphere-bfloat16-full": on_sphere(update("Adam", BF16, 2, True)),
+    "adam-sphere-float64-full": on_sphere(update("Adam", F64, 2, True)),
+    "adamp-apply-sphere-bfloat16-full": on_sphere(apply("AdamP", BF16, 2, True)),
+    "rescale-float64-full": rescale(F64, True),
+}
+
+
+@pytest.mark.parametrize(
+    ("job", "target"),
+    [(job, target) for target in TARGETS for job in JOBS] + [(job, 90) for job in RARE],
+)
+def test_whole_blocks_move_16_bytes_at_a_time_and_nothing_spills(job, target):
+    kernel, constants, loaded, stored = {**JOBS, **RARE}[job]
+    ptx, numbers = compile_kernel(kernel, constants, target)
+    elements = launch.BLOCK // THREADS
+    assert wide_bytes(ptx, "ld") == elements * loaded
+    assert wide_bytes(ptx, "st") == elements * stored
+    assert (numbers["stack"], numbers["spills"]) == (0, 0)
+    programs = REGISTERS // (numbers["registers"] * THREADS)
+    # how many share a multiprocessor
+    wanted = 1 if "float64" in job else 2 if job.endswith("full") else 4 if "measure" in job else 3
+    if "propose" in job or "apply" in job:
+        wanted = min(wanted, 2)
+    assert programs >= wanted, numbers
+
+
+@pytest.mark.parametrize("rule", ["LAMB", "AdamP"])
+@pytest.mark.parametrize("target", TARGETS)
+def test_settle_spills_nothing(target, rule):
+    constants = launch.settle_constants(rule, accumulate=True)
+    _, numbers = compile_kernel(layerwise.settle_kernel, constants, target)
+    assert (numbers["stack"], numbers["spills"]) == (0, 0)
+
+
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("spheres", [False, True])
+def test_decide_spills_nothing(target, spheres):
+    constants = launch.decide_constants("RAdam", spheres=spheres)
+    _, numbers = compile_kernel(decide_kernel, constants, target)
+    assert numbers["spills"] == 0
+    # the cosine has a table for arguments that no schedule gives it
+    assert numbers["stack"] <= 48
+    assert numbers["registers"] * THREADS <= REGISTERS
+
+
+@pytest.mark.parametrize(("rule", "n_states", "written"), [("Adam", 2, 5), ("RAdam", 2, 4), ("SGD", 1, 4)])
+def test_products_and_sums_round_as_they_are_written(rule, n_states, written):
+    """As many fused multiply-adds as the rule has, one more for the average, and none for the compiler to make."""
+    kernel, constants, _, _ = update(rule, F32, n_states, True)
+    ptx, _ = compile_kernel(kernel, constants, 90)
+    elements = (launch.BLOCK + launch.TAIL) // THREADS
+    assert len(re.findall(r"\bfma\.rn\.f32\b", ptx)) == (written + 1) * elements
+    assert not re.findall(r"\b(?:mul|add|sub|div\.full|sqrt\.approx)\.f(?:32|64)\b|\.ftz", ptx)
+
+
+def test_several_kinds_in_one_kernel():
+    kinds = ((F32, F32, 2), (BF16, F32, 2), (BF16, BF16, 2))
+    constants = launch.update_constants("Adam", kinds, accumulate=True, average=True)
+    _, numbers = compile_kernel(update_kernel, constants, 90)
+    assert (numbers["stack"], numbers["spills"]) == (0, 0)
+    _, numbers = compile_kernel(measure_kernel, launch.measure_constants(kinds), 90)
+    assert (numbers["stack"], numbers["spills"]) == (0, 0)
+    for kernel, constants in (
+        (layerwise.propose_kernel, launch.propose_constants("AdamP", kinds, accumulate=True)),
+        (layerwise.apply_kernel, launch.apply_constants("AdamP", kinds, average=True)),
+    ):
+        _, numbers = compile_kernel(kernel, constants, 90)
+        assert (numbers["stack"], numbers["spills"]) == (0, 0)
+
+
+class NoDevice:
+    """A driver of Triton that compiles for a device and launches nothing."""
+
+    def __init__(self):
+        self.launches = []
+        self.loaded = 0
+        self.utils = SimpleNamespace(
+            get_device_properties=lambda device: {"max_shared_mem": 1 << 17}, load_binary=self.load
+        )
+
+    def load(self, *_):
+        self.loaded += 1
+        return 1, 1, 64, 0, 1024
+
+    def launcher_cls(self, source, metadata):
+        def launcher(x, y, z, stream, function, packed, launch_metadata, enter, leave, *arguments):
+            self.launches.append((source.name, x, arguments))
+
+        return launcher
+
+    def get_current_target(self):
+        return GPUTarget("cuda", 90, 32)
+
+    def get_current_device(self):
+        return 0
+
+    def get_current_stream(self, device):
+        return 0
+
+
+ALL_STAGES = (
+    *(measure_kernel, decide_kernel, update_kernel, rescale_kernel),
+    *(layerwise.propose_kernel, layerwise.settle_kernel, layerwise.apply_kernel),
+)
+
+
+@pytest.fixture
+def driver(monkeypatch):
+    """Steps of CPU tensors go through every line of the launch and end before the device."""
+    driver = NoDevice()
+    monkeypatch.setattr(triton.runtime.driver, "_active", driver)
+    monkeypatch.setattr(backends, "_interpreted", lambda: True)
+    for kernel in ALL_STAGES:
+        kernel.device_caches.clear()
+    yield driver
+    for kernel in ALL_STAGES:
+        kernel.device_caches.clear()
+
+
+def compiled():
+    stages = (measure_kernel, decide_kernel, update_kernel)
+    return [len(stage.device_caches[0][0]) for stage in stages]
+
+
+def test_repeated_steps_compile_nothing(driver):
+    """Step counts, rates, weight decay, gradients, tensors and the table itself change; the kernels do not."""
+    params = make_params(torch.float32, [(5000,), (3,)])
+    opt = fw.AdamW(params, backend="triton", schedule=fw.schedules.warmup(4), average=fw.EMA(0.9))
+    for step in range(20):
+        set_grads(params, step)
+        opt.param_groups[0]["lr"] = 1e-3 * (step + 1)
+        opt.param_groups[0]["weight_decay"] = 0.01 * step
+        if step == 5:
+            params[1].grad = None
+        if step == 10:
+            extra = make_params(torch.float32, [(17,), (40_000,)])
+            set_grads(extra, 0)
+            opt.add_param_group({"params": extra})
+        opt.step()
+        if step == 0:
+            assert compiled() == [0, 1, 1]
+    assert compiled() == [0, 1, 1]
+    assert [name for name, _, _ in driver.launches] == ["decide_kernel", "update_kernel"] * 20
+
+
+def test_clipping_takes_three_launches_and_compiles_once(driver):
+    params = make_params(torch.float32, [(5000,)] * 30)
+    opt = fw.RAdam(params, backend="triton", max_grad_norm=1.0)
+    for step in range(3):
+        set_grads(params, step)
+        opt.max_grad_norm = 1.0 + step
+        opt.step()
+    assert compiled() == [1, 1, 1]
+    names = [name for name, _, _ in driver.launches]
+    assert names == ["measure_kernel", "decide_kernel", "update_kernel"] * 3
+    assert all(programs == 1 for name, programs, _ in driver.launches if name == "decide_kernel")
+
+
+def test_layers_take_two_more_launches_and_compile_once(driver):
+    """Nesterov's form, rates and decay are not compiled in."""
+    params = make_params(torch.float32, [(50, 100), (3,), (4, 9)])
+    opt = fw.AdamP(params, backend="triton")
+    for step in range(3):
+        set_grads(params, step)
+        opt.param_groups[0]["nesterov"] = step == 1
+        opt.param_groups[0]["delta"] = 0.1 * step
+        opt.step()
+    names = [name for name, _, _ in driver.launches]
+    assert names == ["decide_kernel", "propose_kernel", "settle_kernel", "apply_kernel"] * 3
+    assert driver.loaded == 4
+
+
+@pytest.mark.parametrize(
+    ("cls", "update"),
+    [(fw.Adam, ["update_kernel"]), (fw.AdamP, ["propose_kernel", "settle_kernel", "apply_kernel"])],
+)
+def test_spheres_take_one_more_launch_and_compile_once(driver, cls, update):
+    """Whatever number of groups, norms and tensors."""
+    params = make_params(torch.float32, [(50, 100), (3,), (4, 9)])
+    opt = cls([{"params": [p], "projection": "sphere"} for p in params[:2]], backend="triton")
+    opt.add_param_group({"params": params[2:]})
+    for step in range(3):
+        set_grads(params, step)
+        opt.param_groups[1]["radius"] = 1.0 + step
+        opt.step()
+    assert [name for name, _, _ in driver.launches] == ["decide_kernel", *update, "rescale_kernel"] * 3
+    assert driver.loaded == 2 + len(update)
+    opt.param_groups[0]["projection"] = None
+    opt.param_groups[1].update(projection=None, radius=None)
+    opt.step()
+    assert [name for name, _, _ in driver.launches][-1] == update[-1]
+
+
+def test_init_state_compiles_and_loads_what_steps_may_need(driver):
+    """A graph cannot be captured over a compilation, whatever the settings are by then."""
+    params = make_params(torch.float32, [(5000,)])
+    opt = fw.SGD(params, momentum=0.9, backend="triton")
+    set_grads(params, 0)
+    opt.init_state()
+    assert compiled() == [1, 1, 2]
+    assert driver.loaded == 4
+    assert driver.launches == []
+    for clip in (None, 1.0):
+        opt.max_grad_norm = clip
+        opt.step()
+    assert compiled() == [1, 1, 2]
+    assert driver.loaded == 4
+
+
+@pytest.mark.parametrize("operation", ["perturb", "finish", "combine"])
+@pytest.mark.parametrize("dtype", [F32, F64, BF16], ids=["float32", "float64", "bfloat16"])
+def test_vector_operations_move_16_bytes_at_a_time_and_spill_nothing(dtype, operation):
+    constants = launch.vector_constants(operation, (dtype,), dtype == F64)
+    ptx, numbers = compile_kernel(vectors.vector_kernel, constants, 90)
+    assert numbers["stack"] == numbers["spills"] == 0, numbers
+    # the snapshot, the vector and the scale; gradients and basis; or the vector and the basis
+    assert wide_bytes(ptx, "ld") >= 3 * 16
+    assert wide_bytes(ptx, "st") >= 16
+
+
+@pytest.mark.parametrize(("rule", "n_states"), [("Adam", 2), ("Adam", 3), ("RAdam", 2), ("SGD", 1)])
+def test_the_preconditioner_moves_16_bytes_at_a_time_and_spills_nothing(rule, n_states):
+    constants = launch.response_constants(rule, ((F32, F32, n_states),), False)
+    ptx, numbers = compile_kernel(preconditioner.response_kernel, constants, 90)
+    assert numbers["spills"] == 0, numbers
+    assert wide_bytes(ptx, "ld") >= 16 * (2 + n_states if rule != "SGD" else 0)
+    assert wide_bytes(ptx, "st") >= 2 * 16

@@ -1,0 +1,231 @@
+"""The arithmetic of the benchmarks, not the times."""
+
+import json
+from dataclasses import asdict
+
+import pytest
+import torch
+from click.testing import CliRunner
+
+from benchmarks import gpu
+from fused_warmup import _cpu
+from fused_warmup.cli import machine
+from fused_warmup.cli.bench import cases as bench_cases
+from fused_warmup.cli.bench import command, timing
+
+
+class Clock:
+    """A clock that stands still until a step moves it."""
+
+    def __init__(self):
+        self.now = 0.0
+        self.calls = []
+
+    def __call__(self):
+        return self.now
+
+    def step(self, name, *seconds):
+        """Return a step that takes the given times in turn."""
+
+        def run():
+            self.calls.append(name)
+            self.now += seconds[self.calls.count(name) % len(seconds)]
+
+        return run
+
+
+def row(**changes):
+    values = {"name": "Adam 10x2M", "peer": "torch", "ours_ms": 2.0, "peer_ms": 3.0, "ratio": 1.5}
+    return bench_cases.Row(**{**values, "spread": (1.4, 1.6), **changes})
+
+
+WHERE = {"cpu": "X", "cores": 2, "threads": 2, "instruction_set": "avx2", "versions": {"torch": "2"}}
+
+
+def test_the_ratio_is_theirs_over_ours_by_medians():
+    clock = Clock()
+    peers = {"torch": clock.step("torch", 6.0, 6.0, 60.0)}
+    # a round takes 9 seconds
+    result = timing.interleaved(
+        clock.step("ours", 2.0), peers, clock.step("before", 0.5), seconds=81, clock=clock
+    )
+    assert result.ratio == pytest.approx(3.0)
+    assert (result.ours, result.theirs) == pytest.approx((2.0, 6.0))
+    assert result.spread == pytest.approx((3.0, 30.0))
+    assert result.rounds == pytest.approx([2.0] * 9)
+
+
+def test_the_fastest_peer_counts():
+    clock = Clock()
+    peers = {name: clock.step(name, seconds) for name, seconds in (("slow", 9.0), ("fast", 4.0))}
+    result = timing.interleaved(clock.step("ours", 8.0), peers, seconds=0.0, clock=clock)
+    assert (result.peer, result.ratio) == ("fast", pytest.approx(0.5))
+
+
+@pytest.mark.parametrize("prepared", [False, True])
+def test_rounds_interleave_and_only_what_a_step_needs_runs_between(prepared):
+    clock = Clock()
+    ours, theirs = clock.step("ours", 1.0), clock.step("theirs", 1.0)
+    before = [clock.step("before", 1.0)] if prepared else []
+    timing.interleaved(ours, {"torch": theirs}, *before, seconds=0.0, clock=clock)
+    cycle = ["before", "theirs", "before", "ours"] if prepared else ["theirs", "ours"]
+    assert clock.calls == cycle * (len(clock.calls) // len(cycle))
+    assert clock.calls.count("ours") > 7
+
+
+@pytest.mark.parametrize(("seconds", "rounds"), [(0.0, 7), (100.0, 50), (1e9, 300)])
+def test_as_many_rounds_as_fit(seconds, rounds):
+    clock = Clock()
+    running = timing.Race(clock.step("ours", 1.0), {"torch": clock.step("torch", 1.0)}, clock=clock)
+    assert running.warm_up(seconds) == rounds
+
+
+@pytest.mark.parametrize(
+    ("expected", "states", "options"),
+    [
+        (28, 2, {}),
+        (32, 2, {"clip": True}),
+        (36, 2, {"average": True}),
+        (40, 2, {"clip": True, "average": True}),
+        (20, 1, {}),
+        (12, 0, {}),
+        (22, 2, {"itemsize": 2}),
+    ],
+)
+def test_bytes_moved(expected, states, options):
+    assert bench_cases.bytes_moved(states, **options) == expected
+
+
+def test_the_ceiling_moves_the_bytes_asked_for():
+    assert timing.stream(800)().numel() * 8 == 800
+    assert min(timing.stream_seconds(800)) > 0
+
+
+def finished(peer):
+    return timing.Comparison(
+        ours=2.0, peer=peer, theirs=3.0, spread=(1.4, 1.6), rounds=(2.0, 2.0), others=None
+    )
+
+
+@pytest.mark.parametrize(("work", "of_ceiling"), [("Adam", 4.5), ("Adam bytes/s", 1.5)])
+def test_the_ceiling_is_timed_around_the_race_or_is_the_peer(work, of_ceiling, monkeypatch):
+    monkeypatch.setattr(bench_cases, "SHAPES", {"10x2M": (2, 40)})
+    asked = []
+    monkeypatch.setattr(bench_cases, "stream_seconds", lambda n: asked.append(n) or [6.0 * len(asked)] * 2)
+    case = next(case for case in bench_cases.cases() if case.name == f"{work} 10x2M")
+    with case.watched():
+        assert asked == [28 * 80]
+    assert asked == [28 * 80] * 2
+    line = case.row(finished(*case.work.peers))
+    assert line.ratio == pytest.approx(1.5)
+    assert line.gb_per_s == pytest.approx(28 * 80 / 2e9)
+    # the median of two passes of 6 seconds before and two of 12 after
+    assert line.of_ceiling == pytest.approx(of_ceiling)
+
+
+@pytest.mark.parametrize(
+    ("expected", "changes"),
+    [
+        ("", {}),
+        ("met", {"goal": 1.5}),
+        ("missed", {"goal": 1.6}),
+        ("missed", {"goal": 1.6, "others": 0.05}),
+        ("disturbed", {"goal": 1.1, "others": 0.5}),
+    ],
+)
+def test_verdict(expected, changes):
+    assert row(**changes).verdict == expected
+
+
+def test_reports_keep_lost_rows():
+    rows = [
+        row(goal=1.1, gb_per_s=30.0, ceiling=40.0),
+        row(name="SGD 10x2M", ratio=0.5, goal=2.0),
+        row(name="AdamW 10x2M", ratio=0.9, host_us=12.3456),
+    ]
+    page = command.to_markdown(rows, WHERE)
+    lines = [line for line in page.splitlines() if line.startswith("| ")]
+    assert len(lines) == 1 + len(rows)
+    assert "| 0.50× |" in page
+    assert "- Goals missed: 1. SGD 10x2M" in page
+    assert "| 0.75× |" in lines[1]
+    data = json.loads(command.to_json(rows, WHERE))
+    assert data["machine"] == WHERE
+    assert [entry["verdict"] for entry in data["rows"]] == ["met", "missed", ""]
+    assert data["rows"][2]["host_us"] == 12.35
+
+
+def test_a_row_survives_json():
+    entry = json.loads(json.dumps(asdict(row(goal=2.0, others=0.0))))
+    assert command.cells(bench_cases.Row(**entry)) == command.cells(row(goal=2.0, others=0.0))
+
+
+@pytest.mark.parametrize("fresh", [False, True])
+def test_host_time_is_part_of_the_step(fresh):
+    inner = _cpu.step
+    line = bench_cases.run_case(bench_cases.HostCase(6, 3, fresh), seconds=0.0)
+    assert _cpu.step is inner
+    assert 0 < line.host_us < line.ours_ms * 1e3 * 10
+    assert "3 groups" in line.name
+
+
+def test_new_gradients_have_new_addresses():
+    params = bench_cases.make_params(3, 64, torch.float32)
+    old = [(param.grad.clone(), param.grad.data_ptr()) for param in params]
+    bench_cases.renew(params)
+    for param, (grad, address) in zip(params, old, strict=True):
+        assert param.grad.equal(grad)
+        assert param.grad.data_ptr() != address
+
+
+@pytest.mark.parametrize("work", bench_cases.WORKS, ids=lambda work: work.name)
+def test_every_work_runs(work, monkeypatch):
+    monkeypatch.setattr(bench_cases, "SHAPES", {"10x2M": (2, 40)})
+    line = bench_cases.run_case(bench_cases.Case(work, "10x2M"), seconds=0.0)
+    assert line.ratio > 0
+    assert line.of_ceiling > 0
+
+
+def test_the_command_prints_and_writes(monkeypatch, tmp_path):
+    monkeypatch.setattr(bench_cases, "SHAPES", dict.fromkeys(bench_cases.SHAPES, (2, 40)))
+    path = tmp_path / "rows.json"
+    threads = torch.get_num_threads()
+    arguments = ["--quick", "--filter", "adam 10X2m", "--threads", str(threads), "--json", str(path)]
+    result = CliRunner().invoke(command.bench, arguments)
+    assert result.exit_code == 0, result.output
+    assert "Adam" in result.output
+    data = json.loads(path.read_text())
+    assert data["machine"] == machine.describe()
+    names = [entry["name"] for entry in data["rows"]]
+    assert names == ["Adam 10x2M", "clip+Adam 10x2M", "RAdam 10x2M"]
+
+
+def test_a_filter_that_matches_nothing_names_the_rows():
+    result = CliRunner().invoke(command.bench, ["--filter", "nothing"])
+    assert result.exit_code == 2
+    assert "clip+Adam 10x2M" in result.output
+
+
+@pytest.mark.parametrize(
+    "work", ["300 x 6,667: RAdam, clip + step + EMA", "465 groups x 65,536: SGD, clip + step"]
+)
+def test_gpu_benchmark_runs_without_a_gpu(work, capsys):
+    """The same code with a clock in place of events; nothing is written."""
+    before = sorted(gpu.RESULTS.iterdir())
+    assert gpu.main(["--device", "cpu", "--quick", "--filter", work]) == 0
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith(f"| {work} |")]
+    assert [line.split("|")[2].strip() for line in lines[:2]] == ["cpu", "reference"]
+    assert all(float(line.split("|")[3]) > 0 for line in lines)
+    assert sorted(gpu.RESULTS.iterdir()) == before
+
+
+def test_gpu_benchmark_has_the_tensors_of_gpt():
+    """124,439,808 parameters in 148 tensors."""
+    sizes = gpu.gpt_sizes()
+    assert (len(sizes), sum(sizes)) == (148, 124_439_808)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is there")
+def test_gpu_benchmark_says_that_it_needs_a_gpu(capsys):
+    assert gpu.main([]) == 1
+    assert "must be there, got none" in capsys.readouterr().err

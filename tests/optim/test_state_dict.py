@@ -1,0 +1,283 @@
+"""Stop, save, load, go on: equal to a run without the stop; and exchange with torch.optim."""
+
+import copy
+import io
+import pickle
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import pytest
+import torch
+from cases import (
+    BACKENDS,
+    CASES,
+    SCHEDULES,
+    SMALL_SHAPES,
+    TORCH_CASES,
+    assert_close,
+    assert_same_bits,
+    make_params,
+    set_grads,
+)
+
+import fused_warmup as fw
+
+SHAPES = [*SMALL_SHAPES, (2049,)]
+
+
+def options():
+    return {
+        "schedule": SCHEDULES["warmup_linear"],
+        "weight_decay_schedule": SCHEDULES["cosine"],
+        "max_grad_norm": 5.0,
+        "average": fw.EMA(0.9, every=2),
+    }
+
+
+def run(params, opt, steps):
+    for step in steps:
+        set_grads(params, step)
+        opt.record_loss(float(step))
+        opt.step()
+
+
+def save(opt):
+    """Save as a file that only tensors and plain types may be in."""
+    buffer = io.BytesIO()
+    torch.save(opt.state_dict(), buffer)
+    buffer.seek(0)
+    return torch.load(buffer, weights_only=True)
+
+
+def assert_same_run(a, opt_a, b, opt_b):
+    for i, (p, q) in enumerate(zip(a, b, strict=True)):
+        assert_same_bits(f"param {i}", p, q)
+        assert opt_a.state[p].keys() == opt_b.state[q].keys()
+        for name, value in opt_a.state[p].items():
+            assert_same_bits(f"{name} {i}", value, opt_b.state[q][name])
+    assert_same_bits("telemetry", opt_a.telemetry.rows(), opt_b.telemetry.rows())
+    assert opt_a.get_last_lr() == opt_b.get_last_lr()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_resume_is_bitwise(case, backend):
+    a, b = make_params(torch.float32, SHAPES), make_params(torch.float32, SHAPES)
+    whole, first = (case.make(p, backend=backend, **options()) for p in (a, b))
+    run(a, whole, range(12))
+    run(b, first, range(7))
+    second = case.make(b, backend=backend, average=fw.EMA(0.9, every=2), max_grad_norm=5.0)
+    second.load_state_dict(save(first))
+    run(b, second, range(7, 12))
+    assert_same_run(a, whole, b, second)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64], ids=str)
+def test_resume_of_other_dtypes(dtype):
+    a, b = make_params(dtype, SHAPES), make_params(dtype, SHAPES)
+    whole, first = (fw.GIAdam(p, amsgrad=True, **options()) for p in (a, b))
+    run(a, whole, range(9))
+    run(b, first, range(4))
+    second = fw.GIAdam(b, **options())
+    second.load_state_dict(save(first))
+    run(b, second, range(4, 9))
+    assert_same_run(a, whole, b, second)
+
+
+def test_resume_in_a_new_process(tmp_path):
+    """The file is enough: torch.load(weights_only=True) in a fresh interpreter, 1,100 telemetry rows included."""
+    params = make_params(torch.float32, SHAPES)
+    opt = fw.RAdam(params, **options(), telemetry="all")
+    run(params, opt, range(1100))
+    torch.save({"params": [p.data for p in params], "opt": opt.state_dict()}, tmp_path / "a.pt")
+    run(params, opt, range(1100, 1110))
+    script = f"""
+        import sys
+        sys.path.insert(0, {str(Path(__file__).parents[1])!r})
+        import torch, fused_warmup as fw
+        from cases import set_grads
+        torch.set_num_threads(1)
+        saved = torch.load({str(tmp_path / "a.pt")!r}, weights_only=True)
+        params = [torch.nn.Parameter(p) for p in saved["params"]]
+        opt = fw.RAdam(params, average=fw.EMA(0.9, every=2), max_grad_norm=5.0)
+        opt.load_state_dict(saved["opt"])
+        for step in range(1100, 1110):
+            set_grads(params, step)
+            opt.record_loss(float(step))
+            opt.step()
+        torch.save({{"params": params, "rows": opt.telemetry.rows(), "opt": opt.state_dict()}}, {str(tmp_path / "b.pt")!r})
+    """
+    subprocess.run([sys.executable, "-c", textwrap.dedent(script)], check=True)
+    there = torch.load(tmp_path / "b.pt", weights_only=True)
+    for p, q in zip(params, there["params"], strict=True):
+        assert_same_bits("param", p, q)
+    assert_same_bits("rows", opt.telemetry.rows(), there["rows"])
+    here = opt.state_dict()
+    for i, state in here["state"].items():
+        for name, value in state.items():
+            assert_same_bits(name, value, there["opt"]["state"][i][name])
+
+
+def test_format_is_that_of_torch():
+    params = make_params(torch.bfloat16, [(3,), (2,)])
+    opt = fw.Adam(params, lr=0.1, schedule=SCHEDULES["cosine"])
+    run(params, opt, range(3))
+    saved = opt.state_dict()
+    state = saved["state"][0]
+    assert state["step"].dtype == torch.float32
+    assert state["step"].shape == ()
+    assert state["step"] == 3.0
+    assert state["exp_avg"].dtype == torch.float32
+    assert saved["param_groups"][0]["params"] == [0, 1]
+    assert saved["fused_warmup"]["version"] == 1
+    peer = torch.optim.Adam(make_params(torch.float32, [(3,), (2,)]))
+    assert set(peer.state_dict()["param_groups"][0]) <= set(saved["param_groups"][0])
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("case", TORCH_CASES, ids=lambda case: case.name)
+def test_exchange_with_torch_both_ways(case, backend):
+    """Five steps there, five here, and back: the same as ten of torch alone."""
+    here, there, alone = (make_params(torch.float64, SMALL_SHAPES) for _ in range(3))
+    torch_alone = case.make_torch(alone, foreach=False)
+    torch_opt = case.make_torch(there, foreach=False)
+    for step in range(12):
+        for params, opt in ((alone, torch_alone), (there, torch_opt)):
+            if params is alone or step < 4:
+                set_grads(params, step)
+                opt.step()
+    opt = case.make(here, backend=backend)
+    for p, q in zip(here, there, strict=True):
+        p.data.copy_(q)
+    opt.load_state_dict(copy.deepcopy(torch_opt.state_dict()))
+    if case.cls is not fw.SGD:
+        assert opt.state_dict()["state"][1]["step"] == 4
+    for step in range(4, 8):
+        set_grads(here, step)
+        opt.step()
+    torch_opt = case.make_torch(there, foreach=False)
+    for p, q in zip(here, there, strict=True):
+        q.data.copy_(p)
+    torch_opt.load_state_dict(save(opt))
+    for step in range(8, 12):
+        set_grads(there, step)
+        torch_opt.step()
+    for i, (p, q) in enumerate(zip(there, alone, strict=True)):
+        assert_close(f"param {i}", p, q, 1e-13, 1e-13)
+
+
+@pytest.mark.parametrize(
+    "copy_of", [copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))], ids=["deepcopy", "pickle"]
+)
+def test_copies_go_on_by_themselves(copy_of):
+    a, b = make_params(torch.float32, SHAPES), make_params(torch.float32, SHAPES)
+    alone, first = (fw.GIAdam(p, **options()) for p in (a, b))
+    run(a, alone, range(10))
+    run(b, first, range(5))
+    frozen = [p.detach().clone() for p in b]
+    second = copy_of(first)
+    params = [p for group in second.param_groups for p in group["params"]]
+    run(params, second, range(5, 10))
+    assert_same_run(a, alone, params, second)
+    for p, q in zip(b, frozen, strict=True):
+        assert_same_bits("the original", p, q)
+
+
+def test_load_copies_into_the_buffers_that_exist():
+    params = make_params(torch.bfloat16, SHAPES)
+    opt = fw.Adam(params, average=fw.SWA(1))
+    run(params, opt, range(3))
+    saved = save(opt)
+    before = {id(p): {k: v.data_ptr() for k, v in opt.state[p].items()} for p in params}
+    run(params, opt, range(3, 5))
+    opt.load_state_dict(saved)
+    for i, p in enumerate(params):
+        assert {k: v.data_ptr() for k, v in opt.state[p].items()} == before[id(p)]
+        assert opt.state[p]["exp_avg"].dtype == torch.float32
+        assert_same_bits("exp_avg_sq", opt.state[p]["exp_avg_sq"], saved["state"][i]["exp_avg_sq"])
+    assert opt.telemetry.latest()["step"] == 3
+
+
+def test_average_starts_from_the_parameters_when_the_file_has_none():
+    params = make_params(torch.float32, [(5,)])
+    plain = fw.Adam(params)
+    run(params, plain, range(2))
+    opt = fw.Adam(params, average=fw.EMA(0.5))
+    opt.load_state_dict(plain.state_dict())
+    assert_same_bits("average", opt.state[params[0]]["average"], params[0].detach())
+
+
+def test_load_drops_buffers_that_the_file_lacks():
+    x = torch.nn.Parameter(torch.zeros(1))
+    opt = fw.SGD([x], lr=0.1, momentum=0.9)
+    x.grad = torch.ones(1)
+    opt.step()
+    saved = opt.state_dict()
+    saved["state"] = {0: {"momentum_buffer": None}}
+    opt.load_state_dict(saved)
+    before = x.item()
+    opt.step()
+    assert before - x.item() == pytest.approx(0.1, rel=1e-5)
+
+
+def test_hooks_see_what_is_returned():
+    params = make_params(torch.float32, [(3,)])
+    opt = fw.Adam(params)
+    run(params, opt, range(2))
+    seen = []
+    opt.register_state_dict_post_hook(lambda o, saved: seen.append(saved["state"][0]["step"].dtype))
+    opt.register_state_dict_post_hook(lambda o, saved: {**saved, "mine": 1})
+    saved = opt.state_dict()
+    assert saved["mine"] == 1
+    assert seen == [torch.float32]
+
+
+def test_entries_of_the_user_are_kept():
+    """Somebody's own entry beside ours, of any shape and dtype, before the first step and after a rebuild."""
+    params = make_params(torch.float32, [(3,), (2,)])
+    opt = fw.Adam(params)
+    mask = torch.tensor([True, False])
+    opt.state[params[0]]["mask"] = mask
+    assert opt.state_dict()["state"][0]["mask"] is mask
+    run(params, opt, range(2))
+    opt.add_param_group({"params": make_params(torch.float32, [(4,)])})
+    run(params, opt, range(2, 3))
+    assert opt.state[params[0]]["mask"] is mask
+
+
+def test_scheduler_with_our_schedule_is_saved_and_loaded():
+    """LambdaLR stores the schedule itself; torch.load(weights_only=True) must accept it."""
+    params = make_params(torch.float32, [(3,)])
+    opt = fw.Adam(params, lr=0.1)
+    scheduler = torch.optim.lr_scheduler.LambdaLR(opt, SCHEDULES["warmup_linear"])
+    buffer = io.BytesIO()
+    torch.save(scheduler.state_dict(), buffer)
+    buffer.seek(0)
+    scheduler.load_state_dict(torch.load(buffer, weights_only=True))
+    assert scheduler.lr_lambdas[0] == SCHEDULES["warmup_linear"]
+
+
+def test_telemetry_of_another_shape_is_refused_before_anything_changes():
+    params = make_params(torch.float32, [(3,)])
+    opt = fw.Adam(params, lr=0.1)
+    run(params, opt, range(2))
+    saved = opt.state_dict()
+    saved["param_groups"][0]["lr"] = 5.0
+    saved["fused_warmup"]["telemetry"] = torch.zeros(2, 3)
+    with pytest.raises(ValueError, match="must have the shape"):
+        opt.load_state_dict(saved)
+    assert opt.param_groups[0]["lr"] == 0.1
+
+
+def test_state_of_a_group_added_after_loading():
+    a = make_params(torch.float32, [(4,), (3,)])
+    opt = fw.Adam(a[:1])
+    run(a[:1], opt, range(3))
+    again = fw.Adam(a[:1])
+    again.load_state_dict(save(opt))
+    again.add_param_group({"params": a[1:], "lr": 0.5})
+    run(a, again, range(3, 5))
+    assert [int(again.state[p]["step"]) for p in a] == [5, 2]
+    assert again.telemetry.latest()["step"] == 5
