@@ -107,7 +107,7 @@ def cpu_lines(target: Path) -> list[str]:
     ]
     objects = ["bindings.o"]
     for isa, flags in ISA_FLAGS.items():
-        for name in ("kernels", "vectors", "response"):
+        for name in ("kernels", "vectors", "preconditioner"):
             objects.append(f"{name}_{isa}.o")
             lines.append(f"build {objects[-1]}: cxx {escaped(ROOT / f'csrc/cpu/{name}.cpp')}")
             lines.append(f"  isa = -DFW_ISA={isa} {flags}")
@@ -138,7 +138,7 @@ def cuda_lines(target: Path, nvcc: str) -> list[str]:
         f"build bindings.o: cxx {escaped(ROOT / 'csrc/cuda/bindings.cpp')}",
     ]
     objects = ["bindings.o"]
-    for name in ("vectors", "response"):
+    for name in ("vectors", "preconditioner"):
         objects.append(f"{name}.o")
         lines.append(f"build {objects[-1]}: nvcc {escaped(ROOT / f'csrc/cuda/{name}.cu')}")
     for rule in RULES:

@@ -2,7 +2,7 @@
 // Integer arithmetic without branches, so that one text vectorises on every instruction set with the same
 // bits. SPDX-License-Identifier: Apache-2.0
 #pragma once
-#include "hd.h"
+#include "platform.h"
 
 namespace fw {
 
@@ -13,21 +13,21 @@ struct Float16 {
   uint16_t bits;
 };
 
-FW_HD uint32_t bits_of(float value) {
+FW_HOST_DEVICE uint32_t bits_of(float value) {
   uint32_t bits;
   memcpy(&bits, &value, sizeof bits);
   return bits;
 }
 
-FW_HD float float_of(uint32_t bits) {
+FW_HOST_DEVICE float float_of(uint32_t bits) {
   float value;
   memcpy(&value, &bits, sizeof value);
   return value;
 }
 
-FW_HD float widen(BFloat16 x) { return float_of(static_cast<uint32_t>(x.bits) << 16); }
+FW_HOST_DEVICE float widen(BFloat16 x) { return float_of(static_cast<uint32_t>(x.bits) << 16); }
 
-FW_HD float widen(Float16 x) {
+FW_HOST_DEVICE float widen(Float16 x) {
   uint32_t sign = (x.bits & 0x8000u) << 16;
   uint32_t magnitude = (x.bits & 0x7fffu) << 13;
   // the multiplication moves the exponent bias from 15 to 127 and normalises subnormals on the way
@@ -36,17 +36,17 @@ FW_HD float widen(Float16 x) {
   return float_of(sign | scaled | special);
 }
 
-FW_HD float widen(float x) { return x; }
-FW_HD double widen(double x) { return x; }
+FW_HOST_DEVICE float widen(float x) { return x; }
+FW_HOST_DEVICE double widen(double x) { return x; }
 
-FW_HD void narrow(float x, BFloat16& out) {
+FW_HOST_DEVICE void narrow(float x, BFloat16& out) {
   uint32_t bits = bits_of(x);
   uint32_t rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
   bool is_nan = (bits & 0x7fffffffu) > 0x7f800000u;
   out.bits = static_cast<uint16_t>(is_nan ? 0x7fc0u : rounded);
 }
 
-FW_HD void narrow(float x, Float16& out) {
+FW_HOST_DEVICE void narrow(float x, Float16& out) {
   uint32_t bits = bits_of(x);
   uint32_t sign = bits & 0x80000000u;
   uint32_t magnitude = bits ^ sign;
@@ -59,7 +59,7 @@ FW_HD void narrow(float x, Float16& out) {
   out.bits = static_cast<uint16_t>(half | (sign >> 16));
 }
 
-FW_HD void narrow(float x, float& out) { out = x; }
-FW_HD void narrow(double x, double& out) { out = x; }
+FW_HOST_DEVICE void narrow(float x, float& out) { out = x; }
+FW_HOST_DEVICE void narrow(double x, double& out) { out = x; }
 
 }  // namespace fw

@@ -9,35 +9,35 @@ namespace fw {
 // the squares decide about clipping and are summed in double; magnitudes are only reported, so that a short
 // run of them may be summed in the type of the arithmetic
 template <class S, class V>
-FW_HD void accumulate_l2(S& l2_sq, V grad) {
+FW_HOST_DEVICE void accumulate_l2(S& l2_sq, V grad) {
   S x = widened(grad);
   l2_sq = multiply_add(x, x, l2_sq);
 }
 
 template <class C>
-FW_HD void accumulate_l1(C& l1, C grad) {
+FW_HOST_DEVICE void accumulate_l1(C& l1, C grad) {
   l1 += magnitude(grad);
 }
 
 template <class C>
-FW_HD bool is_nonfinite(C x) {
+FW_HOST_DEVICE bool is_nonfinite(C x) {
   return !(x - x == C(0));
 }
 
-FW_HD void combine(Partial& total, const Partial& part) {
+FW_HOST_DEVICE void combine(Partial& total, const Partial& part) {
   total.l1 += part.l1;
   total.l2_sq += part.l2_sq;
   total.nonfinite += part.nonfinite;
 }
 
-FW_HD Partial combine_all(const Partial* partials, int64_t count) {
+FW_HOST_DEVICE Partial combine_all(const Partial* partials, int64_t count) {
   Partial total = {};
   for (int64_t i = 0; i < count; ++i) combine(total, partials[i]);
   return total;
 }
 
 // the squares of the parameters on a sphere, chunk by chunk
-FW_HD double combine_squares(const Step& step, const Sphere& sphere) {
+FW_HOST_DEVICE double combine_squares(const Step& step, const Sphere& sphere) {
   const double* squares = at<double>(step.squares) + sphere.first_chunk;
   double total = 0.0;
   for (int64_t i = 0; i < sphere.n_chunks; ++i) total += squares[i];
@@ -46,7 +46,7 @@ FW_HD double combine_squares(const Step& step, const Sphere& sphere) {
 
 // Sums over channels: each is cut into pieces of kPiece elements, whose sums are added up in order.
 
-FW_HD int64_t pieces_of_channel(const Row& row) { return (row.channel_size + kPiece - 1) / kPiece; }
+FW_HOST_DEVICE int64_t pieces_of_channel(const Row& row) { return (row.channel_size + kPiece - 1) / kPiece; }
 
 // a piece from the start of its chunk on
 struct Piece {
@@ -58,7 +58,7 @@ struct Pieces {
   int64_t first;
   int32_t count, of_channel, channel_size, elements;
 
-  FW_HD Pieces(const Row& row, const Chunk& chunk) {
+  FW_HOST_DEVICE Pieces(const Row& row, const Chunk& chunk) {
     const int64_t each = pieces_of_channel(row), channel = chunk.offset / row.channel_size;
     first = row.first_piece + channel * each + (chunk.offset - channel * row.channel_size) / kPiece;
     elements = chunk.count;
@@ -67,7 +67,7 @@ struct Pieces {
     count = elements / channel_size * of_channel;
   }
 
-  FW_HD Piece operator[](int32_t i) const {
+  FW_HOST_DEVICE Piece operator[](int32_t i) const {
     const int32_t channel = i / of_channel, skipped = (i - channel * of_channel) * kPiece;
     const int32_t left = channel_size - skipped;
     return {channel * channel_size + skipped, left < kPiece ? left : kPiece};
@@ -75,13 +75,13 @@ struct Pieces {
 };
 
 template <int N>
-FW_HD void combine(double (&total)[N], const double* part) {
+FW_HOST_DEVICE void combine(double (&total)[N], const double* part) {
   for (int k = 0; k < N; ++k) total[k] += part[k];
 }
 
 // the sums over one channel of a row
 template <int N>
-FW_HD void combine_channel(double (&total)[N], const Step& step, const Row& row, int64_t channel) {
+FW_HOST_DEVICE void combine_channel(double (&total)[N], const Step& step, const Row& row, int64_t channel) {
   const int64_t each = pieces_of_channel(row);
   const double* sums = at<double>(step.sums) + (row.first_piece + channel * each) * N;
   for (int64_t i = 0; i < each; ++i) combine(total, sums + i * N);

@@ -1,12 +1,13 @@
 // Every update rule, once for the CPU and CUDA. reference/rules.py states the same in the same order.
 // A rule has scalars(), run once per row and step in double, and update(), run per element. A rule that must
-// know sums over a layer (kSums of them) makes its update in two parts: advance() moves the states,
-// candidate() is the update that they mean, accumulate() what is summed; settle() and radial() turn the sums
-// into what apply() moves the parameter by. sphere_exponent() says with what power of the norm of
-// scale-invariant weights the learning rate must grow for the same rotation. Adam: Kingma & Ba 2015. Gradient
-// initialisation: Kalra & Barkeshli 2024, arXiv:2406.09405. RAdam: Liu et al. 2020, arXiv:1908.03265. SGD:
-// heavy ball without dampening of the first step, as torch. LAMB: You et al. 2020, arXiv:1904.00962. AdamP
-// and SGDP: Heo et al. 2021, arXiv:2006.08217. SPDX-License-Identifier: Apache-2.0
+// know sums over a layer (kSums of them) makes its update in two parts: update_moments() moves the states,
+// direction() is the update that they mean, accumulate() what is summed; layer_scalars() and
+// projection_coef() turn the sums into what apply() moves the parameter by. lr_norm_power() says with what
+// power of the norm of scale-invariant weights the learning rate must grow for the same rotation. Adam:
+// Kingma & Ba 2015. Gradient initialisation: Kalra & Barkeshli 2024, arXiv:2406.09405. RAdam: Liu et al.
+// 2020, arXiv:1908.03265. SGD: heavy ball without dampening of the first step, as torch. LAMB: You et al.
+// 2020, arXiv:1904.00962. AdamP and SGDP: Heo et al. 2021, arXiv:2006.08217. SPDX-License-Identifier:
+// Apache-2.0
 #pragma once
 #include "table.h"
 
@@ -21,70 +22,58 @@ namespace fw {
 // because gcc does not vectorise a choice by a bool that is the same for all elements
 template <class C>
 struct ScalarsOf {
-  C grad_scale, weight_decay, decay, exp_avg_weight, exp_avg_sq_weight, step_size, denom_scale, eps, momentum,
-      one_minus_dampening, rect, init_grad, init_state, nesterov, moment_scale, grad_gain, update_decay;
+#define FW_MEMBER(type, name) C name;
+  FW_SCALARS(FW_MEMBER)
+#undef FW_MEMBER
 
-  FW_HD explicit ScalarsOf(const Scalars& s)
-      : grad_scale(static_cast<C>(s.grad_scale)),
-        weight_decay(static_cast<C>(s.weight_decay)),
-        decay(static_cast<C>(s.decay)),
-        exp_avg_weight(static_cast<C>(s.exp_avg_weight)),
-        exp_avg_sq_weight(static_cast<C>(s.exp_avg_sq_weight)),
-        step_size(static_cast<C>(s.step_size)),
-        denom_scale(static_cast<C>(s.denom_scale)),
-        eps(static_cast<C>(s.eps)),
-        momentum(static_cast<C>(s.momentum)),
-        one_minus_dampening(static_cast<C>(s.one_minus_dampening)),
-        rect(static_cast<C>(s.rect)),
-        init_grad(static_cast<C>(s.init_grad)),
-        init_state(static_cast<C>(s.init_state)),
-        nesterov(static_cast<C>(s.nesterov)),
-        moment_scale(static_cast<C>(s.moment_scale)),
-        grad_gain(static_cast<C>(s.grad_gain)),
-        update_decay(static_cast<C>(s.update_decay)) {}
+  FW_HOST_DEVICE explicit ScalarsOf(const Scalars& s) {
+#define FW_ROUND(type, name) name = static_cast<C>(s.name);
+    FW_SCALARS(FW_ROUND)
+#undef FW_ROUND
+  }
 };
 
 // 1 - beta^step without the cancellation of the direct form at the first steps
-FW_HD double bias_correction(double beta, int64_t step) {
+FW_HOST_DEVICE double bias_correction(double beta, int64_t step) {
   return beta > 0.0 ? -expm1(static_cast<double>(step) * log(beta)) : 1.0;
 }
 
 // length of the simple moving average with the centre of mass of the exponential one (eq. 4 of RAdam)
-FW_HD double sma_length(double beta2, int64_t step) {
+FW_HOST_DEVICE double sma_length(double beta2, int64_t step) {
   double bias_correction2 = bias_correction(beta2, step);
   double rho_inf = 2.0 / (1.0 - beta2) - 1.0;
   return rho_inf - 2.0 * static_cast<double>(step) * (1.0 - bias_correction2) / bias_correction2;
 }
 
 // ratio of the standard deviations of the adaptive rate, now and in the long run (eq. 5 of RAdam)
-FW_HD double rectification(double beta2, double rho) {
+FW_HOST_DEVICE double rectification(double beta2, double rho) {
   double rho_inf = 2.0 / (1.0 - beta2) - 1.0;
   return sqrt((rho - 4.0) * (rho - 2.0) * rho_inf / ((rho_inf - 4.0) * (rho_inf - 2.0) * rho));
 }
 
 // The weight 1 - beta of a new value in a moment, as lerp() takes it: minus 1 if above one half. That is
 // -beta, exactly, where 1 - beta may round to 1.
-FW_HD double lerp_weight(double beta) { return beta < 0.5 ? -beta : 1.0 - beta; }
+FW_HOST_DEVICE double lerp_weight(double beta) { return beta < 0.5 ? -beta : 1.0 - beta; }
 
 // Linear interpolation: start + weight * (end - start), or end + weight * (end - start) for a weight that is
 // given minus 1. A difference, so that rounding the weight leaves no drift, and added to the end that counts
 // for more, so that nothing cancels.
 template <class C>
-FW_HD C lerp(C start, C end, C weight) {
+FW_HOST_DEVICE C lerp(C start, C end, C weight) {
   return multiply_add(weight, end - start, weight > C(0) ? start : end);
 }
 
 // what every rule shares: the order is clip, sign, then coupled or decoupled decay
-FW_HD Scalars common_scalars(const Hyper& h, const Rates& rates, double clip_coef) {
+FW_HOST_DEVICE Scalars common_scalars(const Hyper& h, const Rates& rates, double clip_coef) {
   Scalars s = {};
   s.grad_scale = h.maximize ? -clip_coef : clip_coef;
   s.weight_decay = h.decoupled ? 0.0 : rates.weight_decay;
-  s.decay = h.decoupled ? rates.lr * rates.weight_decay : 0.0;
+  s.decoupled_decay = h.decoupled ? rates.lr * rates.weight_decay : 0.0;
   s.exp_avg_weight = lerp_weight(h.beta1);
   s.exp_avg_sq_weight = lerp_weight(h.beta2);
   s.eps = h.eps;
   s.rect = 1.0;
-  s.init_state = 1.0;
+  s.exp_avg_sq_scale = 1.0;
   return s;
 }
 
@@ -93,19 +82,20 @@ struct Adam {
   static constexpr int kMinStates = 2;
   static constexpr int kMaxStates = 3;
 
-  FW_HD static int sphere_exponent(const Hyper&, int64_t) { return 1; }
+  FW_HOST_DEVICE static int lr_norm_power(const Hyper&, int64_t) { return 1; }
 
-  FW_HD static void scalars(const Hyper& h, double eta, int64_t step, Scalars& s) {
-    s.step_size = eta / bias_correction(h.beta1, step);
+  FW_HOST_DEVICE static void scalars(const Hyper& h, double effective_lr, int64_t step, Scalars& s) {
+    s.step_size = effective_lr / bias_correction(h.beta1, step);
     s.denom_scale = 1.0 / sqrt(bias_correction(h.beta2, step));
   }
 
   template <int kStates, class C>
-  FW_HD static void update(C& param, C grad, C* state, const ScalarsOf<C>& s) {
+  FW_HOST_DEVICE static void update(C& param, C grad, C* state, const ScalarsOf<C>& s) {
     C exp_avg = state[0], exp_avg_sq = state[1];
     grad = multiply_add(s.weight_decay, param, grad * s.grad_scale);
     // v_0 = g_0^2 before the first step, or the prepared state scaled (eq. 6 of Kalra & Barkeshli)
-    exp_avg_sq = s.init_grad > C(0) ? s.init_grad * (grad * grad) : s.init_state * exp_avg_sq;
+    exp_avg_sq = s.exp_avg_sq_from_grad > C(0) ? s.exp_avg_sq_from_grad * (grad * grad)
+                                               : s.exp_avg_sq_scale * exp_avg_sq;
     exp_avg = lerp(exp_avg, grad, s.exp_avg_weight);
     exp_avg_sq = lerp(exp_avg_sq, grad * grad, s.exp_avg_sq_weight);
     state[0] = exp_avg, state[1] = exp_avg_sq;
@@ -117,7 +107,7 @@ struct Adam {
     }
     C denom = multiply_add(root(exp_avg_sq), s.denom_scale, s.eps);
     // decay and step in one difference: the parameter is rounded once
-    param = param - multiply_add(s.decay, param, s.step_size * exp_avg / denom);
+    param = param - multiply_add(s.decoupled_decay, param, s.step_size * exp_avg / denom);
   }
 };
 
@@ -127,31 +117,31 @@ struct RAdam {
   static constexpr int kMaxStates = 2;
 
   // momentum alone shrinks as the gradient does
-  FW_HD static int sphere_exponent(const Hyper& h, int64_t step) {
+  FW_HOST_DEVICE static int lr_norm_power(const Hyper& h, int64_t step) {
     return sma_length(h.beta2, step) > h.rho_threshold ? 1 : 2;
   }
 
-  FW_HD static void scalars(const Hyper& h, double eta, int64_t step, Scalars& s) {
+  FW_HOST_DEVICE static void scalars(const Hyper& h, double effective_lr, int64_t step, Scalars& s) {
     double bias_correction1 = bias_correction(h.beta1, step);
     double rho = sma_length(h.beta2, step);
     bool rectified = rho > h.rho_threshold;
     double rect = rectified ? rectification(h.beta2, rho) : 0.0;
     double fallback = h.skip_unrectified ? 0.0 : 1.0;
     s.rect = rect;
-    s.step_size =
-        eta / bias_correction1 * (rectified ? rect * sqrt(bias_correction(h.beta2, step)) : fallback);
-    s.decay = rectified ? s.decay : s.decay * fallback;
+    s.step_size = effective_lr / bias_correction1 *
+                  (rectified ? rect * sqrt(bias_correction(h.beta2, step)) : fallback);
+    s.decoupled_decay = rectified ? s.decoupled_decay : s.decoupled_decay * fallback;
   }
 
   template <int kStates, class C>
-  FW_HD static void update(C& param, C grad, C* state, const ScalarsOf<C>& s) {
+  FW_HOST_DEVICE static void update(C& param, C grad, C* state, const ScalarsOf<C>& s) {
     C exp_avg = state[0], exp_avg_sq = state[1];
     grad = multiply_add(s.weight_decay, param, grad * s.grad_scale);
     exp_avg = lerp(exp_avg, grad, s.exp_avg_weight);
     exp_avg_sq = lerp(exp_avg_sq, grad * grad, s.exp_avg_sq_weight);
     state[0] = exp_avg, state[1] = exp_avg_sq;
     C denom = s.rect > C(0) ? root(exp_avg_sq) + s.eps : C(1);
-    param = param - multiply_add(s.decay, param, s.step_size * exp_avg / denom);
+    param = param - multiply_add(s.decoupled_decay, param, s.step_size * exp_avg / denom);
   }
 };
 
@@ -160,17 +150,17 @@ struct SGD {
   static constexpr int kMinStates = 0;
   static constexpr int kMaxStates = 1;
 
-  FW_HD static int sphere_exponent(const Hyper&, int64_t) { return 2; }
+  FW_HOST_DEVICE static int lr_norm_power(const Hyper&, int64_t) { return 2; }
 
-  FW_HD static void scalars(const Hyper& h, double eta, int64_t step, Scalars& s) {
-    s.step_size = eta;
+  FW_HOST_DEVICE static void scalars(const Hyper& h, double effective_lr, int64_t step, Scalars& s) {
+    s.step_size = effective_lr;
     s.momentum = h.momentum;
     s.one_minus_dampening = step == 1 ? 1.0 : 1.0 - h.dampening;
     s.nesterov = h.nesterov ? 1.0 : 0.0;
   }
 
   template <int kStates, class C>
-  FW_HD static void update(C& param, C grad, C* state, const ScalarsOf<C>& s) {
+  FW_HOST_DEVICE static void update(C& param, C grad, C* state, const ScalarsOf<C>& s) {
     grad = multiply_add(s.weight_decay, param, grad * s.grad_scale);
     if constexpr (kStates == 1) {
       C momentum_buffer = multiply_add(s.momentum, state[0], s.one_minus_dampening * grad);
@@ -182,7 +172,7 @@ struct SGD {
 };
 
 // x inside an interval; NaN stays
-FW_HD double bounded(double x, double low, double high) {
+FW_HOST_DEVICE double bounded(double x, double low, double high) {
   x = x < low ? low : x;
   return x > high ? high : x;
 }
@@ -194,47 +184,47 @@ struct LAMB {
   static constexpr bool kProjects = false;
 
   // the trust ratio has the norm in it
-  FW_HD static int sphere_exponent(const Hyper& h, int64_t) { return h.adapts ? 0 : 1; }
+  FW_HOST_DEVICE static int lr_norm_power(const Hyper& h, int64_t) { return h.adapts ? 0 : 1; }
 
-  FW_HD static void scalars(const Hyper& h, double eta, int64_t step, Scalars& s) {
-    s.step_size = eta;
-    s.moment_scale = h.bias_correction ? 1.0 / bias_correction(h.beta1, step) : 1.0;
+  FW_HOST_DEVICE static void scalars(const Hyper& h, double effective_lr, int64_t step, Scalars& s) {
+    s.step_size = effective_lr;
+    s.inv_bias_correction1 = h.bias_correction ? 1.0 / bias_correction(h.beta1, step) : 1.0;
     s.denom_scale = h.bias_correction ? 1.0 / sqrt(bias_correction(h.beta2, step)) : 1.0;
     // 1 for an average
-    s.grad_gain = h.grad_averaging ? 1.0 : 1.0 / (1.0 - h.beta1);
+    s.grad_weight = h.grad_averaging ? 1.0 : 1.0 / (1.0 - h.beta1);
     s.update_decay = h.decays_update ? s.weight_decay : 0.0;
     s.weight_decay = h.decays_update ? 0.0 : s.weight_decay;
   }
 
-  // whether the candidate needs the gradient besides the states
-  FW_HD static bool looks_back(const Hyper&, int32_t) { return false; }
+  // whether the direction needs the gradient besides the states
+  FW_HOST_DEVICE static bool needs_grad(const Hyper&, int32_t) { return false; }
 
   template <int kStates, class C>
-  FW_HD static void advance(C param, C grad, C* state, const ScalarsOf<C>& s) {
+  FW_HOST_DEVICE static void update_moments(C param, C grad, C* state, const ScalarsOf<C>& s) {
     grad = multiply_add(s.weight_decay, param, grad * s.grad_scale);
-    state[0] = lerp(state[0], s.grad_gain * grad, s.exp_avg_weight);
+    state[0] = lerp(state[0], s.grad_weight * grad, s.exp_avg_weight);
     state[1] = lerp(state[1], grad * grad, s.exp_avg_sq_weight);
   }
 
   template <int kStates, class C>
-  FW_HD static C candidate(C param, C, const C* state, const ScalarsOf<C>& s) {
+  FW_HOST_DEVICE static C direction(C param, C, const C* state, const ScalarsOf<C>& s) {
     C denom = multiply_add(root(state[1]), s.denom_scale, s.eps);
-    return multiply_add(s.update_decay, param, s.moment_scale * state[0] / denom);
+    return multiply_add(s.update_decay, param, s.inv_bias_correction1 * state[0] / denom);
   }
 
   // of one element, or of as many as there are in an S
   template <class S, class V, class C>
-  FW_HD static void accumulate(S (&sums)[kSums], V param, V, V update, const ScalarsOf<C>&) {
+  FW_HOST_DEVICE static void accumulate(S (&sums)[kSums], V param, V, V update, const ScalarsOf<C>&) {
     S p = widened(param), u = widened(update);
     sums[0] = multiply_add(p, p, sums[0]);
     sums[1] = multiply_add(u, u, sums[1]);
   }
 
-  FW_HD static bool scale_invariant(const Hyper&, const double*, int64_t) { return false; }
-  FW_HD static double radial(const Hyper&, const double*) { return 0.0; }
+  FW_HOST_DEVICE static bool scale_invariant(const Hyper&, const double*, int64_t) { return false; }
+  FW_HOST_DEVICE static double projection_coef(const Hyper&, const double*) { return 0.0; }
 
   // the trust ratio: 1 where a norm is 0, which then trains as Adam does
-  FW_HD static void settle(const Hyper& h, const double* sums, bool, Scalars& s) {
+  FW_HOST_DEVICE static void layer_scalars(const Hyper& h, const double* sums, bool, Scalars& s) {
     double param_norm = sqrt(sums[0]);
     double update_norm = sqrt(sums[1]);
     bool defined = h.adapts && param_norm != 0.0 && update_norm != 0.0;
@@ -243,8 +233,8 @@ struct LAMB {
   }
 
   template <class C>
-  FW_HD static void apply(C& param, C update, C, const ScalarsOf<C>& s) {
-    param = param - multiply_add(s.decay, param, s.step_size * update);
+  FW_HOST_DEVICE static void apply(C& param, C update, C, const ScalarsOf<C>& s) {
+    param = param - multiply_add(s.decoupled_decay, param, s.step_size * update);
   }
 };
 
@@ -254,7 +244,7 @@ struct Projection {
   static constexpr bool kProjects = true;
 
   template <class S, class V, class C>
-  FW_HD static void accumulate(S (&sums)[kSums], V param, V grad, V update, const ScalarsOf<C>& s) {
+  FW_HOST_DEVICE static void accumulate(S (&sums)[kSums], V param, V grad, V update, const ScalarsOf<C>& s) {
     S p = widened(param), u = widened(update);
     S g = widened(grad * s.grad_scale);
     sums[0] = multiply_add(g, g, sums[0]);
@@ -264,7 +254,7 @@ struct Projection {
   }
 
   // whether gradient and parameter are as good as orthogonal; not so for NaN
-  FW_HD static bool scale_invariant(const Hyper& h, const double* sums, int64_t size) {
+  FW_HOST_DEVICE static bool scale_invariant(const Hyper& h, const double* sums, int64_t size) {
     double grad_norm = sqrt(sums[0]);
     double param_norm = sqrt(sums[1]);
     double norms = grad_norm > h.eps ? grad_norm : h.eps;
@@ -273,20 +263,20 @@ struct Projection {
   }
 
   // <n, u> / norm for the direction n = param / norm
-  FW_HD static double radial(const Hyper& h, const double* sums) {
+  FW_HOST_DEVICE static double projection_coef(const Hyper& h, const double* sums) {
     double norm = sqrt(sums[1]) + h.eps;
     return sums[3] / (norm * norm);
   }
 
   // little decay where the scale does not matter
-  FW_HD static void settle(const Hyper& h, const double*, bool projected, Scalars& s) {
-    s.decay = s.decay * (projected ? h.wd_ratio : 1.0);
+  FW_HOST_DEVICE static void layer_scalars(const Hyper& h, const double*, bool projected, Scalars& s) {
+    s.decoupled_decay = s.decoupled_decay * (projected ? h.wd_ratio : 1.0);
   }
 
   template <class C>
-  FW_HD static void apply(C& param, C update, C radial, const ScalarsOf<C>& s) {
-    update = multiply_add(-radial, param, update);
-    param = param - multiply_add(s.decay, param, s.step_size * update);
+  FW_HOST_DEVICE static void apply(C& param, C update, C projection_coef, const ScalarsOf<C>& s) {
+    update = multiply_add(-projection_coef, param, update);
+    param = param - multiply_add(s.decoupled_decay, param, s.step_size * update);
   }
 };
 
@@ -294,25 +284,25 @@ struct AdamP : Projection {
   static constexpr int kMinStates = 2;
   static constexpr int kMaxStates = 2;
 
-  FW_HD static int sphere_exponent(const Hyper&, int64_t) { return 1; }
+  FW_HOST_DEVICE static int lr_norm_power(const Hyper&, int64_t) { return 1; }
 
-  FW_HD static void scalars(const Hyper& h, double eta, int64_t step, Scalars& s) {
-    s.step_size = eta / bias_correction(h.beta1, step);
+  FW_HOST_DEVICE static void scalars(const Hyper& h, double effective_lr, int64_t step, Scalars& s) {
+    s.step_size = effective_lr / bias_correction(h.beta1, step);
     s.denom_scale = 1.0 / sqrt(bias_correction(h.beta2, step));
     s.nesterov = h.nesterov ? 1.0 : 0.0;
   }
 
-  FW_HD static bool looks_back(const Hyper& h, int32_t) { return h.nesterov; }
+  FW_HOST_DEVICE static bool needs_grad(const Hyper& h, int32_t) { return h.nesterov; }
 
   template <int kStates, class C>
-  FW_HD static void advance(C, C grad, C* state, const ScalarsOf<C>& s) {
+  FW_HOST_DEVICE static void update_moments(C, C grad, C* state, const ScalarsOf<C>& s) {
     grad = grad * s.grad_scale;
     state[0] = lerp(state[0], grad, s.exp_avg_weight);
     state[1] = lerp(state[1], grad * grad, s.exp_avg_sq_weight);
   }
 
   template <int kStates, class C>
-  FW_HD static C candidate(C, C grad, const C* state, const ScalarsOf<C>& s) {
+  FW_HOST_DEVICE static C direction(C, C grad, const C* state, const ScalarsOf<C>& s) {
     C exp_avg = state[0];
     grad = grad * s.grad_scale;
     exp_avg = lerp(exp_avg, s.nesterov > C(0) ? grad : exp_avg, s.exp_avg_weight);
@@ -325,26 +315,28 @@ struct SGDP : Projection {
   static constexpr int kMinStates = 0;
   static constexpr int kMaxStates = 1;
 
-  FW_HD static int sphere_exponent(const Hyper&, int64_t) { return 2; }
+  FW_HOST_DEVICE static int lr_norm_power(const Hyper&, int64_t) { return 2; }
 
-  FW_HD static void scalars(const Hyper& h, double eta, int64_t, Scalars& s) {
-    s.step_size = eta;
+  FW_HOST_DEVICE static void scalars(const Hyper& h, double effective_lr, int64_t, Scalars& s) {
+    s.step_size = effective_lr;
     s.momentum = h.momentum;
     s.one_minus_dampening = 1.0 - h.dampening;
     s.nesterov = h.nesterov ? 1.0 : 0.0;
-    s.decay = s.decay / (1.0 - h.momentum);
+    s.decoupled_decay = s.decoupled_decay / (1.0 - h.momentum);
   }
 
-  FW_HD static bool looks_back(const Hyper& h, int32_t n_states) { return h.nesterov || n_states == 0; }
+  FW_HOST_DEVICE static bool needs_grad(const Hyper& h, int32_t n_states) {
+    return h.nesterov || n_states == 0;
+  }
 
   template <int kStates, class C>
-  FW_HD static void advance(C, C grad, C* state, const ScalarsOf<C>& s) {
+  FW_HOST_DEVICE static void update_moments(C, C grad, C* state, const ScalarsOf<C>& s) {
     grad = grad * s.grad_scale;
     if constexpr (kStates == 1) state[0] = multiply_add(s.momentum, state[0], s.one_minus_dampening * grad);
   }
 
   template <int kStates, class C>
-  FW_HD static C candidate(C, C grad, const C* state, const ScalarsOf<C>& s) {
+  FW_HOST_DEVICE static C direction(C, C grad, const C* state, const ScalarsOf<C>& s) {
     grad = grad * s.grad_scale;
     C momentum_buffer = s.one_minus_dampening * grad;
     if constexpr (kStates == 1) momentum_buffer = state[0];
@@ -353,42 +345,42 @@ struct SGDP : Projection {
 };
 
 // the learning rate that turns weights of some norm as far as lr turns weights of norm 1
-FW_HD double sphere_rate(double lr, double norm, int exponent) {
+FW_HOST_DEVICE double sphere_rate(double lr, double norm, int exponent) {
   double rate = exponent > 0 ? lr * norm : lr;
   return exponent > 1 ? rate * norm : rate;
 }
 
 // what brings parameters of a group back to their sphere; 1 where no factor could
-FW_HD double sphere_factor(double radius, double squares) {
+FW_HOST_DEVICE double sphere_factor(double radius, double squares) {
   bool defined = squares > 0.0 && squares < INFINITY;
   return defined ? radius / sqrt(squares) : 1.0;
 }
 
 template <class C>
-FW_HD C rescale(C param, C factor) {
+FW_HOST_DEVICE C rescale(C param, C factor) {
   return param * factor;
 }
 
 // weight averaging; weight 1 gives the parameter itself
 template <class C>
-FW_HD void average_update(C& average, C param, C weight) {
+FW_HOST_DEVICE void average_update(C& average, C param, C weight) {
   average = lerp(average, param, weight < C(0.5) ? weight : weight - C(1));
 }
 
 // What a first moment of ones would do to a parameter at rate 1: one over the pre-conditioner of this step,
 // whose gradient is in the second moment. A rule without second moments has none.
 template <class Rule, int kStates, class C>
-FW_HD C response(C param, C grad, C* state, const ScalarsOf<C>& s) {
+FW_HOST_DEVICE C inverse_preconditioner(C param, C grad, C* state, const ScalarsOf<C>& s) {
   if constexpr (Rule::kMinStates < 2) return C(1);
   Rule::template update<kStates>(param, grad, state, s);
-  ScalarsOf<C> still = s;
-  still.weight_decay = still.decay = still.init_grad = C(0);
+  ScalarsOf<C> frozen = s;
+  frozen.weight_decay = frozen.decoupled_decay = frozen.exp_avg_sq_from_grad = C(0);
   // far below the last digit, so that the moments stay
-  still.exp_avg_weight = still.exp_avg_sq_weight = C(1e-30);
-  still.init_state = C(1);
+  frozen.exp_avg_weight = frozen.exp_avg_sq_weight = C(1e-30);
+  frozen.exp_avg_sq_scale = C(1);
   state[0] = C(1);
   C moved = C(0);
-  Rule::template update<kStates>(moved, C(0), state, still);
+  Rule::template update<kStates>(moved, C(0), state, frozen);
   return -moved;
 }
 

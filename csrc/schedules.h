@@ -7,7 +7,7 @@
 namespace fw {
 
 // multiplier of one segment at its own step t, 0 <= t; the end value is held when the segment is over
-FW_HD double segment_value(const Segment& segment, const double* values, int64_t t) {
+FW_HOST_DEVICE double segment_value(const Segment& segment, const double* values, int64_t t) {
   double start = segment.start, end = segment.end, shape = segment.shape;
   if (segment.kind == kInverseSqrt) return start / sqrt(1.0 + static_cast<double>(t) / shape);
   if (segment.kind == kWarmup) t = t + 1;
@@ -31,7 +31,7 @@ FW_HD double segment_value(const Segment& segment, const double* values, int64_t
 }
 
 // multiplier at step t of a chain of segments; an empty chain is the constant 1
-FW_HD double multiplier(const Segment* segments, int32_t count, const double* values, int64_t t) {
+FW_HOST_DEVICE double multiplier(const Segment* segments, int32_t count, const double* values, int64_t t) {
   if (count == 0) return 1.0;
   int32_t i = 0;
   while (i + 1 < count && t >= segments[i + 1].begin) i = i + 1;
@@ -39,12 +39,12 @@ FW_HD double multiplier(const Segment* segments, int32_t count, const double* va
 }
 
 // whether update number `step` is averaged
-FW_HD bool is_averaged(int32_t kind, int64_t start, int64_t every, int64_t step) {
+FW_HOST_DEVICE bool is_averaged(int32_t kind, int64_t start, int64_t every, int64_t step) {
   return kind != kAverageNone && step >= start && (step - start) % every == 0;
 }
 
 // weight of a parameter in its average, as value number `n_averaged` of it
-FW_HD double average_weight(int32_t kind, double decay, int64_t n_averaged) {
+FW_HOST_DEVICE double average_weight(int32_t kind, double decay, int64_t n_averaged) {
   if (kind == kAverageSwa) return 1.0 / static_cast<double>(n_averaged);
   return n_averaged == 1 ? 1.0 : 1.0 - decay;
 }

@@ -17,15 +17,15 @@ enum Operation : int32_t { kPerturb = 0, kFinish = 1, kCombine = 2, kOperations 
 // sums besides the products with basis vectors
 constexpr int kExtraSums = 2;
 
-FW_HD int64_t sum_count(const Algebra& call) { return call.n_basis + kExtraSums; }
+FW_HOST_DEVICE int64_t sum_count(const VectorOp& call) { return call.n_basis + kExtraSums; }
 
 template <class C>
-FW_HD C displaced(C value, C size, C scale, C v) {
+FW_HOST_DEVICE C displaced(C value, C size, C scale, C v) {
   return multiply_add(size, scale * v, value);
 }
 
 template <class P, class C>
-FW_HD P stored(C value) {
+FW_HOST_DEVICE P stored(C value) {
   P out;
   if constexpr (sizeof(P) == sizeof(double)) {
     out = value;
@@ -37,7 +37,7 @@ FW_HD P stored(C value) {
 
 // how far a rounded parameter went from one end to the other
 template <class P, class C>
-FW_HD C moved(P value, C size, C scale, C v) {
+FW_HOST_DEVICE C moved(P value, C size, C scale, C v) {
   C from = static_cast<C>(widen(value));
   C ahead = static_cast<C>(widen(stored<P>(displaced(from, size, scale, v))));
   C behind = static_cast<C>(widen(stored<P>(displaced(from, -size, scale, v))));
@@ -45,7 +45,7 @@ FW_HD C moved(P value, C size, C scale, C v) {
 }
 
 template <class C>
-FW_HD void accumulate_product(double& sum, C a, C b) {
+FW_HOST_DEVICE void accumulate_product(double& sum, C a, C b) {
   sum = multiply_add(static_cast<double>(a), static_cast<double>(b), sum);
 }
 

@@ -58,7 +58,7 @@ from optim.test_sphere import (
 )
 from torch.nn import Parameter
 from triton.runtime.interpreter import TensorHandle
-from vector_cases import check_operations, check_response, combination
+from vector_cases import check_operations, check_preconditioner, combination
 
 import fused_warmup as fw
 from fused_warmup.backends.triton import memory, rules, schedules
@@ -617,14 +617,14 @@ def test_vector_sums_do_not_depend_on_the_grid():
 
 @pytest.mark.parametrize("name", ["adam-amsgrad", "giadam", "radam-l2", "sgd-momentum"])
 def test_preconditioner_is_that_of_the_reference(name):
-    """Two groups over all dtypes, so that rates and thresholds are folded in; before the second step and the sixth."""
+    """Two groups over all dtypes, so that rates and thresholds are scaled in; before the second step and the sixth."""
     params = [p for dtype in EPS for p in make_params(dtype, [(33,), ()])]
     groups = [{"params": params[:3]}, {"params": params[3:], "lr": 3e-3, "weight_decay": 0.01}]
 
     def make(case, _, **options):
         return case.make(groups, backend="triton", **options), TritonBackend()
 
-    check_response(BY_NAME[name], make, params, schedule=SCHEDULES["warmup_linear"])
+    check_preconditioner(BY_NAME[name], make, params, schedule=SCHEDULES["warmup_linear"])
 
 
 @pytest.mark.parametrize("init", ["grad", "random"])

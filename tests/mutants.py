@@ -128,7 +128,7 @@ FAULTS: dict[tuple[str, str], list[tuple[str, ...]]] = {
     ],
     ("plan/plan.py", f"{PLAN} {PLACES}"): [
         ("len(self._state) == self._n_states", "True"),
-        ("and self._state_watch.in_place()", ""),
+        ("and self._state_addresses.is_valid()", ""),
         ("self._same_entries(self._dicts, self._names, self._objects)", "True"),
         ("all(local_tensor(row.param) is row.local for row in self._shards)", "True", f"{GAPS} shard_that"),
         ("return all(map(_is_frozen, value))", "return True", f"{GAPS} inside_their_pair"),
@@ -173,20 +173,20 @@ FAULTS: dict[tuple[str, str], list[tuple[str, ...]]] = {
         ('check.whole("SWA", "every", self.every, 1)', "pass", ERRORS),
     ],
     ("optim/telemetry.py", "optim/test_telemetry.py"): [
-        ("if self._uncopied == _PAGE:", "if self._uncopied == _PAGE + 1:"),
-        ("range(max(self._calls, calls - _PAGE), calls)", "range(self._calls, calls)", "optim/test_telemetry.py plan/test_capture.py"),
-        ("page[[call % _PAGE for call in new]]", "page[[call % _PAGE for call in new][::-1]]"),
+        ("if self._uncopied == _CAPACITY:", "if self._uncopied == _CAPACITY + 1:"),
+        ("range(max(self._calls, calls - _CAPACITY), calls)", "range(self._calls, calls)", "optim/test_telemetry.py plan/test_capture.py"),
+        ("page[[call % _CAPACITY for call in new]]", "page[[call % _CAPACITY for call in new][::-1]]"),
         ('rows.to("cpu", torch.float64, copy=True)', 'rows.to("cpu", torch.float64)', f"{GAPS} saved_state"),
         ("self._copies, self._uncopied = [], 0\n        self._calls = len(rows)", "self._calls = len(rows)", f"{GAPS} nobody_has_read"),
         ("self._copies, self._uncopied = [], 0\n        # whoever", "self._uncopied = 0\n        # whoever"),
         ("return self._calls", "return 0", STATES),
         ("return self._rows[0].clone()", "return self._rows[0]", f"{GAPS} saved_state"),
-        ("(*self._copies, (self.page", "((self.page", "optim/test_telemetry.py plan/test_capture.py"),
+        ("(*self._copies, (self.ring_buffer", "((self.ring_buffer", "optim/test_telemetry.py plan/test_capture.py"),
         ("block for block in reversed(self._rows)", "block for block in self._rows"),
-        ("if len(self._rows) > _PAGE:", "if False:"),
+        ("if len(self._rows) > _CAPACITY:", "if False:"),
         ("self._rows += [rows for rows in found if len(rows)]", "self._rows += found"),
         ("slot.fill_(value)", "pass"),
-        ("self.slots.device != device", "False", f"{GAPS} on_a_device"),
+        ("self.pending_scalars.device != device", "False", f"{GAPS} on_a_device"),
     ],
     ("reference/schedules.py", "schedules/test_schedules.py optim/test_averaging.py"): [
         ("and t >= segment.steps:", "and t > segment.steps:"),
@@ -216,7 +216,7 @@ FAULTS: dict[tuple[str, str], list[tuple[str, ...]]] = {
         ("(len(vector), vector.dtype) == (vectors.numel, vectors.dtype)", "vector.dtype == vectors.dtype", f"{GAPS} other_parameters"),
         ("(len(vector), vector.dtype) == (vectors.numel, vectors.dtype)", "len(vector) == vectors.numel", f"{GAPS} other_parameters"),
         ("self.optimizer, self._use_grad)", "self.optimizer, True)", f"{GAPS} arguments_of"),
-        ("preview.sign, self._stretch)", "1.0, self._stretch)", f"{GAPS} arguments_of"),
+        ("pending.sign, self._stretch)", "1.0, self._stretch)", f"{GAPS} arguments_of"),
         ('manual_seed(check.whole(name, "seed", seed))', "manual_seed(0)", f"{GAPS} arguments_of"),
         ("self._calls - 1 if isinstance", "self._calls if isinstance", f"{GAPS} audits_and"),
         ("v.bool() if isinstance(v, Tensor) else v", "v", f"{GAPS} search_was_locked"),
@@ -224,7 +224,7 @@ FAULTS: dict[tuple[str, str], list[tuple[str, ...]]] = {
     ("backends/triton/rules.py", "interpreted.py -k 'one_step_from_the_same_state and float32'"): [
         ("near = (x > -1.0) & (u != 1.0)", "near = u != 1.0", "interpreted.py -k scalars"),
         ("tl.where(positive, -expm1(", "tl.where(True, -expm1(", "interpreted.py -k scalars"),
-        ("s.init_grad * (grad * grad), s.init_state * exp_avg_sq)", "s.init_grad * (grad * grad), exp_avg_sq)", "interpreted.py -k second_moments"),
+        ("s.exp_avg_sq_from_grad * (grad * grad), s.init_state * exp_avg_sq)", "s.exp_avg_sq_from_grad * (grad * grad), exp_avg_sq)", "interpreted.py -k second_moments"),
         ("return tl.where(x > high, high, x)", "return x", "interpreted.py -k wnorm_clip1"),
         ("& (param_norm != 0.0)", "", "interpreted.py -k without_a_ratio"),
         ("tl.where(grad_norm > h.eps, grad_norm, h.eps)", "grad_norm", "interpreted.py -k right_angles"),
@@ -243,8 +243,8 @@ FAULTS: dict[tuple[str, str], list[tuple[str, ...]]] = {
         ("1.0 / n.to", "1.0 / (n + 1).to", "interpreted.py -k weights_of"),
     ],
     ("backends/triton/step.py", "interpreted.py -k scaled_gradients"): [
-        ("part.l1 * verdict.unscale", "part.l1"),
-        ("verdict.grad_norm * verdict.clip_coef", "verdict.grad_norm", "interpreted.py -k second_moments"),
+        ("part.l1 * decision.unscale", "part.l1"),
+        ("decision.grad_norm * decision.clip_coef", "decision.grad_norm", "interpreted.py -k second_moments"),
     ],
     ("backends/triton/layerwise.py", "interpreted.py -k 'rows_of_every'"): [
         ("(part % GRAIN == 0)", "True"),
@@ -313,7 +313,7 @@ FAULTS: dict[tuple[str, str], list[tuple[str, ...]]] = {
         (".detach().double() for state in states", ".detach() for state in states", f"{GAPS} means_of"),
         ("mean[name] = last.clone()", "mean[name] = last", f"{GAPS} means_of"),
         ("3 * highest // 4", "highest // 2"),
-        ("edges != sorted(set(edges))", "edges != sorted(edges)"),
+        ("thresholds != sorted(set(thresholds))", "thresholds != sorted(thresholds)"),
         ("list(a) != list(b)", "False"),
     ],
     ("tuning/large_lr/regimes.py", LARGE): [
@@ -355,9 +355,9 @@ FAULTS: dict[tuple[str, str], list[tuple[str, ...]]] = {
 # by file below csrc
 CPP_FAULTS: dict[tuple[str, str], list[tuple[str, ...]]] = {
     ("decide.h", f"{GAPS} scaled_gradients"): [
-        ("verdict.grad_norm_l1 = total.l1 * verdict.unscale", "verdict.grad_norm_l1 = total.l1"),
+        ("decision.grad_norm_l1 = total.l1 * decision.unscale", "decision.grad_norm_l1 = total.l1"),
     ],
-    ("exchange.h", f"{GAPS} dtype_and_back"): [
+    ("dlpack.h", f"{GAPS} dtype_and_back"): [
         ("t.dtype_bits != form.dtype_bits ||", ""),
         ("t.dtype_code != form.dtype_code ||", ""),
     ],
@@ -467,9 +467,9 @@ def main() -> None:
             begun = time.monotonic()
             noticed = is_noticed(copy, fault)
             missed += [] if noticed else [fault]
-            verdict = "noticed    " if noticed else "NOT NOTICED"
+            decision = "noticed    " if noticed else "NOT NOTICED"
             print(
-                f"{number:3}/{len(faults)} {verdict} {time.monotonic() - begun:4.0f} s  {fault}", flush=True
+                f"{number:3}/{len(faults)} {decision} {time.monotonic() - begun:4.0f} s  {fault}", flush=True
             )
     print(f"{len(faults)} planted, {len(faults) - len(missed)} noticed")
     for fault in missed:

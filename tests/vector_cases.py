@@ -6,7 +6,7 @@ from cases import CASES, set_grads
 from torch.nn import Parameter
 
 from fused_warmup import _cpu
-from fused_warmup.sharpness.pending_step import Preview
+from fused_warmup.sharpness.pending_step import PendingStep
 from fused_warmup.sharpness.vectors import FusedVectors, Vectors
 
 # optimizers whose sharpness can be measured against their own pre-conditioner
@@ -123,7 +123,7 @@ def combination(backend, shapes, m):
     return torch.cat([*sums, out.double()])
 
 
-def check_response(case, resolve, params, *, steps=(1, 6), **options):
+def check_preconditioner(case, resolve, params, *, steps=(1, 6), **options):
     """The kernels' pre-conditioner against the reference: elements, rates and L2 penalties, after some steps.
 
     ``resolve`` makes the optimizer and its backend for a list of parameters.
@@ -132,12 +132,12 @@ def check_response(case, resolve, params, *, steps=(1, 6), **options):
     for step in range(max(steps) + 1):
         set_grads(params, step)
         if step in steps:
-            preview = Preview("test", opt)
-            vectors = FusedVectors(preview.params, preview.params, wide_of(params), backend)
-            found = preview.ahead(vectors)
+            pending = PendingStep("test", opt)
+            vectors = FusedVectors(pending.params, pending.params, wide_of(params), backend)
+            found = pending.preconditioner(vectors)
             assert found is not None
-            members = preview.members
-            inverse = preview.inverse_preconditioners(preview.grads)
+            members = pending.members
+            inverse = pending.inverse_preconditioners(pending.grads)
             factors = [m.lr / m.edge for m in members]
             assert found.factor.item() == pytest.approx(factors[0], rel=1e-12)
             if found.scale is None:
@@ -145,13 +145,13 @@ def check_response(case, resolve, params, *, steps=(1, 6), **options):
             else:
                 close(vectors, found.scale, [x.sqrt() for x in inverse])
             if len(set(factors)) == 1:
-                assert found.folded is None
+                assert found.scaled is None
             else:
                 pairs = zip(inverse, factors, strict=True)
-                close(vectors, found.folded, [(x.double() * f).sqrt().to(x.dtype) for x, f in pairs])
+                close(vectors, found.scaled, [(x.double() * f).sqrt().to(x.dtype) for x, f in pairs])
             decays = [m.coupled_decay for m in members]
             assert [d.item() for d in found.decays] == (pytest.approx(decays) if any(decays) else [])
-            for p, grad in zip(preview.params, preview.grads, strict=True):
+            for p, grad in zip(pending.params, pending.grads, strict=True):
                 p.grad = grad
         opt.step()
 

@@ -4,7 +4,7 @@
 #include <pybind11/pybind11.h>
 
 #include "../check.h"
-#include "../exchange.h"
+#include "../dlpack.h"
 #include "../rules.h"
 #include "../vectors.h"
 #include "kernels.h"
@@ -73,31 +73,33 @@ void step(int isa, int rule, std::uintptr_t address, int threads) {
 void vectors(int isa, int operation, std::uintptr_t address, int threads) {
   check_isa(isa);
   FW_CHECK(operation >= 0 && operation < fw::kOperations, "operation must be one of vectors.h");
-  FW_CHECK(address != 0, "address must be that of an Algebra");
+  FW_CHECK(address != 0, "address must be that of a VectorOp");
   FW_CHECK(threads > 0, "threads must be at least 1");
   py::gil_scoped_release release;
-  (*kAll[isa].vectors)(*fw::at<const fw::Algebra>(address), operation, threads);
+  (*kAll[isa].vectors)(*fw::at<const fw::VectorOp>(address), operation, threads);
 }
 
-void response(int isa, int rule, std::uintptr_t step, std::uintptr_t address, int threads) {
+void preconditioner(int isa, int rule, std::uintptr_t step, std::uintptr_t address, int threads) {
   check_isa(isa);
   FW_CHECK(rule >= 0 && rule < kPreconditionedCount, "rule must be an index into preconditioned()");
-  FW_CHECK(step != 0 && address != 0, "addresses must be those of a Step and a Response");
+  FW_CHECK(step != 0 && address != 0, "addresses must be those of a Step and a PreconditionerOp");
   FW_CHECK(threads > 0, "threads must be at least 1");
   py::gil_scoped_release release;
-  (*kAll[isa].responses)[rule](*fw::at<const fw::Step>(step), *fw::at<const fw::Response>(address), threads);
+  (*kAll[isa].responses)[rule](*fw::at<const fw::Step>(step), *fw::at<const fw::PreconditionerOp>(address),
+                               threads);
 }
 
 // offset and size of every field of every shared struct, and the size of the struct under the empty name
 py::dict layout() {
   py::dict structs;
-#define FW_FIELD(type, name, offset) fields[#name] = py::make_tuple(offset, sizeof(type));
-#define FW_DESCRIBE(Struct, FIELDS)                     \
-  {                                                     \
-    py::dict fields;                                    \
-    FIELDS(FW_FIELD)                                    \
-    fields[""] = py::make_tuple(0, sizeof(fw::Struct)); \
-    structs[#Struct] = fields;                          \
+#define FW_FIELD(type, name) fields[#name] = py::make_tuple(offsetof(Self, name), sizeof(type));
+#define FW_DESCRIBE(Struct, FIELDS)               \
+  {                                               \
+    using Self = fw::Struct;                      \
+    py::dict fields;                              \
+    FIELDS(FW_FIELD)                              \
+    fields[""] = py::make_tuple(0, sizeof(Self)); \
+    structs[#Struct] = fields;                    \
   }
   FW_STRUCTS(FW_DESCRIBE)
 #undef FW_DESCRIBE
@@ -106,7 +108,7 @@ py::dict layout() {
 }
 
 // Whether the groups hold the very parameters they held: the same lists of the same objects.
-bool same_members(py::list groups, py::list members) {
+bool groups_unchanged(py::list groups, py::list members) {
   if (groups.size() != members.size()) return false;
   for (size_t i = 0; i < members.size(); ++i) {
     py::list now = py::cast<py::dict>(groups[i])["params"], then = members[i];
@@ -118,7 +120,7 @@ bool same_members(py::list groups, py::list members) {
 }
 
 // Whether dictionary i still holds object i under name i.
-bool same_entries(py::list dicts, py::list names, py::list objects) {
+bool states_unchanged(py::list dicts, py::list names, py::list objects) {
   FW_CHECK(dicts.size() == objects.size() && names.size() == objects.size(),
            "the lists must be equally long");
   for (size_t i = 0; i < objects.size(); ++i) {
@@ -130,9 +132,9 @@ bool same_entries(py::list dicts, py::list names, py::list objects) {
 }
 
 // The forms of some tensors, and where tensors of those forms lie now.
-class Forms {
+class TensorSignatures {
  public:
-  Forms(py::handle tensor_type, py::list tensors) : tensor_type_(tensor_type.ptr()) {
+  TensorSignatures(py::handle tensor_type, py::list tensors) : tensor_type_(tensor_type.ptr()) {
     py::object capsule = tensor_type.attr("__dlpack_c_exchange_api__");
     exchange_ = static_cast<fw::DlExchange*>(PyCapsule_GetPointer(capsule.ptr(), "dlpack_exchange_api"));
     if (!exchange_) throw py::error_already_set();
@@ -176,8 +178,8 @@ class Forms {
     kept.clear();
     if (kept_.empty()) kept_.swap(kept);
   }
-  ~Forms() { release(); }
-  Forms(const Forms&) = delete;
+  ~TensorSignatures() { release(); }
+  TensorSignatures(const TensorSignatures&) = delete;
 
  private:
   // 0 for a tensor of another type or form, a null address included
@@ -211,12 +213,12 @@ PYBIND11_MODULE(_cpu, m) {
   m.def("step", &step, py::arg("isa"), py::arg("rule"), py::arg("address"), py::arg("threads"));
   m.def("vectors", &vectors, py::arg("isa"), py::arg("operation"), py::arg("address"), py::arg("threads"));
   m.def("preconditioned", &preconditioned);
-  m.def("response", &response, py::arg("isa"), py::arg("rule"), py::arg("step"), py::arg("address"),
-        py::arg("threads"));
-  m.def("same_members", &same_members, py::arg("groups"), py::arg("members"));
-  m.def("same_entries", &same_entries, py::arg("dicts"), py::arg("names"), py::arg("objects"));
-  py::class_<Forms>(m, "Forms")
+  m.def("preconditioner", &preconditioner, py::arg("isa"), py::arg("rule"), py::arg("step"),
+        py::arg("address"), py::arg("threads"));
+  m.def("groups_unchanged", &groups_unchanged, py::arg("groups"), py::arg("members"));
+  m.def("states_unchanged", &states_unchanged, py::arg("dicts"), py::arg("names"), py::arg("objects"));
+  py::class_<TensorSignatures>(m, "TensorSignatures")
       .def(py::init<py::handle, py::list>(), py::arg("tensor_type"), py::arg("tensors"))
-      .def("read", &Forms::read, py::arg("tensors"), py::arg("out"), py::arg("grads") = false)
-      .def("release", &Forms::release);
+      .def("read", &TensorSignatures::read, py::arg("tensors"), py::arg("out"), py::arg("grads") = false)
+      .def("release", &TensorSignatures::release);
 }

@@ -124,16 +124,16 @@ FW_LEAF void update_block(C* __restrict param, const C* __restrict grad, C* __re
 
 // the first part of an update in two: the states move, and the update that they mean is what is summed
 template <class Rule, int kStates, class C>
-FW_LEAF void propose_block(const C* __restrict param, const C* __restrict grad, C* __restrict state0,
-                           C* __restrict state1, C* __restrict update, int count,
-                           const ScalarsOf<C>& scalars) {
+FW_LEAF void stage1_block(const C* __restrict param, const C* __restrict grad, C* __restrict state0,
+                          C* __restrict state1, C* __restrict update, int count,
+                          const ScalarsOf<C>& scalars) {
   const ScalarsOf<C> s = scalars;
   for (int i = 0; i < count; ++i) {
     C state[kMaxStates] = {};
     if constexpr (kStates > 0) state[0] = state0[i];
     if constexpr (kStates > 1) state[1] = state1[i];
-    Rule::template advance<kStates>(param[i], grad[i], state, s);
-    update[i] = Rule::template candidate<kStates>(param[i], grad[i], state, s);
+    Rule::template update_moments<kStates>(param[i], grad[i], state, s);
+    update[i] = Rule::template direction<kStates>(param[i], grad[i], state, s);
     if constexpr (kStates > 0) state0[i] = state[0];
     if constexpr (kStates > 1) state1[i] = state[1];
   }
@@ -141,7 +141,7 @@ FW_LEAF void propose_block(const C* __restrict param, const C* __restrict grad, 
 
 // the update that the states mean, found again
 template <class Rule, int kStates, class C>
-FW_LEAF void candidate_block(const C* __restrict param, const C* __restrict grad, const C* __restrict state0,
+FW_LEAF void direction_block(const C* __restrict param, const C* __restrict grad, const C* __restrict state0,
                              const C* __restrict state1, C* __restrict update, int count,
                              const ScalarsOf<C>& scalars) {
   const ScalarsOf<C> s = scalars;
@@ -149,24 +149,24 @@ FW_LEAF void candidate_block(const C* __restrict param, const C* __restrict grad
     C state[kMaxStates] = {};
     if constexpr (kStates > 0) state[0] = state0[i];
     if constexpr (kStates > 1) state[1] = state1[i];
-    update[i] = Rule::template candidate<kStates>(param[i], grad[i], state, s);
+    update[i] = Rule::template direction<kStates>(param[i], grad[i], state, s);
   }
 }
 
 template <class Rule, class C>
-FW_LEAF void apply_block(C* __restrict param, const C* __restrict update, const C* __restrict radial,
-                         int count, const ScalarsOf<C>& scalars) {
+FW_LEAF void stage2_block(C* __restrict param, const C* __restrict update,
+                          const C* __restrict projection_coef, int count, const ScalarsOf<C>& scalars) {
   const ScalarsOf<C> s = scalars;
   for (int i = 0; i < count; ++i) {
     C value = param[i];
-    Rule::apply(value, update[i], radial[i], s);
+    Rule::apply(value, update[i], projection_coef[i], s);
     param[i] = value;
   }
 }
 
 // the sum of a power of two of numbers, each of the first half with its fellow of the second
 template <class S, int N>
-FW_HD S sum_by_halves(const S (&numbers)[N]) {
+FW_HOST_DEVICE S sum_by_halves(const S (&numbers)[N]) {
   if constexpr (N == 1) {
     return numbers[0];
   } else {
@@ -336,7 +336,7 @@ C* room_for_updates(const Row& row, const Chunk& chunk) {
 }
 
 template <class Rule, int kStates, class C>
-Partial propose_chunk(const Step& step, const Chunk& chunk) {
+Partial stage1_chunk(const Step& step, const Chunk& chunk) {
   const Row& row = at<Row>(step.rows)[chunk.row];
   const uint64_t grads = at<uint64_t>(step.grads)[chunk.row];
   if (!grads) return Partial{};
@@ -360,8 +360,8 @@ Partial propose_chunk(const Step& step, const Chunk& chunk) {
                 Ahead{here, kStates > 0 ? row.state0 + skip : here, kStates > 1 ? row.state1 + skip : here});
     }
     C* update = kept ? kept + done : update_scratch;
-    propose_block<Rule, kStates, C>(param, grad, at<C>(row.state0) + offset, at<C>(row.state1) + offset,
-                                    update, count, scalars);
+    stage1_block<Rule, kStates, C>(param, grad, at<C>(row.state0) + offset, at<C>(row.state1) + offset,
+                                   update, count, scalars);
     visit_parts(pieces, next, done, done + count, [&](int32_t piece, int32_t begin, int32_t size) {
       auto& sums = *reinterpret_cast<double (*)[Rule::kSums]>(out + int64_t(piece) * Rule::kSums);
       const int32_t k = begin - done;
@@ -372,16 +372,17 @@ Partial propose_chunk(const Step& step, const Chunk& chunk) {
 }
 
 template <class Rule, int kStates, class C>
-void apply_chunk(const Step& step, const Chunk& chunk) {
+void stage2_chunk(const Step& step, const Chunk& chunk) {
   const Row& row = at<Row>(step.rows)[chunk.row];
   const Scalars& s = at<Scalars>(step.scalars)[chunk.row];
   const uint64_t grads = at<uint64_t>(step.grads)[chunk.row];
-  const bool looks_back = Rule::looks_back(at<Hyper>(step.hypers)[row.group], row.n_states);
+  const bool needs_grad = Rule::needs_grad(at<Hyper>(step.hypers)[row.group], row.n_states);
   const ScalarsOf<C> scalars(s);
   const C weight = static_cast<C>(average_weight_of(row));
   const Pieces pieces(row, chunk);
-  const double* radials = at<double>(step.radials) + pieces.first;
-  alignas(64) C param_scratch[kBlock], grad_scratch[kBlock] = {}, update_scratch[kBlock], radial[kBlock] = {};
+  const double* projection_coefs = at<double>(step.projection_coefs) + pieces.first;
+  alignas(64) C param_scratch[kBlock], grad_scratch[kBlock] = {}, update_scratch[kBlock],
+                                       projection_coef[kBlock] = {};
   const C* const kept = room_for_updates<C>(row, chunk);
   SquareLanes squares;
   SquareLanes* const summed = sphere_of(step, row.group) ? &squares : nullptr;
@@ -393,17 +394,17 @@ void apply_chunk(const Step& step, const Chunk& chunk) {
     if (grads) {
       if (!kept) {
         const C* grad = grad_scratch;
-        if (looks_back) grad = load<C>(grads, row.grad_dtype, offset, count, grad_scratch);
-        candidate_block<Rule, kStates, C>(param, grad, at<C>(row.state0) + offset, at<C>(row.state1) + offset,
+        if (needs_grad) grad = load<C>(grads, row.grad_dtype, offset, count, grad_scratch);
+        direction_block<Rule, kStates, C>(param, grad, at<C>(row.state0) + offset, at<C>(row.state1) + offset,
                                           update_scratch, count, scalars);
       }
       if constexpr (Rule::kProjects) {
         visit_parts(pieces, next, done, done + count, [&](int32_t piece, int32_t begin, int32_t size) {
-          const C value = static_cast<C>(radials[piece]);
-          for (int32_t i = 0; i < size; ++i) radial[begin - done + i] = value;
+          const C value = static_cast<C>(projection_coefs[piece]);
+          for (int32_t i = 0; i < size; ++i) projection_coef[begin - done + i] = value;
         });
       }
-      apply_block<Rule, C>(param, kept ? kept + done : update_scratch, radial, count, scalars);
+      stage2_block<Rule, C>(param, kept ? kept + done : update_scratch, projection_coef, count, scalars);
       store(param, row.param, row.dtype, offset, count);
     }
     finish_block<C>(row, offset, count, weight, summed, param_scratch);
@@ -430,7 +431,7 @@ struct Update {
     if constexpr (Rule::kSums == 0) {
       return update_chunk<Rule, kStates, C>(step, chunk);
     } else {
-      apply_chunk<Rule, kStates, C>(step, chunk);
+      stage2_chunk<Rule, kStates, C>(step, chunk);
       return Partial{};
     }
   }
@@ -443,36 +444,36 @@ struct Propose {
 
   template <int kStates, class C>
   Partial run() const {
-    return propose_chunk<Rule, kStates, C>(step, chunk);
+    return stage1_chunk<Rule, kStates, C>(step, chunk);
   }
 };
 
 template <class Rule>
-Verdict decide(const Step& step, const Partial& total) {
+StepDecision decide_step(const Step& step, const Partial& total) {
   const uint64_t* grads = at<uint64_t>(step.grads);
-  Verdict verdict = judge(step, total);
-  for (int64_t group = 0; group < step.n_groups; ++group) set_rates(step, verdict, group);
+  StepDecision decision = decide(step, total);
+  for (int64_t group = 0; group < step.n_groups; ++group) set_rates(step, decision, group);
   int64_t last = -1;
-  for (int64_t row = 0; row < step.n_rows && !verdict.skipped; ++row) {
+  for (int64_t row = 0; row < step.n_rows && !decision.skipped; ++row) {
     const Row& r = at<Row>(step.rows)[row];
-    count_average(step, verdict, r);
+    count_average(step, decision, r);
     if (!grads[row]) continue;
     count_update(r);
     if (last >= 0 && same_scalars(step, row, last)) {
       at<Scalars>(step.scalars)[row] = at<Scalars>(step.scalars)[last];
     } else {
-      set_scalars<Rule>(step, verdict, row);
+      set_scalars<Rule>(step, decision, row);
     }
-    if (last < 0) verdict.rect = at<Scalars>(step.scalars)[row].rect;
+    if (last < 0) decision.rect = at<Scalars>(step.scalars)[row].rect;
     last = row;
   }
-  record(step, verdict);
-  return verdict;
+  record(step, decision);
+  return decision;
 }
 
 // what the sums over a row and its channels say; the channels are looked at before the row as a whole
 template <class Rule>
-void settle(const Step& step, int64_t index) {
+void reduce_layer(const Step& step, int64_t index) {
   const Row& row = at<Row>(step.rows)[index];
   const Hyper& h = at<Hyper>(step.hypers)[row.group];
   const int64_t channels = row.numel / row.channel_size;
@@ -486,12 +487,13 @@ void settle(const Step& step, int64_t index) {
     combine(layer, channel);
   }
   const bool by_layer = projects && !by_channel && Rule::scale_invariant(h, layer, row.numel);
-  Rule::settle(h, layer, by_channel || by_layer, at<Scalars>(step.scalars)[index]);
+  Rule::layer_scalars(h, layer, by_channel || by_layer, at<Scalars>(step.scalars)[index]);
   for (int64_t i = 0; i < channels && Rule::kProjects; ++i) {
     double channel[Rule::kSums] = {};
     if (by_channel) combine_channel(channel, step, row, i);
-    set_radial(step, row, i,
-               by_channel ? Rule::radial(h, channel) : (by_layer ? Rule::radial(h, layer) : 0.0));
+    set_projection_coef(
+        step, row, i,
+        by_channel ? Rule::projection_coef(h, channel) : (by_layer ? Rule::projection_coef(h, layer) : 0.0));
   }
 }
 
@@ -506,7 +508,7 @@ bool rows_are_whole(const Step& step) {
 
 // The first part of an update in two. Rows of one chunk are done with at once, while they are in the cache.
 template <class Rule>
-void propose(const Step& step, bool whole) {
+void stage1(const Step& step, bool whole) {
   Partial* partials = at<Partial>(step.partials);
 #pragma omp for schedule(dynamic, 1)
   for (int64_t i = 0; i < step.n_chunks; ++i) {
@@ -515,7 +517,7 @@ void propose(const Step& step, bool whole) {
     const Partial part = with_states<Rule, Rule::kMinStates>(row, Propose<Rule>{step, chunk});
     if (!step.measure) partials[i] = part;
     if (chunk.count < row.numel) continue;
-    if (at<uint64_t>(step.grads)[chunk.row]) settle<Rule>(step, chunk.row);
+    if (at<uint64_t>(step.grads)[chunk.row]) reduce_layer<Rule>(step, chunk.row);
     with_states<Rule, Rule::kMinStates>(row, Update<Rule>{step, chunk});
   }
   // each loop is one more wait for all threads
@@ -524,7 +526,7 @@ void propose(const Step& step, bool whole) {
   for (int64_t i = 0; i < step.n_chunks; ++i) {
     const Chunk& chunk = at<Chunk>(step.chunks)[i];
     const bool first_of_many = chunk.offset == 0 && chunk.count < at<Row>(step.rows)[chunk.row].numel;
-    if (first_of_many && at<uint64_t>(step.grads)[chunk.row]) settle<Rule>(step, chunk.row);
+    if (first_of_many && at<uint64_t>(step.grads)[chunk.row]) reduce_layer<Rule>(step, chunk.row);
   }
 }
 
@@ -553,7 +555,7 @@ void run(const Step& step, int threads) {
   const Chunk* chunks = at<Chunk>(step.chunks);
   const uint64_t* grads = at<uint64_t>(step.grads);
   Partial* partials = at<Partial>(step.partials);
-  Verdict verdict;
+  StepDecision decision;
   const bool whole = Rule::kSums > 0 && rows_are_whole(step);
 #pragma omp parallel num_threads(threads)
   {
@@ -571,10 +573,10 @@ void run(const Step& step, int threads) {
       }
     }
 #pragma omp single
-    verdict = decide<Rule>(step, step.measure ? combine_all(partials, step.n_chunks) : Partial{});
+    decision = decide_step<Rule>(step, step.measure ? combine_all(partials, step.n_chunks) : Partial{});
     if constexpr (Rule::kSums > 0)
-      if (!verdict.skipped) propose<Rule>(step, whole);
-    if (!verdict.skipped && !whole) {
+      if (!decision.skipped) stage1<Rule>(step, whole);
+    if (!decision.skipped && !whole) {
       // last chunk first: the gradients measured last are still in the cache
 #pragma omp for schedule(dynamic, 1)
       for (int64_t i = step.n_chunks - 1; i >= 0; --i) {
@@ -585,10 +587,10 @@ void run(const Step& step, int threads) {
         if (Rule::kSums == 0 && !step.measure) partials[i] = part;
       }
     }
-    if (step.spheres && !verdict.skipped) rescale_all(step);
+    if (step.spheres && !decision.skipped) rescale_all(step);
   }
-  if (accumulates(step) && !verdict.skipped)
-    record_norms(step, verdict, combine_all(partials, step.n_chunks));
+  if (accumulates(step) && !decision.skipped)
+    record_norms(step, decision, combine_all(partials, step.n_chunks));
 }
 
 #define FW_ENTRY(Rule) run<Rule>,

@@ -14,9 +14,9 @@ struct Kernels {
 };
 
 // one of the operations of vectors.h
-using VectorFunction = void (*)(const Algebra&, int operation, int threads);
+using VectorFunction = void (*)(const VectorOp&, int operation, int threads);
 
-using ResponseFunction = void (*)(const Step&, const Response&, int threads);
+using ResponseFunction = void (*)(const Step&, const PreconditionerOp&, int threads);
 
 // responses in the order of FW_PRECONDITIONED
 #define FW_DECLARE(isa)                      \

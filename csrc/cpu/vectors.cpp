@@ -70,15 +70,15 @@ void copy(T* to, const T* from, int count, bool past_caches) {
 // the columns of one chunk from its start on; null where there is none
 template <class C>
 struct Streams {
-  const Span& span;
+  const TensorSlice& span;
   int64_t first;
   int32_t count;
   const C* basis;
   C* out;
   const C* scale;
 
-  Streams(const Algebra& call, const Chunk& chunk)
-      : span(at<Span>(call.spans)[chunk.row]),
+  Streams(const VectorOp& call, const Chunk& chunk)
+      : span(at<TensorSlice>(call.slices)[chunk.row]),
         first(chunk.offset),
         count(chunk.count),
         basis(call.basis ? at<C>(call.basis) + span.offset + chunk.offset : nullptr),
@@ -91,7 +91,7 @@ struct Streams {
 // Adds to kSums sums over a block in one loop; the lanes fix the order. body(i, lane) adds element i to
 // lane[0], lane[kLanes] and so on.
 template <int kSums, class C, class Body>
-FW_HD void add_up(double* __restrict sums, int count, Body body) {
+FW_HOST_DEVICE void add_up(double* __restrict sums, int count, Body body) {
   C lanes[kSums * kLanes] = {};
   int whole = count - count % kLanes;
   for (int i = 0; i < whole; i += kLanes)
@@ -106,7 +106,7 @@ FW_HD void add_up(double* __restrict sums, int count, Body body) {
 }
 
 template <class C>
-FW_HD void add_product(C& sum, C a, C b) {
+FW_HOST_DEVICE void add_product(C& sum, C a, C b) {
   sum = multiply_add(a, b, sum);
 }
 
@@ -182,7 +182,7 @@ FW_LEAF void start_block(C* __restrict out, C keep, bool fresh, int count) {
 
 // a block of a gradient, zeros where there is none
 template <class C>
-const C* load_gradient(uint64_t column, const Span& span, int64_t offset, int count, C* scratch) {
+const C* load_gradient(uint64_t column, const TensorSlice& span, int64_t offset, int count, C* scratch) {
   if (column) return load<C>(column, span.dtype, offset, count, scratch);
   for (int i = 0; i < count; ++i) scratch[i] = C(0);
   return scratch;
@@ -190,7 +190,7 @@ const C* load_gradient(uint64_t column, const Span& span, int64_t offset, int co
 
 // calls body with the number of vectors that one loop takes, and whether there is a scale, as constants
 template <int kBasis = 0, class Body>
-FW_HD void with_constants(int held, bool scaled, Body body) {
+FW_HOST_DEVICE void with_constants(int held, bool scaled, Body body) {
   if constexpr (kBasis < kHeld)
     if (held > kBasis) return with_constants<kBasis + 1>(held, scaled, body);
   std::integral_constant<int, kBasis> basis;
@@ -202,7 +202,7 @@ FW_HD void with_constants(int held, bool scaled, Body body) {
 
 template <class P, class C>
 struct Chunks {
-  static void perturb(const Algebra& call, const Chunk& chunk, double*, bool past_caches) {
+  static void perturb(const VectorOp& call, const Chunk& chunk, double*, bool past_caches) {
     const Streams<C> s(call, chunk);
     const C size = static_cast<C>(*at<double>(call.factors));
     P* param = at<P>(s.span.param) + s.first;
@@ -216,7 +216,7 @@ struct Chunks {
     }
   }
 
-  static void finish(const Algebra& call, const Chunk& chunk, double* sums, bool past_caches) {
+  static void finish(const VectorOp& call, const Chunk& chunk, double* sums, bool past_caches) {
     const Streams<C> s(call, chunk);
     const C size = static_cast<C>(*at<double>(call.factors));
     const int held = call.n_basis < kHeld ? call.n_basis : kHeld, before = call.n_basis - held;
@@ -246,7 +246,7 @@ struct Chunks {
     }
   }
 
-  static void combine(const Algebra& call, const Chunk& chunk, double* sums, bool) {
+  static void combine(const VectorOp& call, const Chunk& chunk, double* sums, bool) {
     const Streams<C> s(call, chunk);
     const double* factors = at<double>(call.factors);
     const int held = call.n_basis < kHeld ? call.n_basis : kHeld, before = call.n_basis - held;
@@ -270,7 +270,7 @@ struct Chunks {
   }
 };
 
-using ChunkFunction = void (*)(const Algebra&, const Chunk&, double*, bool past_caches);
+using ChunkFunction = void (*)(const VectorOp&, const Chunk&, double*, bool past_caches);
 
 template <class P, class C>
 ChunkFunction operation_on(int operation) {
@@ -288,7 +288,7 @@ ChunkFunction function_of(int operation, int32_t dtype) {
   return operation_on<float, C>(operation);
 }
 
-void run(const Algebra& call, int operation, int threads) {
+void run(const VectorOp& call, int operation, int threads) {
   const Chunk* chunks = at<Chunk>(call.chunks);
   const int64_t width = sum_count(call);
   double* partials = at<double>(call.partials);
@@ -300,7 +300,7 @@ void run(const Algebra& call, int operation, int threads) {
   {
 #pragma omp for schedule(dynamic, 1) nowait
     for (int64_t i = 0; i < call.n_chunks; ++i) {
-      const int32_t dtype = at<Span>(call.spans)[chunks[i].row].dtype;
+      const int32_t dtype = at<TensorSlice>(call.slices)[chunks[i].row].dtype;
       double* sums = partials + i * width;
       if (operation != kPerturb)
         for (int64_t k = 0; k < width; ++k) sums[k] = 0.0;

@@ -2,7 +2,7 @@
 // floats as a register holds and convert it by halves, which took 1.7 times as long as converting on the way
 // from memory (Zen 3). SPDX-License-Identifier: Apache-2.0
 #pragma once
-#include "../hd.h"
+#include "../platform.h"
 
 #if defined(__AVX__)
 #include <immintrin.h>
@@ -27,23 +27,23 @@ struct Wide {
 };
 
 template <class C>
-FW_HD Wide<C> load_wide(const C* from) {
+FW_HOST_DEVICE Wide<C> load_wide(const C* from) {
   Wide<C> x;
   memcpy(&x.numbers, from, sizeof x.numbers);
   return x;
 }
 
-FW_HD void store_wide(Wide<double> x, double* to) { memcpy(to, &x.numbers, sizeof x.numbers); }
+FW_HOST_DEVICE void store_wide(Wide<double> x, double* to) { memcpy(to, &x.numbers, sizeof x.numbers); }
 
 template <class C>
-FW_HD Wide<C> operator*(Wide<C> a, C b) {
+FW_HOST_DEVICE Wide<C> operator*(Wide<C> a, C b) {
   return {a.numbers * b};
 }
 
-FW_HD Wide<double> operator+(Wide<double> a, Wide<double> b) { return {a.numbers + b.numbers}; }
+FW_HOST_DEVICE Wide<double> operator+(Wide<double> a, Wide<double> b) { return {a.numbers + b.numbers}; }
 
-FW_HD Wide<double> widened(Wide<double> x) { return x; }
-FW_HD Wide<double> widened(Wide<float> x) {
+FW_HOST_DEVICE Wide<double> widened(Wide<double> x) { return x; }
+FW_HOST_DEVICE Wide<double> widened(Wide<float> x) {
 #if defined(__AVX512F__)
   // without a mask gcc warns of the register that the intrinsic leaves undefined
   return {_mm512_maskz_cvtps_pd(0xff, x.numbers)};
@@ -54,7 +54,7 @@ FW_HD Wide<double> widened(Wide<float> x) {
 #endif
 }
 
-FW_HD Wide<double> multiply_add(Wide<double> a, Wide<double> b, Wide<double> c) {
+FW_HOST_DEVICE Wide<double> multiply_add(Wide<double> a, Wide<double> b, Wide<double> c) {
   Wide<double> sum;
   for (int i = 0; i < kWide; ++i) sum.numbers[i] = fw::multiply_add(a.numbers[i], b.numbers[i], c.numbers[i]);
   return sum;

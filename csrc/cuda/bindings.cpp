@@ -46,8 +46,8 @@ void step(int rule, std::uintptr_t address, std::uintptr_t grads, int64_t n_grad
   const fw::CudaKernels& kernels = kernels_of(rule);
   FW_CHECK(address != 0, "address must be that of a Step");
   const fw::Step& table = *fw::at<const fw::Step>(address);
-  FW_CHECK(n_grads == 0 || (grads != 0 && n_grads == table.n_rows && n_grads <= fw::kCarryLimit),
-           "n_grads must be 0, or the number of rows and at most CARRY_LIMIT");
+  FW_CHECK(n_grads == 0 || (grads != 0 && n_grads == table.n_rows && n_grads <= fw::kMaxInlinePointers),
+           "n_grads must be 0, or the number of rows and at most MAX_INLINE_POINTERS");
   FW_CHECK(device >= 0 && max_blocks >= 0, "device and max_blocks must be at least 0");
   const fw::Launch how{device,    fw::at<void>(stream), doubles, fw::at<const uint64_t>(grads), n_grads,
                        max_blocks};
@@ -57,30 +57,30 @@ void step(int rule, std::uintptr_t address, std::uintptr_t grads, int64_t n_grad
 
 void vectors(int operation, std::uintptr_t address, int device, std::uintptr_t stream, int64_t max_blocks) {
   FW_CHECK(operation >= 0 && operation < fw::kOperations, "operation must be one of vectors.h");
-  FW_CHECK(address != 0, "address must be that of an Algebra");
+  FW_CHECK(address != 0, "address must be that of an VectorOp");
   FW_CHECK(device >= 0 && max_blocks >= 0, "device and max_blocks must be at least 0");
-  const fw::Algebra& call = *fw::at<const fw::Algebra>(address);
+  const fw::VectorOp& call = *fw::at<const fw::VectorOp>(address);
   const fw::Launch how{device, fw::at<void>(stream), call.doubles != 0, nullptr, 0, max_blocks};
   py::gil_scoped_release release;
   fw::run_vectors(how, call, operation);
 }
 
-void response(int rule, std::uintptr_t step, std::uintptr_t address, int device, std::uintptr_t stream,
-              int64_t max_blocks) {
+void preconditioner(int rule, std::uintptr_t step, std::uintptr_t address, int device, std::uintptr_t stream,
+                    int64_t max_blocks) {
   FW_CHECK(rule >= 0 && rule < kPreconditionedCount, "rule must be an index into preconditioned()");
-  FW_CHECK(step != 0 && address != 0, "addresses must be those of a Step and a Response");
+  FW_CHECK(step != 0 && address != 0, "addresses must be those of a Step and a PreconditionerOp");
   FW_CHECK(device >= 0 && max_blocks >= 0, "device and max_blocks must be at least 0");
-  const fw::Response& call = *fw::at<const fw::Response>(address);
+  const fw::PreconditionerOp& call = *fw::at<const fw::PreconditionerOp>(address);
   const fw::Launch how{device, fw::at<void>(stream), call.doubles != 0, nullptr, 0, max_blocks};
   py::gil_scoped_release release;
-  fw::run_response(how, rule, *fw::at<const fw::Step>(step), call);
+  fw::run_preconditioner(how, rule, *fw::at<const fw::Step>(step), call);
 }
 
 }  // namespace
 
 PYBIND11_MODULE(_cuda, m) {
   m.doc() = "CUDA kernels of fused_warmup.";
-  m.attr("CARRY_LIMIT") = fw::kCarryLimit;
+  m.attr("MAX_INLINE_POINTERS") = fw::kMaxInlinePointers;
   m.def("rules", &rules);
   m.def("prepare", &prepare, py::arg("rule"), py::arg("device"), py::arg("doubles"));
   m.def("step", &step, py::arg("rule"), py::arg("address"), py::arg("grads"), py::arg("n_grads"),
@@ -88,6 +88,6 @@ PYBIND11_MODULE(_cuda, m) {
   m.def("vectors", &vectors, py::arg("operation"), py::arg("address"), py::arg("device"), py::arg("stream"),
         py::arg("max_blocks") = 0);
   m.def("preconditioned", &preconditioned);
-  m.def("response", &response, py::arg("rule"), py::arg("step"), py::arg("address"), py::arg("device"),
-        py::arg("stream"), py::arg("max_blocks") = 0);
+  m.def("preconditioner", &preconditioner, py::arg("rule"), py::arg("step"), py::arg("address"),
+        py::arg("device"), py::arg("stream"), py::arg("max_blocks") = 0);
 }

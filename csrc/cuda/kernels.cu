@@ -1,5 +1,5 @@
 // The CUDA step in two launches, or three when the norms must be known beforehand: measure, decide, update.
-// A rule that needs sums over layers takes two more between decide and update: propose and settle. Groups on
+// A rule that needs sums over layers takes two more between decide and update: stage1 and reduce. Groups on
 // a sphere take one at the end: rescale.
 // Compiled once per rule with FW_RULE naming it. Sums are taken in an order that the table alone fixes, so
 // that any grid gives the same bits. No mathematics here: rules.h, schedules.h, reduce.h and decide.h have
@@ -27,26 +27,26 @@ constexpr int kDecideThreads = 512;
 
 // addresses of gradients that travel with the first launch of a step; none when the column has them
 template <int kSize>
-struct Carry {
+struct GradPointers {
   int64_t count;
   uint64_t grads[kSize];
 };
 constexpr int kSmallCarry = 480;
 // beyond 4 KiB arguments cost more to launch; this is the most that they may be
-static_assert(sizeof(Step) + sizeof(Carry<kSmallCarry>) <= 4096, "small arguments");
-static_assert(sizeof(Step) + sizeof(Carry<kCarryLimit>) <= 32764, "arguments of a kernel");
+static_assert(sizeof(Step) + sizeof(GradPointers<kSmallCarry>) <= 4096, "small arguments");
+static_assert(sizeof(Step) + sizeof(GradPointers<kMaxInlinePointers>) <= 32764, "arguments of a kernel");
 
 template <int kSize>
-FW_DEVICE uint64_t grad_of(const Step& step, const Carry<kSize>& carry, int64_t row) {
-  return carry.count ? carry.grads[row] : at<uint64_t>(step.grads)[row];
+FW_DEVICE uint64_t grad_of(const Step& step, const GradPointers<kSize>& pointers, int64_t row) {
+  return pointers.count ? pointers.grads[row] : at<uint64_t>(step.grads)[row];
 }
 
 // for the launches after this one; nobody reads the column while it is written
 template <int kSize>
-FW_DEVICE void keep(const Step& step, const Carry<kSize>& carry) {
+FW_DEVICE void keep(const Step& step, const GradPointers<kSize>& pointers) {
   int64_t first = int64_t(blockIdx.x) * blockDim.x + threadIdx.x;
-  for (int64_t row = first; row < carry.count; row += int64_t(gridDim.x) * blockDim.x)
-    at<uint64_t>(step.grads)[row] = carry.grads[row];
+  for (int64_t row = first; row < pointers.count; row += int64_t(gridDim.x) * blockDim.x)
+    at<uint64_t>(step.grads)[row] = pointers.grads[row];
 }
 
 // one thread's share of a chunk
@@ -317,8 +317,8 @@ struct Team {
 
 // the first part of an update in two: the states move, and the update that they mean is what is summed
 template <class Rule, int kStates, int N, class P, class G, class C>
-FW_DEVICE void propose_pack(const Streams<P, G>& s, int32_t i, const ScalarsOf<C>& scalars,
-                            double (&sums)[Rule::kSums]) {
+FW_DEVICE void stage1_pack(const Streams<P, G>& s, int32_t i, const ScalarsOf<C>& scalars,
+                           double (&sums)[Rule::kSums]) {
   C state0[N], state1[N];
   G raw_grad[N];
   P raw_param[N];
@@ -331,8 +331,8 @@ FW_DEVICE void propose_pack(const Streams<P, G>& s, int32_t i, const ScalarsOf<C
     C state[kMaxStates] = {};
     if constexpr (kStates > 0) state[0] = state0[k];
     if constexpr (kStates > 1) state[1] = state1[k];
-    Rule::template advance<kStates>(param, grad, state, scalars);
-    const C update = Rule::template candidate<kStates>(param, grad, state, scalars);
+    Rule::template update_moments<kStates>(param, grad, state, scalars);
+    const C update = Rule::template direction<kStates>(param, grad, state, scalars);
     Rule::accumulate(sums, param, grad, update, scalars);
     if constexpr (kStates > 0) state0[k] = state[0];
     if constexpr (kStates > 1) state1[k] = state[1];
@@ -343,12 +343,12 @@ FW_DEVICE void propose_pack(const Streams<P, G>& s, int32_t i, const ScalarsOf<C
 
 // the second part, which finds the update again from the states
 template <class Rule, int kStates, int N, class P, class G, class C>
-FW_DEVICE void apply_pack(const Streams<P, G>& s, int32_t i, const ScalarsOf<C>& scalars, C radial, C weight,
-                          bool looks_back, SquareSum& squares) {
+FW_DEVICE void stage2_pack(const Streams<P, G>& s, int32_t i, const ScalarsOf<C>& scalars, C projection_coef,
+                           C weight, bool needs_grad, SquareSum& squares) {
   C state0[N], state1[N];
   G raw_grad[N] = {};
   P param[N];
-  if (looks_back) load(s.grad + i, raw_grad);
+  if (needs_grad) load(s.grad + i, raw_grad);
   load(s.param + i, param);
   if constexpr (kStates > 0) load(s.state0 + i, state0);
   if constexpr (kStates > 1) load(s.state1 + i, state1);
@@ -357,7 +357,8 @@ FW_DEVICE void apply_pack(const Streams<P, G>& s, int32_t i, const ScalarsOf<C>&
     const C grad = static_cast<C>(widen(raw_grad[k]));
     if constexpr (kStates > 0) state[0] = state0[k];
     if constexpr (kStates > 1) state[1] = state1[k];
-    Rule::apply(value, Rule::template candidate<kStates>(value, grad, state, scalars), radial, scalars);
+    Rule::apply(value, Rule::template direction<kStates>(value, grad, state, scalars), projection_coef,
+                scalars);
     narrow(value, param[k]);
   }
   store(param, s.param + i);
@@ -367,7 +368,7 @@ FW_DEVICE void apply_pack(const Streams<P, G>& s, int32_t i, const ScalarsOf<C>&
 }
 
 template <class Rule, int kStates, class P, class G>
-FW_DEVICE void propose_chunk(const Step& step, const Row& row, uint64_t grads, const Chunk& chunk) {
+FW_DEVICE void stage1_chunk(const Step& step, const Row& row, uint64_t grads, const Chunk& chunk) {
   using C = typename Streams<P, G>::C;
   const ScalarsOf<C> scalars(at<Scalars>(step.scalars)[chunk.row]);
   const Pieces pieces(row, chunk);
@@ -375,8 +376,8 @@ FW_DEVICE void propose_chunk(const Step& step, const Row& row, uint64_t grads, c
   team.visit(pieces, row, grads, chunk, [&](int32_t piece, const Streams<P, G>& s) {
     double sums[Rule::kSums] = {};
     team.share(
-        s, [&](int32_t i) { propose_pack<Rule, kStates, kPack<P>>(s, i, scalars, sums); },
-        [&](int32_t i) { propose_pack<Rule, kStates, 1>(s, i, scalars, sums); });
+        s, [&](int32_t i) { stage1_pack<Rule, kStates, kPack<P>>(s, i, scalars, sums); },
+        [&](int32_t i) { stage1_pack<Rule, kStates, 1>(s, i, scalars, sums); });
     group_sum(sums, team.width);
     double* out = at<double>(step.sums) + (pieces.first + piece) * Rule::kSums;
     for (int k = 0; k < Rule::kSums; ++k)
@@ -385,25 +386,27 @@ FW_DEVICE void propose_chunk(const Step& step, const Row& row, uint64_t grads, c
 }
 
 template <class Rule, int kStates, class P, class G>
-FW_DEVICE void apply_chunk(const Step& step, const Row& row, uint64_t grads, const Chunk& chunk,
-                           SquareSum& squares) {
+FW_DEVICE void stage2_chunk(const Step& step, const Row& row, uint64_t grads, const Chunk& chunk,
+                            SquareSum& squares) {
   using C = typename Streams<P, G>::C;
   const ScalarsOf<C> scalars(at<Scalars>(step.scalars)[chunk.row]);
   const C weight = static_cast<C>(average_weight_of(row));
-  const bool looks_back = Rule::looks_back(at<Hyper>(step.hypers)[row.group], row.n_states);
+  const bool needs_grad = Rule::needs_grad(at<Hyper>(step.hypers)[row.group], row.n_states);
   const Pieces pieces(row, chunk);
   const Team<P, G> team(pieces);
   team.visit(pieces, row, grads, chunk, [&](int32_t piece, Streams<P, G> s) {
     if (!(weight > C(0)) || squares.wanted) s.average = nullptr;
-    C radial = C(0);
+    C projection_coef = C(0);
     if (Rule::kProjects && s.count > 0)
-      radial = static_cast<C>(at<double>(step.radials)[pieces.first + piece]);
+      projection_coef = static_cast<C>(at<double>(step.projection_coefs)[pieces.first + piece]);
     team.share(
         s,
         [&](int32_t i) {
-          apply_pack<Rule, kStates, kPack<P>>(s, i, scalars, radial, weight, looks_back, squares);
+          stage2_pack<Rule, kStates, kPack<P>>(s, i, scalars, projection_coef, weight, needs_grad, squares);
         },
-        [&](int32_t i) { apply_pack<Rule, kStates, 1>(s, i, scalars, radial, weight, looks_back, squares); });
+        [&](int32_t i) {
+          stage2_pack<Rule, kStates, 1>(s, i, scalars, projection_coef, weight, needs_grad, squares);
+        });
   });
 }
 
@@ -432,7 +435,7 @@ struct Update {
     if constexpr (Rule::kSums == 0) {
       if (s.grad) return with_states<Rule::kMinStates>(s, row, chunk.row);
     } else if (s.grad) {
-      apply<Rule::kMinStates, P, G>(row, grads, chunk);
+      stage2<Rule::kMinStates, P, G>(row, grads, chunk);
       return NormSum{};
     }
     if (squares.wanted) squares.squares = measure_chunk<P, P>(row, row.param, chunk).l2_sq;
@@ -449,10 +452,10 @@ struct Update {
   }
 
   template <int kStates, class P, class G>
-  FW_DEVICE void apply(const Row& row, uint64_t grads, const Chunk& chunk) const {
+  FW_DEVICE void stage2(const Row& row, uint64_t grads, const Chunk& chunk) const {
     if constexpr (kStates < Rule::kMaxStates)
-      if (row.n_states > kStates) return apply<kStates + 1, P, G>(row, grads, chunk);
-    apply_chunk<Rule, kStates, P, G>(step, row, grads, chunk, squares);
+      if (row.n_states > kStates) return stage2<kStates + 1, P, G>(row, grads, chunk);
+    stage2_chunk<Rule, kStates, P, G>(step, row, grads, chunk, squares);
   }
 };
 
@@ -473,7 +476,7 @@ struct Propose {
   FW_DEVICE void with_states(const Row& row, uint64_t grads, const Chunk& chunk) const {
     if constexpr (kStates < Rule::kMaxStates)
       if (row.n_states > kStates) return with_states<kStates + 1, P, G>(row, grads, chunk);
-    propose_chunk<Rule, kStates, P, G>(step, row, grads, chunk);
+    stage1_chunk<Rule, kStates, P, G>(step, row, grads, chunk);
   }
 };
 
@@ -534,39 +537,39 @@ FW_DEVICE NormSum visit(const Visitor& visitor, const Row& row, uint64_t grads, 
 
 template <int kSize>
 __global__ void __launch_bounds__(kThreads, kBlocksPerProcessor)
-    measure_kernel(const __grid_constant__ Step step, const __grid_constant__ Carry<kSize> carry) {
-  keep(step, carry);
+    measure_kernel(const __grid_constant__ Step step, const __grid_constant__ GradPointers<kSize> pointers) {
+  keep(step, pointers);
   for (int64_t i = blockIdx.x; i < step.n_chunks; i += gridDim.x) {
     const Chunk chunk = at<Chunk>(step.chunks)[i];
-    const uint64_t grads = grad_of(step, carry, chunk.row);
+    const uint64_t grads = grad_of(step, pointers, chunk.row);
     keep_chunk_sum(step, i, visit<true>(Measure{}, at<Row>(step.rows)[chunk.row], grads, chunk));
   }
 }
 
 // counters and scalars of all rows that have a gradient
 template <class Rule, int kSize>
-FW_DEVICE void set_rows(const Step& step, const Carry<kSize>& carry, Verdict& verdict) {
+FW_DEVICE void set_rows(const Step& step, const GradPointers<kSize>& pointers, StepDecision& decision) {
   __shared__ int first_of_tile;
   const Row* rows = at<Row>(step.rows);
   Scalars* scalars = at<Scalars>(step.scalars);
   bool found = false;
   for (int64_t begin = 0; begin < step.n_rows; begin += blockDim.x) {
     const int64_t row = begin + threadIdx.x;
-    const bool active = row < step.n_rows && grad_of(step, carry, row);
-    if (row < step.n_rows) count_average(step, verdict, rows[row]);
+    const bool active = row < step.n_rows && grad_of(step, pointers, row);
+    if (row < step.n_rows) count_average(step, decision, rows[row]);
     if (active) count_update(rows[row]);
     if (threadIdx.x == 0) first_of_tile = kDecideThreads;
     __syncthreads();
-    if (active && (threadIdx.x == 0 || !grad_of(step, carry, row - 1)))
+    if (active && (threadIdx.x == 0 || !grad_of(step, pointers, row - 1)))
       atomicMin(&first_of_tile, threadIdx.x);
     __syncthreads();
     // most rows share the scalars of the first, and double arithmetic is slow on many devices
     const int64_t first = begin + first_of_tile;
     const bool own = active && (row == first || !same_scalars(step, row, first));
-    if (own) set_scalars<Rule>(step, verdict, row);
+    if (own) set_scalars<Rule>(step, decision, row);
     __syncthreads();
     if (active && !own) scalars[row] = scalars[first];
-    if (!found && row == first) verdict.rect = scalars[row].rect;
+    if (!found && row == first) decision.rect = scalars[row].rect;
     found = found || first_of_tile < kDecideThreads;
     __syncthreads();
   }
@@ -574,27 +577,27 @@ FW_DEVICE void set_rows(const Step& step, const Carry<kSize>& carry, Verdict& ve
 
 template <class Rule, int kSize>
 __global__ void __launch_bounds__(kDecideThreads, 1)
-    decide_kernel(const __grid_constant__ Step step, const __grid_constant__ Carry<kSize> carry) {
-  __shared__ Verdict verdict;
-  keep(step, carry);
+    decide_kernel(const __grid_constant__ Step step, const __grid_constant__ GradPointers<kSize> pointers) {
+  __shared__ StepDecision decision;
+  keep(step, pointers);
   const Partial total = step.measure ? sum_chunks(step) : Partial{};
-  if (threadIdx.x == 0) verdict = judge(step, total);
+  if (threadIdx.x == 0) decision = decide(step, total);
   __syncthreads();
   for (int64_t group = threadIdx.x; group < step.n_groups; group += blockDim.x)
-    set_rates(step, verdict, group);
+    set_rates(step, decision, group);
   __syncthreads();
-  if (!verdict.skipped) set_rows<Rule>(step, carry, verdict);
+  if (!decision.skipped) set_rows<Rule>(step, pointers, decision);
   __syncthreads();
   if (threadIdx.x == 0) {
-    record(step, verdict);
-    *at<Verdict>(step.verdict) = verdict;
+    record(step, decision);
+    *at<StepDecision>(step.decision) = decision;
   }
 }
 
 template <class Rule, bool kDoubles>
 __global__ void __launch_bounds__(kThreads, kBlocksPerProcessorOfSums)
-    propose_kernel(const __grid_constant__ Step step) {
-  if (at<Verdict>(step.verdict)->skipped) return;
+    stage1_kernel(const __grid_constant__ Step step) {
+  if (at<StepDecision>(step.decision)->skipped) return;
   for (int64_t i = blockIdx.x; i < step.n_chunks; i += gridDim.x) {
     const Chunk chunk = at<Chunk>(step.chunks)[i];
     const uint64_t grads = at<uint64_t>(step.grads)[chunk.row];
@@ -620,20 +623,20 @@ FW_DEVICE void share_block_sum(double (&sums)[N]) {
 }
 
 // whether this block is the last to arrive, which sees what all of them wrote
-FW_DEVICE bool arrives_last(Verdict& verdict) {
+FW_DEVICE bool arrives_last(StepDecision& decision) {
   __shared__ bool last;
   if (threadIdx.x == 0) {
     __threadfence();
-    last = atomicAdd(&verdict.finished_blocks, 1) + 1 == static_cast<int>(gridDim.x);
+    last = atomicAdd(&decision.finished_blocks, 1) + 1 == static_cast<int>(gridDim.x);
     __threadfence();
   }
   __syncthreads();
   return last;
 }
 
-FW_DEVICE void finish_norms(const Step& step, Verdict& verdict) {
+FW_DEVICE void finish_norms(const Step& step, StepDecision& decision) {
   const Partial total = sum_chunks(step);
-  if (threadIdx.x == 0) record_norms(step, verdict, total);
+  if (threadIdx.x == 0) record_norms(step, decision, total);
 }
 
 // the factors of all groups on a sphere, by one block
@@ -653,7 +656,7 @@ FW_DEVICE void finish_spheres(const Step& step) {
 // What the sums over a row and its channels say. The channels are looked at before the row as a whole; of a
 // single one, both say the same.
 template <class Rule>
-FW_DEVICE void settle_row(const Step& step, int64_t index) {
+FW_DEVICE void reduce_layer(const Step& step, int64_t index) {
   constexpr int kSums = Rule::kSums;
   const Row& row = at<Row>(step.rows)[index];
   const Hyper& h = at<Hyper>(step.hypers)[row.group];
@@ -677,37 +680,38 @@ FW_DEVICE void settle_row(const Step& step, int64_t index) {
   const bool projects = Rule::kProjects && row.projects;
   const bool by_channel = projects && channels > 1 && found[kSums] == 0.0;
   const bool by_layer = projects && !by_channel && Rule::scale_invariant(h, layer, row.numel);
-  if (threadIdx.x == 0) Rule::settle(h, layer, by_channel || by_layer, at<Scalars>(step.scalars)[index]);
+  if (threadIdx.x == 0)
+    Rule::layer_scalars(h, layer, by_channel || by_layer, at<Scalars>(step.scalars)[index]);
   if constexpr (Rule::kProjects) {
-    const double radial = by_layer ? Rule::radial(h, layer) : 0.0;
+    const double projection_coef = by_layer ? Rule::projection_coef(h, layer) : 0.0;
     for (int64_t i = threadIdx.x; i < pieces && !by_channel; i += kThreads)
-      at<double>(step.radials)[row.first_piece + i] = radial;
+      at<double>(step.projection_coefs)[row.first_piece + i] = projection_coef;
     for (int64_t i = threadIdx.x; i < channels && by_channel; i += kThreads) {
       double channel[kSums] = {};
       combine_channel(channel, step, row, i);
-      set_radial(step, row, i, Rule::radial(h, channel));
+      set_projection_coef(step, row, i, Rule::projection_coef(h, channel));
     }
   }
 }
 
 template <class Rule>
 __global__ void __launch_bounds__(kThreads, kBlocksPerProcessorOfSums)
-    settle_kernel(const __grid_constant__ Step step) {
-  Verdict& verdict = *at<Verdict>(step.verdict);
-  if (verdict.skipped) return;
+    reduce_layers_kernel(const __grid_constant__ Step step) {
+  StepDecision& decision = *at<StepDecision>(step.decision);
+  if (decision.skipped) return;
   for (int64_t row = blockIdx.x; row < step.n_rows; row += gridDim.x)
-    if (at<uint64_t>(step.grads)[row] && at<Row>(step.rows)[row].numel > 0) settle_row<Rule>(step, row);
+    if (at<uint64_t>(step.grads)[row] && at<Row>(step.rows)[row].numel > 0) reduce_layer<Rule>(step, row);
   if (blockIdx.x == 0 && accumulates(step)) {
     const Partial total = sum_chunks(step);
-    if (threadIdx.x == 0) record_norms(step, verdict, total);
+    if (threadIdx.x == 0) record_norms(step, decision, total);
   }
 }
 
 template <class Rule, bool kDoubles>
 __global__ void __launch_bounds__(kThreads, kDoubles ? kBlocksPerProcessorOfDoubles : kBlocksPerProcessor)
     update_kernel(const __grid_constant__ Step step) {
-  Verdict& verdict = *at<Verdict>(step.verdict);
-  if (verdict.skipped) return;
+  StepDecision& decision = *at<StepDecision>(step.decision);
+  if (decision.skipped) return;
   // last chunk first: the gradients measured last are still in the cache
   for (int64_t i = step.n_chunks - 1 - blockIdx.x; i >= 0; i -= gridDim.x) {
     const Chunk chunk = at<Chunk>(step.chunks)[i];
@@ -722,16 +726,16 @@ __global__ void __launch_bounds__(kThreads, kDoubles ? kBlocksPerProcessorOfDoub
     if (threadIdx.x == 0) at<double>(step.squares)[i] = total[0];
   }
   const bool norms = Rule::kSums == 0 && accumulates(step);
-  if (!(norms || step.spheres) || !arrives_last(verdict)) return;
-  if (norms) finish_norms(step, verdict);
+  if (!(norms || step.spheres) || !arrives_last(decision)) return;
+  if (norms) finish_norms(step, decision);
   if (step.spheres) finish_spheres(step);
 }
 
 template <bool kDoubles>
 __global__ void __launch_bounds__(kThreads, kBlocksPerProcessor)
     rescale_kernel(const __grid_constant__ Step step) {
-  const Verdict& verdict = *at<Verdict>(step.verdict);
-  if (verdict.skipped) return;
+  const StepDecision& decision = *at<StepDecision>(step.decision);
+  if (decision.skipped) return;
   for (int64_t i = blockIdx.x; i < step.n_chunks; i += gridDim.x) {
     const Chunk chunk = at<Chunk>(step.chunks)[i];
     const Row& row = at<Row>(step.rows)[chunk.row];
@@ -743,7 +747,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerProcessor)
 // the host side
 
 struct Grids {
-  int64_t measure = 0, propose = 0, settle = 0, update = 0, rescale = 0;
+  int64_t measure = 0, stage1 = 0, reduce = 0, update = 0, rescale = 0;
 };
 
 // sizes of the grids on the current device, whose kernels are loaded at the first call
@@ -755,13 +759,13 @@ Grids grids_on(int device) {
   if (known.size() <= static_cast<size_t>(device)) known.resize(device + 1);
   Grids& grids = known[device];
   if (grids.update == 0) {
-    resident_blocks(measure_kernel<kCarryLimit>, device);
+    resident_blocks(measure_kernel<kMaxInlinePointers>, device);
     resident_blocks(decide_kernel<Rule, kSmallCarry>, device);
-    resident_blocks(decide_kernel<Rule, kCarryLimit>, device);
+    resident_blocks(decide_kernel<Rule, kMaxInlinePointers>, device);
     grids.measure = resident_blocks(measure_kernel<kSmallCarry>, device);
     if constexpr (Rule::kSums > 0) {
-      grids.propose = resident_blocks(propose_kernel<Rule, kDoubles>, device);
-      grids.settle = resident_blocks(settle_kernel<Rule>, device);
+      grids.stage1 = resident_blocks(stage1_kernel<Rule, kDoubles>, device);
+      grids.reduce = resident_blocks(reduce_layers_kernel<Rule>, device);
     }
     grids.rescale = resident_blocks(rescale_kernel<kDoubles>, device);
     grids.update = resident_blocks(update_kernel<Rule, kDoubles>, device);
@@ -772,22 +776,23 @@ Grids grids_on(int device) {
 template <class Rule, bool kDoubles, int kSize>
 void launch_all(const Launch& how, const Step& step) {
   const Grids grids = grids_on<Rule, kDoubles>(how.device);
-  Carry<kSize> carry;
-  carry.count = how.n_grads;
-  memcpy(carry.grads, how.grads, how.n_grads * sizeof(uint64_t));
+  GradPointers<kSize> pointers;
+  pointers.count = how.n_grads;
+  memcpy(pointers.grads, how.grads, how.n_grads * sizeof(uint64_t));
   if (step.measure) {
     launch(measure_kernel<kSize>, grid(grids.measure, how.max_blocks, step.n_chunks), kThreads, how.stream,
-           step, carry);
-    Carry<kSmallCarry> none;
+           step, pointers);
+    GradPointers<kSmallCarry> none;
     none.count = 0;
     launch(decide_kernel<Rule, kSmallCarry>, 1, kDecideThreads, how.stream, step, none);
   } else {
-    launch(decide_kernel<Rule, kSize>, 1, kDecideThreads, how.stream, step, carry);
+    launch(decide_kernel<Rule, kSize>, 1, kDecideThreads, how.stream, step, pointers);
   }
   if constexpr (Rule::kSums > 0) {
-    launch(propose_kernel<Rule, kDoubles>, grid(grids.propose, how.max_blocks, step.n_chunks), kThreads,
+    launch(stage1_kernel<Rule, kDoubles>, grid(grids.stage1, how.max_blocks, step.n_chunks), kThreads,
            how.stream, step);
-    launch(settle_kernel<Rule>, grid(grids.settle, how.max_blocks, step.n_rows), kThreads, how.stream, step);
+    launch(reduce_layers_kernel<Rule>, grid(grids.reduce, how.max_blocks, step.n_rows), kThreads, how.stream,
+           step);
   }
   launch(update_kernel<Rule, kDoubles>, grid(grids.update, how.max_blocks, step.n_chunks), kThreads,
          how.stream, step);
@@ -799,7 +804,7 @@ void launch_all(const Launch& how, const Step& step) {
 template <class Rule, bool kDoubles>
 void run_sized(const Launch& how, const Step& step) {
   if (how.n_grads > kSmallCarry)
-    launch_all<Rule, kDoubles, kCarryLimit>(how, step);
+    launch_all<Rule, kDoubles, kMaxInlinePointers>(how, step);
   else
     launch_all<Rule, kDoubles, kSmallCarry>(how, step);
 }

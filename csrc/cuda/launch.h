@@ -6,7 +6,7 @@
 namespace fw {
 
 // gradient addresses that fit into the arguments of one launch; more must be in the column already
-constexpr int64_t kCarryLimit = 4064;
+constexpr int64_t kMaxInlinePointers = 4064;
 
 struct Launch {
   int device;
@@ -29,8 +29,8 @@ FW_RULES(FW_DECLARE)
 #undef FW_DECLARE
 
 // queues one of the operations of vectors.h
-void run_vectors(const Launch&, const Algebra&, int operation);
+void run_vectors(const Launch&, const VectorOp&, int operation);
 // queues the pre-conditioner of a rule of FW_PRECONDITIONED
-void run_response(const Launch&, int rule, const Step&, const Response&);
+void run_preconditioner(const Launch&, int rule, const Step&, const PreconditionerOp&);
 
 }  // namespace fw

@@ -49,8 +49,8 @@ struct Streams {
   int32_t count, n_basis;
   bool aligned;
 
-  FW_DEVICE Streams(const Algebra& call, const Chunk& chunk) {
-    const Span& span = at<Span>(call.spans)[chunk.row];
+  FW_DEVICE Streams(const VectorOp& call, const Chunk& chunk) {
+    const TensorSlice& span = at<TensorSlice>(call.slices)[chunk.row];
     const int64_t place = span.offset + chunk.offset;
     param = at<P>(span.param) + chunk.offset;
     value = at<const P>(span.snapshot) + chunk.offset;
@@ -111,7 +111,7 @@ struct Perturb {
   static constexpr int kBlocksPerProcessor = 4;
 
   template <int N, class P, class C>
-  FW_DEVICE static void run(const Streams<P, C>& s, const Algebra& call, int32_t i, Sums&) {
+  FW_DEVICE static void run(const Streams<P, C>& s, const VectorOp& call, int32_t i, Sums&) {
     constexpr int kPart = kRun<N, C>;
     P value[N];
     load(s.value + i, value);
@@ -134,7 +134,7 @@ struct Finish {
   static constexpr int kBlocksPerProcessor = 3;
 
   template <int N, class P, class C>
-  FW_DEVICE static void run(const Streams<P, C>& s, const Algebra& call, int32_t i, Sums& sums) {
+  FW_DEVICE static void run(const Streams<P, C>& s, const VectorOp& call, int32_t i, Sums& sums) {
     constexpr int kPart = kRun<N, C>;
     P value[N], plus[N], minus[N];
     load(s.value + i, value);
@@ -156,7 +156,7 @@ struct Finish {
   }
 
   template <int N, class P, class C>
-  FW_DEVICE static void add_moved(const Streams<P, C>& s, const Algebra& call, int32_t i, const P* value,
+  FW_DEVICE static void add_moved(const Streams<P, C>& s, const VectorOp& call, int32_t i, const P* value,
                                   const C (&scale)[N], const C (&difference)[N], Sums& sums) {
     const C size = static_cast<C>(*at<double>(call.factors));
     C last[N];
@@ -174,13 +174,13 @@ struct Combine {
   static constexpr int kBlocksPerProcessor = 4;
 
   template <int N, class P, class C>
-  FW_DEVICE static void run(const Streams<P, C>& s, const Algebra& call, int32_t i, Sums& sums) {
+  FW_DEVICE static void run(const Streams<P, C>& s, const VectorOp& call, int32_t i, Sums& sums) {
 #pragma unroll 1
     for (int part = 0; part < N; part += kRun<N, C>) run_part<kRun<N, C>>(s, call, i + part, sums);
   }
 
   template <int N, class P, class C>
-  FW_DEVICE static void run_part(const Streams<P, C>& s, const Algebra& call, int32_t i, Sums& sums) {
+  FW_DEVICE static void run_part(const Streams<P, C>& s, const VectorOp& call, int32_t i, Sums& sums) {
     const double* factors = at<double>(call.factors);
     C out[N] = {}, held[kHeld][N];
     if (!call.fresh) load(s.out + i, out);
@@ -209,7 +209,7 @@ struct Combine {
 // products with some of the basis vectors that a thread does not hold, of what this same thread has written
 struct Products {
   template <int N, class P, class C>
-  FW_DEVICE static void run(const Streams<P, C>& s, const Algebra&, int32_t i, Sums& sums) {
+  FW_DEVICE static void run(const Streams<P, C>& s, const VectorOp&, int32_t i, Sums& sums) {
     constexpr int kPart = kRun<N, C>;
 #pragma unroll 1
     for (int part = 0; part < N; part += kPart) {
@@ -222,7 +222,7 @@ struct Products {
 };
 
 template <class Part, class P, class C>
-FW_DEVICE Sums walk(const Streams<P, C>& s, const Algebra& call) {
+FW_DEVICE Sums walk(const Streams<P, C>& s, const VectorOp& call) {
   Sums sums;
 #pragma unroll 1
   for (int32_t i = threadIdx.x * kPack<P>; i < s.count; i += kThreads * kPack<P>) {
@@ -243,7 +243,7 @@ FW_DEVICE void keep_products(const Sums& sums, int32_t n_basis, double* place) {
 }
 
 template <class Part, class P, class C>
-FW_DEVICE void run_chunk(const Algebra& call, const Chunk& chunk, double* place) {
+FW_DEVICE void run_chunk(const VectorOp& call, const Chunk& chunk, double* place) {
   Streams<P, C> s(call, chunk);
   const Sums sums = walk<Part>(s, call);
   if constexpr (Part::kSums) {
@@ -257,8 +257,8 @@ FW_DEVICE void run_chunk(const Algebra& call, const Chunk& chunk, double* place)
 }
 
 template <class Part, class C>
-FW_DEVICE void visit(const Algebra& call, const Chunk& chunk, double* place) {
-  const int32_t dtype = at<Span>(call.spans)[chunk.row].dtype;
+FW_DEVICE void visit(const VectorOp& call, const Chunk& chunk, double* place) {
+  const int32_t dtype = at<TensorSlice>(call.slices)[chunk.row].dtype;
   // tensors of float64 have vectors of float64
   if constexpr (sizeof(C) == sizeof(double))
     if (dtype == kFloat64) return run_chunk<Part, double, C>(call, chunk, place);
@@ -268,7 +268,7 @@ FW_DEVICE void visit(const Algebra& call, const Chunk& chunk, double* place) {
 }
 
 // the last block to arrive adds up the chunks
-FW_DEVICE void finish_sums(const Algebra& call) {
+FW_DEVICE void finish_sums(const VectorOp& call) {
   __shared__ bool last;
   int* finished = at<int>(call.finished);
   if (threadIdx.x == 0) {
@@ -291,7 +291,7 @@ FW_DEVICE void finish_sums(const Algebra& call) {
 
 template <class Part, class C>
 __global__ void __launch_bounds__(kThreads, Part::kBlocksPerProcessor)
-    vector_kernel(const __grid_constant__ Algebra call) {
+    vector_kernel(const __grid_constant__ VectorOp call) {
   const int64_t width = sum_count(call);
   for (int64_t i = blockIdx.x; i < call.n_chunks; i += gridDim.x)
     visit<Part, C>(call, at<Chunk>(call.chunks)[i], at<double>(call.partials) + i * width);
@@ -301,7 +301,7 @@ __global__ void __launch_bounds__(kThreads, Part::kBlocksPerProcessor)
 // the host side
 
 template <class Part, class C>
-void launch_part(const Launch& how, const Algebra& call) {
+void launch_part(const Launch& how, const VectorOp& call) {
   static std::mutex mutex;
   static std::vector<int64_t> known;
   int64_t resident = 0;
@@ -315,13 +315,13 @@ void launch_part(const Launch& how, const Algebra& call) {
 }
 
 template <class Part>
-void launch_doubles(const Launch& how, const Algebra& call) {
+void launch_doubles(const Launch& how, const VectorOp& call) {
   call.doubles ? launch_part<Part, double>(how, call) : launch_part<Part, float>(how, call);
 }
 
 }  // namespace
 
-void run_vectors(const Launch& how, const Algebra& call, int operation) {
+void run_vectors(const Launch& how, const VectorOp& call, int operation) {
   const OnDevice guard(how.device);
   if (operation == kPerturb) return launch_doubles<Perturb>(how, call);
   if (operation == kFinish) return launch_doubles<Finish>(how, call);

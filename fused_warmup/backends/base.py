@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Protocol, runtime_checkable
 
 from ..plan.plan import Plan
-from ..plan.vector_tables import ResponseTable, Spans
+from ..plan.vector_tables import PreconditionerTable, VectorTable
 
 
 class Backend(Protocol):
@@ -13,11 +13,11 @@ class Backend(Protocol):
 
     Attributes:
         name: The word that selects it.
-        carries: Up to how many addresses of gradients it takes along with a launch.
+        max_inline_pointers: Up to how many addresses of gradients it takes along with a launch.
     """
 
     name: str
-    carries: int
+    max_inline_pointers: int
 
     def prepare(self, plan: Plan) -> None:
         """Load what the steps of a new plan need, which a CUDA graph could not record."""
@@ -34,15 +34,15 @@ class Backend(Protocol):
 class VectorBackend(Protocol):
     """Has kernels for the vectors of sharpness measurements; without them they are worked on by PyTorch."""
 
-    def vectors(self, operation: str, spans: Spans) -> None:
-        """Queue one of ``spans.OPERATIONS``.
+    def vectors(self, operation: str, table: VectorTable) -> None:
+        """Queue one of ``vector_tables.OPERATIONS``.
 
         Args:
             operation: Its name.
-            spans: A table whose ``prepare`` has just run.
+            table: A table whose ``prepare`` has just run.
         """
 
-    def response(self, plan: Plan, table: ResponseTable) -> bool:
+    def preconditioner(self, plan: Plan, table: PreconditionerTable) -> bool:
         """Queue the pre-conditioner of the step about to be made.
 
         Args:

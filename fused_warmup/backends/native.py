@@ -8,7 +8,7 @@ import torch
 
 from .. import _checks as check
 from ..plan.plan import Plan
-from ..plan.vector_tables import OPERATIONS, ResponseTable, Spans
+from ..plan.vector_tables import OPERATIONS, PreconditionerTable, VectorTable
 
 # below so many elements a thread costs more than it saves
 _ELEMENTS_PER_THREAD = 1 << 14
@@ -28,7 +28,7 @@ class CpuBackend:
     """
 
     name = "cpu"
-    carries = 0
+    max_inline_pointers = 0
 
     def __init__(self, instruction_set: str | None = None) -> None:
         from .. import _cpu
@@ -47,17 +47,17 @@ class CpuBackend:
         """Make one step; returns when it is done, with the same bits for any number of threads."""
         self._cpu.step(self._isa, self._rules[plan.rule], plan.address, _threads(plan.numel))
 
-    def vectors(self, operation: str, spans: Spans) -> None:
-        """Do one of ``spans.OPERATIONS``; the same bits for any number of threads."""
-        self._cpu.vectors(self._isa, OPERATIONS.index(operation), spans.address, _threads(spans.numel))
+    def vectors(self, operation: str, table: VectorTable) -> None:
+        """Do one of ``vector_tables.OPERATIONS``; the same bits for any number of threads."""
+        self._cpu.vectors(self._isa, OPERATIONS.index(operation), table.address, _threads(table.numel))
 
-    def response(self, plan: Plan, table: ResponseTable) -> bool:
+    def preconditioner(self, plan: Plan, table: PreconditionerTable) -> bool:
         """Make the pre-conditioner of the step about to be made, if its rule has one."""
         rules = self._cpu.preconditioned()
         if plan.rule not in rules:
             return False
         rule = rules.index(plan.rule)
-        self._cpu.response(self._isa, rule, plan.address, table.address, _threads(plan.numel))
+        self._cpu.preconditioner(self._isa, rule, plan.address, table.address, _threads(plan.numel))
         return True
 
 
@@ -76,7 +76,7 @@ class CudaBackend:
         if module is None:
             from .. import _cuda as module
         self._cuda = module
-        self.carries: int = self._cuda.CARRY_LIMIT
+        self.max_inline_pointers: int = self._cuda.MAX_INLINE_POINTERS
         self._max_blocks = max_blocks
         self._rules = {name: i for i, name in enumerate(self._cuda.rules())}
 
@@ -97,22 +97,22 @@ class CudaBackend:
             self._max_blocks,
         )
 
-    def vectors(self, operation: str, spans: Spans) -> None:
-        """Queue one of ``spans.OPERATIONS`` on the current stream; the same bits for any grid."""
+    def vectors(self, operation: str, table: VectorTable) -> None:
+        """Queue one of ``vector_tables.OPERATIONS`` on the current stream; the same bits for any grid."""
         self._cuda.vectors(
             OPERATIONS.index(operation),
-            spans.address,
-            spans.device.index or 0,
-            _stream(spans.device),
+            table.address,
+            table.device.index or 0,
+            _stream(table.device),
             self._max_blocks,
         )
 
-    def response(self, plan: Plan, table: ResponseTable) -> bool:
+    def preconditioner(self, plan: Plan, table: PreconditionerTable) -> bool:
         """Queue the pre-conditioner of the step about to be made, if its rule has one."""
         rules = self._cuda.preconditioned()
         if plan.rule not in rules:
             return False
-        self._cuda.response(
+        self._cuda.preconditioner(
             rules.index(plan.rule),
             plan.address,
             table.address,

@@ -30,7 +30,7 @@ class ReferenceBackend:
     """Runs a plan with the rules of ``reference/rules.py`` on any device."""
 
     name = "reference"
-    carries = 0
+    max_inline_pointers = 0
 
     def prepare(self, plan: Any) -> None:
         """Nothing to load."""
@@ -70,16 +70,18 @@ class ReferenceBackend:
         rect = math.nan
         for row, grad in active if not skipped else ():
             step, h = row.counters.count_update(), plan.hypers[row.group]
-            eta, weight_decay = plan.rates[row.group].tolist()
+            effective_lr, weight_decay = plan.rates[row.group].tolist()
             if h.sphere:
-                eta = sphere_rate(eta, float(plan.norms[row.group]), rule.sphere_exponent(h, step))
-            s = common_scalars(h, eta, weight_decay, clip_coef * unscale)
-            rule.scalars(h, eta, step, s)
+                effective_lr = sphere_rate(
+                    effective_lr, float(plan.norms[row.group]), rule.lr_norm_power(h, step)
+                )
+            s = common_scalars(h, effective_lr, weight_decay, clip_coef * unscale)
+            rule.scalars(h, effective_lr, step, s)
             if step == 1 and not row.initialized and h.init == "grad":
-                s.init_grad = h.init_scale
+                s.exp_avg_sq_from_grad = h.init_scale
             if step == 1 and not row.initialized and h.init == "random":
                 norm = grad_norm * clip_coef
-                s.init_state = h.init_scale * norm * norm / settings.init_norm_sq
+                s.exp_avg_sq_scale = h.init_scale * norm * norm / settings.init_norm_sq
             rect = s.rect if math.isnan(rect) else rect
             arithmetic = torch.float64 if row.work.dtype == torch.float64 else torch.float32
             param, grad = row.work.to(arithmetic), grad.to(arithmetic)
@@ -102,12 +104,14 @@ class ReferenceBackend:
 
         if not skipped:
             counters[0] = t + 1
-        page, slots = plan.record["page"], plan.record["slots"]
-        if page is not None:
+        ring_buffer, pending_scalars = plan.record["ring_buffer"], plan.record["pending_scalars"]
+        if ring_buffer is not None:
             line = [float(counters[0]), float(plan.rates[0, 0]), grad_norm, grad_norm_l1, clip_coef, rect]
-            line += [float(skipped), *slots.tolist()]
-            page[int(counters[1]) % len(page)] = torch.tensor(line, dtype=torch.float64, device=page.device)
-        slots.fill_(math.nan)
+            line += [float(skipped), *pending_scalars.tolist()]
+            ring_buffer[int(counters[1]) % len(ring_buffer)] = torch.tensor(
+                line, dtype=torch.float64, device=ring_buffer.device
+            )
+        pending_scalars.fill_(math.nan)
         counters[1] += 1
 
 
@@ -126,16 +130,16 @@ def _update_layer(
     rule: type[LayerRule], param: Tensor, grad: Tensor, state: list[Tensor], h: Any, s: Scalars
 ) -> tuple[Tensor, list[Tensor]]:
     """Return the new parameter and states by a rule that needs sums over the layer."""
-    states = rule.advance(param, grad, state, s)
-    update = rule.candidate(param, grad, states, s)
-    products = rule.products(param.to(torch.float64), grad.to(torch.float64), update.to(torch.float64), s)
+    states = rule.update_moments(param, grad, state, s)
+    update = rule.direction(param, grad, states, s)
+    products = rule.reductions(param.to(torch.float64), grad.to(torch.float64), update.to(torch.float64), s)
     channels = len(param) if rule.projects and param.dim() > 1 and param.numel() else 1
     sums = torch.stack([x.reshape(channels, -1).sum(1) for x in products], dim=1)
-    radial = _settle(rule, param, sums, h, s).to(param.dtype)
-    return rule.apply(param, update, radial, s), states
+    projection_coef = _reduce_layer(rule, param, sums, h, s).to(param.dtype)
+    return rule.apply(param, update, projection_coef, s), states
 
 
-def _settle(rule: type[LayerRule], param: Tensor, sums: Tensor, h: Any, s: Scalars) -> Tensor:
+def _reduce_layer(rule: type[LayerRule], param: Tensor, sums: Tensor, h: Any, s: Scalars) -> Tensor:
     """Choose the view, channels before the layer; return how much of the parameter leaves the update.
 
     Args:
@@ -149,17 +153,19 @@ def _settle(rule: type[LayerRule], param: Tensor, sums: Tensor, h: Any, s: Scala
         Float64 that broadcasts to the parameter.
     """
     layer, size = sums.sum(0).tolist(), param.numel()
-    radial = torch.zeros(len(sums), dtype=torch.float64, device=param.device)
+    projection_coef = torch.zeros(len(sums), dtype=torch.float64, device=param.device)
     by_channel = by_layer = False
     if rule.projects and param.dim() > 1:
         by_channel = all(rule.scale_invariant(h, c, size // len(sums)) for c in sums.tolist())
         by_layer = not by_channel and rule.scale_invariant(h, layer, size)
     if by_channel:
-        radial.copy_(torch.tensor([rule.radial(h, c) for c in sums.tolist()], dtype=torch.float64))
+        projection_coef.copy_(
+            torch.tensor([rule.projection_coef(h, c) for c in sums.tolist()], dtype=torch.float64)
+        )
     if by_layer:
-        radial.fill_(rule.radial(h, layer))
-    rule.settle(h, layer, by_channel or by_layer, s)
-    return radial.reshape(-1, *[1] * (param.dim() - 1)) if param.dim() > 1 else radial.sum()
+        projection_coef.fill_(rule.projection_coef(h, layer))
+    rule.layer_scalars(h, layer, by_channel or by_layer, s)
+    return projection_coef.reshape(-1, *[1] * (param.dim() - 1)) if param.dim() > 1 else projection_coef.sum()
 
 
 def _norms(grads: list[Tensor]) -> tuple[float, float]:

@@ -28,7 +28,7 @@ from ..plan.sphere import norm_of, sphere_options
 from ..plan.structs import RATES
 from ..plan.traffic import Traffic, traffic
 from ..schedules import Schedule
-from ..schedules.adaptive import LiveSchedule, live_schedules, restored
+from ..schedules.adaptive import AdaptiveSchedule, adaptive_schedules, restored
 from .averaging import EMA, SWA, Average, swapped
 from .losses import checked_loss, reported_loss
 from .session import Session
@@ -41,7 +41,7 @@ Params = Iterable[Tensor] | Iterable[dict[str, Any]] | Iterable[tuple[str, Tenso
 class Options(TypedDict, total=False):
     """Keyword arguments that every optimizer takes; ``FusedOptimizer`` explains them."""
 
-    schedule: Schedule | LiveSchedule | None
+    schedule: Schedule | AdaptiveSchedule | None
     weight_decay_schedule: Schedule | None
     projection: str | None
     radius: float | None
@@ -113,7 +113,7 @@ class FusedOptimizer(Optimizer):
         params: Params,
         defaults: dict[str, Any],
         *,
-        schedule: Schedule | LiveSchedule | None = None,
+        schedule: Schedule | AdaptiveSchedule | None = None,
         weight_decay_schedule: Schedule | None = None,
         projection: str | None = None,
         radius: float | None = None,
@@ -272,7 +272,7 @@ class FusedOptimizer(Optimizer):
         name = type(self).__name__
         hyper = self._hyper(name, group)
         schedules = {key: group[key] for key in ("schedule", "weight_decay_schedule")}
-        if isinstance(schedules["schedule"], LiveSchedule):
+        if isinstance(schedules["schedule"], AdaptiveSchedule):
             schedules["schedule"] = schedules["schedule"].schedule
         for key, schedule in schedules.items():
             if schedule is not None and not isinstance(schedule, Schedule):
@@ -289,16 +289,16 @@ class FusedOptimizer(Optimizer):
         Wrappers copy the groups of a state dict without asking ``load_state_dict``. A live schedule stays the
         object that the user holds.
         """
-        live = self._session.live
+        live = self._session.adaptive
         for key in ("schedule", "weight_decay_schedule"):
             if isinstance(group[key], Mapping):
                 schedule, held = restored(group[key]), live.get(id(group))
-                if isinstance(schedule, LiveSchedule) and type(held) is type(schedule):
+                if isinstance(schedule, AdaptiveSchedule) and type(held) is type(schedule):
                     held.load_state_dict(schedule.state_dict())
                     schedule = held
                 group[key] = schedule
         hyper = self._make_hyper(group)
-        if isinstance(group["schedule"], LiveSchedule):
+        if isinstance(group["schedule"], AdaptiveSchedule):
             live[id(group)] = group["schedule"]
         return hyper
 
@@ -421,8 +421,8 @@ class FusedOptimizer(Optimizer):
         if value is not None:
             self.record_loss(value)
         self._warn_unfed()
-        if plan.fresh_grads and len(plan.rows) > backend.carries:
-            plan.push_grads()
+        if plan.fresh_grads and len(plan.rows) > backend.max_inline_pointers:
+            plan.upload_grads()
         backend.step(plan)
         plan.sent_grads()
         session.last_rates = plan.rates
@@ -450,7 +450,7 @@ class FusedOptimizer(Optimizer):
         self._session.reset()
         plan, backend = self._prepared_plan(every=True)
         self._measure_norms(plan)
-        plan.push_grads()
+        plan.upload_grads()
         backend.prepare(plan)
         plan.release()
 
@@ -467,7 +467,7 @@ class FusedOptimizer(Optimizer):
 
     def _keep_captured(self, plan: Plan) -> None:
         """Keep the table that a graph reads, whatever tables later eager steps need."""
-        plan.columns.captured = True
+        plan.buffers.captured = True
         captured = self._session.captured
         if not any(plan is kept for kept in captured):
             captured.append(plan)
@@ -475,9 +475,9 @@ class FusedOptimizer(Optimizer):
     def _warn_unfed(self) -> None:
         """Warn once if a live schedule gets no losses: it would warm up for ever."""
         session = self._session
-        session.unfed_steps = session.unfed_steps + 1 if session.live else 0
+        session.unfed_steps = session.unfed_steps + 1 if session.adaptive else 0
         if session.unfed_steps == 2:
-            names = ", ".join(sorted({type(live).__name__ for live in live_schedules(self.param_groups)}))
+            names = ", ".join(sorted({type(live).__name__ for live in adaptive_schedules(self.param_groups)}))
             if names:
                 warnings.warn(
                     f"{type(self).__name__}: {names} must be fed, got two steps without a loss. Call "
@@ -549,7 +549,7 @@ class FusedOptimizer(Optimizer):
             return None
         plan, backend = self._prepared_plan()
         if plan.fresh_grads:
-            plan.push_grads()
+            plan.upload_grads()
         return plan, backend
 
     def traffic(self) -> Traffic:
@@ -575,7 +575,7 @@ class FusedOptimizer(Optimizer):
         session = self._session
         loss = checked_loss(type(self).__name__, "loss", loss)
         session.unfed_steps = -1
-        live = live_schedules(self.param_groups)
+        live = adaptive_schedules(self.param_groups)
         changed = [schedule.feed(loss, session, session.counters) for schedule in live]
         self._record("loss", loss)
         if any(changed):
@@ -596,7 +596,7 @@ class FusedOptimizer(Optimizer):
         self._record("sharpness", checked_loss(type(self).__name__, "sharpness", sharpness))
 
     def _record(self, name: str, value: Tensor | float) -> None:
-        if self.telemetry.slots is None:
+        if self.telemetry.pending_scalars is None:
             device = next((p.device for p in self._session.params), torch.device("cpu"))
             self.telemetry.allocate(device)
         self.telemetry.record(name, value)
@@ -686,7 +686,7 @@ class FusedOptimizer(Optimizer):
         loaded = {key: kept.pop(key) for key in ("state", "param_groups") if key in kept}
         super().__setstate__(kept)
         for held, group in zip(self.param_groups, loaded.get("param_groups", ()), strict=False):
-            self._session.live[id(group)] = held.get("schedule")
+            self._session.adaptive[id(group)] = held.get("schedule")
         for key, value in loaded.items():
             setattr(self, key, value)
         self._complete_groups()

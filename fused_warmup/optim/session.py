@@ -14,7 +14,7 @@ from ..plan.hyper import AverageSettings
 from ..plan.plan import Plan
 from ..plan.rows import RowCounters
 from ..plan.structs import COUNTERS
-from ..schedules.adaptive import LiveSchedule
+from ..schedules.adaptive import AdaptiveSchedule
 from .averaging import Average
 from .telemetry import Telemetry
 
@@ -72,7 +72,7 @@ class Session:
     def _start(self) -> None:
         """Begin without a table."""
         self.records: dict[Tensor, RowCounters] = {}
-        self.live: dict[int, LiveSchedule | None] = {}
+        self.adaptive: dict[int, AdaptiveSchedule | None] = {}
         self.unfed_steps = 0
         self.exposed = self.swapped = False
         self.captured: list[Plan] = []

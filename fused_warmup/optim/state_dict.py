@@ -18,7 +18,7 @@ from ..plan.state_checks import checked_norm, checked_state, whole_count
 from ..plan.structs import COUNTERS, TELEMETRY
 from ..plan.tensors import state_like
 from ..schedules import Schedule
-from ..schedules.adaptive import LiveSchedule, live_schedules, restored
+from ..schedules.adaptive import AdaptiveSchedule, adaptive_schedules, restored
 
 if TYPE_CHECKING:
     from .base import FusedOptimizer
@@ -47,7 +47,7 @@ def pack_state(rule: str, session: Session, state_dict: dict[str, Any]) -> dict[
     """
     groups = [dict(group) for group in state_dict["param_groups"]]
     # groups share a live schedule, and so they do in the state dict
-    live = {id(schedule): schedule.state_dict() for schedule in live_schedules(groups)}
+    live = {id(schedule): schedule.state_dict() for schedule in adaptive_schedules(groups)}
     for group in groups:
         if "norm" in group:
             # a later step writes it
@@ -55,7 +55,7 @@ def pack_state(rule: str, session: Session, state_dict: dict[str, Any]) -> dict[
         for key in _SCHEDULES:
             if isinstance(group.get(key), Schedule):
                 group[key] = group[key].to_dict()
-            elif isinstance(group.get(key), LiveSchedule):
+            elif isinstance(group.get(key), AdaptiveSchedule):
                 group[key] = live[id(group[key])]
     packed = dict(state_dict["state"])
     step_ids, records = [], []
@@ -133,7 +133,7 @@ def _warn_of_schedules(owner: str, session: Session, groups: list[dict[str, Any]
         for key in _SCHEDULES:
             held = group.get(key)
             taken = loaded.get(key, held)
-            live = isinstance(held, LiveSchedule) and isinstance(taken, LiveSchedule)
+            live = isinstance(held, AdaptiveSchedule) and isinstance(taken, AdaptiveSchedule)
             if held is not None and not live and held != taken:
                 warnings.warn(
                     f"{owner}: load_state_dict() replaces the {key} of group {g} by that of the state dict, "
@@ -209,7 +209,7 @@ def _keep_norm(group: dict[str, Any], loaded: dict[str, Any]) -> None:
 def _kept_live(group: Mapping[str, Any], loaded: dict[str, Any]) -> dict[str, Any]:
     """Return what a group takes over; a live schedule stays the object that the user holds."""
     held, new = group["schedule"], loaded.get("schedule")
-    if not isinstance(held, LiveSchedule) or not isinstance(new, LiveSchedule):
+    if not isinstance(held, AdaptiveSchedule) or not isinstance(new, AdaptiveSchedule):
         return loaded
     held.load_state_dict(new.state_dict())
     return {**loaded, "schedule": held}

@@ -8,15 +8,15 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ..plan.structs import COUNTERS, SLOTS, TELEMETRY
+from ..plan.structs import COUNTERS, PENDING_SCALARS, TELEMETRY
 
-_PAGE = 1024
+_CAPACITY = 1024
 
 
 class Telemetry:
     """One row per call of ``step()``, written by the decide stage.
 
-    The rows collect in a page on the device. A full page is copied to the host without waiting for it;
+    The rows collect in a ring buffer on the device. A full ring buffer is copied to the host without waiting for it;
     ``latest``, ``history`` and ``to_csv`` are what waits. A state dict holds the last 1,024 rows, which are
     what a resumed run begins with, or all of them if the optimizer was made with ``telemetry="all"``.
 
@@ -36,38 +36,42 @@ class Telemetry:
 
     def __init__(self, enabled: bool = True, keep_all: bool = False) -> None:
         self.enabled, self._keep_all = enabled, keep_all
-        self.page: Tensor | None = None
-        self.slots: Tensor | None = None
+        self.ring_buffer: Tensor | None = None
+        self.pending_scalars: Tensor | None = None
         self._counters: Tensor | None = None
-        # rows on the host, then copies of the page under way with the counts at the time of each
+        # rows on the host, then copies of the ring buffer under way with the counts at the time of each
         self._rows: list[Tensor] = []
         self._copies: list[tuple[Tensor, Tensor]] = []
         self._calls = 0
         self._uncopied = 0
 
     def allocate(self, device: torch.device, counters: Tensor | None = None) -> None:
-        """Make the page and the slots on the device of the parameters; nothing if they are there."""
-        if self.slots is None or self.slots.device != device:
-            self.slots = torch.full((len(SLOTS),), torch.nan, dtype=torch.float64, device=device)
-        if self.enabled and (self.page is None or self.page.device != device):
-            page = torch.zeros(_PAGE, len(TELEMETRY), dtype=torch.float64, device=device)
-            self.page = page if self.page is None else page.copy_(self.page)
+        """Make the ring buffer and the pending scalars on the device of the parameters; nothing if they are there."""
+        if self.pending_scalars is None or self.pending_scalars.device != device:
+            self.pending_scalars = torch.full(
+                (len(PENDING_SCALARS),), torch.nan, dtype=torch.float64, device=device
+            )
+        if self.enabled and (self.ring_buffer is None or self.ring_buffer.device != device):
+            ring_buffer = torch.zeros(_CAPACITY, len(TELEMETRY), dtype=torch.float64, device=device)
+            self.ring_buffer = (
+                ring_buffer if self.ring_buffer is None else ring_buffer.copy_(self.ring_buffer)
+            )
         if counters is not None:
             self._counters = counters
 
     def advance(self) -> None:
         """Note that the device has written one more row."""
-        if self.page is None or self._counters is None:
+        if self.ring_buffer is None or self._counters is None:
             return
         self._uncopied += 1
-        if self._uncopied == _PAGE:
-            self._copies.append((_copied(self.page), _copied(self._counters)))
+        if self._uncopied == _CAPACITY:
+            self._copies.append((_copied(self.ring_buffer), _copied(self._counters)))
             self._uncopied = 0
 
     def record(self, name: str, value: Tensor | float) -> None:
         """Leave the loss or sharpness for the next row; nothing waits."""
-        assert self.slots is not None
-        slot = self.slots[SLOTS.index(name)]
+        assert self.pending_scalars is not None
+        slot = self.pending_scalars[PENDING_SCALARS.index(name)]
         if isinstance(value, Tensor):
             slot.copy_(value.detach().reshape(()), non_blocking=True)
         else:
@@ -81,7 +85,7 @@ class Telemetry:
     def rows(self) -> Tensor:
         """Return all rows on the CPU, float64 of shape ``[steps, columns]``; waits for the device.
 
-        Steps that a CUDA graph replays leave rows too. The page holds the last 1024: of more replays than
+        Steps that a CUDA graph replays leave rows too. The ring buffer holds the last 1024: of more replays than
         that without a reading in between, the older rows are gone.
         """
         self._collect()
@@ -91,19 +95,21 @@ class Telemetry:
     def kept_rows(self) -> Tensor:
         """Return the rows that go into a state dict; waits for the device."""
         rows = self.rows()
-        return rows if self._keep_all else rows[-_PAGE:].clone()
+        return rows if self._keep_all else rows[-_CAPACITY:].clone()
 
     def _collect(self) -> None:
         """Take over the rows that the device has written; waits for it."""
-        if self.page is None or self._counters is None:
+        if self.ring_buffer is None or self._counters is None:
             return
-        if self.page.is_cuda:
-            torch.cuda.synchronize(self.page.device)
-        found = [self._new_rows(*copy) for copy in (*self._copies, (self.page.cpu(), self._counters.cpu()))]
+        if self.ring_buffer.is_cuda:
+            torch.cuda.synchronize(self.ring_buffer.device)
+        found = [
+            self._new_rows(*copy) for copy in (*self._copies, (self.ring_buffer.cpu(), self._counters.cpu()))
+        ]
         self._rows += [rows for rows in found if len(rows)]
         self._copies, self._uncopied = [], 0
         # whoever looks at every step must not pay for a tensor each
-        if len(self._rows) > _PAGE:
+        if len(self._rows) > _CAPACITY:
             self._join()
 
     def _join(self) -> None:
@@ -111,12 +117,12 @@ class Telemetry:
         empty = torch.empty(0, len(TELEMETRY), dtype=torch.float64, device="cpu")
         self._rows = [torch.cat([empty, *self._rows])]
 
-    def _new_rows(self, page: Tensor, counters: Tensor) -> Tensor:
-        """Return the rows of a copy of the page that no copy before it had."""
+    def _new_rows(self, ring_buffer: Tensor, counters: Tensor) -> Tensor:
+        """Return the rows of a copy of the ring buffer that no copy before it had."""
         calls = int(counters[COUNTERS.index("calls")])
-        new = range(max(self._calls, calls - _PAGE), calls)
+        new = range(max(self._calls, calls - _CAPACITY), calls)
         self._calls = calls
-        return page[[call % _PAGE for call in new]]
+        return ring_buffer[[call % _CAPACITY for call in new]]
 
     def load_rows(self, rows: Tensor) -> int:
         """Take over the rows of another record, as the start of this one.

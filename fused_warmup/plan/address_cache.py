@@ -9,7 +9,7 @@ import numpy as np
 from torch import Tensor
 
 
-class Forms(Protocol):
+class TensorSignatures(Protocol):
     """The forms of some tensors: type, dtype, device, shape and strides."""
 
     def read(self, tensors: list[Any], out: int, grads: bool = False) -> list[int]:
@@ -30,26 +30,26 @@ class Forms(Protocol):
         ...
 
 
-class Watch:
+class AddressCache:
     """Tensors whose addresses are in the table.
 
     Args:
-        make_forms: Makes ``Forms``.
+        make_signatures: Makes ``TensorSignatures``.
         tensors: The tensors.
     """
 
-    def __init__(self, make_forms: Callable[..., Forms], tensors: list[Tensor]) -> None:
-        self._tensors, self._forms = tensors, make_forms(tensors)
+    def __init__(self, make_signatures: Callable[..., TensorSignatures], tensors: list[Tensor]) -> None:
+        self._tensors, self._forms = tensors, make_signatures(tensors)
         self._addresses, self._now = (np.zeros(len(tensors), np.uint64) for _ in range(2))
         self._out = self._now.ctypes.data
         self._forms.read(tensors, self._addresses.ctypes.data)
 
-    def in_place(self) -> bool:
+    def is_valid(self) -> bool:
         """Whether all of them are where they were, in the form that they had."""
         return not self._forms.read(self._tensors, self._out) and bool((self._now == self._addresses).all())
 
 
-def same_members(groups: Sequence[Mapping[str, Any]], members: Sequence[Sequence[Tensor]]) -> bool:
+def groups_unchanged(groups: Sequence[Mapping[str, Any]], members: Sequence[Sequence[Tensor]]) -> bool:
     """Whether the groups hold the very parameters they held."""
     now = [group["params"] for group in groups]
     return [len(a) for a in now] == [len(b) for b in members] and all(
@@ -57,6 +57,8 @@ def same_members(groups: Sequence[Mapping[str, Any]], members: Sequence[Sequence
     )
 
 
-def same_entries(dicts: Sequence[Mapping[str, Any]], names: Sequence[str], objects: Sequence[Tensor]) -> bool:
+def states_unchanged(
+    dicts: Sequence[Mapping[str, Any]], names: Sequence[str], objects: Sequence[Tensor]
+) -> bool:
     """Whether each dictionary still holds its object under its name."""
     return all(d.get(name) is value for d, name, value in zip(dicts, names, objects, strict=True))

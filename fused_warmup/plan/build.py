@@ -137,7 +137,11 @@ def build_plan(opt: FusedOptimizer, every: bool) -> tuple[Plan, Backend]:
         )
         for g, index, p, local in known
     ]
-    record = {"counters": counters, "slots": session.telemetry.slots, "page": session.telemetry.page}
+    record = {
+        "counters": counters,
+        "pending_scalars": session.telemetry.pending_scalars,
+        "ring_buffer": session.telemetry.ring_buffer,
+    }
     plan = Plan(
         name,
         opt.rule,

@@ -17,8 +17,8 @@ def is_mirrored(device: torch.device) -> bool:
     return device.type != "cpu"
 
 
-class Columns:
-    """Columns of the table by name, as byte tensors on one device.
+class DeviceBuffers:
+    """DeviceBuffers of the table by name, as byte tensors on one device.
 
     On the CPU a column is the memory of its numpy array. Elsewhere it is a copy, sent without a wait from
     fresh pinned memory, which torch's allocator keeps until the copy is over.
@@ -36,7 +36,7 @@ class Columns:
         self._replaced: list[Tensor] = []
         self._arrays: dict[str, np.ndarray] = {}
 
-    def put(self, name: str, array: np.ndarray) -> Tensor:
+    def upload(self, name: str, array: np.ndarray) -> Tensor:
         """Make a column of an array; one of the same size keeps its address, for captured graphs read it."""
         data = _bytes(array)
         held = self.tensors.get(name)
@@ -44,15 +44,15 @@ class Columns:
         if not self.mirrored:
             self.tensors[name] = data
         elif held is not None and len(held) == len(data):
-            self.push(name)
+            self.reupload(name)
         else:
             if held is not None and self.captured:
                 self._replaced.append(held)
             self.tensors[name] = torch.empty(len(data), dtype=torch.uint8, device=self.device)
-            self.push(name)
+            self.reupload(name)
         return self.tensors[name]
 
-    def push(self, name: str) -> None:
+    def reupload(self, name: str) -> None:
         """Send an array that was changed in place.
 
         Raises:
@@ -69,7 +69,7 @@ class Columns:
         pinned = self.device.type == "cuda"
         self.tensors[name].copy_(data.pin_memory() if pinned else data, non_blocking=pinned)
 
-    def scratch(self, name: str, dtype: np.dtype, count: int) -> Tensor:
+    def allocate(self, name: str, dtype: np.dtype, count: int) -> Tensor:
         """Make a column that only the kernels write and read."""
         self.tensors[name] = torch.zeros(count * dtype.itemsize, dtype=torch.uint8, device=self.device)
         return self.tensors[name]

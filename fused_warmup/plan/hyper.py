@@ -2,44 +2,28 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import NamedTuple
 
 import numpy as np
 
+from ..reference import rules
 from ..schedules import SEGMENT_KINDS, Schedule
 from .structs import INIT_KINDS, STRUCTS
 
 
 @dataclass
-class Hyper:
-    """Hyper-parameters of one parameter group after validation; rates are per step, before schedules."""
+class Hyper(rules.Hyper):
+    """Hyper-parameters of one parameter group, with the schedules and the sphere that it may have.
 
-    lr: float
-    weight_decay: float = 0.0
-    beta1: float = 0.0
-    beta2: float = 0.0
-    eps: float = 0.0
-    momentum: float = 0.0
-    dampening: float = 0.0
-    rho_threshold: float = 0.0
-    init_scale: float = 1.0
-    delta: float = 0.0
-    wd_ratio: float = 0.0
-    min_norm: float = 0.0
-    max_norm: float = math.inf
-    trust_clip: float = math.inf
-    init: str = "zeros"
-    decoupled: bool = False
-    maximize: bool = False
-    nesterov: bool = False
-    skip_unrectified: bool = False
-    bias_correction: bool = True
-    grad_averaging: bool = True
-    adapts: bool = True
-    decays_update: bool = False
+    Attributes:
+        sphere: Whether the group is kept on a sphere.
+        radius: Norm to keep, 0 for the norm before the first step.
+        schedule: Multiplier of the learning rate, or None.
+        weight_decay_schedule: Multiplier of the weight decay, or None.
+    """
+
     sphere: bool = False
     radius: float = 0.0
     schedule: Schedule | None = None
@@ -103,9 +87,7 @@ def pack_hypers(hypers: Sequence[Hyper]) -> tuple[np.ndarray, np.ndarray, np.nda
         return places[schedule]
 
     table = np.zeros(len(hypers), STRUCTS["Hyper"])
-    plain = [
-        name for name in STRUCTS["Hyper"].names or () if name in Hyper.__dataclass_fields__ and name != "init"
-    ]
+    plain = [f.name for f in fields(rules.Hyper) if f.name != "init"]
     for packed, h in zip(table, hypers, strict=True):
         for name in plain:
             packed[name] = getattr(h, name)

@@ -19,11 +19,11 @@ from torch import Tensor
 from .. import _checks as check
 from ..reference.rules import LAYER_RULES
 from ..schedules import Schedule
-from ..schedules.adaptive import LiveSchedule
+from ..schedules.adaptive import AdaptiveSchedule
 from . import tensors
-from .address_cache import Forms, Watch, same_entries, same_members
+from .address_cache import AddressCache, TensorSignatures, groups_unchanged, states_unchanged
 from .chunks import PIECE, chunks
-from .device_buffers import Columns, is_capturing
+from .device_buffers import DeviceBuffers, is_capturing
 from .hyper import AverageSettings, Hyper, Settings, pack_hypers
 from .rows import Row
 from .structs import AVERAGE_KINDS, DTYPES, RATES, STRUCTS
@@ -35,7 +35,7 @@ def _is_frozen(value: Any) -> bool:
     if isinstance(value, tuple):
         return all(map(_is_frozen, value))
     # a live schedule says when it has changed
-    return value is None or isinstance(value, (bool, int, float, str, Schedule, LiveSchedule))
+    return value is None or isinstance(value, (bool, int, float, str, Schedule, AdaptiveSchedule))
 
 
 def address_of(tensor: Tensor | None) -> int:
@@ -43,8 +43,8 @@ def address_of(tensor: Tensor | None) -> int:
     return 0 if tensor is None else tensor.data_ptr()
 
 
-class PythonForms:
-    """Forms without the extension, or for a torch without the DLPack exchange API."""
+class PythonSignatures:
+    """TensorSignatures without the extension, or for a torch without the DLPack exchange API."""
 
     def __init__(self, tensors: list[Tensor]) -> None:
         self._tensors = [torch.empty_like(t, device="meta", requires_grad=False) for t in tensors]
@@ -53,7 +53,7 @@ class PythonForms:
         self._kept: list[Tensor] = []
 
     def read(self, tensors: list[Any], out: int, grads: bool = False) -> list[int]:
-        """Write where tensors of these forms lie, see ``Forms``."""
+        """Write where tensors of these forms lie, see ``TensorSignatures``."""
         addresses = np.ctypeslib.as_array(ctypes.cast(out, ctypes.POINTER(ctypes.c_uint64)), (len(tensors),))
         odd = []
         for i, (t, form) in enumerate(zip(tensors, self._tensors, strict=True)):
@@ -75,15 +75,15 @@ class PythonForms:
         self._kept = []
 
 
-def watch() -> tuple[Callable[..., Any], Callable[..., bool], Callable[..., bool]]:
-    """Return ``Forms``, ``same_members`` and ``same_entries``, compiled where that is possible."""
+def select_reader() -> tuple[Callable[..., Any], Callable[..., bool], Callable[..., bool]]:
+    """Return ``TensorSignatures``, ``groups_unchanged`` and ``states_unchanged``, compiled where that is possible."""
     try:
         from .. import _cpu
     except ImportError:
-        return PythonForms, same_members, same_entries
+        return PythonSignatures, groups_unchanged, states_unchanged
     exchange = hasattr(Tensor, "__dlpack_c_exchange_api__")
-    forms = partial(_cpu.Forms, Tensor) if exchange else PythonForms
-    return forms, _cpu.same_members, _cpu.same_entries
+    forms = partial(_cpu.TensorSignatures, Tensor) if exchange else PythonSignatures
+    return forms, _cpu.groups_unchanged, _cpu.states_unchanged
 
 
 class Plan:
@@ -101,7 +101,7 @@ class Plan:
         state: State of the optimizer by parameter.
         norms: Norm of each group that is kept on a sphere, 0-dim float64 on the device; None for others.
         average: What average the rows keep.
-        record: Device tensors ``counters``, ``slots`` and ``page`` (or None).
+        record: Device tensors ``counters``, ``pending_scalars`` and ``ring_buffer`` (or None).
         device: Where the tensors are.
         takes_sparse: Whether sparse gradients are made dense, or refused.
         is_split: Whether other processes hold other parts of the model, and so of its norms.
@@ -131,7 +131,7 @@ class Plan:
     ) -> None:
         self.owner, self.rule, self.rows = owner, rule, rows
         self._takes_sparse, self.is_split = takes_sparse, is_split
-        self.device, self.columns = device, Columns(device)
+        self.device, self.buffers = device, DeviceBuffers(device)
         self.fresh_grads = self.random_start = self.has_spheres = False
         self.settings = Settings()
         self.record, self.norms = record, norms
@@ -149,10 +149,10 @@ class Plan:
         self._dicts = [state[row.param] for row in rows for _ in row.state]
         self._names = [name for row in rows for name in row.state]
         self._objects = [value for row in rows for value in row.state.values()]
-        forms, self._same_members, self._same_entries = watch()
-        self._param_watch = Watch(forms, [row.local for row in rows])
-        self._state_watch = Watch(forms, [local_tensor(t) for t in self._objects])
-        self._grad_forms: Forms = forms([row.work for row in rows])
+        forms, self._same_members, self._same_entries = select_reader()
+        self._param_addresses = AddressCache(forms, [row.local for row in rows])
+        self._state_addresses = AddressCache(forms, [local_tensor(t) for t in self._objects])
+        self._grad_signatures: TensorSignatures = forms([row.work for row in rows])
         self._strided = [row for row in rows if row.work is not row.local]
         self._cast: dict[int, torch.dtype] = {}
         self._adopted: dict[int, Tensor] = {}
@@ -198,22 +198,22 @@ class Plan:
         self._step = np.zeros(1, STRUCTS["Step"])
         self._stale_step = True
         kind, decay, start, every = self.average
-        page = self.record["page"]
+        ring_buffer = self.record["ring_buffer"]
         self._set(
-            rows=self.columns.put("rows", self._table),
-            grads=self.columns.put("grads", self._grads),
-            chunks=self.columns.put("chunks", self._chunks),
-            scalars=self.columns.scratch("scalars", STRUCTS["Scalars"], n),
-            partials=self.columns.scratch("partials", STRUCTS["Partial"], len(self._chunks)),
-            sums=self.columns.scratch("sums", np.dtype(np.float64), n_pieces * n_sums),
-            radials=self.columns.scratch("radials", np.dtype(np.float64), n_pieces),
-            verdict=self.columns.scratch("verdict", STRUCTS["Verdict"], 1),
+            rows=self.buffers.upload("rows", self._table),
+            grads=self.buffers.upload("grads", self._grads),
+            chunks=self.buffers.upload("chunks", self._chunks),
+            scalars=self.buffers.allocate("scalars", STRUCTS["Scalars"], n),
+            partials=self.buffers.allocate("partials", STRUCTS["Partial"], len(self._chunks)),
+            sums=self.buffers.allocate("sums", np.dtype(np.float64), n_pieces * n_sums),
+            projection_coefs=self.buffers.allocate("projection_coefs", np.dtype(np.float64), n_pieces),
+            decision=self.buffers.allocate("decision", STRUCTS["StepDecision"], 1),
             counters=self.record["counters"],
-            slots=self.record["slots"],
-            telemetry=page,
+            pending_scalars=self.record["pending_scalars"],
+            telemetry=ring_buffer,
             n_rows=n,
             n_chunks=len(self._chunks),
-            telemetry_capacity=0 if page is None else len(page),
+            telemetry_capacity=0 if ring_buffer is None else len(ring_buffer),
             average_kind=AVERAGE_KINDS[kind],
             average_decay=decay,
             average_start=start,
@@ -236,9 +236,9 @@ class Plan:
         if len(self.rates) != len(self.hypers):
             self.rates = torch.zeros(len(self.hypers), len(RATES), dtype=torch.float64, device=self.device)
         self._set(
-            hypers=self.columns.put("hypers", self._hypers),
-            segments=self.columns.put("segments", segments),
-            values=self.columns.put("values", values),
+            hypers=self.buffers.upload("hypers", self._hypers),
+            segments=self.buffers.upload("segments", segments),
+            values=self.buffers.upload("values", values),
             rates=self.rates,
             n_groups=len(self.hypers),
         )
@@ -260,9 +260,9 @@ class Plan:
         table["first_chunk"] = np.searchsorted(of_chunk, groups)
         table["n_chunks"] = np.searchsorted(of_chunk, groups, "right") - table["first_chunk"]
         self._spheres = table
-        if "squares" not in self.columns.tensors:
-            self.columns.scratch("squares", np.dtype(np.float64), len(self._chunks))
-        self._set(spheres=self.columns.put("spheres", table), squares=self.columns.tensors["squares"])
+        if "squares" not in self.buffers.tensors:
+            self.buffers.allocate("squares", np.dtype(np.float64), len(self._chunks))
+        self._set(spheres=self.buffers.upload("spheres", table), squares=self.buffers.tensors["squares"])
 
     @property
     def n_chunks(self) -> int:
@@ -280,18 +280,18 @@ class Plan:
     def step_column(self) -> Tensor:
         """Return the Step struct on the device, for kernels that take its address."""
         if self._stale_step:
-            self.columns.put("step", self._step)
+            self.buffers.upload("step", self._step)
             self._stale_step = False
-        return self.columns.tensors["step"]
+        return self.buffers.tensors["step"]
 
     @property
     def grads_address(self) -> int:
         """Address of the addresses of the gradients on the host, uint64 of ``[rows]``."""
         return self._grads_out
 
-    def push_grads(self) -> None:
+    def upload_grads(self) -> None:
         """Send the addresses of the gradients to the device."""
-        self.columns.push("grads")
+        self.buffers.reupload("grads")
         self.sent_grads()
 
     def sent_grads(self) -> None:
@@ -318,7 +318,7 @@ class Plan:
         """
         if not self._holds(groups, exposed):
             return False
-        odd = self._grad_forms.read(self._params, self._grads_out, True)
+        odd = self._grad_signatures.read(self._params, self._grads_out, True)
         self._adopted = {i: self._adopt(i, self._params[i].grad) for i in odd}
         for i, grad in self._adopted.items():
             self._grads[i] = grad.data_ptr() if grad.numel() else 1
@@ -332,7 +332,7 @@ class Plan:
             for i, dtype in kinds.items():
                 self._table["grad_dtype"][i] = DTYPES[dtype]
             self._cast, self._kinds = kinds, None
-        if self.columns.mirrored and not self._place_grads(recast):
+        if self.buffers.mirrored and not self._place_grads(recast):
             self.release()
             return False
         for row in self._strided:
@@ -364,23 +364,23 @@ class Plan:
                 "capture with the gradients that the graph will write, and keep them: "
                 "zero_grad(set_to_none=False)."
             )
-        if recast and not self.columns.captured:
-            self.columns.push("rows")
-        return not self.columns.captured
+        if recast and not self.buffers.captured:
+            self.buffers.reupload("rows")
+        return not self.buffers.captured
 
     def _holds(self, groups: Sequence[Mapping[str, Any]], exposed: bool) -> bool:
         """Whether groups, states and addresses are still those that the table was built from."""
         states = not exposed or (
             len(self._state) == self._n_states
             and self._same_entries(self._dicts, self._names, self._objects)
-            and self._state_watch.in_place()
+            and self._state_addresses.is_valid()
         )
         return (
             states
             and self._same_members(groups, self._members)
             and not (self.has_spheres and self._norms_moved(groups))
             and all(local_tensor(row.param) is row.local for row in self._shards)
-            and self._param_watch.in_place()
+            and self._param_addresses.is_valid()
             and all(param.grad is None for param in self._waiting)
         )
 
@@ -472,7 +472,7 @@ class Plan:
         self._signatures = [s if all(map(_is_frozen, s)) else None for s in signatures]
         if all(only_lr):
             self._hypers["lr"] = [h.lr for h in hypers]
-            self.columns.push("hypers")
+            self.buffers.reupload("hypers")
         else:
             self._pack_hypers()
         return not all(only_lr)
@@ -523,7 +523,7 @@ class Plan:
     def release(self) -> None:
         """Let go of the gradients."""
         self._adopted = {}
-        self._grad_forms.release()
+        self._grad_signatures.release()
 
     def finish(self) -> list[Tensor]:
         """Write dense copies back to strided views and let go of the gradients.

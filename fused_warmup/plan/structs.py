@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import fields
+
 import numpy as np
 import torch
+
+from ..reference import rules
 
 MAX_STATES = 3
 
@@ -16,6 +20,13 @@ DTYPES: dict[torch.dtype, int] = {
 }
 INIT_KINDS = {"zeros": 0, "grad": 1, "random": 2}
 AVERAGE_KINDS = {None: 0, "EMA": 1, "SWA": 2}
+
+
+def _fields_of(cls: type) -> list[tuple[str, str]]:
+    """Return the fields of a dataclass of the rules as those of a struct."""
+    return [(field.name, "f8" if field.type == "float" else "i4") for field in fields(cls)]
+
+
 _FIELDS: dict[str, list[tuple[str, str]]] = {
     "Row": [
         *((name, "u8") for name in ("param", "state0", "state1", "state2", "average", "counters")),
@@ -27,43 +38,10 @@ _FIELDS: dict[str, list[tuple[str, str]]] = {
     ],
     "Chunk": [("offset", "i8"), ("count", "i4"), ("row", "i4")],
     "Hyper": [
-        *(
-            (name, "f8")
-            for name in (
-                "lr",
-                "weight_decay",
-                "beta1",
-                "beta2",
-                "eps",
-                "momentum",
-                "dampening",
-                "rho_threshold",
-                "init_scale",
-                "delta",
-                "wd_ratio",
-                "min_norm",
-                "max_norm",
-                "trust_clip",
-            )
-        ),
+        *_fields_of(rules.Hyper),
         *(
             (name, "i4")
-            for name in (
-                "init",
-                "decoupled",
-                "maximize",
-                "nesterov",
-                "skip_unrectified",
-                "bias_correction",
-                "grad_averaging",
-                "adapts",
-                "decays_update",
-                "lr_segment",
-                "lr_segments",
-                "decay_segment",
-                "decay_segments",
-                "reserved",
-            )
+            for name in ("lr_segment", "lr_segments", "decay_segment", "decay_segments", "reserved")
         ),
     ],
     "Segment": [
@@ -76,28 +54,7 @@ _FIELDS: dict[str, list[tuple[str, str]]] = {
         ("first_value", "i4"),
     ],
     "Rates": [("lr", "f8"), ("weight_decay", "f8")],
-    "Scalars": [
-        (name, "f8")
-        for name in (
-            "grad_scale",
-            "weight_decay",
-            "decay",
-            "exp_avg_weight",
-            "exp_avg_sq_weight",
-            "step_size",
-            "denom_scale",
-            "eps",
-            "momentum",
-            "one_minus_dampening",
-            "rect",
-            "init_grad",
-            "init_state",
-            "nesterov",
-            "moment_scale",
-            "grad_gain",
-            "update_decay",
-        )
-    ],
+    "Scalars": _fields_of(rules.Scalars),
     "Sphere": [
         ("norm", "u8"),
         *((name, "f8") for name in ("radius", "factor")),
@@ -106,7 +63,7 @@ _FIELDS: dict[str, list[tuple[str, str]]] = {
     "Partial": [("l1", "f8"), ("l2_sq", "f8"), ("nonfinite", "i8")],
     "Counters": [("step", "i8"), ("calls", "i8")],
     "RowCounters": [("step", "i8"), ("n_averaged", "i8"), ("average_weight", "f8")],
-    "Slots": [("loss", "f8"), ("sharpness", "f8")],
+    "PendingScalars": [("loss", "f8"), ("sharpness", "f8")],
     "Telemetry": [
         (name, "f8")
         for name in (
@@ -121,7 +78,7 @@ _FIELDS: dict[str, list[tuple[str, str]]] = {
             "sharpness",
         )
     ],
-    "Verdict": [
+    "StepDecision": [
         ("t", "i8"),
         *((name, "f8") for name in ("grad_norm", "grad_norm_l1", "clip_coef", "unscale", "rect")),
         ("skipped", "i4"),
@@ -141,7 +98,7 @@ _FIELDS: dict[str, list[tuple[str, str]]] = {
                 "scalars",
                 "partials",
                 "counters",
-                "slots",
+                "pending_scalars",
                 "telemetry",
             )
         ),
@@ -149,22 +106,22 @@ _FIELDS: dict[str, list[tuple[str, str]]] = {
         *((name, "f8") for name in ("max_grad_norm", "init_norm_sq", "average_decay")),
         *((name, "i8") for name in ("average_start", "average_every")),
         *((name, "i4") for name in ("average_kind", "skip_nonfinite", "measure", "clip")),
-        *((name, "u8") for name in ("verdict", "grad_scale", "found_inf", "sums", "radials")),
+        *((name, "u8") for name in ("decision", "grad_scale", "found_inf", "sums", "projection_coefs")),
         *((name, "u8") for name in ("spheres", "squares")),
     ],
-    "Span": [
+    "TensorSlice": [
         *((name, "u8") for name in ("param", "snapshot", "plus", "minus")),
         ("offset", "i8"),
         *((name, "i4") for name in ("dtype", "reserved")),
     ],
-    "Algebra": [
-        *((name, "u8") for name in ("spans", "chunks", "partials", "sums", "basis")),
+    "VectorOp": [
+        *((name, "u8") for name in ("slices", "chunks", "partials", "sums", "basis")),
         *((name, "u8") for name in ("out", "scale", "factors", "finished")),
         *((name, "i8") for name in ("n_chunks", "stride")),
         *((name, "i4") for name in ("n_basis", "doubles", "fresh", "narrow")),
     ],
-    "Response": [
-        *((name, "u8") for name in ("offsets", "edges", "l2_sq", "scale", "folded", "rates")),
+    "PreconditionerOp": [
+        *((name, "u8") for name in ("offsets", "thresholds", "l2_sq", "scale", "scaled", "rates")),
         *((name, "i4") for name in ("doubles", "reserved")),
     ],
 }
@@ -172,6 +129,6 @@ _FIELDS: dict[str, list[tuple[str, str]]] = {
 STRUCTS: dict[str, np.dtype] = {name: np.dtype(fields) for name, fields in _FIELDS.items()}
 
 COUNTERS = STRUCTS["Counters"].names or ()
-SLOTS = STRUCTS["Slots"].names or ()
+PENDING_SCALARS = STRUCTS["PendingScalars"].names or ()
 RATES = STRUCTS["Rates"].names or ()
 TELEMETRY = STRUCTS["Telemetry"].names or ()

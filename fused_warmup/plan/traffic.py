@@ -46,7 +46,7 @@ def traffic(plan: Plan) -> Traffic:
         _row_bytes(row, size, plan.settings)
         if layered is None
         else _layer_bytes(
-            row, size, plan.settings, layered.looks_back(plan.hypers[row.group], len(row.states))
+            row, size, plan.settings, layered.needs_grad(plan.hypers[row.group], len(row.states))
         )
         for row, size in zip(plan.rows, sizes, strict=True)
     ]
@@ -69,8 +69,8 @@ def _row_bytes(row: Row, grad_size: int, settings: Settings) -> tuple[int, int]:
     return row.work.numel() * (updated + passes * grad_size), row.work.numel() * updated
 
 
-def _layer_bytes(row: Row, grad_size: int, settings: Settings, looks_back: bool) -> tuple[int, int]:
+def _layer_bytes(row: Row, grad_size: int, settings: Settings, needs_grad: bool) -> tuple[int, int]:
     """Return them for a rule that reads parameter and states once more after the sums."""
     read, written = _row_bytes(row, grad_size, settings)
     again = row.work.element_size() + sum(state.element_size() for state in row.states)
-    return read + row.work.numel() * (again + looks_back * grad_size), written
+    return read + row.work.numel() * (again + needs_grad * grad_size), written

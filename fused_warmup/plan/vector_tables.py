@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from .chunks import chunks
-from .device_buffers import Columns
-from .plan import Plan, address_of, watch
+from .device_buffers import DeviceBuffers
+from .plan import Plan, address_of, select_reader
 from .structs import DTYPES, STRUCTS
 
 # operations of ``csrc/vectors.h``, in the order of its enum
@@ -20,8 +20,8 @@ OPERATIONS = ("perturb", "finish", "combine")
 EXTRA_SUMS = 2
 
 
-class Spans:
-    """Spans, chunks and the call of one operation, for the kernels of a backend.
+class VectorTable:
+    """VectorTable, chunks and the call of one operation, for the kernels of a backend.
 
     Args:
         params: Parameters, dense in memory, on one device.
@@ -30,7 +30,7 @@ class Spans:
         dtype: Dtype of the vectors, float32 or float64.
 
     Attributes:
-        address: Address of the struct ``Algebra`` on the host.
+        address: Address of the struct ``VectorOp`` on the host.
         device: Where everything is.
         offsets: Where the piece of each parameter begins in a flat vector.
         numel: Number of elements.
@@ -45,19 +45,19 @@ class Spans:
     ) -> None:
         self.device, self.offsets = params[0].device, list(offsets)
         self._params = list(params)
-        self._forms = watch()[0](self._params)
-        self._columns = Columns(self.device)
-        self._spans = np.zeros(len(params), STRUCTS["Span"])
-        self._spans["param"] = [address_of(p) for p in params]
-        self._spans["snapshot"] = [address_of(p) for p in snapshot]
-        self._spans["offset"] = offsets
-        self._spans["dtype"] = [DTYPES[p.dtype] for p in params]
+        self._forms = select_reader()[0](self._params)
+        self._buffers = DeviceBuffers(self.device)
+        self._slices = np.zeros(len(params), STRUCTS["TensorSlice"])
+        self._slices["param"] = [address_of(p) for p in params]
+        self._slices["snapshot"] = [address_of(p) for p in snapshot]
+        self._slices["offset"] = offsets
+        self._slices["dtype"] = [DTYPES[p.dtype] for p in params]
         sizes = [p.numel() for p in params]
         pieces = chunks(sizes, sizes)
         self.numel, self.n_chunks = sum(sizes), len(pieces)
         self.dtypes = tuple(sorted({DTYPES[p.dtype] for p in params}))
         self.doubles, self.n_basis = dtype == torch.float64, 0
-        self._call = np.zeros(1, STRUCTS["Algebra"])
+        self._call = np.zeros(1, STRUCTS["VectorOp"])
         self.address: int = self._call.ctypes.data
         self._addresses = np.zeros(len(params), np.uint64)
         self._partials = torch.empty(0, dtype=torch.float64, device=self.device)
@@ -65,8 +65,8 @@ class Spans:
         # held for the addresses in the table
         self._kept: list[Any] = [*params, *snapshot]
         self._set(
-            spans=self._columns.put("spans", self._spans),
-            chunks=self._columns.put("chunks", pieces),
+            slices=self._buffers.upload("slices", self._slices),
+            chunks=self._buffers.upload("chunks", pieces),
             finished=self._finished,
             n_chunks=len(pieces),
             doubles=self.doubles,
@@ -79,7 +79,7 @@ class Spans:
     def put_gradients(self, plus: Sequence[Tensor | None], minus: Sequence[Tensor | None]) -> None:
         """Take over the gradients at both ends; None counts as zeros."""
         self._grads = [self._put("plus", plus), self._put("minus", minus)]
-        self._columns.push("spans")
+        self._buffers.reupload("slices")
 
     def _put(self, name: str, grads: Sequence[Tensor | None]) -> list[Tensor | None]:
         held: list[Any] = list(grads)
@@ -89,7 +89,7 @@ class Spans:
             held[i] = torch.empty_like(self._params[i]).copy_(held[i].detach())
         if any(a is not b for a, b in zip(held, grads, strict=True)):
             self._forms.read(held, out)
-        self._spans[name] = self._addresses
+        self._slices[name] = self._addresses
         return held
 
     def prepare(
@@ -127,24 +127,24 @@ class Spans:
         return sums
 
     def call_column(self) -> Tensor:
-        """Return the struct ``Algebra`` on the device, for kernels that take its address."""
-        return self._columns.put("call", self._call)
+        """Return the struct ``VectorOp`` on the device, for kernels that take its address."""
+        return self._buffers.upload("call", self._call)
 
 
-class ResponseTable:
+class PreconditionerTable:
     """What the kernels that make the pre-conditioner of the next step read beside the table of the step.
 
     Args:
         plan: The table of the optimizer, refreshed for the step about to be made.
         params: Parameters that are measured.
         offsets: Where the piece of each begins in a flat vector.
-        edges: Threshold of the learning rate times an eigenvalue, for each of them.
+        thresholds: Threshold of the learning rate times an eigenvalue, for each of them.
         l2_sq: 0-dim float64 on the device, the squared norm of all gradients; read where the step would clip.
         scale: ``P**-1/2``, ``[n]``, is written there unless it is None.
-        folded: The same with the square root of ``lr / edge``, ``[n]``, unless it is None.
+        scaled: The same with the square root of ``lr / edge``, ``[n]``, unless it is None.
 
     Attributes:
-        address: Address of the struct ``Response`` on the host.
+        address: Address of the struct ``PreconditionerOp`` on the host.
         doubles: Whether the vectors are float64.
         rates: Float64 of ``[groups, 2]`` on the device: learning rate and weight decay that will be in force.
     """
@@ -154,30 +154,30 @@ class ResponseTable:
         plan: Plan,
         params: Sequence[Tensor],
         offsets: Sequence[int],
-        edges: Sequence[float],
+        thresholds: Sequence[float],
         l2_sq: Tensor,
         scale: Tensor | None,
-        folded: Tensor | None,
+        scaled: Tensor | None,
     ) -> None:
-        places = {id(p): (offset, edge) for p, offset, edge in zip(params, offsets, edges, strict=True)}
+        places = {id(p): (offset, edge) for p, offset, edge in zip(params, offsets, thresholds, strict=True)}
         found = [places.get(id(row.param), (-1, 1.0)) for row in plan.rows]
-        self._columns = Columns(plan.device)
+        self._buffers = DeviceBuffers(plan.device)
         self.rates = torch.zeros_like(plan.rates)
-        self.doubles = any(t is not None and t.dtype == torch.float64 for t in (scale, folded))
-        self._call = np.zeros(1, STRUCTS["Response"])
+        self.doubles = any(t is not None and t.dtype == torch.float64 for t in (scale, scaled))
+        self._call = np.zeros(1, STRUCTS["PreconditionerOp"])
         self.address: int = self._call.ctypes.data
         # held for the addresses in the table
-        self._kept = l2_sq, scale, folded
+        self._kept = l2_sq, scale, scaled
         self._call["offsets"] = address_of(
-            self._columns.put("offsets", np.array([offset for offset, _ in found], np.int64))
+            self._buffers.upload("offsets", np.array([offset for offset, _ in found], np.int64))
         )
-        self._call["edges"] = address_of(
-            self._columns.put("edges", np.array([edge for _, edge in found], np.float64))
+        self._call["thresholds"] = address_of(
+            self._buffers.upload("thresholds", np.array([edge for _, edge in found], np.float64))
         )
-        for name, tensor in (("l2_sq", l2_sq), ("scale", scale), ("folded", folded), ("rates", self.rates)):
+        for name, tensor in (("l2_sq", l2_sq), ("scale", scale), ("scaled", scaled), ("rates", self.rates)):
             self._call[name] = address_of(tensor)
         self._call["doubles"] = self.doubles
 
     def call_column(self) -> Tensor:
-        """Return the struct ``Response`` on the device, for kernels that take its address."""
-        return self._columns.put("call", self._call)
+        """Return the struct ``PreconditionerOp`` on the device, for kernels that take its address."""
+        return self._buffers.upload("call", self._call)

@@ -3,8 +3,8 @@
 A rule has ``scalars``, Python floats that are the same for every element, and ``update``, which takes
 tensors of one shape and dtype and returns the new parameter and the new states. Nothing is changed in place.
 A rule that must know sums over a layer before it can move it makes its update in two parts instead:
-``advance`` gives the new states and ``candidate`` the update that they mean; ``settle`` turns the sums of
-``products`` into what ``apply`` moves the parameter by. ``sphere_exponent`` says with what power of the norm
+``update_moments`` gives the new states and ``direction`` the update that they mean; ``layer_scalars`` turns the sums of
+``reductions`` into what ``apply`` moves the parameter by. ``lr_norm_power`` says with what power of the norm
 of scale-invariant weights the learning rate must grow for the same rotation.
 
 Adam: Kingma & Ba 2015. Gradient initialisation: Kalra & Barkeshli 2024, arXiv:2406.09405.
@@ -23,34 +23,36 @@ import torch
 from torch import Tensor
 
 
-class Hyper(Protocol):
-    """Hyper-parameters of one group, as ``fused_warmup.table.Hyper`` gives them."""
+@dataclass
+class Hyper:
+    """Hyper-parameters of one parameter group after validation; rates are those before schedules.
+
+    The fields are the struct ``Hyper`` of ``csrc/table.h``: floats are doubles there, all others int32.
+    """
 
     lr: float
-    weight_decay: float
-    beta1: float
-    beta2: float
-    eps: float
-    momentum: float
-    dampening: float
-    rho_threshold: float
-    init_scale: float
-    delta: float
-    wd_ratio: float
-    min_norm: float
-    max_norm: float
-    trust_clip: float
-    init: str
-    decoupled: bool
-    maximize: bool
-    nesterov: bool
-    skip_unrectified: bool
-    bias_correction: bool
-    grad_averaging: bool
-    adapts: bool
-    decays_update: bool
-    sphere: bool
-    radius: float
+    weight_decay: float = 0.0
+    beta1: float = 0.0
+    beta2: float = 0.0
+    eps: float = 0.0
+    momentum: float = 0.0
+    dampening: float = 0.0
+    rho_threshold: float = 0.0
+    init_scale: float = 1.0
+    delta: float = 0.0
+    wd_ratio: float = 0.0
+    min_norm: float = 0.0
+    max_norm: float = math.inf
+    trust_clip: float = math.inf
+    init: str = "zeros"
+    decoupled: bool = False
+    maximize: bool = False
+    nesterov: bool = False
+    skip_unrectified: bool = False
+    bias_correction: bool = True
+    grad_averaging: bool = True
+    adapts: bool = True
+    decays_update: bool = False
 
 
 @dataclass
@@ -59,7 +61,7 @@ class Scalars:
 
     grad_scale: float = 1.0
     weight_decay: float = 0.0
-    decay: float = 0.0
+    decoupled_decay: float = 0.0
     exp_avg_weight: float = 0.0
     exp_avg_sq_weight: float = 0.0
     step_size: float = 0.0
@@ -68,11 +70,11 @@ class Scalars:
     momentum: float = 0.0
     one_minus_dampening: float = 0.0
     rect: float = 1.0
-    init_grad: float = 0.0
-    init_state: float = 1.0
+    exp_avg_sq_from_grad: float = 0.0
+    exp_avg_sq_scale: float = 1.0
     nesterov: float = 0.0
-    moment_scale: float = 0.0
-    grad_gain: float = 0.0
+    inv_bias_correction1: float = 0.0
+    grad_weight: float = 0.0
     update_decay: float = 0.0
 
 
@@ -111,17 +113,17 @@ def lerp(start: Tensor, end: Tensor, weight: float) -> Tensor:
     return (start if weight > 0.0 else end) + weight * (end - start)
 
 
-def common_scalars(h: Hyper, eta: float, weight_decay: float, clip_coef: float) -> Scalars:
+def common_scalars(h: Hyper, effective_lr: float, weight_decay: float, clip_coef: float) -> Scalars:
     """What every rule shares: the order is clip, sign, then coupled or decoupled decay."""
     s = Scalars()
     s.grad_scale = -clip_coef if h.maximize else clip_coef
     s.weight_decay = 0.0 if h.decoupled else weight_decay
-    s.decay = eta * weight_decay if h.decoupled else 0.0
+    s.decoupled_decay = effective_lr * weight_decay if h.decoupled else 0.0
     s.exp_avg_weight = lerp_weight(h.beta1)
     s.exp_avg_sq_weight = lerp_weight(h.beta2)
     s.eps = h.eps
     s.rect = 1.0
-    s.init_state = 1.0
+    s.exp_avg_sq_scale = 1.0
     return s
 
 
@@ -132,12 +134,12 @@ class Rule(Protocol):
     max_states: ClassVar[int]
 
     @staticmethod
-    def sphere_exponent(h: Any, step: int) -> int:
+    def lr_norm_power(h: Any, step: int) -> int:
         """Return the exponent of the norm at update number ``step``: 0, 1 or 2."""
 
     @staticmethod
-    def scalars(h: Any, eta: float, step: int, s: Scalars) -> None:
-        """Fill ``s`` for update number ``step`` (from 1) at learning rate ``eta``."""
+    def scalars(h: Any, effective_lr: float, step: int, s: Scalars) -> None:
+        """Fill ``s`` for update number ``step`` (from 1) at learning rate ``effective_lr``."""
 
     @staticmethod
     def update(
@@ -155,27 +157,27 @@ class LayerRule(Protocol):
     projects: ClassVar[bool]
 
     @staticmethod
-    def sphere_exponent(h: Any, step: int) -> int:
+    def lr_norm_power(h: Any, step: int) -> int:
         """Return the exponent of the norm at update number ``step``: 0, 1 or 2."""
 
     @staticmethod
-    def scalars(h: Any, eta: float, step: int, s: Scalars) -> None:
-        """Fill ``s`` for update number ``step`` (from 1) at learning rate ``eta``."""
+    def scalars(h: Any, effective_lr: float, step: int, s: Scalars) -> None:
+        """Fill ``s`` for update number ``step`` (from 1) at learning rate ``effective_lr``."""
 
     @staticmethod
-    def looks_back(h: Any, n_states: int) -> bool:
-        """Whether the candidate needs the gradient besides the states."""
+    def needs_grad(h: Any, n_states: int) -> bool:
+        """Whether the direction needs the gradient besides the states."""
 
     @staticmethod
-    def advance(param: Tensor, grad: Tensor, state: Sequence[Tensor], s: Scalars) -> list[Tensor]:
+    def update_moments(param: Tensor, grad: Tensor, state: Sequence[Tensor], s: Scalars) -> list[Tensor]:
         """Return the new states."""
 
     @staticmethod
-    def candidate(param: Tensor, grad: Tensor, state: Sequence[Tensor], s: Scalars) -> Tensor:
+    def direction(param: Tensor, grad: Tensor, state: Sequence[Tensor], s: Scalars) -> Tensor:
         """Return the update that the new states mean, in the direction that is subtracted."""
 
     @staticmethod
-    def products(param: Tensor, grad: Tensor, update: Tensor, s: Scalars) -> list[Tensor]:
+    def reductions(param: Tensor, grad: Tensor, update: Tensor, s: Scalars) -> list[Tensor]:
         """Return what is summed over a layer or a channel."""
 
     @staticmethod
@@ -183,15 +185,15 @@ class LayerRule(Protocol):
         """Whether the sums over ``size`` elements show a gradient that has nothing along the parameter."""
 
     @staticmethod
-    def radial(h: Any, sums: Sequence[float]) -> float:
+    def projection_coef(h: Any, sums: Sequence[float]) -> float:
         """Return how much of the parameter to take out of the update."""
 
     @staticmethod
-    def settle(h: Any, sums: Sequence[float], projected: bool, s: Scalars) -> None:
+    def layer_scalars(h: Any, sums: Sequence[float], projected: bool, s: Scalars) -> None:
         """Change ``s`` to what the sums over the layer say."""
 
     @staticmethod
-    def apply(param: Tensor, update: Tensor, radial: Tensor, s: Scalars) -> Tensor:
+    def apply(param: Tensor, update: Tensor, projection_coef: Tensor, s: Scalars) -> Tensor:
         """Return the new parameter."""
 
 
@@ -202,14 +204,14 @@ class Adam:
     max_states: ClassVar[int] = 3
 
     @staticmethod
-    def sphere_exponent(h: Hyper, step: int) -> int:
+    def lr_norm_power(h: Hyper, step: int) -> int:
         """The step does not feel the size of the gradient."""
         return 1
 
     @staticmethod
-    def scalars(h: Hyper, eta: float, step: int, s: Scalars) -> None:
+    def scalars(h: Hyper, effective_lr: float, step: int, s: Scalars) -> None:
         """Bias corrections of both moments."""
-        s.step_size = eta / bias_correction(h.beta1, step)
+        s.step_size = effective_lr / bias_correction(h.beta1, step)
         s.denom_scale = 1.0 / math.sqrt(bias_correction(h.beta2, step))
 
     @staticmethod
@@ -220,7 +222,11 @@ class Adam:
         exp_avg, exp_avg_sq = state[0], state[1]
         grad = grad * s.grad_scale + s.weight_decay * param
         # v_0 = g_0^2 before the first step, or the prepared state scaled (eq. 6 of Kalra & Barkeshli)
-        exp_avg_sq = s.init_grad * (grad * grad) if s.init_grad > 0.0 else s.init_state * exp_avg_sq
+        exp_avg_sq = (
+            s.exp_avg_sq_from_grad * (grad * grad)
+            if s.exp_avg_sq_from_grad > 0.0
+            else s.exp_avg_sq_scale * exp_avg_sq
+        )
         exp_avg = lerp(exp_avg, grad, s.exp_avg_weight)
         exp_avg_sq = lerp(exp_avg_sq, grad * grad, s.exp_avg_sq_weight)
         new_state = [exp_avg, exp_avg_sq]
@@ -228,7 +234,7 @@ class Adam:
             exp_avg_sq = torch.maximum(exp_avg_sq, state[2])
             new_state.append(exp_avg_sq)
         denom = exp_avg_sq.sqrt() * s.denom_scale + s.eps
-        param = param - (s.decay * param + s.step_size * exp_avg / denom)
+        param = param - (s.decoupled_decay * param + s.step_size * exp_avg / denom)
         return param, new_state
 
 
@@ -239,12 +245,12 @@ class RAdam:
     max_states: ClassVar[int] = 2
 
     @staticmethod
-    def sphere_exponent(h: Hyper, step: int) -> int:
+    def lr_norm_power(h: Hyper, step: int) -> int:
         """Momentum alone shrinks as the gradient does."""
         return 1 if sma_length(h.beta2, step) > h.rho_threshold else 2
 
     @staticmethod
-    def scalars(h: Hyper, eta: float, step: int, s: Scalars) -> None:
+    def scalars(h: Hyper, effective_lr: float, step: int, s: Scalars) -> None:
         """Rectified step size, or that of the fall-back while the variance is intractable."""
         bias_correction1 = bias_correction(h.beta1, step)
         rho = sma_length(h.beta2, step)
@@ -253,11 +259,11 @@ class RAdam:
         fallback = 0.0 if h.skip_unrectified else 1.0
         s.rect = rect
         s.step_size = (
-            eta
+            effective_lr
             / bias_correction1
             * (rect * math.sqrt(bias_correction(h.beta2, step)) if rectified else fallback)
         )
-        s.decay = s.decay if rectified else s.decay * fallback
+        s.decoupled_decay = s.decoupled_decay if rectified else s.decoupled_decay * fallback
 
     @staticmethod
     def update(
@@ -269,7 +275,7 @@ class RAdam:
         exp_avg = lerp(exp_avg, grad, s.exp_avg_weight)
         exp_avg_sq = lerp(exp_avg_sq, grad * grad, s.exp_avg_sq_weight)
         denom = exp_avg_sq.sqrt() + s.eps if s.rect > 0.0 else torch.ones_like(exp_avg_sq)
-        param = param - (s.decay * param + s.step_size * exp_avg / denom)
+        param = param - (s.decoupled_decay * param + s.step_size * exp_avg / denom)
         return param, [exp_avg, exp_avg_sq]
 
 
@@ -280,14 +286,14 @@ class SGD:
     max_states: ClassVar[int] = 1
 
     @staticmethod
-    def sphere_exponent(h: Hyper, step: int) -> int:
+    def lr_norm_power(h: Hyper, step: int) -> int:
         """The gradient shrinks as the norm grows, and the weights take more to turn."""
         return 2
 
     @staticmethod
-    def scalars(h: Hyper, eta: float, step: int, s: Scalars) -> None:
+    def scalars(h: Hyper, effective_lr: float, step: int, s: Scalars) -> None:
         """The first gradient enters the buffer whole."""
-        s.step_size = eta
+        s.step_size = effective_lr
         s.momentum = h.momentum
         s.one_minus_dampening = 1.0 if step == 1 else 1.0 - h.dampening
         s.nesterov = 1.0 if h.nesterov else 0.0
@@ -322,42 +328,42 @@ class LAMB:
     projects: ClassVar[bool] = False
 
     @staticmethod
-    def sphere_exponent(h: Hyper, step: int) -> int:
+    def lr_norm_power(h: Hyper, step: int) -> int:
         """The trust ratio has the norm in it."""
         return 0 if h.adapts else 1
 
     @staticmethod
-    def scalars(h: Hyper, eta: float, step: int, s: Scalars) -> None:
+    def scalars(h: Hyper, effective_lr: float, step: int, s: Scalars) -> None:
         """Bias corrections if wanted, and decay as a part of the update."""
-        s.step_size = eta
-        s.moment_scale = 1.0 / bias_correction(h.beta1, step) if h.bias_correction else 1.0
+        s.step_size = effective_lr
+        s.inv_bias_correction1 = 1.0 / bias_correction(h.beta1, step) if h.bias_correction else 1.0
         s.denom_scale = 1.0 / math.sqrt(bias_correction(h.beta2, step)) if h.bias_correction else 1.0
         # 1 for an average
-        s.grad_gain = 1.0 if h.grad_averaging else 1.0 / (1.0 - h.beta1)
+        s.grad_weight = 1.0 if h.grad_averaging else 1.0 / (1.0 - h.beta1)
         s.update_decay = s.weight_decay if h.decays_update else 0.0
         s.weight_decay = 0.0 if h.decays_update else s.weight_decay
 
     @staticmethod
-    def looks_back(h: Hyper, n_states: int) -> bool:
+    def needs_grad(h: Hyper, n_states: int) -> bool:
         """The states say everything."""
         return False
 
     @staticmethod
-    def advance(param: Tensor, grad: Tensor, state: Sequence[Tensor], s: Scalars) -> list[Tensor]:
+    def update_moments(param: Tensor, grad: Tensor, state: Sequence[Tensor], s: Scalars) -> list[Tensor]:
         """Both moments."""
         grad = grad * s.grad_scale + s.weight_decay * param
-        exp_avg = lerp(state[0], s.grad_gain * grad, s.exp_avg_weight)
+        exp_avg = lerp(state[0], s.grad_weight * grad, s.exp_avg_weight)
         exp_avg_sq = lerp(state[1], grad * grad, s.exp_avg_sq_weight)
         return [exp_avg, exp_avg_sq]
 
     @staticmethod
-    def candidate(param: Tensor, grad: Tensor, state: Sequence[Tensor], s: Scalars) -> Tensor:
+    def direction(param: Tensor, grad: Tensor, state: Sequence[Tensor], s: Scalars) -> Tensor:
         """Adam's update with decay in it."""
         denom = state[1].sqrt() * s.denom_scale + s.eps
-        return s.update_decay * param + s.moment_scale * state[0] / denom
+        return s.update_decay * param + s.inv_bias_correction1 * state[0] / denom
 
     @staticmethod
-    def products(param: Tensor, grad: Tensor, update: Tensor, s: Scalars) -> list[Tensor]:
+    def reductions(param: Tensor, grad: Tensor, update: Tensor, s: Scalars) -> list[Tensor]:
         """Squares of parameter and update."""
         return [param * param, update * update]
 
@@ -367,12 +373,12 @@ class LAMB:
         return False
 
     @staticmethod
-    def radial(h: Hyper, sums: Sequence[float]) -> float:
+    def projection_coef(h: Hyper, sums: Sequence[float]) -> float:
         """Nothing is projected."""
         return 0.0
 
     @staticmethod
-    def settle(h: Hyper, sums: Sequence[float], projected: bool, s: Scalars) -> None:
+    def layer_scalars(h: Hyper, sums: Sequence[float], projected: bool, s: Scalars) -> None:
         """The trust ratio: 1 where a norm is 0, which then trains as Adam does."""
         param_norm = math.sqrt(sums[0])
         update_norm = math.sqrt(sums[1])
@@ -381,9 +387,9 @@ class LAMB:
         s.step_size = s.step_size * (h.trust_clip if trust > h.trust_clip else trust)
 
     @staticmethod
-    def apply(param: Tensor, update: Tensor, radial: Tensor, s: Scalars) -> Tensor:
+    def apply(param: Tensor, update: Tensor, projection_coef: Tensor, s: Scalars) -> Tensor:
         """Decoupled decay, if that is wanted, and the step."""
-        return param - (s.decay * param + s.step_size * update)
+        return param - (s.decoupled_decay * param + s.step_size * update)
 
 
 class Projection:
@@ -393,7 +399,7 @@ class Projection:
     projects: ClassVar[bool] = True
 
     @staticmethod
-    def products(param: Tensor, grad: Tensor, update: Tensor, s: Scalars) -> list[Tensor]:
+    def reductions(param: Tensor, grad: Tensor, update: Tensor, s: Scalars) -> list[Tensor]:
         """What cosines and projections are made of."""
         grad = grad * s.grad_scale
         return [grad * grad, param * param, grad * param, update * param]
@@ -408,21 +414,21 @@ class Projection:
         return abs(sums[2]) * math.sqrt(size) < h.delta * norms
 
     @staticmethod
-    def radial(h: Hyper, sums: Sequence[float]) -> float:
+    def projection_coef(h: Hyper, sums: Sequence[float]) -> float:
         """``<n, u> / norm`` for the direction ``n = param / norm``."""
         norm = math.sqrt(sums[1]) + h.eps
         return sums[3] / (norm * norm)
 
     @staticmethod
-    def settle(h: Hyper, sums: Sequence[float], projected: bool, s: Scalars) -> None:
+    def layer_scalars(h: Hyper, sums: Sequence[float], projected: bool, s: Scalars) -> None:
         """Little decay where the scale does not matter."""
-        s.decay = s.decay * (h.wd_ratio if projected else 1.0)
+        s.decoupled_decay = s.decoupled_decay * (h.wd_ratio if projected else 1.0)
 
     @staticmethod
-    def apply(param: Tensor, update: Tensor, radial: Tensor, s: Scalars) -> Tensor:
+    def apply(param: Tensor, update: Tensor, projection_coef: Tensor, s: Scalars) -> Tensor:
         """Decay and the projected step."""
-        update = update - radial * param
-        return param - (s.decay * param + s.step_size * update)
+        update = update - projection_coef * param
+        return param - (s.decoupled_decay * param + s.step_size * update)
 
 
 class AdamP(Projection):
@@ -432,24 +438,24 @@ class AdamP(Projection):
     max_states: ClassVar[int] = 2
 
     @staticmethod
-    def sphere_exponent(h: Hyper, step: int) -> int:
+    def lr_norm_power(h: Hyper, step: int) -> int:
         """As for Adam."""
         return 1
 
     @staticmethod
-    def scalars(h: Hyper, eta: float, step: int, s: Scalars) -> None:
+    def scalars(h: Hyper, effective_lr: float, step: int, s: Scalars) -> None:
         """Bias corrections of both moments."""
-        s.step_size = eta / bias_correction(h.beta1, step)
+        s.step_size = effective_lr / bias_correction(h.beta1, step)
         s.denom_scale = 1.0 / math.sqrt(bias_correction(h.beta2, step))
         s.nesterov = 1.0 if h.nesterov else 0.0
 
     @staticmethod
-    def looks_back(h: Hyper, n_states: int) -> bool:
+    def needs_grad(h: Hyper, n_states: int) -> bool:
         """For Nesterov's form only."""
         return h.nesterov
 
     @staticmethod
-    def advance(param: Tensor, grad: Tensor, state: Sequence[Tensor], s: Scalars) -> list[Tensor]:
+    def update_moments(param: Tensor, grad: Tensor, state: Sequence[Tensor], s: Scalars) -> list[Tensor]:
         """Both moments."""
         grad = grad * s.grad_scale
         exp_avg = lerp(state[0], grad, s.exp_avg_weight)
@@ -457,7 +463,7 @@ class AdamP(Projection):
         return [exp_avg, exp_avg_sq]
 
     @staticmethod
-    def candidate(param: Tensor, grad: Tensor, state: Sequence[Tensor], s: Scalars) -> Tensor:
+    def direction(param: Tensor, grad: Tensor, state: Sequence[Tensor], s: Scalars) -> Tensor:
         """Adam's update without the correction of the first moment, which is in the step size."""
         exp_avg = state[0]
         grad = grad * s.grad_scale
@@ -473,32 +479,32 @@ class SGDP(Projection):
     max_states: ClassVar[int] = 1
 
     @staticmethod
-    def sphere_exponent(h: Hyper, step: int) -> int:
+    def lr_norm_power(h: Hyper, step: int) -> int:
         """As for SGD."""
         return 2
 
     @staticmethod
-    def scalars(h: Hyper, eta: float, step: int, s: Scalars) -> None:
+    def scalars(h: Hyper, effective_lr: float, step: int, s: Scalars) -> None:
         """Decay as strong as an L2 penalty that went through the momentum."""
-        s.step_size = eta
+        s.step_size = effective_lr
         s.momentum = h.momentum
         s.one_minus_dampening = 1.0 - h.dampening
         s.nesterov = 1.0 if h.nesterov else 0.0
-        s.decay = s.decay / (1.0 - h.momentum)
+        s.decoupled_decay = s.decoupled_decay / (1.0 - h.momentum)
 
     @staticmethod
-    def looks_back(h: Hyper, n_states: int) -> bool:
+    def needs_grad(h: Hyper, n_states: int) -> bool:
         """For Nesterov's form, or without momentum."""
         return h.nesterov or n_states == 0
 
     @staticmethod
-    def advance(param: Tensor, grad: Tensor, state: Sequence[Tensor], s: Scalars) -> list[Tensor]:
+    def update_moments(param: Tensor, grad: Tensor, state: Sequence[Tensor], s: Scalars) -> list[Tensor]:
         """The buffer, if there is momentum."""
         grad = grad * s.grad_scale
         return [s.momentum * momentum_buffer + s.one_minus_dampening * grad for momentum_buffer in state]
 
     @staticmethod
-    def candidate(param: Tensor, grad: Tensor, state: Sequence[Tensor], s: Scalars) -> Tensor:
+    def direction(param: Tensor, grad: Tensor, state: Sequence[Tensor], s: Scalars) -> Tensor:
         """The buffer, or the gradient with the buffer ahead."""
         grad = grad * s.grad_scale
         momentum_buffer = s.one_minus_dampening * grad
@@ -529,22 +535,24 @@ def average_update(average: Tensor, param: Tensor, weight: float) -> Tensor:
     return lerp(average, param, weight if weight < 0.5 else weight - 1.0)
 
 
-def response(rule: type[Rule], param: Tensor, grad: Tensor, state: Sequence[Tensor], s: Scalars) -> Tensor:
+def inverse_preconditioner(
+    rule: type[Rule], param: Tensor, grad: Tensor, state: Sequence[Tensor], s: Scalars
+) -> Tensor:
     """What a first moment of ones would do to a parameter at rate 1: one over the pre-conditioner."""
     if rule.min_states < 2:
         return torch.ones_like(param)
     _, new_state = rule.update(param, grad, state, s)
-    still = replace(s)
-    still.weight_decay = 0.0
-    still.decay = 0.0
+    frozen = replace(s)
+    frozen.weight_decay = 0.0
+    frozen.decoupled_decay = 0.0
     # far below the last digit, so that the moments stay
-    still.exp_avg_weight = 1e-30
-    still.exp_avg_sq_weight = 1e-30
-    still.init_grad = 0.0
-    still.init_state = 1.0
+    frozen.exp_avg_weight = 1e-30
+    frozen.exp_avg_sq_weight = 1e-30
+    frozen.exp_avg_sq_from_grad = 0.0
+    frozen.exp_avg_sq_scale = 1.0
     zero = torch.zeros_like(param)
     new_state = [torch.ones_like(param), *new_state[1:]]
-    moved, _ = rule.update(zero, zero, new_state, still)
+    moved, _ = rule.update(zero, zero, new_state, frozen)
     return -moved
 
 

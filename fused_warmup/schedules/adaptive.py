@@ -15,7 +15,7 @@ from . import Schedule, from_dict
 _FORMATS = {"fused_warmup.autowu": ("tuning.autowu", "AutoWU")}
 
 
-class LiveSchedule(ABC):
+class AdaptiveSchedule(ABC):
     """A schedule that an optimizer feeds with the recorded losses and reads again when it has changed.
 
     Attributes:
@@ -43,13 +43,13 @@ class LiveSchedule(ABC):
         """Take over what ``state_dict`` returned."""
 
 
-def live_schedules(groups: Iterable[Mapping[str, Any]]) -> list[LiveSchedule]:
+def adaptive_schedules(groups: Iterable[Mapping[str, Any]]) -> list[AdaptiveSchedule]:
     """Return the live schedules of parameter groups, each once."""
-    found = {id(s): s for group in groups if isinstance(s := group.get("schedule"), LiveSchedule)}
+    found = {id(s): s for group in groups if isinstance(s := group.get("schedule"), AdaptiveSchedule)}
     return list(found.values())
 
 
-def restored(data: Mapping[str, Any]) -> Schedule | LiveSchedule:
+def restored(data: Mapping[str, Any]) -> Schedule | AdaptiveSchedule:
     """Return the schedule, live or not, whose state this is.
 
     Raises:
@@ -59,5 +59,5 @@ def restored(data: Mapping[str, Any]) -> Schedule | LiveSchedule:
         return from_dict(data)
     module, name = _FORMATS[data["format"]]
     cls = getattr(importlib.import_module(f".{module}", __package__), name)
-    live: LiveSchedule = cls.from_state_dict(data)
+    live: AdaptiveSchedule = cls.from_state_dict(data)
     return live

@@ -8,14 +8,14 @@ import torch
 from torch import Tensor
 
 from .. import _checks as check
-from .loss_evaluator import Keeper
+from .loss_evaluator import LossEvaluator
 from .vectors import dot
 
 METHODS = ("difference", "autograd")
 
 
 class Hessian:
-    """Hessian of a loss at the parameters of a ``Keeper``, in flat vectors of ``[n]``.
+    """Hessian of a loss at the parameters of a ``LossEvaluator``, in flat vectors of ``[n]``.
 
     ``"difference"`` takes the central difference of two gradients, which works wherever training does:
     fused attention, compiled models, custom operators. ``"autograd"`` differentiates twice and keeps the
@@ -26,7 +26,7 @@ class Hessian:
     kinks of a ReLU network lie within a step to average: its sharpness came out up to twice too large.
 
     Args:
-        keeper: An entered ``Keeper``.
+        evaluator: An entered ``LossEvaluator``.
         method: ``"difference"`` or ``"autograd"``.
         sign: -1 for the Hessian of minus the loss.
         stretch: Multiplies the step, a number or 0-dim tensor.
@@ -36,23 +36,27 @@ class Hessian:
     """
 
     def __init__(
-        self, keeper: Keeper, method: str = "difference", sign: float = 1.0, stretch: Tensor | float = 1.0
+        self,
+        evaluator: LossEvaluator,
+        method: str = "difference",
+        sign: float = 1.0,
+        stretch: Tensor | float = 1.0,
     ) -> None:
-        self.keeper, self.sign, self.stretch, self.products = keeper, sign, stretch, 0
-        self.method = check.one_of(keeper.owner, "method", method, METHODS)
-        norms = [torch.linalg.vector_norm(p, dtype=keeper.vectors.dtype) for p in keeper.snapshot]
+        self.evaluator, self.sign, self.stretch, self.products = evaluator, sign, stretch, 0
+        self.method = check.one_of(evaluator.owner, "method", method, METHODS)
+        norms = [torch.linalg.vector_norm(p, dtype=evaluator.vectors.dtype) for p in evaluator.snapshot]
         self._length = torch.linalg.vector_norm(torch.stack(norms)).to(torch.float64)
         self._gradient: list[Tensor | None] = []
 
     @property
     def in_16_bits(self) -> bool:
         """Whether parameters or the forward pass are rounded to 16 bits."""
-        return self.keeper.vectors.is_narrow or self.keeper.autocast
+        return self.evaluator.vectors.is_narrow or self.evaluator.autocast
 
     def gradient(self) -> list[Tensor | None]:
         """Return the gradients of the loss at the parameters; ``sign`` does not count."""
         found = list(self._gradients(create_graph=False))
-        self.keeper.share(*found)
+        self.evaluator.share(*found)
         return found
 
     def product(
@@ -93,7 +97,7 @@ class Hessian:
         times: float,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """``product`` from the gradients at both ends of a step."""
-        vectors, step = self.keeper.vectors, self._relative_step()
+        vectors, step = self.evaluator.vectors, self._relative_step()
         # no step along a vector that is not one
         size = torch.where(length == 0.0, 0.0, self.stretch * times * step * (1.0 + self._length) / length)
         raw = size * inverse
@@ -106,7 +110,7 @@ class Hessian:
         minus = self._gradients(create_graph=False)
         products, moved = vectors.finish(basis, out, plus, minus, scale, raw)
         # all that is made of the gradients is linear in them
-        self.keeper.share(out, products, moved)
+        self.evaluator.share(out, products, moved)
         if not vectors.is_narrow:
             factor = torch.where(size == 0.0, 0.0, 0.5 / size)
             return factor, products, factor * inverse * products[-1]
@@ -120,10 +124,12 @@ class Hessian:
     def _gradients(self, create_graph: bool) -> Sequence[Tensor | None]:
         """Return the gradients of one evaluation; None for a parameter that the loss does not depend on."""
         with torch.enable_grad():
-            loss = self.keeper.evaluate()
+            loss = self.evaluator.evaluate()
             if not loss.requires_grad:
-                check.fail(self.keeper.owner, "loss_fn", "return a loss with a gradient", loss)
-            return torch.autograd.grad(loss, self.keeper.params, create_graph=create_graph, allow_unused=True)
+                check.fail(self.evaluator.owner, "loss_fn", "return a loss with a gradient", loss)
+            return torch.autograd.grad(
+                loss, self.evaluator.params, create_graph=create_graph, allow_unused=True
+            )
 
     def _differentiate(
         self,
@@ -135,7 +141,7 @@ class Hessian:
         times: float,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """``product`` by a second backward pass."""
-        vectors = self.keeper.vectors
+        vectors = self.evaluator.vectors
         self._gradient = self._gradient or list(self._gradients(create_graph=True))
         v = basis[-1] if scale is None else scale * basis[-1]
         pairs = [
@@ -146,10 +152,12 @@ class Hessian:
         out.zero_()
         if pairs:
             ends, ways = zip(*pairs, strict=True)
-            found = torch.autograd.grad(ends, self.keeper.params, ways, retain_graph=True, allow_unused=True)
+            found = torch.autograd.grad(
+                ends, self.evaluator.params, ways, retain_graph=True, allow_unused=True
+            )
             product = vectors.flat(found)
             out.copy_(product if scale is None else scale * product)
-        self.keeper.share(out)
+        self.evaluator.share(out)
         products = torch.stack([dot(b, out) for b in basis])
         # of the raw vector, hence once more than its unit vector has
         return inverse, products, inverse * inverse * products[-1]

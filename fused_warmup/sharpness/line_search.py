@@ -8,8 +8,8 @@ import torch
 
 from .. import _checks as check
 from .hvp import Hessian
-from .loss_evaluator import Keeper, Loss
-from .pending_step import Preview
+from .loss_evaluator import Loss, LossEvaluator
+from .pending_step import PendingStep
 from .result import RateSearch
 from .vectors import dot
 
@@ -20,8 +20,8 @@ class Line:
     """The loss at ``param - eta * direction``, for the direction of the step about to be made.
 
     Args:
-        keeper: An entered ``Keeper`` over the parameters of ``preview``.
-        preview: The step.
+        evaluator: An entered ``LossEvaluator`` over the parameters of ``pending``.
+        pending: The step.
 
     Attributes:
         forwards: Evaluations of the closure so far.
@@ -29,14 +29,14 @@ class Line:
         slope: Decrease of what the optimizer descends per unit of ``eta``, at ``eta = 0``.
     """
 
-    def __init__(self, keeper: Keeper, preview: Preview) -> None:
-        self._keeper, self._sign = keeper, preview.sign
-        grads = preview.grads_of(Hessian(keeper))
-        directions = preview.directions(grads)
+    def __init__(self, evaluator: LossEvaluator, pending: PendingStep) -> None:
+        self._keeper, self._sign = evaluator, pending.sign
+        grads = pending.grads_of(Hessian(evaluator))
+        directions = pending.directions(grads)
         self.slope = self._sign * float(
             torch.stack([dot(g.to(u.dtype), u) for g, u in zip(grads, directions, strict=True)]).sum()
         )
-        self._way = keeper.vectors.flat(directions)
+        self._way = evaluator.vectors.flat(directions)
         self.forwards = 0
         self.start = self.loss(0.0)
 
@@ -90,16 +90,16 @@ def critical_lr(
     Source: critical sharpness of Kalra et al. 2026, arXiv:2601.16979.
     """
     owner = "critical_lr"
-    preview = Preview(owner, optimizer, check.flag(owner, "use_grad", use_grad))
+    pending = PendingStep(owner, optimizer, check.flag(owner, "use_grad", use_grad))
     guess = previous.value if isinstance(previous, RateSearch) else previous
     warm = guess is not None and not (isinstance(guess, float) and math.isnan(guess))
     if warm:
         eta = check.number(owner, "previous", guess, ends="()")
     else:
-        eta = preview.lr or 1e-3
+        eta = pending.lr or 1e-3
         eta = eta if start is None else check.number(owner, "start", start, ends="()")
-    with Keeper(owner, loss_fn, preview.params, preview.backend, reduce) as keeper:
-        line = Line(keeper, preview)
+    with LossEvaluator(owner, loss_fn, pending.params, pending.backend, reduce) as evaluator:
+        line = Line(evaluator, pending)
         problem = _problem(line)
         if problem:
             return RateSearch(math.nan, 0.0, math.inf, line.forwards, (problem,))

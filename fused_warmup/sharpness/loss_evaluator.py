@@ -26,7 +26,7 @@ from .vectors import FusedVectors, Vectors
 Loss = Callable[[], Tensor]
 
 
-class Keeper:
+class LossEvaluator:
     """Evaluates a loss closure again and again, each time from the same state, and restores that state.
 
     Inside the ``with`` block the parameters may be moved through ``.data``, which version counters of the
@@ -76,7 +76,7 @@ class Keeper:
         self._generators: list[Callable[[], object]] = []
         self._buffers: list[tuple[torch.nn.Module, dict[str, Tensor | None], dict[str, Tensor]]] = []
 
-    def __enter__(self) -> Keeper:
+    def __enter__(self) -> LossEvaluator:
         """Remember everything that an evaluation could change."""
         self.snapshot = [p.detach().clone() for p in self.params]
         self.vectors = self._make_vectors()

@@ -11,8 +11,8 @@ from torch import Tensor
 from .. import _checks as check
 from .hvp import Hessian
 from .lanczos import Spectrum, lanczos, lengths
-from .loss_evaluator import Keeper, Loss
-from .pending_step import Preview
+from .loss_evaluator import Loss, LossEvaluator
+from .pending_step import PendingStep
 from .result import SharpnessReading, bracket
 from .vectors import dot
 
@@ -58,10 +58,10 @@ def top_eigenvalue(
     """
     owner = "top_eigenvalue"
     steps = check.whole(owner, "iterations", iterations, 1)
-    with Keeper(owner, loss_fn, list(params), reduce=reduce) as keeper:
-        hessian = Hessian(keeper, method)
+    with LossEvaluator(owner, loss_fn, list(params), reduce=reduce) as evaluator:
+        hessian = Hessian(evaluator, method)
         operator = Operator(hessian, None, None)
-        start = random_vector(keeper, check.whole(owner, "seed", seed))
+        start = random_vector(evaluator, check.whole(owner, "seed", seed))
         spectrum, error = operator.refine(lanczos(operator, start, steps))
         nan = torch.full_like(error, torch.nan)
         return make_reading(spectrum, error, nan, nan, hessian, 0)
@@ -107,15 +107,15 @@ def preconditioned(
     """
     owner = "preconditioned"
     steps = check.whole(owner, "iterations", iterations, 1)
-    preview = Preview(owner, optimizer, check.flag(owner, "use_grad", use_grad))
-    with Keeper(owner, loss_fn, preview.params, preview.backend, reduce) as keeper:
-        hessian = Hessian(keeper, method, preview.sign)
-        pair = operators_of(preview, hessian)
-        start = random_vector(keeper, check.whole(owner, "seed", seed))
+    pending = PendingStep(owner, optimizer, check.flag(owner, "use_grad", use_grad))
+    with LossEvaluator(owner, loss_fn, pending.params, pending.backend, reduce) as evaluator:
+        hessian = Hessian(evaluator, method, pending.sign)
+        pair = operators_of(pending, hessian)
+        start = random_vector(evaluator, check.whole(owner, "seed", seed))
         spectrum, error = pair.plain.refine(lanczos(pair.plain, start, steps))
-        edge = None if pair.folded is None else lanczos(pair.folded, start, steps)
+        edge = None if pair.scaled is None else lanczos(pair.scaled, start, steps)
         nan = torch.full_like(error, torch.nan)
-        return make_reading(spectrum, error, nan, pair.edge_ratio(spectrum, edge), hessian, preview.made)
+        return make_reading(spectrum, error, nan, pair.edge_ratio(spectrum, edge), hessian, pending.made)
 
 
 def threshold(optimizer: torch.optim.Optimizer, *, phase: str = "late") -> float:
@@ -141,7 +141,7 @@ def threshold(optimizer: torch.optim.Optimizer, *, phase: str = "late") -> float
     lowers it by the factor ``1 - lr * weight_decay / 2``, is left out.
     """
     late = check.one_of("threshold", "phase", phase, ("late", "early")) == "late"
-    members = Preview("threshold", optimizer, use_grad=False).members
+    members = PendingStep("threshold", optimizer, use_grad=False).members
     return min((m.edge if late else m.early_edge) / m.lr if m.lr > 0.0 else float("inf") for m in members)
 
 
@@ -156,7 +156,7 @@ class Operator:
 
     def __init__(self, hessian: Hessian, scale: Tensor | None, decay: Tensor | None) -> None:
         self._hessian, self.scale = hessian, scale
-        self.vectors = hessian.keeper.vectors
+        self.vectors = hessian.evaluator.vectors
         self._shift = decay if decay is None or scale is None else scale * scale * decay
 
     def product(
@@ -217,30 +217,30 @@ class Pair:
 
     Attributes:
         plain: ``P^-1/2 H P^-1/2``.
-        folded: The same over ``edge / lr`` of each group, whose largest eigenvalue is the edge ratio; None
+        scaled: The same over ``edge / lr`` of each group, whose largest eigenvalue is the edge ratio; None
             where that is the same for all.
         factor: ``lr / edge`` where it is the same for all, 0-dim.
     """
 
     plain: Operator
-    folded: Operator | None
+    scaled: Operator | None
     factor: Tensor
 
-    def edge_ratio(self, plain: Spectrum, folded: Spectrum | None) -> Tensor:
+    def edge_ratio(self, plain: Spectrum, scaled: Spectrum | None) -> Tensor:
         """Return the ratio of sharpness and threshold."""
-        return plain.largest * self.factor if folded is None else folded.largest
+        return plain.largest * self.factor if scaled is None else scaled.largest
 
 
-def operators_of(preview: Preview, hessian: Hessian) -> Pair:
+def operators_of(pending: PendingStep, hessian: Hessian) -> Pair:
     """Return the operators of the step about to be made."""
-    vectors = hessian.keeper.vectors
-    ahead = preview.ahead(vectors)
+    vectors = hessian.evaluator.vectors
+    ahead = pending.preconditioner(vectors)
     if ahead is not None:
         decay = vectors.flat(ahead.decays) if ahead.decays else None
-        folded = None if ahead.folded is None else Operator(hessian, ahead.folded, decay)
-        return Pair(Operator(hessian, ahead.scale, decay), folded, ahead.factor)
-    members = preview.members
-    inverse = vectors.flat(preview.inverse_preconditioners(preview.grads_of(hessian)))
+        scaled = None if ahead.scaled is None else Operator(hessian, ahead.scaled, decay)
+        return Pair(Operator(hessian, ahead.scale, decay), scaled, ahead.factor)
+    members = pending.members
+    inverse = vectors.flat(pending.inverse_preconditioners(pending.grads_of(hessian)))
     plain_sgd = all(m.rule == "SGD" for m in members)
     scale = None if plain_sgd else inverse.sqrt()
     decay = None
@@ -280,7 +280,7 @@ def make_reading(
         err_fd=err_fd,
         err_batch=err_batch,
         hvps=hessian.products,
-        cost=hessian.keeper.evaluations,
+        cost=hessian.evaluator.evaluations,
         step=step,
         flags={
             "nonfinite": ~spectrum.largest.isfinite(),
@@ -290,11 +290,11 @@ def make_reading(
     )
 
 
-def random_vector(keeper: Keeper, seed: int | torch.Generator) -> Tensor:
+def random_vector(evaluator: LossEvaluator, seed: int | torch.Generator) -> Tensor:
     """Return a normal vector of ``[n]``, drawn without a look at torch's own generators."""
     generator = seed
     if isinstance(generator, int):
-        generator = torch.Generator(keeper.device).manual_seed(generator)
-    vectors = keeper.vectors
+        generator = torch.Generator(evaluator.device).manual_seed(generator)
+    vectors = evaluator.vectors
     drawn = torch.randn(vectors.numel, dtype=vectors.dtype, device=vectors.device, generator=generator)
     return vectors.from_params_order(drawn)

@@ -20,8 +20,8 @@ from ..optim.sgd import SGD
 from ..plan.hyper import Hyper
 from ..plan.plan import Plan
 from ..plan.tensors import compute_dtype
-from ..plan.vector_tables import ResponseTable
-from ..reference.rules import RULES, Scalars, common_scalars, response
+from ..plan.vector_tables import PreconditionerTable
+from ..reference.rules import RULES, Scalars, common_scalars, inverse_preconditioner
 from .hvp import Hessian
 from .vectors import FusedVectors, Vectors, dot
 
@@ -46,7 +46,7 @@ def edge_of(rule: str, h: Hyper) -> float:
 
 
 @dataclass
-class Member:
+class ParamState:
     """One parameter in the step about to be made.
 
     Attributes:
@@ -87,16 +87,16 @@ class Member:
         """L2 penalty, which adds to the Hessian."""
         return 0.0 if self.hyper.decoupled else self.weight_decay
 
-    def scalars(self, eta: float, clip_coef: float = 1.0) -> Scalars:
-        """Return what the rule needs besides tensors, at learning rate ``eta``."""
-        s = common_scalars(self.hyper, eta, self.weight_decay, clip_coef)
-        RULES[self.rule].scalars(self.hyper, eta, self.step, s)
+    def scalars(self, effective_lr: float, clip_coef: float = 1.0) -> Scalars:
+        """Return what the rule needs besides tensors, at learning rate ``effective_lr``."""
+        s = common_scalars(self.hyper, effective_lr, self.weight_decay, clip_coef)
+        RULES[self.rule].scalars(self.hyper, effective_lr, self.step, s)
         if self.step == 1 and not self.initialized and self.hyper.init == "grad":
-            s.init_grad = self.hyper.init_scale
+            s.exp_avg_sq_from_grad = self.hyper.init_scale
         return s
 
 
-class Preview:
+class PendingStep:
     """All parameters that take part in the next step of an optimizer.
 
     Args:
@@ -148,7 +148,7 @@ class Preview:
         self._init_norm_sq = 0.0 if ours is None else ours._session.init_norm_sq
 
     @functools.cached_property
-    def members(self) -> list[Member]:
+    def members(self) -> list[ParamState]:
         """The parameters with what their update needs; reading the step counts waits for the device."""
         t, steps = _counts(self.made, [self._state.get(p, {}) for p in self.params])
         return [
@@ -156,7 +156,7 @@ class Preview:
             for (g, p), step in zip(self._chosen, steps, strict=True)
         ]
 
-    def ahead(self, vectors: Vectors) -> Ahead | None:
+    def preconditioner(self, vectors: Vectors) -> Preconditioner | None:
         """Return the pre-conditioner by the kernels of the optimizer's backend, which wait for nothing.
 
         None where they cannot: before the first step, for an optimizer of torch or gradients of a closure.
@@ -173,7 +173,9 @@ class Preview:
             return None
         plan, backend = prepared
         try:
-            return _ahead(self, plan, backend, vectors) if isinstance(backend, VectorBackend) else None
+            return (
+                _preconditioner(self, plan, backend, vectors) if isinstance(backend, VectorBackend) else None
+            )
         finally:
             plan.release()
 
@@ -214,7 +216,7 @@ class Preview:
             code.
         """
         factor = self._factor(grads)
-        return [self._response(m, g, factor) for m, g in zip(self.members, grads, strict=True)]
+        return [self._inverse_preconditioner(m, g, factor) for m, g in zip(self.members, grads, strict=True)]
 
     def directions(self, grads: Sequence[Tensor]) -> list[Tensor]:
         """Return the update per unit of the first group's learning rate: ``param - lr * direction``.
@@ -239,7 +241,7 @@ class Preview:
         return clip, (norm * clip).square()
 
     def _arguments(
-        self, m: Member, grad: Tensor, eta: float, factor: tuple[Tensor, Tensor]
+        self, m: ParamState, grad: Tensor, effective_lr: float, factor: tuple[Tensor, Tensor]
     ) -> tuple[Tensor, Tensor, list[Tensor], Scalars]:
         """Return what the rule takes, in double precision."""
         clip, norm_sq = factor
@@ -251,58 +253,60 @@ class Preview:
                 )
             states[1] = states[1] * (m.hyper.init_scale * norm_sq / self._init_norm_sq)
         grad = grad.to(torch.float64) * clip
-        return m.param.detach().to(torch.float64), grad, states, m.scalars(eta)
+        return m.param.detach().to(torch.float64), grad, states, m.scalars(effective_lr)
 
     @torch.no_grad()
-    def _moved(self, m: Member, grad: Tensor, ratio: float, factor: tuple[Tensor, Tensor]) -> Tensor:
+    def _moved(self, m: ParamState, grad: Tensor, ratio: float, factor: tuple[Tensor, Tensor]) -> Tensor:
         param, grad, states, s = self._arguments(m, grad, ratio, factor)
         moved, _ = RULES[m.rule].update(param, grad, states, s)
         return (param - moved).to(compute_dtype(m.param.dtype))
 
     @torch.no_grad()
-    def _response(self, m: Member, grad: Tensor, factor: tuple[Tensor, Tensor]) -> Tensor:
+    def _inverse_preconditioner(self, m: ParamState, grad: Tensor, factor: tuple[Tensor, Tensor]) -> Tensor:
         """Return the update that a first moment of ones would give, which is ``1 / P``."""
         param, grad, states, s = self._arguments(m, grad, 1.0, factor)
-        return response(RULES[m.rule], param, grad, states, s).to(compute_dtype(m.param.dtype))
+        return inverse_preconditioner(RULES[m.rule], param, grad, states, s).to(compute_dtype(m.param.dtype))
 
 
 @dataclass
-class Ahead:
+class Preconditioner:
     """The pre-conditioner of the step about to be made, as the optimizer's kernels find it; on the device.
 
     Attributes:
         scale: ``P**-1/2``, ``[n]``, or None for the identity.
-        folded: The same with the square root of ``lr / edge``, or None where that is the same for all.
+        scaled: The same with the square root of ``lr / edge``, or None where that is the same for all.
         factor: ``lr / edge`` of the first parameter, 0-dim float64.
         decays: L2 penalty of each parameter, 0-dim float64 each; empty without any.
     """
 
     scale: Tensor | None
-    folded: Tensor | None
+    scaled: Tensor | None
     factor: Tensor
     decays: list[Tensor]
 
 
-def _ahead(preview: Preview, plan: Plan, backend: VectorBackend, vectors: FusedVectors) -> Ahead | None:
+def _preconditioner(
+    pending: PendingStep, plan: Plan, backend: VectorBackend, vectors: FusedVectors
+) -> Preconditioner | None:
     """Run the kernels over a table that is ready for the step."""
-    assert preview.grads is not None
-    hypers = [hyper for _, hyper in preview._own]
-    rule = preview._own[0][0].rule
-    edges = [edge_of(rule, h) for h in hypers]
-    shared = len({(h.lr / edge, h.schedule) for h, edge in zip(hypers, edges, strict=True)}) == 1
-    scale, folded = (vectors.basis(1)[0] if wanted else None for wanted in (rule != "SGD", not shared))
+    assert pending.grads is not None
+    hypers = [hyper for _, hyper in pending._own]
+    rule = pending._own[0][0].rule
+    thresholds = [edge_of(rule, h) for h in hypers]
+    shared = len({(h.lr / edge, h.schedule) for h, edge in zip(hypers, thresholds, strict=True)}) == 1
+    scale, scaled = (vectors.basis(1)[0] if wanted else None for wanted in (rule != "SGD", not shared))
     l2_sq = vectors.number(0.0)
     if plan.settings.measure:
-        norms = torch.stack([torch.linalg.vector_norm(g, dtype=vectors.dtype) for g in preview.grads])
+        norms = torch.stack([torch.linalg.vector_norm(g, dtype=vectors.dtype) for g in pending.grads])
         l2_sq = norms.to(torch.float64).square().sum()
-    table = ResponseTable(plan, preview.params, vectors.offsets, edges, l2_sq, scale, folded)
-    if not backend.response(plan, table):
+    table = PreconditionerTable(plan, pending.params, vectors.offsets, thresholds, l2_sq, scale, scaled)
+    if not backend.preconditioner(plan, table):
         return None
     groups = {id(row.param): row.group for row in plan.rows}
-    rates = [table.rates[groups[id(p)]] for p in preview.params]
+    rates = [table.rates[groups[id(p)]] for p in pending.params]
     decays = [rate[1] for rate in rates] if any(h.weight_decay and not h.decoupled for h in hypers) else []
     decays = [d * 0.0 if h.decoupled else d for d, h in zip(decays, hypers, strict=False)]
-    return Ahead(scale, folded, rates[0][0] / edges[0], decays)
+    return Preconditioner(scale, scaled, rates[0][0] / thresholds[0], decays)
 
 
 def _counts(made: Tensor | int, states: Sequence[Mapping[str, Any]]) -> tuple[int, list[int]]:
@@ -386,12 +390,12 @@ def _member(
     state: Mapping[str, Any],
     step: int,
     t: int,
-) -> Member:
+) -> ParamState:
     """Return a parameter with what the next step does to it."""
     names = cls._state_names(group)
     states = [state.get(name) for name in names]
     zeros = torch.zeros_like(param, dtype=compute_dtype(param.dtype), requires_grad=False)
-    return Member(
+    return ParamState(
         param=param,
         rule=cls.rule,
         hyper=hyper,

@@ -14,9 +14,9 @@ from .. import _checks as check
 from ..optim.base import FusedOptimizer
 from .hvp import Hessian
 from .lanczos import Spectrum, lanczos
-from .loss_evaluator import Keeper, Loss
+from .loss_evaluator import Loss, LossEvaluator
 from .operators import Operator, make_reading, operators_of, random_vector
-from .pending_step import Preview
+from .pending_step import PendingStep
 from .result import SharpnessReading
 
 _COLD_STEPS, _AUDIT_STEPS, _AUDIT_EVERY = 10, 8, 20
@@ -87,8 +87,8 @@ class SharpnessProbe:
         if self._reduce and self.budget is not None:
             check.fail(name, "budget", "be None where reduce is True", budget)
         # raises for an optimizer that nothing is known about, now rather than at the first measurement
-        preview = Preview(name, optimizer, use_grad=False)
-        self.optimizer, self._device = preview.optimizer, preview.params[0].device
+        pending = PendingStep(name, optimizer, use_grad=False)
+        self.optimizer, self._device = pending.optimizer, pending.params[0].device
         self._generator = torch.Generator(self._device).manual_seed(check.whole(name, "seed", seed))
         self._clock = _Clock(self._device)
         self._calls = self._measured = 0
@@ -151,37 +151,37 @@ class SharpnessProbe:
 
     def _measure(self, loss_fn: Loss) -> SharpnessReading:
         name = type(self).__name__
-        preview = Preview(name, self.optimizer, self._use_grad)
+        pending = PendingStep(name, self.optimizer, self._use_grad)
         audit = self._measured > 0 and self._measured % _AUDIT_EVERY == 0
-        with Keeper(name, loss_fn, preview.params, preview.backend, self._reduce) as keeper:
-            hessian = Hessian(keeper, self._method, preview.sign, self._stretch)
-            pair = operators_of(preview, hessian)
-            cold = not self._is_warm(keeper)
-            plain, locked = self._search(0, pair.plain, keeper, audit)
-            folded = None if pair.folded is None else self._search(1, pair.folded, keeper, audit)[0]
+        with LossEvaluator(name, loss_fn, pending.params, pending.backend, self._reduce) as evaluator:
+            hessian = Hessian(evaluator, self._method, pending.sign, self._stretch)
+            pair = operators_of(pending, hessian)
+            cold = not self._is_warm(evaluator)
+            plain, locked = self._search(0, pair.plain, evaluator, audit)
+            scaled = None if pair.scaled is None else self._search(1, pair.scaled, evaluator, audit)[0]
             if cold or audit or self._relative_error is None:
                 self._calibrate(pair.plain, plain, shorten=not hessian.in_16_bits)
             assert self._relative_error is not None
             err_fd = self._relative_error * plain.largest.abs()
             err_batch = self._batch_error(plain, cold)
-            edge = pair.edge_ratio(plain, folded)
-        step = self._calls - 1 if isinstance(preview.made, int) else preview.made
+            edge = pair.edge_ratio(plain, scaled)
+        step = self._calls - 1 if isinstance(pending.made, int) else pending.made
         flags = {"cold": cold, "audit": audit, "locked": locked}
         return make_reading(plain, err_fd, err_batch, edge, hessian, step, **flags)
 
-    def _is_warm(self, keeper: Keeper) -> bool:
+    def _is_warm(self, evaluator: LossEvaluator) -> bool:
         """Whether the last vector fits the parameters that take part now."""
         vector = self._vectors[0]
-        vectors = keeper.vectors
+        vectors = evaluator.vectors
         fits = vector is not None and (len(vector), vector.dtype) == (vectors.numel, vectors.dtype)
         self._vectors = self._vectors if fits else [None, None]
         return fits
 
     def _search(
-        self, which: int, operator: Operator, keeper: Keeper, audit: bool
+        self, which: int, operator: Operator, evaluator: LossEvaluator, audit: bool
     ) -> tuple[Spectrum, Tensor | bool]:
         """Return the spectrum, and whether the warm start had lost the largest eigenvalue."""
-        noise = random_vector(keeper, self._generator)
+        noise = random_vector(evaluator, self._generator)
         old = self._vectors[which]
         locked: Tensor | bool = False
         if old is None:
@@ -191,7 +191,7 @@ class SharpnessProbe:
             early = _EARLY_STEPS if self._measured < _EARLY else 0
             spectrum = lanczos(operator, start, max(self._steps, early))
         if audit and old is not None:
-            cold = lanczos(operator, random_vector(keeper, self._generator), _AUDIT_STEPS)
+            cold = lanczos(operator, random_vector(evaluator, self._generator), _AUDIT_STEPS)
             locked = cold.largest > spectrum.largest + spectrum.residual
             spectrum = _larger(cold, spectrum)
         fine = spectrum.largest.isfinite()

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ..backends.base import VectorBackend
-from ..plan.vector_tables import Spans
+from ..plan.vector_tables import VectorTable
 
 
 def dot(a: Tensor, b: Tensor) -> Tensor:
@@ -167,7 +167,7 @@ class FusedVectors(Vectors):
             total += params[i].numel()
         self._in_order = order == sorted(order) and all(p.is_contiguous() for p in params)
         self._backend = backend
-        self._spans = Spans(params, snapshot, self.offsets, dtype)
+        self._spans = VectorTable(params, snapshot, self.offsets, dtype)
 
     def basis(self, count: int) -> Tensor:
         """Return room for ``count`` vectors, each of which begins at a multiple of 32 bytes."""

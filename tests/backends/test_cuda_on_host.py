@@ -33,7 +33,7 @@ from backends.test_bitwise import (  # noqa: F401
 )
 from cases import CASES, SCHEDULES, assert_close, assert_same_bits, make_params, set_grads, states_of
 from optim.test_gaps import (  # noqa: F401
-    test_a_scale_and_a_verdict_are_read_anew_one_by_one,
+    test_a_scale_and_a_decision_are_read_anew_one_by_one,
     test_an_infinite_gradient_on_a_sphere_spoils_its_element_only,
     test_averages_of_parameters_that_jump,
     test_gradients_that_change_dtype_and_back,
@@ -90,7 +90,7 @@ from optim.test_sphere import (  # noqa: F401
     test_the_angle_of_a_step_is_that_of_the_effective_rate,
     test_what_has_no_gradient_turns_with_the_rest,
 )
-from vector_cases import check_operations, check_response, combination, draw, make_pair
+from vector_cases import check_operations, check_preconditioner, combination, draw, make_pair
 
 import fused_warmup as fw
 from fused_warmup import _cpu
@@ -135,7 +135,7 @@ def spied(module):
         module.step(rule, address, grads, n_grads, *rest)
 
     return SimpleNamespace(
-        step=step, rules=module.rules, prepare=module.prepare, CARRY_LIMIT=module.CARRY_LIMIT
+        step=step, rules=module.rules, prepare=module.prepare, MAX_INLINE_POINTERS=module.MAX_INLINE_POINTERS
     ), carried
 
 
@@ -247,7 +247,7 @@ def test_spheres_take_one_more_launch(module, cls):
 @pytest.mark.parametrize("limit", ["small", "large"])
 def test_addresses_travel_with_the_launch_where_they_fit(module, limit, extra, clip):
     """And through the column where they do not, or have not changed; the first launch writes the column."""
-    count = {"small": 480, "large": module.CARRY_LIMIT}[limit] + extra
+    count = {"small": 480, "large": module.MAX_INLINE_POINTERS}[limit] + extra
     seen, carried = spied(module)
     case = next(case for case in CASES if case.name == "adamw")
     runs = pair(case, torch.float32, (CudaBackend(seen), CpuBackend()), [(2,)] * count, max_grad_norm=clip)
@@ -260,7 +260,7 @@ def test_addresses_travel_with_the_launch_where_they_fit(module, limit, extra, c
                 params[0].grad = None
             opt.step()
     assert_same_state(runs)
-    fits = count <= module.CARRY_LIMIT
+    fits = count <= module.MAX_INLINE_POINTERS
     assert carried == ([count, 0, count, 0] if fits else [0] * 4)
     assert [int(runs[0][1].state[p]["step"]) for p in (runs[0][0][0], runs[0][0][-1])] == [2, 4]
 
@@ -421,7 +421,7 @@ def test_preconditioner_is_that_of_the_reference(module, case, dtype):
     clip = None if "weight_decay" in case.options else 5.0
     params = make_params(dtype, [(3,), (0,), (), (33, 101)])
     options = {"max_grad_norm": clip, "schedule": SCHEDULES["warmup_linear"]}
-    check_response(case, make, params, **options)
+    check_preconditioner(case, make, params, **options)
     mixed = [p for d in vector_cases.DTYPES for p in make_params(d, [(33,)])]
     groups = [{"params": mixed[:1]}, {"params": mixed[1:], "lr": 3e-3}]
-    check_response(case, lambda case, _, **more: make(case, groups, **more), mixed, steps=(1,))
+    check_preconditioner(case, lambda case, _, **more: make(case, groups, **more), mixed, steps=(1,))

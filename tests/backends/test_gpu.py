@@ -399,7 +399,7 @@ def test_preconditioner_is_that_of_the_reference(backend, case, dtype):
 
     clip = None if "weight_decay" in case.options else 5.0
     schedule = fw.schedules.warmup(5)
-    vector_cases.check_response(
+    vector_cases.check_preconditioner(
         case, make, params_on("cuda", dtype=dtype), max_grad_norm=clip, schedule=schedule
     )
 

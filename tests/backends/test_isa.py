@@ -14,7 +14,7 @@ def code():
     """Disassembly by symbol and instruction set, told apart by the registers it uses."""
     command = ["objdump", "-d", "-C", "--no-show-raw-insn", _cpu.__file__]
     text = subprocess.run(command, check=True, capture_output=True, text=True).stdout
-    leaves = ("update_block<", "propose_block<", "candidate_block<", "sum_part<")
+    leaves = ("update_block<", "stage1_block<", "direction_block<", "sum_part<")
     return [
         block for block in re.split(r"\n\n", text) if any(leaf in block.split("\n", 1)[0] for leaf in leaves)
     ]
@@ -49,7 +49,7 @@ def test_updates_are_vectors(code, rule, states, register, dtype):
     "avx2" not in _cpu.instruction_sets(), reason="the binary has x86-64 kernels only on x86-64"
 )
 @pytest.mark.parametrize(("rule", "states"), [("LAMB", 2), ("AdamP", 2), ("SGDP", 1)])
-@pytest.mark.parametrize("leaf", ["propose_block", "candidate_block"])
+@pytest.mark.parametrize("leaf", ["stage1_block", "direction_block"])
 @pytest.mark.parametrize(
     ("register", "dtype"), [("ymm", "float"), ("ymm", "double"), ("zmm", "float"), ("zmm", "double")]
 )

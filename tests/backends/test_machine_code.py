@@ -24,7 +24,7 @@ ARCHS = os.environ.get(
 LIMITS = {"measure": 65536 // 1280, "decide": 65536 // 512, "update": 65536 // 640, "update of doubles": 128}
 LIMITS |= dict.fromkeys(("rescale", "rescale of doubles"), 65536 // 640)
 VECTOR_PARTS = ("Perturb", "Finish", "Combine")
-LIMITS |= dict.fromkeys((*VECTOR_PARTS, "response"), 65536 // 512) | {"Finish": 65536 // 384}
+LIMITS |= dict.fromkeys((*VECTOR_PARTS, "preconditioner"), 65536 // 512) | {"Finish": 65536 // 384}
 LIMITS |= dict.fromkeys(("propose", "propose of doubles", "settle"), 65536 // 512)
 
 
@@ -61,7 +61,9 @@ def kernel_of(symbol):
     """The stage and the rule that a mangled name stands for; the operation on vectors."""
     if match := re.search(rf"vector_kernel.*({'|'.join(VECTOR_PARTS)})", symbol):
         return match.group(1), None
-    stage = re.search(r"(measure|decide|propose|settle|update|rescale|response)_kernel", symbol).group(1)
+    stage = re.search(r"(measure|decide|propose|settle|update|rescale|preconditioner)_kernel", symbol).group(
+        1
+    )
     rule = re.search(rf"\d({'|'.join(RULES)})(?=E)", symbol)
     doubles = stage in ("propose", "update", "rescale") and "Lb1E" in symbol
     return f"{stage} of doubles" if doubles else stage, rule and rule.group(1)
@@ -105,7 +107,7 @@ def test_every_device_has_every_kernel(resources):
         rescales = dict.fromkeys([("rescale", None), ("rescale of doubles", None)], len(RULES))
         # vectors of float32 and of float64
         vectors = {(part, None): 2 for part in VECTOR_PARTS}
-        vectors |= {("response", rule): 2 for rule in _cpu.preconditioned()}
+        vectors |= {("preconditioner", rule): 2 for rule in _cpu.preconditioned()}
         assert dict(counts) == {**wanted, ("measure", None): 2 * len(RULES), **rescales, **vectors}, arch
 
 
@@ -146,7 +148,7 @@ def test_vectors_of_16_bytes(code):
         elif stage.startswith("rescale"):
             # parameter and average, which is two vectors beside eight elements of 16 bits
             assert min(loads, stores) >= (1 + 1) + 2 * (1 + 2), (symbol, loads, stores)
-        elif stage == "response":
+        elif stage == "preconditioner":
             assert loads >= 3 * min(states[rule]), (symbol, loads)
             assert stores >= 2, (symbol, stores)
         elif stage in VECTOR_PARTS:

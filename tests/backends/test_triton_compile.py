@@ -106,18 +106,18 @@ def measure(dtype):
 
 def propose(rule, dtype, n_states, full):
     """The first part of an update in two; the norms read the gradient once more."""
-    constants = launch.propose_constants(rule, ((dtype, dtype, n_states),), accumulate=full)
+    constants = launch.stage1_constants(rule, ((dtype, dtype, n_states),), accumulate=full)
     state = n_states * SIZES[F64 if dtype == F64 else F32]
-    return layerwise.propose_kernel, constants, (2 + full) * SIZES[dtype] + state, state
+    return layerwise.stage1_kernel, constants, (2 + full) * SIZES[dtype] + state, state
 
 
 def apply(rule, dtype, n_states, full):
     """The second part; the rule may read the gradient again, which LAMB never does."""
-    constants = launch.apply_constants(rule, ((dtype, dtype, n_states),), average=full)
+    constants = launch.stage2_constants(rule, ((dtype, dtype, n_states),), average=full)
     state = SIZES[F64 if dtype == F64 else F32]
     again = 0 if rule == "LAMB" else SIZES[dtype]
     own = SIZES[dtype] + full * state
-    return layerwise.apply_kernel, constants, own + again + n_states * state, own
+    return layerwise.stage2_kernel, constants, own + again + n_states * state, own
 
 
 JOBS = {
@@ -180,8 +180,8 @@ def test_whole_blocks_move_16_bytes_at_a_time_and_nothing_spills(job, target):
 @pytest.mark.parametrize("rule", ["LAMB", "AdamP"])
 @pytest.mark.parametrize("target", TARGETS)
 def test_settle_spills_nothing(target, rule):
-    constants = launch.settle_constants(rule, accumulate=True)
-    _, numbers = compile_kernel(layerwise.settle_kernel, constants, target)
+    constants = launch.reduce_layers_constants(rule, accumulate=True)
+    _, numbers = compile_kernel(layerwise.reduce_layers_kernel, constants, target)
     assert (numbers["stack"], numbers["spills"]) == (0, 0)
 
 
@@ -214,8 +214,8 @@ def test_several_kinds_in_one_kernel():
     _, numbers = compile_kernel(measure_kernel, launch.measure_constants(kinds), 90)
     assert (numbers["stack"], numbers["spills"]) == (0, 0)
     for kernel, constants in (
-        (layerwise.propose_kernel, launch.propose_constants("AdamP", kinds, accumulate=True)),
-        (layerwise.apply_kernel, launch.apply_constants("AdamP", kinds, average=True)),
+        (layerwise.stage1_kernel, launch.stage1_constants("AdamP", kinds, accumulate=True)),
+        (layerwise.stage2_kernel, launch.stage2_constants("AdamP", kinds, average=True)),
     ):
         _, numbers = compile_kernel(kernel, constants, 90)
         assert (numbers["stack"], numbers["spills"]) == (0, 0)
@@ -253,7 +253,7 @@ class NoDevice:
 
 ALL_STAGES = (
     *(measure_kernel, decide_kernel, update_kernel, rescale_kernel),
-    *(layerwise.propose_kernel, layerwise.settle_kernel, layerwise.apply_kernel),
+    *(layerwise.stage1_kernel, layerwise.reduce_layers_kernel, layerwise.stage2_kernel),
 )
 
 
@@ -319,13 +319,13 @@ def test_layers_take_two_more_launches_and_compile_once(driver):
         opt.param_groups[0]["delta"] = 0.1 * step
         opt.step()
     names = [name for name, _, _ in driver.launches]
-    assert names == ["decide_kernel", "propose_kernel", "settle_kernel", "apply_kernel"] * 3
+    assert names == ["decide_kernel", "stage1_kernel", "reduce_layers_kernel", "stage2_kernel"] * 3
     assert driver.loaded == 4
 
 
 @pytest.mark.parametrize(
     ("cls", "update"),
-    [(fw.Adam, ["update_kernel"]), (fw.AdamP, ["propose_kernel", "settle_kernel", "apply_kernel"])],
+    [(fw.Adam, ["update_kernel"]), (fw.AdamP, ["stage1_kernel", "reduce_layers_kernel", "stage2_kernel"])],
 )
 def test_spheres_take_one_more_launch_and_compile_once(driver, cls, update):
     """Whatever number of groups, norms and tensors."""
@@ -373,8 +373,8 @@ def test_vector_operations_move_16_bytes_at_a_time_and_spill_nothing(dtype, oper
 
 @pytest.mark.parametrize(("rule", "n_states"), [("Adam", 2), ("Adam", 3), ("RAdam", 2), ("SGD", 1)])
 def test_the_preconditioner_moves_16_bytes_at_a_time_and_spills_nothing(rule, n_states):
-    constants = launch.response_constants(rule, ((F32, F32, n_states),), False)
-    ptx, numbers = compile_kernel(preconditioner.response_kernel, constants, 90)
+    constants = launch.preconditioner_constants(rule, ((F32, F32, n_states),), False)
+    ptx, numbers = compile_kernel(preconditioner.preconditioner_kernel, constants, 90)
     assert numbers["spills"] == 0, numbers
     assert wide_bytes(ptx, "ld") >= 16 * (2 + n_states if rule != "SGD" else 0)
     assert wide_bytes(ptx, "st") >= 2 * 16

@@ -29,8 +29,8 @@ def test_update_mathematics_stands_in_rules_only():
     words = r"bias_correction\(|sma_length|rectification\("
     assert relative(PYTHON, words, PACKAGE) == ["backends/triton/rules.py", "reference/rules.py"]
     assert relative(CPP, words, CSRC) == ["rules.h"]
-    # hd.h has the cosine that each machine does best
-    assert relative(CPP, r"\b(cos|cospi|pow)\(", CSRC) == ["hd.h", "schedules.h"]
+    # platform.h has the cosine that each machine does best
+    assert relative(CPP, r"\b(cos|cospi|pow)\(", CSRC) == ["platform.h", "schedules.h"]
     assert relative(PYTHON, r"math\.(cos|pow)\(", PACKAGE) == ["reference/schedules.py"]
     assert relative(PYTHON, r"tl\.cos\(|power\(", PACKAGE) == ["backends/triton/schedules.py"]
     # the norms are the only roots outside the rules and schedules; vectors.py has products of its own
@@ -47,7 +47,7 @@ def test_rules_and_schedules_have_the_same_names_in_the_same_order():
     extra = {"Hyper", "LayerRule", "Rule", "Scalars", "init_exp_avg_sq", "root", "divide", "expm1", "power"}
     for stem, module in (("rules", rules), ("schedules", schedules)):
         cpp = functions(
-            (CSRC / f"{stem}.h").read_text(), r"^(?:FW_HD \w+ (\w+)\(|struct (\w+) (?:: \w+ )?\{)"
+            (CSRC / f"{stem}.h").read_text(), r"^(?:FW_HOST_DEVICE \w+ (\w+)\(|struct (\w+) (?:: \w+ )?\{)"
         )
         names = [a or b for a, b in cpp if b != "ScalarsOf"]
         for path in (Path(module.__file__), TRITON / f"{stem}.py"):
@@ -143,7 +143,7 @@ def test_step_never_waits():
 
 
 def test_measuring_never_waits():
-    """Step counts are read once, in ``preview.py``; searches for a rate go step by step on the host."""
+    """Step counts are read once, in ``pending.py``; searches for a rate go step by step on the host."""
     paths = [
         PACKAGE / "sharpness" / f"{name}.py" for name in ("hvp", "lanczos", "vectors", "probe", "operators")
     ]

@@ -64,7 +64,7 @@ def snapshot(opt: fw.FusedOptimizer) -> dict[str, Any]:
         "counters": freeze(opt._session.counters),
         "rows": len(opt.telemetry),
         "telemetry": freeze(opt.telemetry.rows()),
-        "slots": freeze(opt.telemetry.slots),
+        "pending_scalars": freeze(opt.telemetry.pending_scalars),
         "options": repr((opt.max_grad_norm, opt.nonfinite, opt.average)),
     }
 

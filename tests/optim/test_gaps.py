@@ -16,7 +16,7 @@ import torch
 from cases import BACKENDS, CASES, assert_same_bits, make_params, set_grads, states_of
 from optim.test_failure_modes import mesh  # noqa: F401
 from torch.nn import Parameter
-from vector_cases import check_response
+from vector_cases import check_preconditioner
 
 import fused_warmup as fw
 from fused_warmup.backends.native import CpuBackend
@@ -96,7 +96,7 @@ def test_norms_of_scaled_gradients(name, clip, backend):
     assert line["grad_norm_l1"] == pytest.approx(float(flat.abs().sum()), rel=1e-6)
 
 
-def test_a_scale_and_a_verdict_are_read_anew_one_by_one(backend):
+def test_a_scale_and_a_decision_are_read_anew_one_by_one(backend):
     """Another tensor of the one beside the same tensor of the other."""
     param = Parameter(torch.zeros(3))
     opt = fw.SGD([param], lr=1.0, backend=backend)
@@ -175,7 +175,7 @@ def check_first_look(init, backend, kernels):
         opt.init_state()
         return opt, kernels()
 
-    check_response(None, started, make_params(torch.float32, [(33,), ()]), steps=(0, 1))
+    check_preconditioner(None, started, make_params(torch.float32, [(33,), ()]), steps=(0, 1))
 
 
 # spheres
@@ -324,7 +324,9 @@ def test_what_is_kept_on_a_device_follows_the_parameters():
     for device in (cpu, meta):
         telemetry.allocate(device)
         losses.add(1.0, device)
-        assert telemetry.slots.device == telemetry.page.device == losses.values.device == device
+        assert (
+            telemetry.pending_scalars.device == telemetry.ring_buffer.device == losses.values.device == device
+        )
 
 
 # hyper-parameters written in place
@@ -361,8 +363,8 @@ def test_betas_written_in_place_inside_their_pair(pair, which, backend):
 # what tells a table that it is out of date, with and without the extension
 
 WATCHERS = {
-    "python": (address_cache.same_members, address_cache.same_entries),
-    "compiled": planning.watch()[1:],
+    "python": (address_cache.groups_unchanged, address_cache.states_unchanged),
+    "compiled": planning.select_reader()[1:],
 }
 
 
@@ -404,7 +406,7 @@ def test_a_shard_that_was_replaced_is_trained(backend, mesh):  # noqa: F811
 def test_gradients_are_kept_until_they_are_released(how):
     """Another thread may replace them while the kernels read."""
     param = Parameter(torch.zeros(3))
-    forms = planning.PythonForms([param]) if how == "python" else planning.watch()[0]([param])
+    forms = planning.PythonSignatures([param]) if how == "python" else planning.select_reader()[0]([param])
     out, held = np.zeros(1, np.uint64), torch.ones(3)
     param.grad, ref = held, weakref.ref(held)
     assert forms.read([param], out.ctypes.data, True) == []

@@ -93,9 +93,11 @@ def test_golden_trust_ratios(name):
         g = tensor(INPUTS["grad"]["none"]) * scale
         s = rules.common_scalars(h, INPUTS["lr"], 0.2, 1.0)
         rules.LAMB.scalars(h, INPUTS["lr"], step, s)
-        states = rules.LAMB.advance(p, g, states, s)
-        update = rules.LAMB.candidate(p, g, states, s)
-        rules.LAMB.settle(h, [float(x.sum()) for x in rules.LAMB.products(p, g, update, s)], False, s)
+        states = rules.LAMB.update_moments(p, g, states, s)
+        update = rules.LAMB.direction(p, g, states, s)
+        rules.LAMB.layer_scalars(
+            h, [float(x.sum()) for x in rules.LAMB.reductions(p, g, update, s)], False, s
+        )
         assert s.step_size / INPUTS["lr"] == pytest.approx(GOLDEN[f"lamb_{name}_trust"][step - 1], rel=1e-12)
         p = rules.LAMB.apply(p, update, torch.zeros(()), s)
 

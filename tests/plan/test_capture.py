@@ -78,8 +78,8 @@ def test_mirrored_table_trains_the_same(capture):
             opt.step()
         results.append((params, opt))
     (params, opt), (others, plain) = results
-    assert opt._session.plan.columns.mirrored
-    assert not plain._session.plan.columns.mirrored
+    assert opt._session.plan.buffers.mirrored
+    assert not plain._session.plan.buffers.mirrored
     for p, q in zip(params, others, strict=True):
         assert_same_bits("param", p, q)
         for name in ("exp_avg", "exp_avg_sq", "average"):
@@ -200,12 +200,12 @@ def test_a_captured_table_outlives_eager_steps(capture):
     with capture:
         opt.step()
     captured = opt._session.plan
-    kept = {name: tensor.clone() for name, tensor in captured.columns.tensors.items()}
+    kept = {name: tensor.clone() for name, tensor in captured.buffers.tensors.items()}
     set_grads(params, 5)
     opt.step()
     assert opt._session.plan is not captured
     for name in ("rows", "grads", "chunks", "hypers"):
-        assert torch.equal(captured.columns.tensors[name], kept[name])
+        assert torch.equal(captured.buffers.tensors[name], kept[name])
     # both tables speak of the same states, counts and telemetry
     assert opt._session.plan.record == captured.record
     assert [r.states for r in opt._session.plan.rows] == [r.states for r in captured.rows]
@@ -215,11 +215,11 @@ def test_hyper_parameters_reach_a_captured_table(capture):
     _, opt = made(2)
     with capture:
         opt.step()
-    column = opt._session.plan.columns.tensors["hypers"]
+    column = opt._session.plan.buffers.tensors["hypers"]
     address, before = column.data_ptr(), column.clone()
     opt.param_groups[0]["lr"] = 0.25
     opt.update_captured()
-    assert opt._session.plan.columns.tensors["hypers"].data_ptr() == address
+    assert opt._session.plan.buffers.tensors["hypers"].data_ptr() == address
     assert column.view(torch.float64)[0] == 0.25
     assert before.view(torch.float64)[0] == 0.1
 
@@ -242,11 +242,11 @@ def test_a_longer_schedule_leaves_the_old_one_in_memory(capture):
     _, opt = made(2, schedule=fw.schedules.constant(0.5))
     with capture:
         opt.step()
-    column = opt._session.plan.columns.tensors["segments"]
+    column = opt._session.plan.buffers.tensors["segments"]
     opt.param_groups[0]["schedule"] = fw.schedules.warmup(3).then(fw.schedules.constant(1.0))
     opt.update_captured()
-    assert opt._session.plan.columns.tensors["segments"] is not column
-    assert any(held is column for held in opt._session.plan.columns._replaced)
+    assert opt._session.plan.buffers.tensors["segments"] is not column
+    assert any(held is column for held in opt._session.plan.buffers._replaced)
 
 
 def test_loading_fills_the_captured_buffers(capture):
@@ -264,10 +264,10 @@ def test_loading_fills_the_captured_buffers(capture):
     ]
     assert {name: t.data_ptr() for name, t in captured.record.items()} == addresses
     assert opt._session.counters is captured.record["counters"]
-    assert opt.telemetry.page is captured.record["page"]
+    assert opt.telemetry.ring_buffer is captured.record["ring_buffer"]
     for p, q in zip(params, other_params, strict=True):
         assert_same_bits("exp_avg", opt.state[p]["exp_avg"], other.state[q]["exp_avg"])
-    assert captured.columns.tensors["hypers"].view(torch.float64)[0] == 0.3
+    assert captured.buffers.tensors["hypers"].view(torch.float64)[0] == 0.3
 
 
 def replay(opt):

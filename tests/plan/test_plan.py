@@ -42,7 +42,7 @@ def read_both(tensors, grads):
     """What the compiled and the Python reader say of the same tensors, with the form of a contiguous one."""
     likes = [torch.zeros(4, 6) for _ in tensors]
     found = []
-    for reader in (_cpu.Forms(torch.Tensor, likes), planning.PythonForms(likes)):
+    for reader in (_cpu.TensorSignatures(torch.Tensor, likes), planning.PythonSignatures(likes)):
         out = np.full(len(tensors), 7, np.uint64)
         found.append((reader.read(tensors, out.ctypes.data, grads), out.tolist()))
         reader.release()
@@ -81,7 +81,7 @@ def test_dimensions_of_one_element_have_any_stride():
     """Gradients of 1x1 convolutions often come so; they must not be copied at every step."""
     like = torch.zeros(8, 3, 1, 1)
     other = torch.zeros(8, 3, 1, 1).as_strided((8, 3, 1, 1), (3, 1, 7, 9))
-    for reader in (_cpu.Forms(torch.Tensor, [like]), planning.PythonForms([like])):
+    for reader in (_cpu.TensorSignatures(torch.Tensor, [like]), planning.PythonSignatures([like])):
         out = np.zeros(1, np.uint64)
         assert reader.read([other], out.ctypes.data) == []
         assert out[0] == other.data_ptr()
@@ -91,7 +91,9 @@ def test_without_the_exchange_api_the_numbers_are_the_same(monkeypatch):
     a, b = make_params(torch.float32), make_params(torch.float32)
     fast = fw.Adam(a, max_grad_norm=1.0)
     monkeypatch.setattr(
-        planning, "watch", lambda: (planning.PythonForms, planning.same_members, planning.same_entries)
+        planning,
+        "select_reader",
+        lambda: (planning.PythonSignatures, planning.groups_unchanged, planning.states_unchanged),
     )
     slow = fw.Adam(b, max_grad_norm=1.0)
     for step in range(4):
@@ -101,7 +103,7 @@ def test_without_the_exchange_api_the_numbers_are_the_same(monkeypatch):
                 params[4].grad = params[4].grad.clone().transpose(0, 2).contiguous().transpose(0, 2)
                 params[5].grad = None
             opt.step()
-    assert isinstance(slow._session.plan._grad_forms, planning.PythonForms)
+    assert isinstance(slow._session.plan._grad_signatures, planning.PythonSignatures)
     for p, q in zip(a, b, strict=True):
         assert_same_bits("param", p, q)
 
@@ -245,7 +247,7 @@ def test_gradients_replaced_by_another_thread_during_the_step():
     alive = []
 
     class Backend:
-        name, carries = "cpu", 0
+        name, max_inline_pointers = "cpu", 0
 
         def step(self, plan, inner=opt._session.backend):
             begun.set()

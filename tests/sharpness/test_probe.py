@@ -94,10 +94,10 @@ def test_tracks_the_dense_hessian(make):
         if probe.measure():
             h = dense_hessian(loss, model.parameters())
             if isinstance(opt, fw.Adam):
-                from fused_warmup.sharpness.pending_step import Preview
+                from fused_warmup.sharpness.pending_step import PendingStep
 
-                preview = Preview("test", opt)
-                c = torch.cat([x.flatten() for x in preview.inverse_preconditioners(preview.grads)]).sqrt()
+                pending = PendingStep("test", opt)
+                c = torch.cat([x.flatten() for x in pending.inverse_preconditioners(pending.grads)]).sqrt()
                 h = c[:, None] * h * c
             top = torch.linalg.eigvalsh(h)[-1].item()
             reading = probe.poll()
@@ -200,7 +200,7 @@ def test_step_counts_stay_on_the_device(make, monkeypatch):
             loss().backward()
             with monkeypatch.context() as patch:
                 if step and backend == "cpu":
-                    patch.delattr("fused_warmup.sharpness.preview._counts")
+                    patch.delattr("fused_warmup.sharpness.pending._counts")
                 probe.measure()
             readings.append(probe.poll().asdict())
             opt.step()

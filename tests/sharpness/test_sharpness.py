@@ -14,9 +14,9 @@ from fused_warmup import schedules
 from fused_warmup.sharpness import preconditioned, threshold, top_eigenvalue
 from fused_warmup.sharpness.hvp import Hessian
 from fused_warmup.sharpness.lanczos import eigh, jacobi, lanczos
-from fused_warmup.sharpness.loss_evaluator import Keeper
+from fused_warmup.sharpness.loss_evaluator import LossEvaluator
 from fused_warmup.sharpness.operators import Operator, make_reading, random_vector
-from fused_warmup.sharpness.pending_step import Preview
+from fused_warmup.sharpness.pending_step import PendingStep
 
 BULK = [i / 100 for i in range(100)]
 SPECTRA = {
@@ -96,10 +96,10 @@ def test_dots_in_double_precision():
     """A product along a float32 vector of 100,000 elements against the same in float64."""
     p = torch.nn.Parameter(torch.randn(100_000))
     weights = torch.rand(100_000)
-    with Keeper("test", lambda: 0.5 * (weights * p * p).sum(), [p]) as keeper:
+    with LossEvaluator("test", lambda: 0.5 * (weights * p * p).sum(), [p]) as evaluator:
         v = torch.randn(100_000)
         v = v / v.norm()
-        quotient = Operator(Hessian(keeper, "autograd"), None, None).quotient(v)
+        quotient = Operator(Hessian(evaluator, "autograd"), None, None).quotient(v)
     exact = float((weights.double() * v.double() ** 2).sum())
     assert quotient.item() == pytest.approx(exact, rel=1e-6)
 
@@ -185,10 +185,10 @@ def test_difference_error_is_seen():
     """A step that is far too large shows in err_fd, at least as much as in the value."""
     model, loss = tanh_model()
     exact = top_eigenvalue(loss, model.parameters(), method="autograd", iterations=20).value
-    with Keeper("test", loss, list(model.parameters())) as keeper:
+    with LossEvaluator("test", loss, list(model.parameters())) as evaluator:
         for stretch in (2.0**2, 2.0**4, 2.0**6, 2.0**8, 2.0**12, 2.0**14):
-            operator = Operator(Hessian(keeper, stretch=stretch), None, None)
-            spectrum = lanczos(operator, random_vector(keeper, 0), 20)
+            operator = Operator(Hessian(evaluator, stretch=stretch), None, None)
+            spectrum = lanczos(operator, random_vector(evaluator, 0), 20)
             for found, error in ((spectrum, operator.difference_error(spectrum)), operator.refine(spectrum)):
                 missed = (found.largest - exact).abs()
                 print(f"stretch {stretch}: missed {missed.item():.2e}, err_fd {error.item():.2e}")
@@ -343,20 +343,20 @@ def test_sgd_schedule_and_maximize():
 
 
 def test_update_is_what_the_optimizer_does():
-    """The preview of every rule is the step that it then makes, and 1 / P times its momentum."""
+    """The pending of every rule is the step that it then makes, and 1 / P times its momentum."""
     for case in PRECONDITIONED:
         params = make_params(torch.float64, [(5,), (3, 4)])
         opt = case.make(params, backend="reference")
         for step in range(3 if case.name != "radam-skip" else 8):
             for i, p in enumerate(params):
                 p.grad = torch.randn(p.shape, generator=torch.Generator().manual_seed(10 * step + i)).double()
-            preview = Preview("test", opt)
+            pending = PendingStep("test", opt)
             before = [p.detach().clone() for p in params]
-            moves = preview.directions(preview.grads)
-            inverse = preview.inverse_preconditioners(preview.grads)
+            moves = pending.directions(pending.grads)
+            inverse = pending.inverse_preconditioners(pending.grads)
             opt.step()
             for p, old, u, c in zip(params, before, moves, inverse, strict=True):
-                assert torch.allclose(p, old - preview.lr * u, rtol=1e-12, atol=1e-14), case.name
+                assert torch.allclose(p, old - pending.lr * u, rtol=1e-12, atol=1e-14), case.name
                 if "exp_avg" in opt.state[p] and not opt.param_groups[0]["weight_decay"]:
                     assert torch.allclose(u, c * opt.state[p]["exp_avg"], rtol=1e-10, atol=1e-13), case.name
 
@@ -515,9 +515,9 @@ def test_kinks_are_seen_or_said(dtype):
     print(f"{dtype}: off by {found.value.item() / exact - 1:.1e}, err_fd {found.err_fd.item() / exact:.1e}")
     assert abs(found.value.item() - exact) <= found.err_fd.item()
     assert found.asdict()["flags"] == ["rough"]
-    with Keeper("test", loss, list(model.parameters())) as keeper:
-        hessian = Hessian(keeper, stretch=2.0**-9 if dtype == torch.float64 else 2.0**-7)
-        spectrum = lanczos(Operator(hessian, None, None), random_vector(keeper, 0), 10)
+    with LossEvaluator("test", loss, list(model.parameters())) as evaluator:
+        hessian = Hessian(evaluator, stretch=2.0**-9 if dtype == torch.float64 else 2.0**-7)
+        spectrum = lanczos(Operator(hessian, None, None), random_vector(evaluator, 0), 10)
         zero = torch.zeros_like(spectrum.largest)
         small = make_reading(spectrum, zero, zero, zero, hessian, 0)
     print(
@@ -532,9 +532,9 @@ def test_kinks_are_not_extrapolated(dtype):
     """Steps of four and eight times the length agree by chance, and are off by a twelfth and a quarter."""
     model, loss = kinked_loss(dtype, 11)
     found = top_eigenvalue(loss, model.parameters())
-    with Keeper("test", loss, list(model.parameters())) as keeper:
-        operator = Operator(Hessian(keeper), None, None)
-        search = lanczos(operator, random_vector(keeper, 0), 10)
+    with LossEvaluator("test", loss, list(model.parameters())) as evaluator:
+        operator = Operator(Hessian(evaluator), None, None)
+        search = lanczos(operator, random_vector(evaluator, 0), 10)
         near, far = (operator.quotient(search.vector, times).item() for times in (4.0, 8.0))
     assert abs(far - near) < 0.05 * near
     assert found.value == search.largest

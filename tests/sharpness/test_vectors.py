@@ -5,7 +5,7 @@ import pytest
 import torch
 import vector_cases
 from cases import CASES, SCHEDULES
-from vector_cases import DTYPES, check_operations, check_response, combination, draw, make_pair
+from vector_cases import DTYPES, check_operations, check_preconditioner, combination, draw, make_pair
 
 from fused_warmup import _cpu
 from fused_warmup.backends.native import CpuBackend
@@ -108,7 +108,7 @@ def test_preconditioner_is_that_of_the_reference(case, dtype):
     params = cases.make_params(dtype, [(3,), (0,), (), (33, 101)])
     # a penalty may cancel a gradient that was clipped, and leave its rounding error alone
     clip = None if "weight_decay" in case.options else 5.0
-    check_response(case, on_cpu, params, max_grad_norm=clip, schedule=SCHEDULES["warmup_linear"])
+    check_preconditioner(case, on_cpu, params, max_grad_norm=clip, schedule=SCHEDULES["warmup_linear"])
 
 
 @pytest.mark.parametrize("name", ["adamw", "radam-l2", "sgd-momentum"])
@@ -121,4 +121,4 @@ def test_preconditioner_of_groups_and_mixed_dtypes(name):
     def make(case, params, **options):
         return on_cpu(case, groups, **options)
 
-    check_response(case, make, params)
+    check_preconditioner(case, make, params)

@@ -423,12 +423,12 @@ def test_captured_tables_are_rewritten_in_place():
     train(opt, wu, 50)
     plan = opt._session.plan
     opt._session.captured.append(plan)
-    before = plan._step["values"].item(), len(plan.columns.tensors["values"])
+    before = plan._step["values"].item(), len(plan.buffers.tensors["values"])
     while wu.back_at is None:
         opt.record_loss(loss_of(wu, wu._steps, 0.0))
-    values = plan.columns.tensors["values"].numpy().view(np.float64)
+    values = plan.buffers.tensors["values"].numpy().view(np.float64)
     assert values.tolist() == wu.schedule.values(400).tolist()
-    assert len(plan.columns.tensors["values"]) == before[1]
+    assert len(plan.buffers.tensors["values"]) == before[1]
 
 
 RANKS = """
@@ -499,7 +499,7 @@ def test_bad_use():
     one.record_loss(1.0)
     with pytest.raises(RuntimeError, match="losses must come from one place"):
         two.record_loss(1.0)
-    assert two.telemetry.slots is None
+    assert two.telemetry.pending_scalars is None
     with pytest.raises(RuntimeError, match="losses must come from one place"):
         wu.step(1.0)
     alone = fw.AutoWU(100, 10)

@@ -14,10 +14,10 @@ import torch
 
 from ...plan.plan import Plan
 from ...plan.structs import DTYPES
-from ...plan.vector_tables import OPERATIONS, ResponseTable, Spans
+from ...plan.vector_tables import OPERATIONS, PreconditionerTable, VectorTable
 from ...reference import rules as reference
-from .layerwise import apply_kernel, propose_kernel, settle_kernel
-from .preconditioner import response_kernel
+from .layerwise import reduce_layers_kernel, stage1_kernel, stage2_kernel
+from .preconditioner import preconditioner_kernel
 from .rules import LAYER_RULES, RULES
 from .step import decide_kernel, measure_kernel, rescale_kernel, update_kernel
 from .vectors import vector_kernel
@@ -53,7 +53,7 @@ def decide_constants(rule: str, *, spheres: bool = False) -> dict[str, Any]:
     made = RULES.get(rule) or LAYER_RULES[rule]
     return {
         "SCALARS": made.scalars,
-        "SPHERE_EXPONENT": made.sphere_exponent,
+        "SPHERE_EXPONENT": made.lr_norm_power,
         "SPHERES": spheres,
         "LANES": LANES,
         # the only program: it may have all registers
@@ -91,13 +91,13 @@ def update_constants(
     }
 
 
-def propose_constants(rule: str, kinds: Kinds, *, accumulate: bool) -> dict[str, Any]:
-    """Return constants and options of ``propose_kernel``, see ``update_constants``."""
+def stage1_constants(rule: str, kinds: Kinds, *, accumulate: bool) -> dict[str, Any]:
+    """Return constants and options of ``stage1_kernel``, see ``update_constants``."""
     made = LAYER_RULES[rule]
     return {
-        "ADVANCE": made.advance,
-        "CANDIDATE": made.candidate,
-        "PRODUCTS": made.products,
+        "UPDATE_MOMENTS": made.update_moments,
+        "DIRECTION": made.direction,
+        "REDUCTIONS": made.reductions,
         "N_SUMS": reference.LAYER_RULES[rule].n_sums,
         "KINDS": kinds,
         "GRAD_DTYPES": tuple(sorted({grad_dtype for _, grad_dtype, _ in kinds})),
@@ -110,13 +110,13 @@ def propose_constants(rule: str, kinds: Kinds, *, accumulate: bool) -> dict[str,
     }
 
 
-def settle_constants(rule: str, *, accumulate: bool) -> dict[str, Any]:
-    """Return constants and options of ``settle_kernel``, see ``update_constants``."""
+def reduce_layers_constants(rule: str, *, accumulate: bool) -> dict[str, Any]:
+    """Return constants and options of ``reduce_layers_kernel``, see ``update_constants``."""
     made, truth = LAYER_RULES[rule], reference.LAYER_RULES[rule]
     return {
         "INVARIANT": made.scale_invariant,
-        "RADIAL": made.radial,
-        "SETTLE": made.settle,
+        "PROJECTION_COEF": made.projection_coef,
+        "LAYER_SCALARS": made.layer_scalars,
         "N_SUMS": truth.n_sums,
         "PROJECTS": truth.projects,
         "ACCUMULATE": accumulate,
@@ -126,13 +126,13 @@ def settle_constants(rule: str, *, accumulate: bool) -> dict[str, Any]:
     }
 
 
-def apply_constants(rule: str, kinds: Kinds, *, average: bool, spheres: bool = False) -> dict[str, Any]:
-    """Return constants and options of ``apply_kernel``, see ``update_constants``."""
+def stage2_constants(rule: str, kinds: Kinds, *, average: bool, spheres: bool = False) -> dict[str, Any]:
+    """Return constants and options of ``stage2_kernel``, see ``update_constants``."""
     made = LAYER_RULES[rule]
     return {
-        "CANDIDATE": made.candidate,
+        "DIRECTION": made.direction,
         "APPLY": made.apply,
-        "LOOKS_BACK": made.looks_back,
+        "LOOKS_BACK": made.needs_grad,
         "PROJECTS": reference.LAYER_RULES[rule].projects,
         "KINDS": kinds,
         "AVERAGE": average,
@@ -152,7 +152,7 @@ def rescale_constants(kinds: Kinds, *, average: bool) -> dict[str, Any]:
 
 
 def _layer_registers(kinds: Kinds) -> int:
-    """Registers a thread of ``propose_kernel`` or ``apply_kernel`` may have, for two programs or for one."""
+    """Registers a thread of ``stage1_kernel`` or ``stage2_kernel`` may have, for two programs or for one."""
     return 128 if len(kinds) == 1 and kinds[0][0] != DTYPES[torch.float64] else 255
 
 
@@ -170,7 +170,7 @@ def _registers(kinds: Kinds, accumulate: bool) -> int:
 
 
 def vector_constants(operation: str, dtypes: tuple[int, ...], doubles: bool) -> dict[str, Any]:
-    """Return constants and options of ``vector_kernel`` for ``Spans.dtypes`` and ``Spans.doubles``."""
+    """Return constants and options of ``vector_kernel`` for ``VectorTable.dtypes`` and ``VectorTable.doubles``."""
     # 16 bytes of the narrowest parameter for each thread
     narrow = any(code in (DTYPES[torch.bfloat16], DTYPES[torch.float16]) for code in dtypes)
     return {
@@ -185,8 +185,8 @@ def vector_constants(operation: str, dtypes: tuple[int, ...], doubles: bool) -> 
     }
 
 
-def response_constants(rule: str, kinds: Kinds, doubles: bool) -> dict[str, Any]:
-    """Return constants and options of ``response_kernel``, see ``Plan.kinds`` and ``ResponseTable``."""
+def preconditioner_constants(rule: str, kinds: Kinds, doubles: bool) -> dict[str, Any]:
+    """Return constants and options of ``preconditioner_kernel``, see ``Plan.kinds`` and ``PreconditionerTable``."""
     return {
         "SCALARS": RULES[rule].scalars,
         "UPDATE": RULES[rule].update,
@@ -217,7 +217,7 @@ class TritonBackend:
     """
 
     name = "triton"
-    carries = 0
+    max_inline_pointers = 0
 
     def __init__(self, programs: int | None = None) -> None:
         self._programs = programs
@@ -241,23 +241,23 @@ class TritonBackend:
             for kernel, programs, constants in self._launches(plan, plan.settings.measure):
                 kernel[(programs,)](column, **constants)
 
-    def vectors(self, operation: str, spans: Spans) -> None:
-        """Queue one of ``spans.OPERATIONS`` on the current stream; the same bits for any grid."""
-        programs = max(1, min(spans.n_chunks, self._programs or _programs(spans.device)))
-        column = spans.call_column().view(torch.int64)
-        with _on(spans.device):
-            constants = vector_constants(operation, spans.dtypes, spans.doubles)
+    def vectors(self, operation: str, table: VectorTable) -> None:
+        """Queue one of ``vector_tables.OPERATIONS`` on the current stream; the same bits for any grid."""
+        programs = max(1, min(table.n_chunks, self._programs or _programs(table.device)))
+        column = table.call_column().view(torch.int64)
+        with _on(table.device):
+            constants = vector_constants(operation, table.dtypes, table.doubles)
             vector_kernel[(programs,)](column, **constants)
 
-    def response(self, plan: Plan, table: ResponseTable) -> bool:
+    def preconditioner(self, plan: Plan, table: PreconditionerTable) -> bool:
         """Queue the pre-conditioner of the step about to be made, if its rule has one."""
         if plan.rule not in RULES:
             return False
         programs = max(1, min(plan.n_chunks, self._programs or _programs(plan.device)))
         columns = (c.view(torch.int64) for c in (plan.step_column(), table.call_column()))
         with _on(plan.device):
-            constants = response_constants(plan.rule, plan.kinds, table.doubles)
-            response_kernel[(programs,)](*columns, **constants)
+            constants = preconditioner_constants(plan.rule, plan.kinds, table.doubles)
+            preconditioner_kernel[(programs,)](*columns, **constants)
         return True
 
     def _launches(self, plan: Plan, measure: bool) -> Iterator[tuple[Any, int, dict[str, Any]]]:
@@ -271,7 +271,7 @@ class TritonBackend:
             The launches in order.
         """
         programs = max(1, min(plan.n_chunks, self._programs or _programs(plan.device)))
-        telemetry, averages = plan.record["page"] is not None, plan.average[0] is not None
+        telemetry, averages = plan.record["ring_buffer"] is not None, plan.average[0] is not None
         if measure:
             yield measure_kernel, programs, measure_constants(plan.kinds)
         yield decide_kernel, 1, decide_constants(plan.rule, spheres=plan.has_spheres)
@@ -282,11 +282,11 @@ class TritonBackend:
             )
             yield update_kernel, programs, constants
         else:
-            yield propose_kernel, programs, propose_constants(plan.rule, plan.kinds, accumulate=accumulate)
+            yield stage1_kernel, programs, stage1_constants(plan.rule, plan.kinds, accumulate=accumulate)
             most = max(1, min(len(plan.rows), self._programs or _programs(plan.device)))
-            yield settle_kernel, most, settle_constants(plan.rule, accumulate=accumulate)
-            constants = apply_constants(plan.rule, plan.kinds, average=averages, spheres=plan.has_spheres)
-            yield apply_kernel, programs, constants
+            yield reduce_layers_kernel, most, reduce_layers_constants(plan.rule, accumulate=accumulate)
+            constants = stage2_constants(plan.rule, plan.kinds, average=averages, spheres=plan.has_spheres)
+            yield stage2_kernel, programs, constants
         if plan.has_spheres:
             yield rescale_kernel, programs, rescale_constants(plan.kinds, average=averages)
 

@@ -17,7 +17,7 @@ from .memory import (
     Row,
     Scalars,
     Step,
-    Verdict,
+    StepDecision,
     arithmetic,
     item_size,
     load_struct,
@@ -100,15 +100,15 @@ def add_products(sums, products, mask):
 
 
 @triton.jit
-def propose_tiles(
+def stage1_tiles(
     step,
     row,
     grad,
     chunk,
     row_scalars,
-    ADVANCE: tl.constexpr,
-    CANDIDATE: tl.constexpr,
-    PRODUCTS: tl.constexpr,
+    UPDATE_MOMENTS: tl.constexpr,
+    DIRECTION: tl.constexpr,
+    REDUCTIONS: tl.constexpr,
     N_SUMS: tl.constexpr,
     DTYPE: tl.constexpr,
     GRAD_DTYPE: tl.constexpr,
@@ -140,12 +140,12 @@ def propose_tiles(
             for j in tl.static_range(N_STATES):
                 at = states[j] + chunk.offset * item_size(STATE_DTYPE)
                 state = state + (load_tile(at, places, mask, STATE_DTYPE, C, ALIGNED),)
-            state = ADVANCE(param, g, state, s)
+            state = UPDATE_MOMENTS(param, g, state, s)
             for j in tl.static_range(N_STATES):
                 at = states[j] + chunk.offset * item_size(STATE_DTYPE)
                 store_tile(at, places, mask, state[j], STATE_DTYPE, ALIGNED)
-            update = CANDIDATE(param, g, state, s)
-            products = PRODUCTS(param.to(tl.float64), g.to(tl.float64), update.to(tl.float64), row_scalars)
+            update = DIRECTION(param, g, state, s)
+            products = REDUCTIONS(param.to(tl.float64), g.to(tl.float64), update.to(tl.float64), row_scalars)
             sums = add_products(sums, products, mask)
         for k in tl.static_range(N_SUMS):
             out = (step.sums + ((first + i) * N_SUMS + k) * 8).to(tl.pointer_type(tl.float64))
@@ -153,11 +153,11 @@ def propose_tiles(
 
 
 @triton.jit
-def propose_kernel(
+def stage1_kernel(
     step,
-    ADVANCE: tl.constexpr,
-    CANDIDATE: tl.constexpr,
-    PRODUCTS: tl.constexpr,
+    UPDATE_MOMENTS: tl.constexpr,
+    DIRECTION: tl.constexpr,
+    REDUCTIONS: tl.constexpr,
     N_SUMS: tl.constexpr,
     KINDS: tl.constexpr,
     GRAD_DTYPES: tl.constexpr,
@@ -171,7 +171,7 @@ def propose_kernel(
 ):
     """The first part of an update in two, for every chunk."""
     step = load_struct(step.to(tl.int64), 0, Step)
-    if load_struct(step.verdict, 0, Verdict).skipped == 0:
+    if load_struct(step.decision, 0, StepDecision).skipped == 0:
         for i in range(tl.program_id(0), step.n_chunks, tl.num_programs(0)):
             chunk = load_struct(step.chunks, i, Chunk)
             row = load_struct(step.rows, chunk.row, Row)
@@ -183,13 +183,13 @@ def propose_kernel(
                 kind = (row.dtype == KINDS[k][0]) & (row.grad_dtype == KINDS[k][1])
                 if (grad != 0) & kind & (row.n_states == KINDS[k][2]):
                     if aligned:
-                        propose_tiles(
-                            step, row, grad, chunk, s, ADVANCE, CANDIDATE, PRODUCTS, N_SUMS,
+                        stage1_tiles(
+                            step, row, grad, chunk, s, UPDATE_MOMENTS, DIRECTION, REDUCTIONS, N_SUMS,
                             KINDS[k][0], KINDS[k][1], KINDS[k][2], PIECES, COLUMNS, True,
                         )  # fmt: skip
                     else:
-                        propose_tiles(
-                            step, row, grad, chunk, s, ADVANCE, CANDIDATE, PRODUCTS, N_SUMS,
+                        stage1_tiles(
+                            step, row, grad, chunk, s, UPDATE_MOMENTS, DIRECTION, REDUCTIONS, N_SUMS,
                             KINDS[k][0], KINDS[k][1], KINDS[k][2], ODD_PIECES, ODD_COLUMNS, False,
                         )  # fmt: skip
             if ACCUMULATE:
@@ -235,13 +235,13 @@ def channel_sums(step, row, channel, known, each, LANES: tl.constexpr, N_SUMS: t
 
 
 @triton.jit
-def settle_row(
+def reduce_layer(
     step,
     i,
     row,
     INVARIANT: tl.constexpr,
-    RADIAL: tl.constexpr,
-    SETTLE: tl.constexpr,
+    PROJECTION_COEF: tl.constexpr,
+    LAYER_SCALARS: tl.constexpr,
     N_SUMS: tl.constexpr,
     PROJECTS: tl.constexpr,
     LANES: tl.constexpr,
@@ -273,7 +273,7 @@ def settle_row(
     s = load_struct(step.scalars, i, Scalars)
     # other threads may still read what one of them is about to write
     tl.debug_barrier()
-    store_struct(step.scalars, i, SETTLE(h, layer, by_channel | by_layer, s), Scalars)
+    store_struct(step.scalars, i, LAYER_SCALARS(h, layer, by_channel | by_layer, s), Scalars)
     if PROJECTS:
         for start in range(0, channels * each, LANES):
             piece = start + lanes
@@ -283,18 +283,18 @@ def settle_row(
             for j in range(0, looked_at):
                 place = row.first_piece + piece // each * each + j
                 sums = add_sums(sums, load_sums(step, place, known, N_SUMS))
-            radial = tl.where(by_layer, RADIAL(h, layer), 0.0)
-            radial = tl.where(by_channel, RADIAL(h, sums), radial)
-            out = (step.radials + (row.first_piece + piece) * 8).to(tl.pointer_type(tl.float64))
-            tl.store(out, radial, known)
+            projection_coef = tl.where(by_layer, PROJECTION_COEF(h, layer), 0.0)
+            projection_coef = tl.where(by_channel, PROJECTION_COEF(h, sums), projection_coef)
+            out = (step.projection_coefs + (row.first_piece + piece) * 8).to(tl.pointer_type(tl.float64))
+            tl.store(out, projection_coef, known)
 
 
 @triton.jit
-def settle_kernel(
+def reduce_layers_kernel(
     step,
     INVARIANT: tl.constexpr,
-    RADIAL: tl.constexpr,
-    SETTLE: tl.constexpr,
+    PROJECTION_COEF: tl.constexpr,
+    LAYER_SCALARS: tl.constexpr,
     N_SUMS: tl.constexpr,
     PROJECTS: tl.constexpr,
     ACCUMULATE: tl.constexpr,
@@ -302,15 +302,15 @@ def settle_kernel(
 ):
     """From sums to what the second part of the update needs, row by row."""
     step = load_struct(step.to(tl.int64), 0, Step)
-    verdict = load_struct(step.verdict, 0, Verdict)
-    if verdict.skipped == 0:
+    decision = load_struct(step.decision, 0, StepDecision)
+    if decision.skipped == 0:
         for i in range(tl.program_id(0), step.n_rows, tl.num_programs(0)):
             row = load_struct(step.rows, i, Row)
             if (tl.load(grad_of(step, i)) != 0) & (row.numel > 0):
-                settle_row(step, i, row, INVARIANT, RADIAL, SETTLE, N_SUMS, PROJECTS, LANES)
+                reduce_layer(step, i, row, INVARIANT, PROJECTION_COEF, LAYER_SCALARS, N_SUMS, PROJECTS, LANES)
         if ACCUMULATE:
             if tl.program_id(0) == 0:
-                record_norms(step, verdict, combine_all(step.partials, step.n_chunks, LANES))
+                record_norms(step, decision, combine_all(step.partials, step.n_chunks, LANES))
 
 
 @triton.jit
@@ -322,8 +322,8 @@ def apply_tiles(
     row_scalars,
     average_weight,
     on_sphere,
-    looks_back,
-    CANDIDATE: tl.constexpr,
+    needs_grad,
+    DIRECTION: tl.constexpr,
     APPLY: tl.constexpr,
     PROJECTS: tl.constexpr,
     DTYPE: tl.constexpr,
@@ -347,10 +347,10 @@ def apply_tiles(
     squares = (tl.zeros((PIECES, COLUMNS // 4), tl.float64),)
     for start in range(0, count, PIECES):
         i = start + tl.arange(0, PIECES)
-        radial = tl.zeros((PIECES,), tl.float64)
+        projection_coef = tl.zeros((PIECES,), tl.float64)
         if PROJECTS:
-            radials = (step.radials + (first + i) * 8).to(tl.pointer_type(tl.float64))
-            radial = tl.load(radials, (i < count) & (grad != 0), 0.0)
+            projection_coefs = (step.projection_coefs + (first + i) * 8).to(tl.pointer_type(tl.float64))
+            projection_coef = tl.load(projection_coefs, (i < count) & (grad != 0), 0.0)
         for column in range(0, tl.minimum(part, PIECE), COLUMNS):
             places, mask = tile_places(i, column, part, count, COLUMNS, ALIGNED)
             here = row.param + chunk.offset * item_size(DTYPE)
@@ -358,13 +358,13 @@ def apply_tiles(
             if grad != 0:
                 # nothing is read where the mask is off everywhere
                 at = grad + chunk.offset * item_size(GRAD_DTYPE)
-                g = load_tile(at, places, mask & looks_back, GRAD_DTYPE, C, ALIGNED)
+                g = load_tile(at, places, mask & needs_grad, GRAD_DTYPE, C, ALIGNED)
                 state = ()
                 for j in tl.static_range(N_STATES):
                     at = states[j] + chunk.offset * item_size(STATE_DTYPE)
                     state = state + (load_tile(at, places, mask, STATE_DTYPE, C, ALIGNED),)
-                update = CANDIDATE(param, g, state, s)
-                stored = narrow(APPLY(param, update, radial.to(C)[:, None], s), DTYPE)
+                update = DIRECTION(param, g, state, s)
+                stored = narrow(APPLY(param, update, projection_coef.to(C)[:, None], s), DTYPE)
                 store_tile(here, places, mask, stored, DTYPE, ALIGNED)
                 # the average is of the parameter as it is stored
                 param = widen(stored, DTYPE).to(C)
@@ -382,9 +382,9 @@ def apply_tiles(
 
 
 @triton.jit
-def apply_kernel(
+def stage2_kernel(
     step,
-    CANDIDATE: tl.constexpr,
+    DIRECTION: tl.constexpr,
     APPLY: tl.constexpr,
     LOOKS_BACK: tl.constexpr,
     PROJECTS: tl.constexpr,
@@ -399,14 +399,14 @@ def apply_kernel(
 ):
     """The second part of an update in two, for every chunk, the last one first."""
     step = load_struct(step.to(tl.int64), 0, Step)
-    verdict = load_struct(step.verdict, 0, Verdict)
-    if verdict.skipped == 0:
+    decision = load_struct(step.decision, 0, StepDecision)
+    if decision.skipped == 0:
         for n in range(tl.program_id(0), step.n_chunks, tl.num_programs(0)):
             chunk = load_struct(step.chunks, step.n_chunks - 1 - n, Chunk)
             row = load_struct(step.rows, chunk.row, Row)
             grad = tl.load(grad_of(step, chunk.row))
             s = load_struct(step.scalars, chunk.row, Scalars)
-            looks_back = LOOKS_BACK(load_struct(step.hypers, row.group, Hyper), row.n_states)
+            needs_grad = LOOKS_BACK(load_struct(step.hypers, row.group, Hyper), row.n_states)
             addresses = row.param | grad | row.state0 | row.state1 | row.average
             aligned = is_aligned(addresses, chunk, channel_part(row, chunk))
             weight = average_weight_of(row)
@@ -425,14 +425,14 @@ def apply_kernel(
                 if wanted & kind & (row.n_states == KINDS[k][2]):
                     if aligned:
                         squares = apply_tiles(
-                            step, row, grad, chunk, s, weight, on_sphere, looks_back,
-                            CANDIDATE, APPLY, PROJECTS, KINDS[k][0], KINDS[k][1], KINDS[k][2],
+                            step, row, grad, chunk, s, weight, on_sphere, needs_grad,
+                            DIRECTION, APPLY, PROJECTS, KINDS[k][0], KINDS[k][1], KINDS[k][2],
                             AVERAGE, SPHERES, PIECES, COLUMNS, True,
                         )  # fmt: skip
                     else:
                         squares = apply_tiles(
-                            step, row, grad, chunk, s, weight, on_sphere, looks_back,
-                            CANDIDATE, APPLY, PROJECTS, KINDS[k][0], KINDS[k][1], KINDS[k][2],
+                            step, row, grad, chunk, s, weight, on_sphere, needs_grad,
+                            DIRECTION, APPLY, PROJECTS, KINDS[k][0], KINDS[k][1], KINDS[k][2],
                             AVERAGE, SPHERES, ODD_PIECES, ODD_COLUMNS, False,
                         )  # fmt: skip
             if SPHERES:

@@ -54,7 +54,17 @@ def _struct(name: str) -> Any:
 
 
 Row, Chunk, Hyper, Segment, Rates, Scalars, Sphere, Partial, *_LATER = map(_struct, STRUCTS)
-Counters, RowCounters, Slots, Telemetry, Verdict, Step, Span, Algebra, Response = _LATER
+(
+    Counters,
+    RowCounters,
+    PendingScalars,
+    Telemetry,
+    StepDecision,
+    Step,
+    TensorSlice,
+    VectorOp,
+    PreconditionerOp,
+) = _LATER
 
 
 @triton.constexpr_function

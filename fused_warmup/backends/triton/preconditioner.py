@@ -1,4 +1,4 @@
-"""The pre-conditioner of the step about to be made, one launch: the statements of ``csrc/response.h``."""
+"""The pre-conditioner of the step about to be made, one launch: the statements of ``csrc/preconditioner.h``."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from .memory import (
     Counters,
     Hyper,
     Partial,
+    PreconditionerOp,
     Rates,
-    Response,
     Row,
     Scalars,
     Step,
@@ -23,8 +23,8 @@ from .memory import (
     state_dtype,
     store_block,
 )
-from .rules import response, root
-from .step import grad_of, judge, scalars_of, scalars_of_rows, set_rates, updates_of
+from .rules import inverse_preconditioner, root
+from .step import decide, grad_of, scalars_of, scalars_of_rows, set_rates, updates_of
 
 
 @triton.jit
@@ -38,7 +38,7 @@ def as_numbers(s):
 
 
 @triton.jit
-def response_blocks(
+def preconditioner_blocks(
     call,
     row,
     grad,
@@ -71,16 +71,16 @@ def response_blocks(
         for j in tl.static_range(N_STATES):
             at = states[j] + own * item_size(STATE_DTYPE)
             state = state + (load_block(at, lanes, mask, STATE_DTYPE, C, WHOLE),)
-        inverse = response(param, g, state, s, UPDATE)
+        inverse = inverse_preconditioner(param, g, state, s, UPDATE)
         if call.scale != 0:
             store_block(call.scale + there, lanes, mask, root(inverse).to(arithmetic(WIDE)), WIDE, WHOLE)
-        if call.folded != 0:
-            folded = root(inverse * fold).to(arithmetic(WIDE))
-            store_block(call.folded + there, lanes, mask, folded, WIDE, WHOLE)
+        if call.scaled != 0:
+            scaled = root(inverse * fold).to(arithmetic(WIDE))
+            store_block(call.scaled + there, lanes, mask, scaled, WIDE, WHOLE)
 
 
 @triton.jit
-def response_kernel(
+def preconditioner_kernel(
     step,
     call,
     SCALARS: tl.constexpr,
@@ -93,10 +93,10 @@ def response_kernel(
 ):
     """Every chunk of the rows that are measured; nothing of the step is written."""
     step = load_struct(step.to(tl.int64), 0, Step)
-    call = load_struct(call.to(tl.int64), 0, Response)
+    call = load_struct(call.to(tl.int64), 0, PreconditionerOp)
     t = load_struct(step.counters, 0, Counters).step
     l2_sq = tl.load(call.l2_sq.to(tl.pointer_type(tl.float64)))
-    verdict = judge(step, t, Partial(l1=l2_sq * 0.0, l2_sq=l2_sq, nonfinite=tl.full((), 0, tl.int64)))
+    decision = decide(step, t, Partial(l1=l2_sq * 0.0, l2_sq=l2_sq, nonfinite=tl.full((), 0, tl.int64)))
     # every program writes the same numbers, for its own threads to read
     set_rates(Step(step, rates=call.rates), t, LANES)
     tl.debug_barrier()
@@ -108,14 +108,14 @@ def response_kernel(
             grad = tl.load(grad_of(step, chunk.row))
             h = load_struct(step.hypers, row.group, Hyper)
             rates = load_struct(call.rates, row.group, Rates)
-            fold = rates.lr / tl.load((call.edges + chunk.row * 8).to(tl.pointer_type(tl.float64)))
+            fold = rates.lr / tl.load((call.thresholds + chunk.row * 8).to(tl.pointer_type(tl.float64)))
             updates = updates_of(row) + 1
             # at rate 1, because the pre-conditioner does not hold the rate
             rates = Rates(rates, lr=rates.lr * 0.0 + 1.0)
             all_scalars = as_numbers(
-                scalars_of_rows(step, verdict, row, h, rates, rates.lr, updates, SCALARS)
+                scalars_of_rows(step, decision, row, h, rates, rates.lr, updates, SCALARS)
             )
-            addresses = row.param | grad | row.state0 | row.state1 | row.state2 | call.scale | call.folded
+            addresses = row.param | grad | row.state0 | row.state1 | row.state2 | call.scale | call.scaled
             addresses = addresses | (place * item_size(WIDE))
             whole = tl.where(addresses % VECTOR == 0, chunk.count // BLOCK * BLOCK, 0)
             for k in tl.static_range(len(KINDS)):
@@ -123,11 +123,11 @@ def response_kernel(
                 if kind & (row.grad_dtype == KINDS[k][1]):
                     s = scalars_of(all_scalars, arithmetic(KINDS[k][0]))
                     own_fold = fold.to(arithmetic(KINDS[k][0]))
-                    response_blocks(
+                    preconditioner_blocks(
                         call, row, grad, chunk, place, s, own_fold, 0, whole,
                         UPDATE, KINDS[k][0], KINDS[k][1], KINDS[k][2], WIDE, BLOCK, True,
                     )  # fmt: skip
-                    response_blocks(
+                    preconditioner_blocks(
                         call, row, grad, chunk, place, s, own_fold, whole, chunk.count,
                         UPDATE, KINDS[k][0], KINDS[k][1], KINDS[k][2], WIDE, TAIL, False,
                     )  # fmt: skip

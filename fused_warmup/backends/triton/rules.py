@@ -2,7 +2,7 @@
 
 A rule has ``scalars``, computed for a block of rows in double, and ``update`` for a block of elements. A rule
 that must know sums over a layer makes its update in two parts, as ``reference/rules.py`` says; so does it of
-``sphere_exponent``.
+``lr_norm_power``.
 
 Adam: Kingma & Ba 2015. Gradient initialisation: Kalra & Barkeshli 2024, arXiv:2406.09405.
 RAdam: Liu et al. 2020, arXiv:1908.03265. SGD: heavy ball, without dampening of the first step, as torch.
@@ -88,12 +88,12 @@ def common_scalars(h, rates, clip_coef):
     return Scalars(
         grad_scale=tl.where(h.maximize != 0, -clip_coef, clip_coef),
         weight_decay=tl.where(decoupled, 0.0, rates.weight_decay),
-        decay=tl.where(decoupled, rates.lr * rates.weight_decay, 0.0),
+        decoupled_decay=tl.where(decoupled, rates.lr * rates.weight_decay, 0.0),
         exp_avg_weight=lerp_weight(h.beta1),
         exp_avg_sq_weight=lerp_weight(h.beta2),
         eps=h.eps,
         rect=1.0,
-        init_state=1.0,
+        exp_avg_sq_scale=1.0,
     )
 
 
@@ -102,17 +102,17 @@ class Adam:
 
     @staticmethod
     @triton.jit
-    def sphere_exponent(h, step):
+    def lr_norm_power(h, step):
         """The step does not feel the size of the gradient."""
         return 1
 
     @staticmethod
     @triton.jit
-    def scalars(h, eta, step, s):
+    def scalars(h, effective_lr, step, s):
         """Bias corrections of both moments."""
         return Scalars(
             s,
-            step_size=eta / bias_correction(h.beta1, step),
+            step_size=effective_lr / bias_correction(h.beta1, step),
             denom_scale=1.0 / tl.sqrt(bias_correction(h.beta2, step)),
         )
 
@@ -124,7 +124,11 @@ class Adam:
         exp_avg_sq = state[1]
         grad = tl.fma(s.weight_decay, param, grad * s.grad_scale)
         # v_0 = g_0^2 before the first step, or the prepared state scaled (eq. 6 of Kalra & Barkeshli)
-        exp_avg_sq = tl.where(s.init_grad > 0.0, s.init_grad * (grad * grad), s.init_state * exp_avg_sq)
+        exp_avg_sq = tl.where(
+            s.exp_avg_sq_from_grad > 0.0,
+            s.exp_avg_sq_from_grad * (grad * grad),
+            s.exp_avg_sq_scale * exp_avg_sq,
+        )
         exp_avg = lerp(exp_avg, grad, s.exp_avg_weight)
         exp_avg_sq = lerp(exp_avg_sq, grad * grad, s.exp_avg_sq_weight)
         new_state = (exp_avg, exp_avg_sq)
@@ -134,7 +138,7 @@ class Adam:
             new_state = new_state + (exp_avg_sq,)
         denom = tl.fma(root(exp_avg_sq), s.denom_scale, s.eps)
         # decay and step in one difference: the parameter is rounded once
-        param = param - tl.fma(s.decay, param, divide(s.step_size * exp_avg, denom))
+        param = param - tl.fma(s.decoupled_decay, param, divide(s.step_size * exp_avg, denom))
         return param, new_state
 
 
@@ -143,13 +147,13 @@ class RAdam:
 
     @staticmethod
     @triton.jit
-    def sphere_exponent(h, step):
+    def lr_norm_power(h, step):
         """Momentum alone shrinks as the gradient does."""
         return tl.where(sma_length(h.beta2, step) > h.rho_threshold, 1, 2)
 
     @staticmethod
     @triton.jit
-    def scalars(h, eta, step, s):
+    def scalars(h, effective_lr, step, s):
         """Rectified step size, or that of the fall-back while the variance is intractable."""
         bias_correction1 = bias_correction(h.beta1, step)
         rho = sma_length(h.beta2, step)
@@ -162,8 +166,8 @@ class RAdam:
         return Scalars(
             s,
             rect=rect,
-            step_size=eta / bias_correction1 * tl.where(rectified, adaptive, fallback),
-            decay=tl.where(rectified, s.decay, s.decay * fallback),
+            step_size=effective_lr / bias_correction1 * tl.where(rectified, adaptive, fallback),
+            decoupled_decay=tl.where(rectified, s.decoupled_decay, s.decoupled_decay * fallback),
         )
 
     @staticmethod
@@ -176,7 +180,7 @@ class RAdam:
         exp_avg = lerp(exp_avg, grad, s.exp_avg_weight)
         exp_avg_sq = lerp(exp_avg_sq, grad * grad, s.exp_avg_sq_weight)
         denom = tl.where(s.rect > 0.0, root(exp_avg_sq) + s.eps, 1.0)
-        param = param - tl.fma(s.decay, param, divide(s.step_size * exp_avg, denom))
+        param = param - tl.fma(s.decoupled_decay, param, divide(s.step_size * exp_avg, denom))
         return param, (exp_avg, exp_avg_sq)
 
 
@@ -185,17 +189,17 @@ class SGD:
 
     @staticmethod
     @triton.jit
-    def sphere_exponent(h, step):
+    def lr_norm_power(h, step):
         """The gradient shrinks as the norm grows, and the weights take more to turn."""
         return 2
 
     @staticmethod
     @triton.jit
-    def scalars(h, eta, step, s):
+    def scalars(h, effective_lr, step, s):
         """The first gradient enters the buffer whole."""
         return Scalars(
             s,
-            step_size=eta,
+            step_size=effective_lr,
             momentum=h.momentum,
             one_minus_dampening=tl.where(step == 1, 1.0, 1.0 - h.dampening),
             nesterov=tl.where(h.nesterov != 0, 1.0, 0.0),
@@ -228,52 +232,52 @@ class LAMB:
 
     @staticmethod
     @triton.jit
-    def sphere_exponent(h, step):
+    def lr_norm_power(h, step):
         """The trust ratio has the norm in it."""
         return tl.where(h.adapts != 0, 0, 1)
 
     @staticmethod
     @triton.jit
-    def scalars(h, eta, step, s):
+    def scalars(h, effective_lr, step, s):
         """Bias corrections if wanted, and decay as a part of the update."""
         corrected = h.bias_correction != 0
         inside = h.decays_update != 0
         return Scalars(
             s,
-            step_size=eta,
-            moment_scale=tl.where(corrected, 1.0 / bias_correction(h.beta1, step), 1.0),
+            step_size=effective_lr,
+            inv_bias_correction1=tl.where(corrected, 1.0 / bias_correction(h.beta1, step), 1.0),
             denom_scale=tl.where(corrected, 1.0 / tl.sqrt(bias_correction(h.beta2, step)), 1.0),
             # 1 for an average
-            grad_gain=tl.where(h.grad_averaging != 0, 1.0, 1.0 / (1.0 - h.beta1)),
+            grad_weight=tl.where(h.grad_averaging != 0, 1.0, 1.0 / (1.0 - h.beta1)),
             update_decay=tl.where(inside, s.weight_decay, 0.0),
             weight_decay=tl.where(inside, 0.0, s.weight_decay),
         )
 
     @staticmethod
     @triton.jit
-    def looks_back(h, n_states):
+    def needs_grad(h, n_states):
         """The states say everything."""
         return False
 
     @staticmethod
     @triton.jit
-    def advance(param, grad, state, s):
+    def update_moments(param, grad, state, s):
         """Both moments."""
         grad = tl.fma(s.weight_decay, param, grad * s.grad_scale)
-        exp_avg = lerp(state[0], s.grad_gain * grad, s.exp_avg_weight)
+        exp_avg = lerp(state[0], s.grad_weight * grad, s.exp_avg_weight)
         exp_avg_sq = lerp(state[1], grad * grad, s.exp_avg_sq_weight)
         return exp_avg, exp_avg_sq
 
     @staticmethod
     @triton.jit
-    def candidate(param, grad, state, s):
+    def direction(param, grad, state, s):
         """Adam's update with decay in it."""
         denom = tl.fma(root(state[1]), s.denom_scale, s.eps)
-        return tl.fma(s.update_decay, param, divide(s.moment_scale * state[0], denom))
+        return tl.fma(s.update_decay, param, divide(s.inv_bias_correction1 * state[0], denom))
 
     @staticmethod
     @triton.jit
-    def products(param, grad, update, s):
+    def reductions(param, grad, update, s):
         """Squares of parameter and update."""
         return param * param, update * update
 
@@ -285,13 +289,13 @@ class LAMB:
 
     @staticmethod
     @triton.jit
-    def radial(h, sums):
+    def projection_coef(h, sums):
         """Nothing is projected."""
         return 0.0 * sums[0]
 
     @staticmethod
     @triton.jit
-    def settle(h, sums, projected, s):
+    def layer_scalars(h, sums, projected, s):
         """The trust ratio: 1 where a norm is 0, which then trains as Adam does."""
         param_norm = tl.sqrt(sums[0])
         update_norm = tl.sqrt(sums[1])
@@ -302,9 +306,9 @@ class LAMB:
 
     @staticmethod
     @triton.jit
-    def apply(param, update, radial, s):
+    def apply(param, update, projection_coef, s):
         """Decoupled decay, if that is wanted, and the step."""
-        return param - tl.fma(s.decay, param, s.step_size * update)
+        return param - tl.fma(s.decoupled_decay, param, s.step_size * update)
 
 
 class Projection:
@@ -312,7 +316,7 @@ class Projection:
 
     @staticmethod
     @triton.jit
-    def products(param, grad, update, s):
+    def reductions(param, grad, update, s):
         """What cosines and projections are made of."""
         grad = grad * s.grad_scale
         return grad * grad, param * param, grad * param, update * param
@@ -329,23 +333,23 @@ class Projection:
 
     @staticmethod
     @triton.jit
-    def radial(h, sums):
+    def projection_coef(h, sums):
         """``<n, u> / norm`` for the direction ``n = param / norm``."""
         norm = tl.sqrt(sums[1]) + h.eps
         return sums[3] / (norm * norm)
 
     @staticmethod
     @triton.jit
-    def settle(h, sums, projected, s):
+    def layer_scalars(h, sums, projected, s):
         """Little decay where the scale does not matter."""
-        return Scalars(s, decay=s.decay * tl.where(projected, h.wd_ratio, 1.0))
+        return Scalars(s, decoupled_decay=s.decoupled_decay * tl.where(projected, h.wd_ratio, 1.0))
 
     @staticmethod
     @triton.jit
-    def apply(param, update, radial, s):
+    def apply(param, update, projection_coef, s):
         """Decay and the projected step."""
-        update = tl.fma(-radial, param, update)
-        return param - tl.fma(s.decay, param, s.step_size * update)
+        update = tl.fma(-projection_coef, param, update)
+        return param - tl.fma(s.decoupled_decay, param, s.step_size * update)
 
 
 class AdamP(Projection):
@@ -353,30 +357,30 @@ class AdamP(Projection):
 
     @staticmethod
     @triton.jit
-    def sphere_exponent(h, step):
+    def lr_norm_power(h, step):
         """As for Adam."""
         return 1
 
     @staticmethod
     @triton.jit
-    def scalars(h, eta, step, s):
+    def scalars(h, effective_lr, step, s):
         """Bias corrections of both moments."""
         return Scalars(
             s,
-            step_size=eta / bias_correction(h.beta1, step),
+            step_size=effective_lr / bias_correction(h.beta1, step),
             denom_scale=1.0 / tl.sqrt(bias_correction(h.beta2, step)),
             nesterov=tl.where(h.nesterov != 0, 1.0, 0.0),
         )
 
     @staticmethod
     @triton.jit
-    def looks_back(h, n_states):
+    def needs_grad(h, n_states):
         """For Nesterov's form only."""
         return h.nesterov != 0
 
     @staticmethod
     @triton.jit
-    def advance(param, grad, state, s):
+    def update_moments(param, grad, state, s):
         """Both moments."""
         grad = grad * s.grad_scale
         exp_avg = lerp(state[0], grad, s.exp_avg_weight)
@@ -385,7 +389,7 @@ class AdamP(Projection):
 
     @staticmethod
     @triton.jit
-    def candidate(param, grad, state, s):
+    def direction(param, grad, state, s):
         """Adam's update without the correction of the first moment, which is in the step size."""
         exp_avg = state[0]
         grad = grad * s.grad_scale
@@ -399,32 +403,32 @@ class SGDP(Projection):
 
     @staticmethod
     @triton.jit
-    def sphere_exponent(h, step):
+    def lr_norm_power(h, step):
         """As for SGD."""
         return 2
 
     @staticmethod
     @triton.jit
-    def scalars(h, eta, step, s):
+    def scalars(h, effective_lr, step, s):
         """Decay as strong as an L2 penalty that went through the momentum."""
         return Scalars(
             s,
-            step_size=eta,
+            step_size=effective_lr,
             momentum=h.momentum,
             one_minus_dampening=1.0 - h.dampening,
             nesterov=tl.where(h.nesterov != 0, 1.0, 0.0),
-            decay=s.decay / (1.0 - h.momentum),
+            decoupled_decay=s.decoupled_decay / (1.0 - h.momentum),
         )
 
     @staticmethod
     @triton.jit
-    def looks_back(h, n_states):
+    def needs_grad(h, n_states):
         """For Nesterov's form, or without momentum."""
         return (h.nesterov != 0) | (n_states == 0)
 
     @staticmethod
     @triton.jit
-    def advance(param, grad, state, s):
+    def update_moments(param, grad, state, s):
         """The buffer, if there is momentum."""
         grad = grad * s.grad_scale
         new_state = ()
@@ -434,7 +438,7 @@ class SGDP(Projection):
 
     @staticmethod
     @triton.jit
-    def candidate(param, grad, state, s):
+    def direction(param, grad, state, s):
         """The buffer, or the gradient with the buffer ahead."""
         grad = grad * s.grad_scale
         momentum_buffer = s.one_minus_dampening * grad
@@ -470,25 +474,25 @@ def average_update(average, param, weight):
 
 
 @triton.jit
-def response(param, grad, state, s, UPDATE: tl.constexpr):
+def inverse_preconditioner(param, grad, state, s, UPDATE: tl.constexpr):
     """What a first moment of ones would do to a parameter at rate 1: one over the pre-conditioner."""
     if len(state) < 2:
         return tl.full(param.shape, 1.0, param.dtype)
     else:
         _, new_state = UPDATE(param, grad, state, s)
-        still = Scalars(
+        frozen = Scalars(
             s,
             weight_decay=s.weight_decay * 0.0,
-            decay=s.decay * 0.0,
+            decoupled_decay=s.decoupled_decay * 0.0,
             # far below the last digit, so that the moments stay
             exp_avg_weight=s.exp_avg_weight * 0.0 + 1e-30,
             exp_avg_sq_weight=s.exp_avg_sq_weight * 0.0 + 1e-30,
-            init_grad=s.init_grad * 0.0,
-            init_state=s.init_state * 0.0 + 1.0,
+            exp_avg_sq_from_grad=s.exp_avg_sq_from_grad * 0.0,
+            exp_avg_sq_scale=s.exp_avg_sq_scale * 0.0 + 1.0,
         )
         zero = tl.zeros(param.shape, param.dtype)
         new_state = (zero + 1.0,) + new_state[1:]
-        moved, _ = UPDATE(zero, zero, new_state, still)
+        moved, _ = UPDATE(zero, zero, new_state, frozen)
         return -moved
 
 

@@ -16,15 +16,15 @@ from .memory import (
     Counters,
     Hyper,
     Partial,
+    PendingScalars,
     Rates,
     Row,
     RowCounters,
     Scalars,
-    Slots,
     Sphere,
     Step,
+    StepDecision,
     Telemetry,
-    Verdict,
     arithmetic,
     field,
     item_size,
@@ -150,7 +150,7 @@ def measure_kernel(step, GRAD_DTYPES: tl.constexpr, BLOCK: tl.constexpr, TAIL: t
 
 
 @triton.jit
-def judge(step, t, part):
+def decide(step, t, part):
     """What holds for all rows; t is the number of updates made before this one."""
     grad_scale = tl.load(step.grad_scale.to(tl.pointer_type(tl.float32)), step.grad_scale != 0, 1.0)
     found_inf = tl.load(step.found_inf.to(tl.pointer_type(tl.float32)), step.found_inf != 0, 0.0)
@@ -160,7 +160,7 @@ def judge(step, t, part):
     skipped = (found_inf != 0.0) | ((step.skip_nonfinite != 0) & (part.nonfinite > 0))
     # a NaN ratio stays, as in torch.nn.utils.clip_grad_norm_
     ratio = tl.where(step.clip != 0, step.max_grad_norm / (grad_norm + 1e-6), 1.0)
-    return Verdict(
+    return StepDecision(
         t=t,
         grad_norm=grad_norm,
         grad_norm_l1=tl.where(measured, part.l1 * unscale, float("nan")),
@@ -192,10 +192,10 @@ def updates_of(row):
 
 
 @triton.jit
-def count_average(step, verdict, row, known):
+def count_average(step, decision, row, known):
     """Count one more value in the average of every row that keeps one, whether or not it has a gradient."""
     kept = known & (row.average != 0)
-    due = is_averaged(step.average_kind, step.average_start, step.average_every, verdict.t + 1)
+    due = is_averaged(step.average_kind, step.average_start, step.average_every, decision.t + 1)
     n_averaged = tl.load(field(row.counters, 0, RowCounters, "n_averaged"), kept, 0) + due.to(tl.int64)
     weight = tl.where(due, average_weight(step.average_kind, step.average_decay, n_averaged), 0.0)
     tl.store(field(row.counters, 0, RowCounters, "n_averaged"), n_averaged, kept)
@@ -218,47 +218,49 @@ def rates_on_spheres(step, group, lr, exponent, active):
 
 
 @triton.jit
-def scalars_of_rows(step, verdict, row, h, rates, eta, updates, SCALARS: tl.constexpr):
+def scalars_of_rows(step, decision, row, h, rates, effective_lr, updates, SCALARS: tl.constexpr):
     """What the update of a number needs, of one row or a block of them."""
-    s = common_scalars(h, rates, verdict.clip_coef * verdict.unscale)
-    s = SCALARS(h, eta, updates, s)
+    s = common_scalars(h, rates, decision.clip_coef * decision.unscale)
+    s = SCALARS(h, effective_lr, updates, s)
     fresh = (updates == 1) & (row.initialized == 0)
-    norm = verdict.grad_norm * verdict.clip_coef
+    norm = decision.grad_norm * decision.clip_coef
     start_sq = h.init_scale * norm * norm / step.init_norm_sq
     return Scalars(
         s,
-        init_grad=tl.where(fresh & (h.init == INIT_GRAD), h.init_scale, 0.0),
-        init_state=tl.where(fresh & (h.init == INIT_RANDOM), start_sq, 1.0),
+        exp_avg_sq_from_grad=tl.where(fresh & (h.init == INIT_GRAD), h.init_scale, 0.0),
+        exp_avg_sq_scale=tl.where(fresh & (h.init == INIT_RANDOM), start_sq, 1.0),
     )
 
 
 @triton.jit
 def set_scalars(
     step,
-    verdict,
+    decision,
     SCALARS: tl.constexpr,
     SPHERE_EXPONENT: tl.constexpr,
     SPHERES: tl.constexpr,
     LANES: tl.constexpr,
 ):
     """Count the update of every row that has a gradient, and prepare it; returns the first rectification."""
-    first = verdict.grad_norm * float("nan")
+    first = decision.grad_norm * float("nan")
     for start in range(0, step.n_rows, LANES):
         i = start + tl.arange(0, LANES)
         known = i < step.n_rows
         active = known & (tl.load(grad_of(step, i), known, 0) != 0)
         row = load_struct(step.rows, i, Row, known)
-        count_average(step, verdict, row, known)
+        count_average(step, decision, row, known)
         counter = field(row.counters, 0, RowCounters, "step")
         updates = tl.load(counter, active, 0) + 1
         tl.store(counter, updates, active)
         tl.store(row.step_float.to(tl.pointer_type(tl.float32)), updates.to(tl.float32), active)
         h = load_struct(step.hypers, row.group, Hyper, active)
         rates = load_struct(step.rates, row.group, Rates, active)
-        eta = rates.lr
+        effective_lr = rates.lr
         if SPHERES:
-            eta = rates_on_spheres(step, row.group, eta, SPHERE_EXPONENT(h, updates), active)
-        s = scalars_of_rows(step, verdict, row, h, rates, eta, updates, SCALARS)
+            effective_lr = rates_on_spheres(
+                step, row.group, effective_lr, SPHERE_EXPONENT(h, updates), active
+            )
+        s = scalars_of_rows(step, decision, row, h, rates, effective_lr, updates, SCALARS)
         store_struct(step.scalars, i, s, Scalars, active)
         leader = tl.min(tl.where(active, i, step.n_rows))
         rect = tl.sum(tl.where(i == leader, s.rect, 0.0))
@@ -267,28 +269,30 @@ def set_scalars(
 
 
 @triton.jit
-def record(step, verdict):
+def record(step, decision):
     """The telemetry row of this step, and the counts of the next."""
     counters = load_struct(step.counters, 0, Counters)
-    slots = load_struct(step.slots, 0, Slots)
+    pending_scalars = load_struct(step.pending_scalars, 0, PendingScalars)
     # other threads may still read what one of them is about to write
     tl.debug_barrier()
-    made = tl.where(verdict.skipped != 0, verdict.t, verdict.t + 1)
+    made = tl.where(decision.skipped != 0, decision.t, decision.t + 1)
     if step.telemetry_capacity > 0:
         line = Telemetry(
             step=made,
             lr=load_struct(step.rates, 0, Rates).lr,
-            grad_norm=verdict.grad_norm,
-            grad_norm_l1=verdict.grad_norm_l1,
-            clip_coef=verdict.clip_coef,
-            rect=verdict.rect,
-            skipped=verdict.skipped,
-            loss=slots.loss,
-            sharpness=slots.sharpness,
+            grad_norm=decision.grad_norm,
+            grad_norm_l1=decision.grad_norm_l1,
+            clip_coef=decision.clip_coef,
+            rect=decision.rect,
+            skipped=decision.skipped,
+            loss=pending_scalars.loss,
+            sharpness=pending_scalars.sharpness,
         )
         place = counters.calls % step.telemetry_capacity
         store_struct(step.telemetry, place, line, Telemetry)
-    store_struct(step.slots, 0, Slots(loss=float("nan"), sharpness=float("nan")), Slots)
+    store_struct(
+        step.pending_scalars, 0, PendingScalars(loss=float("nan"), sharpness=float("nan")), PendingScalars
+    )
     store_struct(step.counters, 0, Counters(step=made, calls=counters.calls + 1), Counters)
 
 
@@ -303,18 +307,18 @@ def decide_kernel(
     """Clipping, policy, rates, scalars, telemetry and counters, by one program."""
     step = load_struct(step.to(tl.int64), 0, Step)
     count = tl.where(step.measure != 0, step.n_chunks, 0)
-    verdict = judge(
+    decision = decide(
         step, load_struct(step.counters, 0, Counters).step, combine_all(step.partials, count, LANES)
     )
-    set_rates(step, verdict.t, LANES)
+    set_rates(step, decision.t, LANES)
     # the rates of a group are read by other threads than wrote them
     tl.debug_barrier()
-    rect = verdict.grad_norm * float("nan")
-    if verdict.skipped == 0:
-        rect = set_scalars(step, verdict, SCALARS, SPHERE_EXPONENT, SPHERES, LANES)
-    verdict = Verdict(verdict, rect=rect)
-    store_struct(step.verdict, 0, verdict, Verdict)
-    record(step, verdict)
+    rect = decision.grad_norm * float("nan")
+    if decision.skipped == 0:
+        rect = set_scalars(step, decision, SCALARS, SPHERE_EXPONENT, SPHERES, LANES)
+    decision = StepDecision(decision, rect=rect)
+    store_struct(step.decision, 0, decision, StepDecision)
+    record(step, decision)
 
 
 # update
@@ -345,7 +349,7 @@ def keep_squares(step, i, squares):
 def arrives_last(step):
     """Whether this program is the last to arrive, which sees what all threads of all of them wrote."""
     tl.debug_barrier()
-    finished = tl.atomic_add(field(step.verdict, 0, Verdict, "finished_blocks"), 1)
+    finished = tl.atomic_add(field(step.decision, 0, StepDecision, "finished_blocks"), 1)
     return finished == tl.num_programs(0) - 1
 
 
@@ -450,8 +454,8 @@ def update_kernel(
 ):
     """Update and average every chunk, the last one first: gradients measured last are still in the cache."""
     step = load_struct(step.to(tl.int64), 0, Step)
-    verdict = load_struct(step.verdict, 0, Verdict)
-    if verdict.skipped == 0:
+    decision = load_struct(step.decision, 0, StepDecision)
+    if decision.skipped == 0:
         for n in range(tl.program_id(0), step.n_chunks, tl.num_programs(0)):
             i = step.n_chunks - 1 - n
             chunk = load_struct(step.chunks, i, Chunk)
@@ -494,18 +498,18 @@ def update_kernel(
         if ACCUMULATE or SPHERES:
             if arrives_last(step):
                 if ACCUMULATE:
-                    record_norms(step, verdict, combine_all(step.partials, step.n_chunks, LANES))
+                    record_norms(step, decision, combine_all(step.partials, step.n_chunks, LANES))
                 if SPHERES:
                     finish_spheres(step, LANES)
 
 
 @triton.jit
-def record_norms(step, verdict, part):
+def record_norms(step, decision, part):
     """The norms that the update added up, into the row that decide wrote."""
     last = load_struct(step.counters, 0, Counters).calls - 1
     line = last % step.telemetry_capacity
-    tl.store(field(step.telemetry, line, Telemetry, "grad_norm"), tl.sqrt(part.l2_sq) * verdict.unscale)
-    tl.store(field(step.telemetry, line, Telemetry, "grad_norm_l1"), part.l1 * verdict.unscale)
+    tl.store(field(step.telemetry, line, Telemetry, "grad_norm"), tl.sqrt(part.l2_sq) * decision.unscale)
+    tl.store(field(step.telemetry, line, Telemetry, "grad_norm_l1"), part.l1 * decision.unscale)
 
 
 # rescale
@@ -548,8 +552,8 @@ def rescale_kernel(
 ):
     """Every chunk of a group on a sphere once more, when the update has found the factors."""
     step = load_struct(step.to(tl.int64), 0, Step)
-    verdict = load_struct(step.verdict, 0, Verdict)
-    if verdict.skipped == 0:
+    decision = load_struct(step.decision, 0, StepDecision)
+    if decision.skipped == 0:
         for i in range(tl.program_id(0), step.n_chunks, tl.num_programs(0)):
             chunk = load_struct(step.chunks, i, Chunk)
             row = load_struct(step.rows, chunk.row, Row)

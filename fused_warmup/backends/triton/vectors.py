@@ -9,9 +9,9 @@ from ...plan.structs import DTYPES as CODES
 from ...plan.vector_tables import OPERATIONS
 from .memory import (
     VECTOR,
-    Algebra,
     Chunk,
-    Span,
+    TensorSlice,
+    VectorOp,
     arithmetic,
     item_size,
     load_block,
@@ -227,12 +227,12 @@ def vector_kernel(
     LANES: tl.constexpr,
 ):
     """One operation over all chunks; the program that finishes last adds up the sums of the chunks."""
-    call = load_struct(call.to(tl.int64), 0, Algebra)
+    call = load_struct(call.to(tl.int64), 0, VectorOp)
     width = call.n_basis + 2
     size_of_c: tl.constexpr = item_size(WIDE)
     for i in range(tl.program_id(0), call.n_chunks, tl.num_programs(0)):
         chunk = load_struct(call.chunks, i, Chunk)
-        span = load_struct(call.spans, chunk.row, Span)
+        span = load_struct(call.slices, chunk.row, TensorSlice)
         addresses = span.param | span.snapshot | span.plus | span.minus | call.basis | call.scale | call.out
         addresses = addresses | (span.offset * size_of_c)
         if call.n_basis > 1:

@@ -11,8 +11,8 @@ from torch import Tensor
 import fused_warmup as fw
 
 from ...sharpness.line_search import Line
-from ...sharpness.loss_evaluator import Keeper
-from ...sharpness.pending_step import Preview
+from ...sharpness.loss_evaluator import LossEvaluator
+from ...sharpness.pending_step import PendingStep
 
 Closure = Callable[[], Tensor]
 
@@ -71,9 +71,9 @@ def search(opt: fw.FusedOptimizer, loss_fn: Closure, target: float) -> dict[str,
     middle = critical.value if math.isfinite(critical.value) else target
     reach = _BELOW * _ABOVE
     rates = [middle / _BELOW * reach ** (i / (_POINTS - 1)) for i in range(_POINTS)]
-    preview = Preview("search", opt)
-    with Keeper("search", loss_fn, preview.params, preview.backend) as keeper:
-        line = Line(keeper, preview)
+    pending = PendingStep("search", opt)
+    with LossEvaluator("search", loss_fn, pending.params, pending.backend) as evaluator:
+        line = Line(evaluator, pending)
         losses = [line.loss(rate) for rate in rates]
     return {
         "rates": rates,

@@ -15,7 +15,7 @@ from ... import _checks as check
 from ...optim.losses import checked_loss
 from ...plan.device_buffers import is_capturing
 from ...schedules import Schedule, Segment
-from ...schedules.adaptive import LiveSchedule
+from ...schedules.adaptive import AdaptiveSchedule
 from ..states import checked_state
 from .gaussian_process import Parity, ScaleFree, one_thread
 from .loss_buffer import LossBuffer
@@ -46,7 +46,7 @@ class WarmupTest:
     back: float
 
 
-class AutoWU(LiveSchedule):
+class AutoWU(AdaptiveSchedule):
     """A warmup that ends by itself: grows the rate, watches the losses, goes back and decays.
 
     The rate grows from ``min_lr`` towards ``max_lr``. After each epoch a Gaussian process smooths all losses
@@ -243,7 +243,7 @@ class AutoWU(LiveSchedule):
         return self.lr
 
     def feed(self, loss: Tensor | float, source: object, counters: Tensor | None) -> bool:
-        """Take the loss of the step about to be made; ``record_loss`` calls this, see ``LiveSchedule``.
+        """Take the loss of the step about to be made; ``record_loss`` calls this, see ``AdaptiveSchedule``.
 
         Raises:
             TypeError: If the loss is not a number.

@@ -8,8 +8,8 @@ import torch
 
 from ... import _checks as check
 from ...sharpness.line_search import Line
-from ...sharpness.loss_evaluator import Keeper, Loss
-from ...sharpness.pending_step import Preview
+from ...sharpness.loss_evaluator import Loss, LossEvaluator
+from ...sharpness.pending_step import PendingStep
 from ...sharpness.result import RateSearch
 
 # halvings of a bracket after which a float64 has nothing left to halve
@@ -61,9 +61,9 @@ def initial_lr(
     check.number(owner, "start", start, ends="()")
     check.number(owner, "target", target, start)
     check.number(owner, "tolerance", tolerance, ends="()")
-    preview = Preview(owner, optimizer, check.flag(owner, "use_grad", use_grad))
-    with Keeper(owner, loss_fn, preview.params, preview.backend, reduce) as keeper:
-        line = Line(keeper, preview)
+    pending = PendingStep(owner, optimizer, check.flag(owner, "use_grad", use_grad))
+    with LossEvaluator(owner, loss_fn, pending.params, pending.backend, reduce) as evaluator:
+        line = Line(evaluator, pending)
         line.forwards = 0
         if not math.isfinite(line.start):
             return RateSearch(math.nan, 0.0, math.inf, 0, ("nonfinite",))

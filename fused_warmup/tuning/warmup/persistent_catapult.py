@@ -11,8 +11,8 @@ from ... import _checks as check
 from ...distributed.groups import average
 from ...optim.losses import checked_loss
 from ...sharpness.line_search import Line
-from ...sharpness.loss_evaluator import Keeper, Loss
-from ...sharpness.pending_step import Preview
+from ...sharpness.loss_evaluator import Loss, LossEvaluator
+from ...sharpness.pending_step import PendingStep
 from ..states import checked_state
 from .initial_lr import search
 
@@ -70,7 +70,7 @@ class PersistentCatapult:
         self.tolerance = check.number(name, "tolerance", tolerance, ends="()")
         self.reduce = check.flag(name, "reduce", reduce)
         # raises for an optimizer that nothing is known about
-        self.optimizer = Preview(name, optimizer, use_grad=False).optimizer
+        self.optimizer = PendingStep(name, optimizer, use_grad=False).optimizer
         # learning rate of each group when it was first seen
         self._given: list[float] = []
         self._take_groups()
@@ -143,9 +143,9 @@ class PersistentCatapult:
     def _search(self, loss_fn: Loss) -> None:
         """Raise the rate to the critical one; it stays if that is lower."""
         name = type(self).__name__
-        preview = Preview(name, self.optimizer)
-        with Keeper(name, loss_fn, preview.params, preview.backend, self.reduce) as keeper:
-            line = Line(keeper, preview)
+        pending = PendingStep(name, self.optimizer)
+        with LossEvaluator(name, loss_fn, pending.params, pending.backend, self.reduce) as evaluator:
+            line = Line(evaluator, pending)
             line.forwards = 0
             if math.isfinite(line.start):
                 found = search(line, self.lr or self.start, self.target, self.tolerance)

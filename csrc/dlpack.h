@@ -4,7 +4,7 @@
 #pragma once
 #include <vector>
 
-#include "hd.h"
+#include "platform.h"
 
 namespace fw {
 

@@ -1,7 +1,7 @@
 // The pre-conditioner of the step about to be made, one launch. Compiled once, for all rules that have one:
 // each block finds the scalars of the rows that it meets, so that nothing of the step is touched. No
-// mathematics here: rules.h and response.h have it. SPDX-License-Identifier: Apache-2.0
-#include "../response.h"
+// mathematics here: rules.h and preconditioner.h have it. SPDX-License-Identifier: Apache-2.0
+#include "../preconditioner.h"
 #include "device.h"
 #include "launch.h"
 
@@ -17,20 +17,21 @@ struct Streams {
   const P* param;
   const G* grad;
   const C *state0, *state1, *state2;
-  V *scale, *folded;
+  V *scale, *scaled;
   int32_t count;
   bool aligned;
 
-  FW_DEVICE Streams(const Row& row, uint64_t grads, const Response& call, const Chunk& chunk, int64_t place)
+  FW_DEVICE Streams(const Row& row, uint64_t grads, const PreconditionerOp& call, const Chunk& chunk,
+                    int64_t place)
       : param(at<const P>(row.param) + chunk.offset),
         grad(at<const G>(grads) + chunk.offset),
         state0(row.state0 ? at<const C>(row.state0) + chunk.offset : nullptr),
         state1(row.state1 ? at<const C>(row.state1) + chunk.offset : nullptr),
         state2(row.state2 ? at<const C>(row.state2) + chunk.offset : nullptr),
         scale(call.scale ? at<V>(call.scale) + place : nullptr),
-        folded(call.folded ? at<V>(call.folded) + place : nullptr),
+        scaled(call.scaled ? at<V>(call.scaled) + place : nullptr),
         count(chunk.count) {
-    uint64_t addresses = row.param | grads | row.state0 | row.state1 | row.state2 | call.scale | call.folded;
+    uint64_t addresses = row.param | grads | row.state0 | row.state1 | row.state2 | call.scale | call.scaled;
     // chunks begin at multiples of 16 bytes of their row
     aligned = (addresses | static_cast<uint64_t>(place) * sizeof(V)) % kVectorBytes == 0;
   }
@@ -44,8 +45,8 @@ FW_DEVICE void store_scales(const C (&responses)[N], C fold, V* to) {
 }
 
 template <class Rule, int kStates, int N, class P, class G, class V, class C>
-FW_DEVICE void response_part(const Streams<P, G, V>& s, int32_t i, const P* param, const G* grad,
-                             const ScalarsOf<C>& scalars, C fold) {
+FW_DEVICE void preconditioner_part(const Streams<P, G, V>& s, int32_t i, const P* param, const G* grad,
+                                   const ScalarsOf<C>& scalars, C fold) {
   C state0[N], state1[N], state2[N], responses[N];
   if constexpr (kStates > 0) load(s.state0 + i, state0);
   if constexpr (kStates > 1) load(s.state1 + i, state1);
@@ -56,14 +57,15 @@ FW_DEVICE void response_part(const Streams<P, G, V>& s, int32_t i, const P* para
     if constexpr (kStates > 1) state[1] = state1[k];
     if constexpr (kStates > 2) state[2] = state2[k];
     const C g = static_cast<C>(widen(grad[k]));
-    responses[k] = response<Rule, kStates>(static_cast<C>(widen(param[k])), g, state, scalars);
+    responses[k] = inverse_preconditioner<Rule, kStates>(static_cast<C>(widen(param[k])), g, state, scalars);
   }
   if (s.scale) store_scales(responses, C(1), s.scale + i);
-  if (s.folded) store_scales(responses, fold, s.folded + i);
+  if (s.scaled) store_scales(responses, fold, s.scaled + i);
 }
 
 template <class Rule, int kStates, int N, class P, class G, class V, class C>
-FW_DEVICE void response_pack(const Streams<P, G, V>& s, int32_t i, const ScalarsOf<C>& scalars, C fold) {
+FW_DEVICE void preconditioner_pack(const Streams<P, G, V>& s, int32_t i, const ScalarsOf<C>& scalars,
+                                   C fold) {
   constexpr int kPart = N < kPack<C> ? N : kPack<C>;
   P param[N];
   G grad[N];
@@ -71,7 +73,7 @@ FW_DEVICE void response_pack(const Streams<P, G, V>& s, int32_t i, const Scalars
   load(s.grad + i, grad);
 #pragma unroll
   for (int k = 0; k < N; k += kPart)
-    response_part<Rule, kStates, kPart>(s, i + k, param + k, grad + k, scalars, fold);
+    preconditioner_part<Rule, kStates, kPart>(s, i + k, param + k, grad + k, scalars, fold);
 }
 
 // what a chunk needs beside its columns
@@ -90,17 +92,17 @@ FW_DEVICE void with_states(const Streams<P, G, V>& s, int32_t n_states, const Ro
 #pragma unroll 1
   for (int32_t i = threadIdx.x * kPack<P>; i < s.count; i += kThreads * kPack<P>) {
     if (s.aligned && i + kPack<P> <= s.count) {
-      response_pack<Rule, kStates, kPack<P>>(s, i, scalars, fold);
+      preconditioner_pack<Rule, kStates, kPack<P>>(s, i, scalars, fold);
     } else {
 #pragma unroll 1
       for (int32_t k = i; k < i + kPack<P> && k < s.count; ++k)
-        response_pack<Rule, kStates, 1>(s, k, scalars, fold);
+        preconditioner_pack<Rule, kStates, 1>(s, k, scalars, fold);
     }
   }
 }
 
 template <class Rule, class P, class V>
-FW_DEVICE void visit_grad(const Row& row, uint64_t grads, const Response& call, const Chunk& chunk,
+FW_DEVICE void visit_grad(const Row& row, uint64_t grads, const PreconditionerOp& call, const Chunk& chunk,
                           int64_t place, const RowAhead& ahead) {
   constexpr int kMin = Rule::kMinStates;
   // a gradient has the type of its parameter, or is float32
@@ -112,7 +114,8 @@ FW_DEVICE void visit_grad(const Row& row, uint64_t grads, const Response& call, 
 }
 
 template <class Rule, class V>
-FW_DEVICE void visit(const Step& step, const Response& call, const Chunk& chunk, const RowAhead& ahead) {
+FW_DEVICE void visit(const Step& step, const PreconditionerOp& call, const Chunk& chunk,
+                     const RowAhead& ahead) {
   const Row& row = at<Row>(step.rows)[chunk.row];
   const uint64_t grads = at<uint64_t>(step.grads)[chunk.row];
   const int64_t place = at<int64_t>(call.offsets)[chunk.row] + chunk.offset;
@@ -126,22 +129,22 @@ FW_DEVICE void visit(const Step& step, const Response& call, const Chunk& chunk,
 
 template <class Rule, class V>
 __global__ void __launch_bounds__(kThreads, kBlocksPerProcessor)
-    response_kernel(const __grid_constant__ Step step, const __grid_constant__ Response call) {
-  __shared__ Verdict verdict;
+    preconditioner_kernel(const __grid_constant__ Step step, const __grid_constant__ PreconditionerOp call) {
+  __shared__ StepDecision decision;
   __shared__ RowAhead ahead;
-  if (threadIdx.x == 0) verdict = verdict_ahead(step, call);
+  if (threadIdx.x == 0) decision = decision_ahead(step, call);
   __syncthreads();
   if (blockIdx.x == 0)
     for (int64_t group = threadIdx.x; group < step.n_groups; group += kThreads)
-      at<Rates>(call.rates)[group] = rates_of(step, verdict, group);
+      at<Rates>(call.rates)[group] = rates_of(step, decision, group);
   for (int64_t i = blockIdx.x; i < step.n_chunks; i += gridDim.x) {
     const Chunk chunk = at<Chunk>(step.chunks)[i];
     if (at<int64_t>(call.offsets)[chunk.row] < 0) continue;
     // the scalars of the chunk before may still be read
     __syncthreads();
     if (threadIdx.x == 0) {
-      ahead.scalars = scalars_ahead<Rule>(step, verdict, chunk.row);
-      ahead.fold = fold_of(step, call, verdict, chunk.row);
+      ahead.scalars = scalars_ahead<Rule>(step, decision, chunk.row);
+      ahead.fold = fold_of(step, call, decision, chunk.row);
     }
     __syncthreads();
     visit<Rule, V>(step, call, chunk, ahead);
@@ -149,25 +152,26 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerProcessor)
 }
 
 template <class Rule, class V>
-void launch_rule(const Launch& how, const Step& step, const Response& call) {
+void launch_rule(const Launch& how, const Step& step, const PreconditionerOp& call) {
   // once per measurement: what the device runs at a time is asked each time
-  const int64_t resident = resident_blocks(response_kernel<Rule, V>, how.device);
-  launch(response_kernel<Rule, V>, grid(resident, how.max_blocks, step.n_chunks), kThreads, how.stream, step,
-         call);
+  const int64_t resident = resident_blocks(preconditioner_kernel<Rule, V>, how.device);
+  launch(preconditioner_kernel<Rule, V>, grid(resident, how.max_blocks, step.n_chunks), kThreads, how.stream,
+         step, call);
 }
 
 template <class Rule>
-void run(const Launch& how, const Step& step, const Response& call) {
+void run(const Launch& how, const Step& step, const PreconditionerOp& call) {
   call.doubles ? launch_rule<Rule, double>(how, step, call) : launch_rule<Rule, float>(how, step, call);
 }
 
 #define FW_ENTRY(Rule) run<Rule>,
-constexpr void (*kResponses[])(const Launch&, const Step&, const Response&) = {FW_PRECONDITIONED(FW_ENTRY)};
+constexpr void (*kResponses[])(const Launch&, const Step&,
+                               const PreconditionerOp&) = {FW_PRECONDITIONED(FW_ENTRY)};
 #undef FW_ENTRY
 
 }  // namespace
 
-void run_response(const Launch& how, int rule, const Step& step, const Response& call) {
+void run_preconditioner(const Launch& how, int rule, const Step& step, const PreconditionerOp& call) {
   const OnDevice guard(how.device);
   kResponses[rule](how, step, call);
 }

@@ -7,9 +7,9 @@
 #include <cstring>
 
 #if defined(__CUDACC__)
-#define FW_HD __host__ __device__ __forceinline__
+#define FW_HOST_DEVICE __host__ __device__ __forceinline__
 #else
-#define FW_HD __attribute__((always_inline)) inline
+#define FW_HOST_DEVICE __attribute__((always_inline)) inline
 #endif
 
 namespace fw {
@@ -22,7 +22,7 @@ using std::uint64_t;
 // A pointer that is known to be one to global memory: the device has an instruction for that, and a slower
 // one for any memory.
 template <class T>
-FW_HD T* global(T* pointer) {
+FW_HOST_DEVICE T* global(T* pointer) {
 #if defined(__CUDA_ARCH__)
   __builtin_assume(__isGlobal(pointer));
 #endif
@@ -30,29 +30,29 @@ FW_HD T* global(T* pointer) {
 }
 
 // plain sqrt and fabs of <cmath> would widen a float to double
-FW_HD float root(float x) { return sqrtf(x); }
-FW_HD double root(double x) { return sqrt(x); }
-FW_HD float magnitude(float x) { return fabsf(x); }
-FW_HD double magnitude(double x) { return fabs(x); }
+FW_HOST_DEVICE float root(float x) { return sqrtf(x); }
+FW_HOST_DEVICE double root(double x) { return sqrt(x); }
+FW_HOST_DEVICE float magnitude(float x) { return fabsf(x); }
+FW_HOST_DEVICE double magnitude(double x) { return fabs(x); }
 
 // cos(pi x): the device's own needs no memory for the reduction of large arguments
 #if defined(__CUDA_ARCH__)
-FW_HD double cos_of_pi(double x) { return cospi(x); }
+FW_HOST_DEVICE double cos_of_pi(double x) { return cospi(x); }
 #else
-FW_HD double cos_of_pi(double x) { return cos(3.141592653589793 * x); }
+FW_HOST_DEVICE double cos_of_pi(double x) { return cos(3.141592653589793 * x); }
 #endif
 
 // in the type of sums
-FW_HD double widened(float x) { return x; }
-FW_HD double widened(double x) { return x; }
+FW_HOST_DEVICE double widened(float x) { return x; }
+FW_HOST_DEVICE double widened(double x) { return x; }
 
 // a * b + c rounded once where the machine has the instruction: written out, and contraction by the compiler
 // turned off, so that every machine that has it gives the same bits
 #if defined(__CUDA_ARCH__) || defined(__FMA__) || defined(__ARM_FEATURE_FMA)
-FW_HD float multiply_add(float a, float b, float c) { return fmaf(a, b, c); }
-FW_HD double multiply_add(double a, double b, double c) { return fma(a, b, c); }
+FW_HOST_DEVICE float multiply_add(float a, float b, float c) { return fmaf(a, b, c); }
+FW_HOST_DEVICE double multiply_add(double a, double b, double c) { return fma(a, b, c); }
 #else
-FW_HD float multiply_add(float a, float b, float c) { return a * b + c; }
-FW_HD double multiply_add(double a, double b, double c) { return a * b + c; }
+FW_HOST_DEVICE float multiply_add(float a, float b, float c) { return a * b + c; }
+FW_HOST_DEVICE double multiply_add(double a, double b, double c) { return a * b + c; }
 #endif
 }  // namespace fw
