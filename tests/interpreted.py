@@ -213,7 +213,7 @@ def test_grids_give_the_same_bits(clip):
     for programs in (1, 2, 5):
         params = make_params(torch.float32, [(70_000,), (5,), (2049,)])
         opt = fw.AdamW(params, lr=1e-2, backend="triton", max_grad_norm=clip, average=fw.EMA(0.5))
-        opt._session.backend = TritonBackend(programs)
+        opt.session.backend = TritonBackend(programs)
         for step in range(2):
             set_grads(params, step)
             opt.step()
@@ -250,7 +250,7 @@ def test_grids_share_spheres_without_a_trace(rule):
     for programs in (1, 5):
         groups = three_groups(torch.float32, [(70_000,), (5,)])
         opt = on_spheres(rule, "triton", groups, average=fw.EMA(0.5))
-        opt._session.backend = TritonBackend(programs)
+        opt.session.backend = TritonBackend(programs)
         params = [p for group in groups for p in group]
         set_grads(params, 0)
         opt.step()
@@ -266,7 +266,7 @@ def test_grids_share_layers_without_a_trace():
     for programs in (1, 5):
         params = make_params(torch.float32, [(2, 33_000), (3,), (50, 9)])
         opt = fw.AdamP(params, lr=1e-2, weight_decay=0.1, backend="triton")
-        opt._session.backend = TritonBackend(programs)
+        opt.session.backend = TritonBackend(programs)
         set_grads(params, 0)
         opt.step()
         states = [value for p in params for value in states_of(opt, p).values()]
@@ -426,7 +426,7 @@ def test_a_step_without_any_gradient():
 
 def test_auto_never_takes_the_interpreter():
     assert "triton" in fw.available_backends()
-    assert fw.SGD(make_params(torch.float32, FEW_SHAPES), lr=0.1)._session.backend.name in (
+    assert fw.SGD(make_params(torch.float32, FEW_SHAPES), lr=0.1).session.backend.name in (
         "cpu",
         "reference",
     )

@@ -85,8 +85,8 @@ def main() -> int:
             "import torch, cuda_on_host, fused_warmup as fw\n"
             "from fused_warmup.backends.native import CpuBackend, CudaBackend\n"
             "x = torch.nn.Parameter(torch.ones(100)); x.grad = torch.ones(100)\n"
-            f"opt = fw.Adam([x]); opt._session.backend = {backend}; opt.step()\n"
-            "opt._session.plan._chunks['count'] += 64\n"
+            f"opt = fw.Adam([x]); opt.session.backend = {backend}; opt.step()\n"
+            "opt.session.plan._chunks['count'] += 64\n"
             "opt.step()\n"
         )
         caught = subprocess.run([sys.executable, "-c", overflow], capture_output=True, text=True, **run)

@@ -10,7 +10,7 @@ from fused_warmup.sharpness.pending_step import PendingStep
 from fused_warmup.sharpness.vectors import FusedVectors, Vectors
 
 # optimizers whose sharpness can be measured against their own pre-conditioner
-PRECONDITIONED = [case for case in CASES if case.cls.rule in _cpu.preconditioned()]
+PRECONDITIONED = [case for case in CASES if case.cls.spec.name in _cpu.preconditioned()]
 # odd sizes, an empty tensor, 0-dim, one beyond a chunk; channels-last and a transposed matrix are dense too
 SHAPES = [(3,), (0,), (), (1023,), (4097,), (8, 16), (33_000,)]
 FEW_SHAPES = [(3,), (0,), (), (40,), (300,)]
@@ -138,10 +138,10 @@ def check_preconditioner(case, resolve, params, *, steps=(1, 6), **options):
             assert found is not None
             members = pending.members
             inverse = pending.inverse_preconditioners(pending.grads)
-            factors = [m.lr / m.edge for m in members]
+            factors = [m.lr / m.threshold for m in members]
             assert found.factor.item() == pytest.approx(factors[0], rel=1e-12)
             if found.scale is None:
-                assert opt.rule == "SGD"
+                assert opt.spec.name == "SGD"
             else:
                 close(vectors, found.scale, [x.sqrt() for x in inverse])
             if len(set(factors)) == 1:

@@ -89,8 +89,8 @@ class CudaBackend:
         self._cuda.step(
             self._rules[plan.rule],
             plan.address,
-            plan.grads_address,
-            len(plan.rows) if plan.fresh_grads else 0,
+            plan.gradients.address,
+            len(plan.rows) if plan.gradients.is_stale else 0,
             plan.has_float64,
             plan.device.index or 0,
             _stream(plan.device),

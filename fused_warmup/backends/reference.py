@@ -44,7 +44,11 @@ class ReferenceBackend:
         """
         rule = RULES.get(plan.rule) or LAYER_RULES[plan.rule]
         counters, settings = plan.record["counters"], plan.settings
-        active = [(row, grad) for row, grad in zip(plan.rows, plan.grads, strict=True) if grad is not None]
+        active = [
+            (row, grad)
+            for row, grad in zip(plan.rows, plan.gradients.tensors, strict=True)
+            if grad is not None
+        ]
         t = int(counters[0])
 
         grad_norm_l1, grad_norm = _norms([grad for _, grad in active])
@@ -62,18 +66,18 @@ class ReferenceBackend:
             ratio = settings.max_grad_norm / (grad_norm + 1e-6)
             clip_coef = 1.0 if ratio >= 1.0 else ratio
 
-        for rates, h in zip(plan.rates, plan.hypers, strict=True):
+        for rates, h in zip(plan.groups.rates, plan.groups.hypers, strict=True):
             rates[0] = h.lr * multiplier(h.schedule.segments if h.schedule else (), t)
             decay_segments = h.weight_decay_schedule.segments if h.weight_decay_schedule else ()
             rates[1] = h.weight_decay * multiplier(decay_segments, t)
 
         rect = math.nan
         for row, grad in active if not skipped else ():
-            step, h = row.counters.count_update(), plan.hypers[row.group]
-            effective_lr, weight_decay = plan.rates[row.group].tolist()
+            step, h = row.counters.count_update(), plan.groups.hypers[row.group]
+            effective_lr, weight_decay = plan.groups.rates[row.group].tolist()
             if h.sphere:
                 effective_lr = sphere_rate(
-                    effective_lr, float(plan.norms[row.group]), rule.lr_norm_power(h, step)
+                    effective_lr, float(plan.groups.norms[row.group]), rule.lr_norm_power(h, step)
                 )
             s = common_scalars(h, effective_lr, weight_decay, clip_coef * unscale)
             rule.scalars(h, effective_lr, step, s)
@@ -92,9 +96,9 @@ class ReferenceBackend:
             row.work.copy_(param)
             for state, new in zip(row.states, states, strict=True):
                 state.copy_(new)
-        for g, h in enumerate(plan.hypers) if not skipped else ():
+        for g, h in enumerate(plan.groups.hypers) if not skipped else ():
             if h.sphere:
-                _rescale([row for row in plan.rows if row.group == g], h.radius, plan.norms[g])
+                _rescale([row for row in plan.rows if row.group == g], h.radius, plan.groups.norms[g])
         kind, decay, start, every = plan.average
         averaged = not skipped and is_averaged(kind, start, every, t + 1)
         for row in plan.rows if averaged else ():
@@ -106,7 +110,14 @@ class ReferenceBackend:
             counters[0] = t + 1
         ring_buffer, pending_scalars = plan.record["ring_buffer"], plan.record["pending_scalars"]
         if ring_buffer is not None:
-            line = [float(counters[0]), float(plan.rates[0, 0]), grad_norm, grad_norm_l1, clip_coef, rect]
+            line = [
+                float(counters[0]),
+                float(plan.groups.rates[0, 0]),
+                grad_norm,
+                grad_norm_l1,
+                clip_coef,
+                rect,
+            ]
             line += [float(skipped), *pending_scalars.tolist()]
             ring_buffer[int(counters[1]) % len(ring_buffer)] = torch.tensor(
                 line, dtype=torch.float64, device=ring_buffer.device

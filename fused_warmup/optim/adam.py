@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -10,13 +11,22 @@ from torch import Tensor
 
 from .. import _checks as check
 from ..plan.hyper import Hyper
+from ..plan.spec import RuleSpec
 from ..plan.structs import INIT_KINDS
-from ..reference.rules import init_exp_avg_sq
-from . import hyper
+from ..reference import rules
 from .base import FusedOptimizer, Options, Params
+from .hyper import moments
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
+
+
+def _hyper(owner: str, group: Mapping[str, Any]) -> Hyper:
+    """Return the validated hyper-parameters of a group of Adam."""
+    check.flag(owner, "amsgrad", group["amsgrad"])
+    init = check.one_of(owner, "exp_avg_sq_init", group["exp_avg_sq_init"], INIT_KINDS)
+    scale = check.number(owner, "exp_avg_sq_init_scale", group["exp_avg_sq_init_scale"])
+    return Hyper(**moments(owner, group), init=init, init_scale=scale)
 
 
 class Adam(FusedOptimizer):
@@ -42,7 +52,13 @@ class Adam(FusedOptimizer):
     Source: Kingma & Ba 2015, arXiv:1412.6980; initialisation: Kalra & Barkeshli 2024, arXiv:2406.09405.
     """
 
-    rule = "Adam"
+    spec: ClassVar[RuleSpec] = RuleSpec(
+        rules.Adam,
+        ("exp_avg", "exp_avg_sq", "max_exp_avg_sq"),
+        _hyper,
+        n_states=lambda group: 3 if group["amsgrad"] else 2,
+        second_moment="exp_avg_sq",
+    )
 
     def __init__(
         self,
@@ -72,17 +88,6 @@ class Adam(FusedOptimizer):
         }
         super().__init__(params, defaults, **options)
 
-    @staticmethod
-    def _state_names(group: Mapping[str, Any]) -> tuple[str, ...]:
-        return ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")[: 3 if group["amsgrad"] else 2]
-
-    @staticmethod
-    def _hyper(owner: str, group: Mapping[str, Any]) -> Hyper:
-        check.flag(owner, "amsgrad", group["amsgrad"])
-        init = check.one_of(owner, "exp_avg_sq_init", group["exp_avg_sq_init"], INIT_KINDS)
-        scale = check.number(owner, "exp_avg_sq_init_scale", group["exp_avg_sq_init_scale"])
-        return Hyper(**hyper.moments(owner, group), init=init, init_scale=scale)
-
     @torch.no_grad()
     def init_from_gradients(self) -> None:
         """Start the second moment from the gradients now in ``.grad``, without making a step.
@@ -95,25 +100,26 @@ class Adam(FusedOptimizer):
             ValueError: If there is no gradient, or one is not finite.
         """
         name = type(self).__name__
-        plan, _ = self._prepared_plan()
-        active = [(row, grad) for row, grad in zip(plan.rows, plan.grads, strict=True) if grad is not None]
+        plan, _ = self.session.prepare(None, None)
+        found = zip(plan.rows, plan.gradients.tensors, strict=True)
+        active = [(row, grad) for row, grad in found if grad is not None]
         if not active:
             check.fail(name, ".grad", "hold a gradient for some parameter", None)
         norm = torch.stack([grad.to(torch.float64).norm() for _, grad in active]).norm().item()
-        if norm - norm != 0.0:
+        if not math.isfinite(norm):
             check.fail(name, ".grad", "be finite", norm)
         if any(int(row.counters.step) for row, _ in active):
             raise RuntimeError(f"{name}: init_from_gradients() must come before the first step.")
         clip_coef = 1.0 if self.max_grad_norm is None else min(1.0, self.max_grad_norm / (norm + 1e-6))
         for row, grad in active:
-            exp_avg_sq = row.states[1]
+            exp_avg_sq = row.states[self.spec.second_moment_index]
             param, grad = row.work.to(exp_avg_sq.dtype), grad.to(exp_avg_sq.dtype)
-            h = plan.hypers[row.group]
-            weight_decay = h.weight_decay * (h.weight_decay_schedule(0) if h.weight_decay_schedule else 1.0)
-            exp_avg_sq.copy_(init_exp_avg_sq(param, grad, h, weight_decay, clip_coef))
-            self._session.state[row.param]["initialized"] = True
+            hyper = plan.groups.hypers[row.group]
+            _, weight_decay = hyper.rates_at(0)
+            exp_avg_sq.copy_(rules.init_exp_avg_sq(param, grad, hyper, weight_decay, clip_coef))
+            self.state[row.param]["initialized"] = True
         plan.finish()
-        self._session.reset()
+        self.session.reset()
 
 
 class AdamW(Adam):
@@ -150,19 +156,9 @@ class AdamW(Adam):
         exp_avg_sq_init_scale: float = 1.0,
         **options: Unpack[Options],
     ) -> None:
-        super().__init__(
-            params,
-            lr,
-            betas,
-            eps,
-            weight_decay,
-            amsgrad,
-            maximize=maximize,
-            decoupled_weight_decay=True,
-            exp_avg_sq_init=exp_avg_sq_init,
-            exp_avg_sq_init_scale=exp_avg_sq_init_scale,
-            **options,
-        )
+        start = {"exp_avg_sq_init": exp_avg_sq_init, "exp_avg_sq_init_scale": exp_avg_sq_init_scale}
+        given = {"maximize": maximize, **start, **self.fixed, **options}
+        super().__init__(params, lr, betas, eps, weight_decay, amsgrad, **given)
 
 
 class GIAdam(Adam):
@@ -201,16 +197,6 @@ class GIAdam(Adam):
         exp_avg_sq_init_scale: float = 1.0,
         **options: Unpack[Options],
     ) -> None:
-        super().__init__(
-            params,
-            lr,
-            betas,
-            eps,
-            weight_decay,
-            amsgrad,
-            maximize=maximize,
-            decoupled_weight_decay=decoupled_weight_decay,
-            exp_avg_sq_init="grad",
-            exp_avg_sq_init_scale=exp_avg_sq_init_scale,
-            **options,
-        )
+        start = {"exp_avg_sq_init_scale": exp_avg_sq_init_scale, **self.fixed}
+        given = {"maximize": maximize, "decoupled_weight_decay": decoupled_weight_decay, **start, **options}
+        super().__init__(params, lr, betas, eps, weight_decay, amsgrad, **given)

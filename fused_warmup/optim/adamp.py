@@ -3,18 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from torch import Tensor
 from torch.optim.optimizer import required
 
 from .. import _checks as check
 from ..plan.hyper import Hyper
-from . import hyper
+from ..plan.spec import RuleSpec
+from ..reference import rules
 from .base import FusedOptimizer, Options, Params
+from .hyper import averages, projection, shared
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
+
+
+def _adamp_hyper(owner: str, group: Mapping[str, Any]) -> Hyper:
+    """Return the validated hyper-parameters of a group of AdamP."""
+    return Hyper(**averages(owner, group), **projection(owner, group))
 
 
 class AdamP(FusedOptimizer):
@@ -40,7 +47,7 @@ class AdamP(FusedOptimizer):
     Source: Heo et al. 2021, arXiv:2006.08217.
     """
 
-    rule = "AdamP"
+    spec: ClassVar[RuleSpec] = RuleSpec(rules.AdamP, ("exp_avg", "exp_avg_sq"), _adamp_hyper)
 
     def __init__(
         self,
@@ -68,13 +75,16 @@ class AdamP(FusedOptimizer):
         }
         super().__init__(params, defaults, **options)
 
-    @staticmethod
-    def _state_names(group: Mapping[str, Any]) -> tuple[str, ...]:
-        return ("exp_avg", "exp_avg_sq")
 
-    @staticmethod
-    def _hyper(owner: str, group: Mapping[str, Any]) -> Hyper:
-        return Hyper(**hyper.averages(owner, group), **hyper.projection(owner, group))
+def _sgdp_hyper(owner: str, group: Mapping[str, Any]) -> Hyper:
+    """Return the validated hyper-parameters of a group of SGDP."""
+    return Hyper(
+        **shared(owner, group),
+        **projection(owner, group),
+        eps=check.number(owner, "eps", group["eps"]),
+        momentum=check.number(owner, "momentum", group["momentum"], 0.0, 1.0),
+        dampening=check.number(owner, "dampening", group["dampening"], float("-inf")),
+    )
 
 
 class SGDP(FusedOptimizer):
@@ -100,7 +110,13 @@ class SGDP(FusedOptimizer):
     Source: Heo et al. 2021, arXiv:2006.08217.
     """
 
-    rule = "SGDP"
+    spec: ClassVar[RuleSpec] = RuleSpec(
+        rules.SGDP,
+        ("momentum_buffer",),
+        _sgdp_hyper,
+        n_states=lambda group: 1 if group["momentum"] != 0.0 else 0,
+        first_gradient="momentum_buffer",
+    )
 
     def __init__(
         self,
@@ -129,17 +145,3 @@ class SGDP(FusedOptimizer):
             "maximize": maximize,
         }
         super().__init__(params, defaults, **options)
-
-    @staticmethod
-    def _state_names(group: Mapping[str, Any]) -> tuple[str, ...]:
-        return ("momentum_buffer",) if group["momentum"] != 0.0 else ()
-
-    @staticmethod
-    def _hyper(owner: str, group: Mapping[str, Any]) -> Hyper:
-        return Hyper(
-            **hyper.shared(owner, group),
-            **hyper.projection(owner, group),
-            eps=check.number(owner, "eps", group["eps"]),
-            momentum=check.number(owner, "momentum", group["momentum"], 0.0, 1.0),
-            dampening=check.number(owner, "dampening", group["dampening"], float("-inf")),
-        )

@@ -20,16 +20,17 @@ from ..backends import BACKENDS
 from ..backends.base import Backend
 from ..distributed.groups import built_by_zero
 from ..plan import tensors
-from ..plan.build import build_plan, check_norms, check_whole
+from ..plan.build import check_whole
 from ..plan.device_buffers import is_capturing
-from ..plan.hyper import Hyper, Settings
+from ..plan.hyper import Hyper
 from ..plan.plan import Plan
-from ..plan.sphere import norm_of, sphere_options
+from ..plan.spec import RuleSpec
 from ..plan.structs import RATES
 from ..plan.traffic import Traffic, traffic
 from ..schedules import Schedule
-from ..schedules.adaptive import AdaptiveSchedule, adaptive_schedules, restored
-from .averaging import EMA, SWA, Average, swapped
+from ..schedules.adaptive import AdaptiveSchedule
+from .averaging import Average, swapped
+from .groups import complete_groups, make_hyper
 from .losses import checked_loss, reported_loss
 from .session import Session
 from .state_dict import load_state, pack_state
@@ -55,6 +56,26 @@ class Options(TypedDict, total=False):
     fused: bool | None
     capturable: bool
     differentiable: bool
+
+
+def _kept_in_session(name: str, doc: str, *, resets: bool = False) -> Any:
+    """Return a property that reads and writes an attribute of the session.
+
+    Args:
+        name: Name of the attribute.
+        doc: Docstring of the property.
+        resets: Whether the plan must be built again after a change.
+    """
+
+    def read(self: FusedOptimizer) -> Any:
+        return getattr(self.session, name)
+
+    def write(self: FusedOptimizer, value: Any) -> None:
+        setattr(self.session, name, value)
+        if resets:
+            self.session.reset()
+
+    return property(read, write, doc=doc)
 
 
 class FusedOptimizer(Optimizer):
@@ -101,11 +122,9 @@ class FusedOptimizer(Optimizer):
         TypeError: If an argument has a wrong type or is unknown.
     """
 
-    rule: ClassVar[str]
+    spec: ClassVar[RuleSpec]
     # hyper-parameters that make the class what it is, whatever a state dict says
     fixed: ClassVar[Mapping[str, Any]] = {}
-    # gradients that are sparse are made dense
-    takes_sparse: ClassVar[bool] = False
     _step_supports_amp_scaling = True
 
     def __init__(
@@ -136,7 +155,9 @@ class FusedOptimizer(Optimizer):
             check.fail(
                 name, "differentiable", "be False", differentiable, "torch.optim has the differentiable form."
             )
-        self._session = Session()
+        if not isinstance(getattr(type(self), "spec", None), RuleSpec):
+            raise TypeError(f"{name}: a subclass of FusedOptimizer must declare spec, a RuleSpec.")
+        self._session = Session(name, self.spec)
         self.max_grad_norm = max_grad_norm
         self.nonfinite = nonfinite
         self.unscale_grads = check.flag(name, "unscale_grads", unscale_grads)
@@ -145,14 +166,11 @@ class FusedOptimizer(Optimizer):
         if telemetry != "all":
             telemetry = check.flag(name, "telemetry", telemetry)
         self.telemetry = Telemetry(bool(telemetry), keep_all=telemetry == "all")
-        self._check_settings()
+        self._session.check_settings()
         # before params, which may be a generator, are touched
-        self._hyper(name, {**defaults, "lr": 0.0} if defaults["lr"] is required else defaults)
-        passed = {"foreach": foreach, "capturable": capturable, "differentiable": False, "fused": fused}
-        schedules = {"schedule": schedule, "weight_decay_schedule": weight_decay_schedule}
-        sphere = {"projection": projection, "radius": radius}
+        self.spec.hyper(name, {**defaults, "lr": 0.0} if defaults["lr"] is required else defaults)
         self._session.split = built_by_zero()
-        # what holds for all groups
+        # options of the whole optimizer, which a group may repeat but not change
         self._common = {
             "max_grad_norm": max_grad_norm,
             "nonfinite": nonfinite,
@@ -161,34 +179,37 @@ class FusedOptimizer(Optimizer):
             "backend": backend,
             "telemetry": telemetry,
         }
-        super().__init__(params, {**defaults, **schedules, **sphere, **passed})
-        self._hyper_keys = tuple(key for key in self.defaults if key not in passed)
+        group_options = {
+            "schedule": schedule,
+            "weight_decay_schedule": weight_decay_schedule,
+            "projection": projection,
+            "radius": radius,
+        }
+        ignored = {"foreach": foreach, "capturable": capturable, "differentiable": False, "fused": fused}
+        merged = {**defaults, **group_options, **ignored}
+        self._session.bind(name, self.spec, merged)
+        super().__init__(params, merged)
+        self._session.track_states()
 
-    # what the session holds, under the names that users know
+    # values of the session, under the names that users know
+
+    @property
+    def session(self) -> Session:
+        """Everything that changes from step to step; for tools of this package, not for training loops."""
+        return self._session
 
     @property
     def state(self) -> defaultdict[Tensor, Any]:
         """State by parameter, as torch keeps it.
 
-        Whoever has seen it may replace or move its tensors, so from then on each step checks them all: about
-        a quarter of a microsecond per parameter.
+        Its tensors may be replaced or moved. Steps compare them as long as somebody holds one, which takes
+        about a quarter of a microsecond per parameter.
         """
-        self._session.exposed = True
         return self._session.state
 
     @state.setter
     def state(self, state: defaultdict[Tensor, Any]) -> None:
         self._session.state = state
-        self._session.reset()
-
-    @property
-    def param_groups(self) -> list[dict[str, Any]]:
-        """Parameter groups, as torch keeps them; the list may be replaced."""
-        return self._session.param_groups
-
-    @param_groups.setter
-    def param_groups(self, groups: list[dict[str, Any]]) -> None:
-        self._session.param_groups = groups
         self._session.reset()
 
     @property
@@ -198,37 +219,10 @@ class FusedOptimizer(Optimizer):
 
     @max_grad_norm.setter
     def max_grad_norm(self, max_grad_norm: float | None) -> None:
-        # the usual words for no clipping
+        # 0 and infinity are usual ways to ask for no clipping
         plain = isinstance(max_grad_norm, (int, float)) and not isinstance(max_grad_norm, bool)
         unclipped = plain and max_grad_norm in (0, math.inf)
         self._session.max_grad_norm = None if unclipped else max_grad_norm
-
-    @property
-    def nonfinite(self) -> str:
-        """What gradients that are not finite do: ``"propagate"`` or ``"skip"``."""
-        return self._session.nonfinite
-
-    @nonfinite.setter
-    def nonfinite(self, nonfinite: str) -> None:
-        self._session.nonfinite = nonfinite
-
-    @property
-    def unscale_grads(self) -> bool:
-        """Whether ``.grad`` is divided by the scale of a ``GradScaler`` after the update."""
-        return self._session.unscale_grads
-
-    @unscale_grads.setter
-    def unscale_grads(self, unscale_grads: bool) -> None:
-        self._session.unscale_grads = unscale_grads
-
-    @property
-    def average(self) -> Average | None:
-        """``EMA`` or ``SWA`` of the parameters, or None."""
-        return self._session.average
-
-    @average.setter
-    def average(self, average: Average | None) -> None:
-        self._session.average = average
 
     @property
     def backend(self) -> str:
@@ -243,78 +237,19 @@ class FusedOptimizer(Optimizer):
         self._session.backend = None
         self._session.reset()
 
-    @property
-    def telemetry(self) -> Telemetry:
-        """The record that steps leave."""
-        return self._session.telemetry
-
-    @telemetry.setter
-    def telemetry(self, telemetry: Telemetry) -> None:
-        self._session.telemetry = telemetry
-        self._session.reset()
-
-    # what a rule declares
-
-    @staticmethod
-    def _state_names(group: Mapping[str, Any]) -> tuple[str, ...]:
-        """Return the names of the states of a group, in the order in which the rule takes them."""
-        raise TypeError("FusedOptimizer: a subclass must name its states.")
-
-    @staticmethod
-    def _hyper(owner: str, group: Mapping[str, Any]) -> Hyper:
-        """Return the validated hyper-parameters of the rule for a group."""
-        raise TypeError("FusedOptimizer: a subclass must name its hyper-parameters.")
+    param_groups: list[dict[str, Any]] = _kept_in_session(
+        "param_groups", "Parameter groups, as torch keeps them; the list may be replaced.", resets=True
+    )
+    nonfinite: str = _kept_in_session(
+        "nonfinite", "Policy for gradients that are not finite: ``propagate`` or ``skip``."
+    )
+    unscale_grads: bool = _kept_in_session(
+        "unscale_grads", "Whether ``.grad`` is divided by the scale of a ``GradScaler`` after the update."
+    )
+    average: Average | None = _kept_in_session("average", "``EMA`` or ``SWA`` of the parameters, or None.")
+    telemetry: Telemetry = _kept_in_session("telemetry", "Record of the steps.", resets=True)
 
     # groups
-
-    def _make_hyper(self, group: Mapping[str, Any]) -> Hyper:
-        """Validate a group, its schedules included."""
-        name = type(self).__name__
-        hyper = self._hyper(name, group)
-        schedules = {key: group[key] for key in ("schedule", "weight_decay_schedule")}
-        if isinstance(schedules["schedule"], AdaptiveSchedule):
-            schedules["schedule"] = schedules["schedule"].schedule
-        for key, schedule in schedules.items():
-            if schedule is not None and not isinstance(schedule, Schedule):
-                hint = "Arbitrary functions of the step go to torch.optim.lr_scheduler.LambdaLR."
-                check.fail(name, key, "be a fused_warmup schedule or None", group[key], hint, TypeError)
-        hyper.schedule, hyper.weight_decay_schedule = schedules.values()
-        for key, value in sphere_options(name, group, hyper.weight_decay).items():
-            setattr(hyper, key, value)
-        return hyper
-
-    def _adopt_group(self, group: Any) -> Hyper:
-        """Validate a group as it stands, after making schedules of those that came as plain types.
-
-        Wrappers copy the groups of a state dict without asking ``load_state_dict``. A live schedule stays the
-        object that the user holds.
-        """
-        live = self._session.adaptive
-        for key in ("schedule", "weight_decay_schedule"):
-            if isinstance(group[key], Mapping):
-                schedule, held = restored(group[key]), live.get(id(group))
-                if isinstance(schedule, AdaptiveSchedule) and type(held) is type(schedule):
-                    held.load_state_dict(schedule.state_dict())
-                    schedule = held
-                group[key] = schedule
-        hyper = self._make_hyper(group)
-        if isinstance(group["schedule"], AdaptiveSchedule):
-            live[id(group)] = group["schedule"]
-        return hyper
-
-    def _complete_groups(self) -> None:
-        """Give groups that came from elsewhere the hyper-parameters that they lack."""
-        for group in self.param_groups:
-            for key, value in self.defaults.items():
-                group.setdefault(key, value)
-
-    def _check_settings(self) -> None:
-        name, session = type(self).__name__, self._session
-        check.one_of(name, "nonfinite", session.nonfinite, ("propagate", "skip"))
-        if session.average is not None and not isinstance(session.average, (EMA, SWA)):
-            check.fail(name, "average", "be EMA, SWA or None", session.average, error=TypeError)
-        if session.max_grad_norm is not None:
-            check.number(name, "max_grad_norm", session.max_grad_norm, ends="()")
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group of parameters; its missing hyper-parameters are the defaults.
@@ -344,7 +279,7 @@ class FusedOptimizer(Optimizer):
             merged = {**self.defaults, **param_group}
             if merged["lr"] is required:
                 check.fail(name, "lr", "be given for each group or for all", "none")
-            hyper = self._make_hyper(merged)
+            hyper = make_hyper(name, self.spec, merged)
             params = param_group["params"]
             params = [params] if isinstance(params, Tensor) else params
             if not isinstance(params, set):
@@ -379,7 +314,9 @@ class FusedOptimizer(Optimizer):
             if not is_lazy(param) and not param.is_meta:
                 local = tensors.check_param(name, i, param, None)
                 session.resolve(local.device)
-        check_whole(name, self.rule, session, [(i, p, hyper) for i, p in enumerate(params, known)])
+        members = [(i, p, hyper) for i, p in enumerate(params, known)]
+        settings = session.max_grad_norm, session.nonfinite
+        check_whole(name, self.spec, members, *settings, is_split=session.split)
 
     # the step
 
@@ -411,31 +348,36 @@ class FusedOptimizer(Optimizer):
                 f"{type(self).__name__}: step() must not be called inside averaged_parameters()."
             )
         may_probe = not session.state and self._is_at_rest()
-        plan, backend = self._prepared_plan()
-        if may_probe and plan.gradients_are_zero():
+        plan, backend = self._prepare()
+        if may_probe and plan.gradients.are_zero():
             # not a step but a wrapper that wants to see the states
             self.init_state()
             return loss
-        self._measure_norms(plan)
+        session.measure_norms(plan)
         value = reported_loss(loss)
         if value is not None:
             self.record_loss(value)
-        self._warn_unfed()
-        if plan.fresh_grads and len(plan.rows) > backend.max_inline_pointers:
-            plan.upload_grads()
+        session.warn_unfed()
+        if plan.gradients.is_stale and len(plan.rows) > backend.max_inline_pointers:
+            plan.gradients.upload()
         backend.step(plan)
-        plan.sent_grads()
-        session.last_rates = plan.rates
+        plan.gradients.note_upload()
+        session.last_rates = plan.groups.rates
         if session.unscale_grads:
-            plan.unscale_grads()
+            plan.gradients.unscale(plan.scaling[0])
         changed = plan.finish()
         if is_capturing(plan.device):
-            self._keep_captured(plan)
+            session.keep_captured(plan)
         else:
             self.telemetry.advance()
         if changed:
             torch.autograd.graph.increment_version(changed)
         return loss
+
+    def _prepare(self, *, every: bool = False) -> tuple[Plan, Backend]:
+        """Return the plan of this step and the backend, with what a ``GradScaler`` set around ``step``."""
+        scaling = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
+        return self._session.prepare(*scaling, every=every)
 
     def init_state(self) -> None:
         """Allocate the states of all parameters now, and the table on the device.
@@ -448,9 +390,9 @@ class FusedOptimizer(Optimizer):
             ValueError: If a parameter, gradient or hyper-parameter does not fit.
         """
         self._session.reset()
-        plan, backend = self._prepared_plan(every=True)
-        self._measure_norms(plan)
-        plan.upload_grads()
+        plan, backend = self._prepare(every=True)
+        self._session.measure_norms(plan)
+        plan.gradients.upload()
         backend.prepare(plan)
         plan.release()
 
@@ -458,103 +400,17 @@ class FusedOptimizer(Optimizer):
         """Whether all learning rates are 0, which are numbers on the host."""
         return all(float(group["lr"]) == 0.0 for group in self.param_groups)
 
-    def _measure_norms(self, plan: Plan) -> None:
-        """Take the norms of groups that are about to make their first step on a sphere."""
-        for g, norm in self._session.fresh_norms.items():
-            norm.copy_(norm_of([row.local for row in plan.rows if row.group == g], plan.device))
-            self.param_groups[g]["norm"] = norm
-        self._session.fresh_norms = {}
-
-    def _keep_captured(self, plan: Plan) -> None:
-        """Keep the table that a graph reads, whatever tables later eager steps need."""
-        plan.buffers.captured = True
-        captured = self._session.captured
-        if not any(plan is kept for kept in captured):
-            captured.append(plan)
-
-    def _warn_unfed(self) -> None:
-        """Warn once if a live schedule gets no losses: it would warm up for ever."""
-        session = self._session
-        session.unfed_steps = session.unfed_steps + 1 if session.adaptive else 0
-        if session.unfed_steps == 2:
-            names = ", ".join(sorted({type(live).__name__ for live in adaptive_schedules(self.param_groups)}))
-            if names:
-                warnings.warn(
-                    f"{type(self).__name__}: {names} must be fed, got two steps without a loss. Call "
-                    "record_loss(loss) before each step().",
-                    stacklevel=4,
-                )
-
     def update_captured(self) -> None:
         """Let captured graphs see hyper-parameters that changed since the capture.
 
         Schedules, step counts and averages move on the device by themselves; ``param_groups`` are read on
         the host, which a replay does not pass through. ``load_state_dict`` calls this.
         """
-        for plan in self._session.captured:
-            groups = self.param_groups[: len(plan.hypers)]
-            plan.refresh_groups(groups, self._hyper_keys, self._adopt_group)
-
-    def _prepared_plan(self, every: bool = False) -> tuple[Plan, Backend]:
-        """Return the table with the addresses and hyper-parameters of this step, and the backend.
-
-        Args:
-            every: Give all parameters a state, also those without a gradient.
-        """
-        self._check_settings()
-        session = self._session
-        plan, backend = session.plan, session.backend
-        if (
-            plan is None
-            or backend is None
-            or session.average != session.planned_average
-            or not plan.refresh(self.param_groups, session.exposed)
-        ):
-            self._complete_groups()
-            with torch.no_grad():
-                plan, backend = build_plan(self, every)
-            session.planned_average = session.average
-            if not plan.refresh(self.param_groups, exposed=True):
-                raise RuntimeError(f"{type(self).__name__}: parameters must stay in place while step() runs.")
-        elif plan.is_split:
-            check_norms(type(self).__name__, session)
-        if plan.refresh_groups(self.param_groups, self._hyper_keys, self._adopt_group) and plan.rows:
-            wanted = [len(self._state_names(self.param_groups[row.group])) for row in plan.rows]
-            norms = zip(plan.hypers, plan.norms, strict=True)
-            if wanted != [len(row.states) for row in plan.rows] or any(
-                h.sphere != (n is not None) for h, n in norms
-            ):
-                # an option that changes the states, amsgrad, momentum or projection, was turned on or off
-                session.reset()
-                return self._prepared_plan(every)
-        skip = session.nonfinite == "skip"
-        measure = session.max_grad_norm is not None or skip or plan.random_start
-        # a GradScaler sets these around step() and deletes them
-        plan.scale(getattr(self, "grad_scale", None), getattr(self, "found_inf", None))
-        plan.prepare(Settings(session.max_grad_norm, skip, measure, session.init_norm_sq))
-        session.plan, session.backend = plan, backend
-        return plan, backend
-
-    def _plan_ahead(self) -> tuple[Plan, Backend] | None:
-        """Return the table for a look at the step about to be made, None if that will build another.
-
-        The caller releases the plan when it has looked.
-        """
-        session = self._session
-        if (
-            session.plan is None
-            or session.average != session.planned_average
-            or not session.plan.refresh(self.param_groups, exposed=True)
-        ):
-            return None
-        plan, backend = self._prepared_plan()
-        if plan.fresh_grads:
-            plan.upload_grads()
-        return plan, backend
+        self._session.update_captured()
 
     def traffic(self) -> Traffic:
         """Return launches and bytes of the next step, for the gradients now in ``.grad``; nothing is run."""
-        plan, _ = self._prepared_plan()
+        plan, _ = self._prepare()
         plan.release()
         return traffic(plan)
 
@@ -572,17 +428,10 @@ class FusedOptimizer(Optimizer):
             TypeError: If it is neither a tensor nor a number.
             RuntimeError: If an ``AutoWU`` is fed from elsewhere, or while a graph is captured.
         """
-        session = self._session
         loss = checked_loss(type(self).__name__, "loss", loss)
-        session.unfed_steps = -1
-        live = adaptive_schedules(self.param_groups)
-        changed = [schedule.feed(loss, session, session.counters) for schedule in live]
+        self._session.unfed_steps = -1
+        self._session.feed(loss)
         self._record("loss", loss)
-        if any(changed):
-            for plan in (session.plan, *session.captured):
-                if plan is not None:
-                    plan.forget_groups()
-            self.update_captured()
 
     def record_sharpness(self, sharpness: Tensor | float) -> None:
         """Put a sharpness into the telemetry row of the next step; nothing waits.
@@ -597,8 +446,7 @@ class FusedOptimizer(Optimizer):
 
     def _record(self, name: str, value: Tensor | float) -> None:
         if self.telemetry.pending_scalars is None:
-            device = next((p.device for p in self._session.params), torch.device("cpu"))
-            self.telemetry.allocate(device)
+            self.telemetry.allocate(self._session.device)
         self.telemetry.record(name, value)
 
     def get_last_lr(self) -> list[float]:
@@ -647,7 +495,7 @@ class FusedOptimizer(Optimizer):
         hooks = self._optimizer_state_dict_post_hooks
         self._optimizer_state_dict_post_hooks = OrderedDict()
         try:
-            packed = pack_state(self.rule, self._session, super().state_dict())
+            packed = pack_state(self._session, super().state_dict())
         finally:
             self._optimizer_state_dict_post_hooks = hooks
         for hook in hooks.values():
@@ -670,11 +518,18 @@ class FusedOptimizer(Optimizer):
             ValueError: If it is of another optimizer, version, or shape; nothing is changed then.
             TypeError: If a state is no tensor of real numbers.
         """
-        load_state(self, state_dict)
+        state_dict = dict(state_dict)
+        for pre_hook in self._optimizer_load_state_dict_pre_hooks.values():
+            replaced = pre_hook(self, state_dict)
+            state_dict = state_dict if replaced is None else replaced
+        load_state(self._session, self.fixed, state_dict)
+        self.update_captured()
+        for post_hook in self._optimizer_load_state_dict_post_hooks.values():
+            post_hook(self)
 
     def __getstate__(self) -> dict[str, Any]:
         """Return what pickle and deepcopy keep: everything but the table and hooks."""
-        own = {name: self.__dict__[name] for name in ("_common", "_hyper_keys", "_session")}
+        own = {name: self.__dict__[name] for name in ("_common", "_session")}
         return {"defaults": self.defaults, **own}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -685,17 +540,26 @@ class FusedOptimizer(Optimizer):
         kept = dict(state)
         loaded = {key: kept.pop(key) for key in ("state", "param_groups") if key in kept}
         super().__setstate__(kept)
+        session = self._session
+        session.bind(type(self).__name__, self.spec, self.defaults)
         for held, group in zip(self.param_groups, loaded.get("param_groups", ()), strict=False):
-            self._session.adaptive[id(group)] = held.get("schedule")
+            session.adaptive[id(group)] = held.get("schedule")
         for key, value in loaded.items():
             setattr(self, key, value)
-        self._complete_groups()
+        session.track_states()
+        complete_groups(self.param_groups, self.defaults)
         for group in self.param_groups if loaded else ():
             group.update(self.fixed)
 
     def __repr__(self) -> str:
-        """Name the class, the backend in use and the groups."""
+        """Return the class, the backend in use, the options and the groups."""
         resolved = "not resolved yet" if self._session.backend is None else self._session.backend.name
-        head = f"backend: {self.backend} ({resolved}), max_grad_norm: {self.max_grad_norm}"
-        text = super().__repr__()
-        return text.replace("(", f"({head}, nonfinite: {self.nonfinite}, average: {self.average}", 1)
+        options = (
+            f"backend: {self.backend} ({resolved}), max_grad_norm: {self.max_grad_norm}, "
+            f"nonfinite: {self.nonfinite}, average: {self.average}"
+        )
+        lines = [f"{type(self).__name__} ({options}"]
+        for i, group in enumerate(self.param_groups):
+            lines += [*([""] if i else []), f"Parameter Group {i}"]
+            lines += [f"    {key}: {group[key]}" for key in sorted(group) if key != "params"]
+        return "\n".join([*lines, ")"])

@@ -1,4 +1,4 @@
-"""Hyper-parameters that several rules share, checked by name."""
+"""Validate the hyper-parameters that several rules share."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ def averages(owner: str, group: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def moments(owner: str, group: Mapping[str, Any]) -> dict[str, Any]:
-    """Return those of rules that decay in one of two ways."""
+    """Return the hyper-parameters of Adam-like rules with coupled or decoupled weight decay."""
     decoupled = check.flag(owner, "decoupled_weight_decay", group["decoupled_weight_decay"])
     return {**averages(owner, group), "decoupled": decoupled}
 
 
 def projection(owner: str, group: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the hyper-parameters of a projected update, which decays apart from the gradient."""
+    """Return the hyper-parameters of a projected update, whose weight decay is decoupled."""
     delta = check.number(owner, "delta", group["delta"])
     wd_ratio = check.number(owner, "wd_ratio", group["wd_ratio"])
     nesterov = check.flag(owner, "nesterov", group["nesterov"])

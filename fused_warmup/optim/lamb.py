@@ -4,20 +4,22 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from torch import Tensor
 
 from .. import _checks as check
 from ..plan.hyper import Hyper
-from . import hyper
+from ..plan.spec import RuleSpec
+from ..reference import rules
 from .base import FusedOptimizer, Options, Params
+from .hyper import averages
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
 
-# what the options of LAMB are where nobody gives them
+# defaults of the options by preset
 _LAMB_PRESETS: dict[str | None, dict[str, Any]] = {
     None: {"always_adapt": False, "trust_clip": math.inf, "max_grad_norm": None},
     "paper": {"always_adapt": True, "trust_clip": math.inf, "max_grad_norm": None},
@@ -26,6 +28,27 @@ _LAMB_PRESETS: dict[str | None, dict[str, Any]] = {
     "lambc": {"always_adapt": True, "trust_clip": 1.0, "max_grad_norm": None},
 }
 _DECAY_MODES = ("update", "gradient", "decoupled")
+
+
+def _hyper(owner: str, group: Mapping[str, Any]) -> Hyper:
+    """Return the validated hyper-parameters of a group of LAMB."""
+    always, clip = check.flag(owner, "always_adapt", group["always_adapt"]), group["trust_clip"]
+    if clip != math.inf:
+        clip = check.number(owner, "trust_clip", clip, ends="()")
+    low, high = _bounds(owner, "norm_clip", group["norm_clip"])
+    mode = check.one_of(owner, "decay_mode", group["decay_mode"], _DECAY_MODES)
+    common = averages(owner, group)
+    return Hyper(
+        **common,
+        bias_correction=check.flag(owner, "bias_correction", group["bias_correction"]),
+        grad_averaging=check.flag(owner, "grad_averaging", group["grad_averaging"]),
+        trust_clip=clip,
+        min_norm=low,
+        max_norm=high,
+        adapts=always or common["weight_decay"] != 0.0,
+        decays_update=mode == "update",
+        decoupled=mode == "decoupled",
+    )
 
 
 class LAMB(FusedOptimizer):
@@ -58,7 +81,7 @@ class LAMB(FusedOptimizer):
     Source: You et al. 2020, arXiv:1904.00962, algorithm 2, and the FusedLAMB of NVIDIA's Apex.
     """
 
-    rule = "LAMB"
+    spec: ClassVar[RuleSpec] = RuleSpec(rules.LAMB, ("exp_avg", "exp_avg_sq"), _hyper)
 
     def __init__(
         self,
@@ -97,33 +120,9 @@ class LAMB(FusedOptimizer):
         options.setdefault("max_grad_norm", usual["max_grad_norm"])
         super().__init__(params, defaults, **options)
 
-    @staticmethod
-    def _state_names(group: Mapping[str, Any]) -> tuple[str, ...]:
-        return ("exp_avg", "exp_avg_sq")
-
-    @staticmethod
-    def _hyper(owner: str, group: Mapping[str, Any]) -> Hyper:
-        always, clip = check.flag(owner, "always_adapt", group["always_adapt"]), group["trust_clip"]
-        if clip != math.inf:
-            clip = check.number(owner, "trust_clip", clip, ends="()")
-        low, high = _bounds(owner, "norm_clip", group["norm_clip"])
-        mode = check.one_of(owner, "decay_mode", group["decay_mode"], _DECAY_MODES)
-        averages = hyper.averages(owner, group)
-        return Hyper(
-            **averages,
-            bias_correction=check.flag(owner, "bias_correction", group["bias_correction"]),
-            grad_averaging=check.flag(owner, "grad_averaging", group["grad_averaging"]),
-            trust_clip=clip,
-            min_norm=low,
-            max_norm=high,
-            adapts=always or averages["weight_decay"] != 0.0,
-            decays_update=mode == "update",
-            decoupled=mode == "decoupled",
-        )
-
 
 def _bounds(owner: str, name: str, value: Any) -> tuple[float, float]:
-    """Return the ends of an interval of numbers >= 0; of all of them for None."""
+    """Return ``(low, high)`` of an optional interval of numbers >= 0; ``(0, inf)`` for None."""
     if value is None:
         return 0.0, math.inf
     if isinstance(value, (str, bytes)) or not isinstance(value, Sequence) or len(value) != 2:

@@ -3,17 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from torch import Tensor
 
 from .. import _checks as check
 from ..plan.hyper import Hyper
-from . import hyper
+from ..plan.spec import RuleSpec
+from ..reference import rules
 from .base import FusedOptimizer, Options, Params
+from .hyper import moments
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
+
+
+def _hyper(owner: str, group: Mapping[str, Any]) -> Hyper:
+    """Return the validated hyper-parameters of a group of RAdam."""
+    threshold = check.number(owner, "rho_threshold", group["rho_threshold"], 4.0)
+    skip = check.one_of(owner, "unrectified", group["unrectified"], ("momentum", "skip")) == "skip"
+    return Hyper(**moments(owner, group), rho_threshold=threshold, skip_unrectified=skip)
 
 
 class RAdam(FusedOptimizer):
@@ -36,7 +45,9 @@ class RAdam(FusedOptimizer):
     Source: Liu et al. 2020, arXiv:1908.03265, algorithm 2.
     """
 
-    rule = "RAdam"
+    spec: ClassVar[RuleSpec] = RuleSpec(
+        rules.RAdam, ("exp_avg", "exp_avg_sq"), _hyper, second_moment="exp_avg_sq"
+    )
 
     def __init__(
         self,
@@ -63,13 +74,3 @@ class RAdam(FusedOptimizer):
             "unrectified": unrectified,
         }
         super().__init__(params, defaults, **options)
-
-    @staticmethod
-    def _state_names(group: Mapping[str, Any]) -> tuple[str, ...]:
-        return ("exp_avg", "exp_avg_sq")
-
-    @staticmethod
-    def _hyper(owner: str, group: Mapping[str, Any]) -> Hyper:
-        threshold = check.number(owner, "rho_threshold", group["rho_threshold"], 4.0)
-        skip = check.one_of(owner, "unrectified", group["unrectified"], ("momentum", "skip")) == "skip"
-        return Hyper(**hyper.moments(owner, group), rho_threshold=threshold, skip_unrectified=skip)

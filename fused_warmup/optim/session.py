@@ -1,21 +1,31 @@
-"""What an optimizer keeps from step to step besides torch's state and groups."""
+"""Everything that an optimizer keeps from step to step, and the life of its plan."""
 
 from __future__ import annotations
 
+import warnings
 from collections import defaultdict
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from .. import _checks as check
 from ..backends import resolve
 from ..backends.base import Backend
-from ..plan.hyper import AverageSettings
+from ..plan import build
+from ..plan.device_buffers import is_capturing
+from ..plan.hyper import AverageSettings, Hyper, Settings
 from ..plan.plan import Plan
-from ..plan.rows import RowCounters
+from ..plan.rows import Member, RowCounters, make_row
+from ..plan.spec import RuleSpec
+from ..plan.sphere import norm_of
+from ..plan.state_checks import checked_norm
 from ..plan.structs import COUNTERS
-from ..schedules.adaptive import AdaptiveSchedule
-from .averaging import Average
+from ..plan.tracked_states import Access, TrackedStates
+from ..schedules.adaptive import AdaptiveSchedule, adaptive_schedules
+from .averaging import EMA, SWA, Average
+from .groups import IGNORED_KEYS, complete_groups, make_hyper, restore_schedules
 from .telemetry import Telemetry
 
 # what pickle and deepcopy keep; the table, the backend and captured graphs are made anew
@@ -35,28 +45,33 @@ _KEPT = (
 
 
 class Session:
-    """State, groups, settings, counters and table of one optimizer.
+    """State, groups, settings, counters and plan of one optimizer.
 
-    An optimizer keeps all that changes here and nothing in attributes of its own, so that a wrapper which
-    forwards what it does not have, as Lightning's does, reads and writes the same things.
+    An optimizer keeps everything that changes here and nothing in attributes of its own, so that a wrapper
+    which forwards the attributes that it lacks, as Lightning's does, reads and writes the same values.
+
+    Args:
+        owner: Name of the optimizer class, for messages.
+        spec: The update rule.
 
     Attributes:
+        defaults: Defaults of the optimizer for the hyper-parameters of a group.
         state: States by parameter, and whatever else users keep there.
         param_groups: Parameter groups.
-        counters: The counts of the optimizer on its device, int64; None before the first step.
-        records: The counts of each parameter that the table points to.
-        live: The live schedule that a group had last, by the identity of the group.
-        unfed_steps: Steps since a loss was recorded, where there is a live schedule.
+        counters: Counts of the optimizer on its device, int64; None before the first step.
+        records: Counts of each parameter, which the table points to.
+        adaptive: The adaptive schedule that a group had last, by the identity of the group.
+        unfed_steps: Steps since a loss was recorded, if there is an adaptive schedule.
         split: Whether other processes hold other parameters of the same model, as under ZeRO.
-        exposed: Whether somebody else may hold the states, which each step must then check.
         swapped: Whether averages are in the place of the parameters.
-        captured: Tables that captured graphs read.
+        captured: Plans that captured graphs read.
         fresh_norms: Norms of groups that are about to make their first step on a sphere.
         last_rates: Rates of the last step on its device; None before it.
     """
 
-    def __init__(self) -> None:
-        self.state: defaultdict[Any, Any] = defaultdict(dict)
+    def __init__(self, owner: str = "", spec: RuleSpec | None = None) -> None:
+        self.bind(owner, spec, {})
+        self.state: defaultdict[Any, Any] = TrackedStates(Access(), {})
         self.param_groups: list[dict[str, Any]] = []
         self.max_grad_norm: float | None = None
         self.nonfinite = "propagate"
@@ -69,12 +84,23 @@ class Session:
         self.split = False
         self._start()
 
+    def bind(self, owner: str, spec: RuleSpec | None, defaults: Mapping[str, Any]) -> None:
+        """Take over what the class of the optimizer declares."""
+        self.owner, self._spec, self.defaults = owner, spec, defaults
+        self._keys = [key for key in defaults if key != "lr" and key not in IGNORED_KEYS]
+
+    @property
+    def spec(self) -> RuleSpec:
+        """The update rule."""
+        assert self._spec is not None
+        return self._spec
+
     def _start(self) -> None:
-        """Begin without a table."""
+        """Begin without a plan."""
         self.records: dict[Tensor, RowCounters] = {}
         self.adaptive: dict[int, AdaptiveSchedule | None] = {}
         self.unfed_steps = 0
-        self.exposed = self.swapped = False
+        self.swapped = False
         self.captured: list[Plan] = []
         self.fresh_norms: dict[int, Tensor] = {}
         self.last_rates: Tensor | None = None
@@ -83,7 +109,7 @@ class Session:
         self.reset()
 
     def reset(self) -> None:
-        """Forget the table; the next step builds it again."""
+        """Forget the plan; the next step builds it again."""
         self.plan: Plan | None = None
         self.planned_average: Average | None = None
 
@@ -92,10 +118,20 @@ class Session:
         return {name: getattr(self, name) for name in _KEPT}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        """Take over what was kept."""
+        """Take over what was kept; the optimizer binds its class again."""
         self.__init__()  # type: ignore[misc]
         for name in _KEPT:
             setattr(self, name, state[name])
+        self.track_states()
+
+    def track_states(self) -> None:
+        """Replace plain states that nobody else holds by ones that note each access."""
+        self.state = TrackedStates(Access(), self.state)
+
+    @property
+    def params(self) -> list[Tensor]:
+        """The parameters of all groups, in order."""
+        return [p for group in self.param_groups for p in group["params"]]
 
     @property
     def average_settings(self) -> AverageSettings:
@@ -103,9 +139,14 @@ class Session:
         return AverageSettings() if self.average is None else self.average.settings
 
     @property
-    def params(self) -> list[Tensor]:
-        """The parameters of all groups, in order."""
-        return [p for group in self.param_groups for p in group["params"]]
+    def device(self) -> torch.device:
+        """Device of the first parameter."""
+        return next((p.device for p in self.params), torch.device("cpu"))
+
+    @property
+    def updates(self) -> int:
+        """Updates that the optimizer has made; waits for the device."""
+        return 0 if self.counters is None else int(self.counters[COUNTERS.index("step")])
 
     def resolve(self, device: torch.device) -> Backend:
         """Return the backend; another one only if the parameters have moved to another kind of device."""
@@ -119,3 +160,236 @@ class Session:
             fresh = torch.zeros(len(COUNTERS), dtype=torch.int64, device=device)
             self.counters = fresh if self.counters is None else fresh.copy_(self.counters)
         return self.counters
+
+    # settings and groups
+
+    def check_settings(self) -> None:
+        """Raise for options of the whole optimizer that are out of range."""
+        check.one_of(self.owner, "nonfinite", self.nonfinite, ("propagate", "skip"))
+        if self.average is not None and not isinstance(self.average, (EMA, SWA)):
+            check.fail(self.owner, "average", "be EMA, SWA or None", self.average, error=TypeError)
+        if self.max_grad_norm is not None:
+            check.number(self.owner, "max_grad_norm", self.max_grad_norm, ends="()")
+
+    def adopt_group(self, group: Any) -> Hyper:
+        """Return the hyper-parameters of a group as it stands, with its schedules restored."""
+        restore_schedules(group, self.adaptive.get(id(group)))
+        hyper = make_hyper(self.owner, self.spec, group)
+        if isinstance(group["schedule"], AdaptiveSchedule):
+            self.adaptive[id(group)] = group["schedule"]
+        return hyper
+
+    def _refresh_groups(self, plan: Plan) -> bool:
+        """Take over hyper-parameters that changed; return whether anything but learning rates did."""
+        # graphs that were captured before groups were added read the first ones
+        groups = self.param_groups[: len(plan.groups.norms)]
+        return plan.groups.refresh(groups, self._keys, self.adopt_group)
+
+    # the plan
+
+    def prepare(
+        self, grad_scale: Tensor | None, found_inf: Tensor | float | None, *, every: bool = False
+    ) -> tuple[Plan, Backend]:
+        """Return the plan with the addresses and hyper-parameters of this step, and the backend.
+
+        Args:
+            grad_scale: Scale of a ``GradScaler``, or None.
+            found_inf: Whether it found a gradient that is not finite, or None.
+            every: Give all parameters a state, also those without a gradient.
+        """
+        self.check_settings()
+        plan, backend = self.plan, self.backend
+        if plan is None or backend is None or not self._refresh(plan):
+            complete_groups(self.param_groups, self.defaults)
+            with torch.no_grad():
+                plan, backend = self._build(every)
+            self.planned_average = self.average
+            if not plan.refresh(self.param_groups, check_states=True):
+                raise RuntimeError(f"{self.owner}: parameters must stay in place while step() runs.")
+        elif plan.is_split:
+            build.check_norms(self.owner, self.max_grad_norm, self.nonfinite)
+        if self._refresh_groups(plan) and not self._fits(plan):
+            # an option that changes the states, amsgrad, momentum or projection, was turned on or off
+            self.reset()
+            return self.prepare(grad_scale, found_inf, every=every)
+        skip = self.nonfinite == "skip"
+        measure = self.max_grad_norm is not None or skip or plan.groups.random_start
+        plan.scale(grad_scale, found_inf)
+        plan.prepare(Settings(self.max_grad_norm, skip, measure, self.init_norm_sq))
+        self.plan, self.backend = plan, backend
+        return plan, backend
+
+    def _refresh(self, plan: Plan, *, check_states: bool = False) -> bool:
+        """Bring a plan to the addresses of this step; return False if it must be built again."""
+        access = self.state.access if isinstance(self.state, TrackedStates) else None
+        check_states = check_states or access is None or access.noted
+        if self.average != self.planned_average or not plan.refresh(self.param_groups, check_states):
+            return False
+        if access is not None and access.noted:
+            access.noted = not plan.is_tracked or plan.has_shared_states()
+        return True
+
+    def _fits(self, plan: Plan) -> bool:
+        """Return whether the rows have the states and norms that the hyper-parameters ask for."""
+        wanted = [len(self.spec.state_names(self.param_groups[row.group])) for row in plan.rows]
+        norms = zip(plan.groups.hypers, plan.groups.norms, strict=True)
+        return wanted == [len(row.states) for row in plan.rows] and (
+            not plan.rows or all(h.sphere == (norm is not None) for h, norm in norms)
+        )
+
+    def _build(self, every: bool) -> tuple[Plan, Backend]:
+        """Check all tensors, allocate missing states and lay out the table; change nothing if one is wrong."""
+        owner, spec, groups = self.owner, self.spec, self.param_groups
+        if any(is_capturing(p.device) for group in groups for p in group["params"][:1]):
+            raise RuntimeError(
+                f"{owner}: states and table must stand before a graph is captured, got parameters, groups, "
+                "states or averages that are new or were moved. Call init_state() before the capture, with "
+                "the gradients that the graph will write in .grad."
+            )
+        hypers = [self.adopt_group(group) for group in groups]
+        names = [spec.state_names(group) for group in groups]
+        members = build.find_members(owner, spec, groups, hypers, self.state, every=every)
+        average, records = self.average_settings, self.records
+        counts = [
+            build.checked_counts(
+                owner, spec, m, self.state.get(m.param, {}), records.get(m.param), average, self.updates
+            )
+            for m in members
+        ]
+        device = members[0].local.device if members else torch.device("cpu")
+        for g, group in enumerate(groups):
+            if hypers[g].sphere and "norm" in group:
+                group["norm"] = checked_norm(owner, f"param_groups[{g}]['norm']", group["norm"], device)
+        is_split = build.check_whole(
+            owner,
+            spec,
+            [(m.index, m.param, hypers[m.group]) for m in members],
+            self.max_grad_norm,
+            self.nonfinite,
+            is_split=self.split,
+        )
+        backend = self.resolve(device)
+        counters = self.allocate_counters(device)
+        self.telemetry.allocate(device, counters)
+        self._allocate_states(members, hypers, names, counts)
+        rows = [
+            make_row(
+                m,
+                self.state[m.param],
+                names[m.group],
+                records[m.param],
+                averaged=self.average is not None,
+                by_channel=spec.by_channel,
+            )
+            for m in members
+        ]
+        plan = Plan(
+            owner,
+            spec,
+            rows,
+            [list(group["params"]) for group in groups],
+            self.state,
+            self._norms(hypers, device),
+            average,
+            {
+                "counters": counters,
+                "pending_scalars": self.telemetry.pending_scalars,
+                "ring_buffer": self.telemetry.ring_buffer,
+            },
+            device,
+            is_split=is_split,
+        )
+        return plan, backend
+
+    def _allocate_states(
+        self,
+        members: list[Member],
+        hypers: list[Hyper],
+        names: list[tuple[str, ...]],
+        counts: list[tuple[int, int] | None],
+    ) -> None:
+        """Allocate and convert the states of all members, and bring the counters to their counts."""
+        spec, records = self.spec, self.records
+        drawn, started = 0.0, 0
+        for member, count in zip(members, counts, strict=True):
+            if count is not None:
+                records[member.param] = RowCounters(member.local.device, *count)
+            state, record = self.state[member.param], records[member.param]
+            group_names = names[member.group]
+            averaged = self.average is not None
+            if build.allocate_state(spec, member, group_names, state, record, averaged=averaged):
+                started += member.param.numel()
+                if hypers[member.group].init == "random":
+                    drawn += build.draw_second_moment(state[spec.states[spec.second_moment_index]])
+        if drawn:
+            self.init_norm_sq = drawn + sum(m.param.numel() for m in members) - started
+        most = max((count[0] for count in counts if count is not None), default=0)
+        if most and self.counters is not None:
+            # a wrapper that restores states alone: schedules and averages go on where these are
+            self.counters[COUNTERS.index("step")].clamp_(min=most)
+        for param in records.keys() - {member.param for member in members}:
+            del records[param]
+
+    def _norms(self, hypers: list[Hyper], device: torch.device) -> list[Tensor | None]:
+        """Return the tensors that hold the norms of groups on a sphere; new ones are to be measured."""
+        self.fresh_norms = {}
+        for g, (group, hyper) in enumerate(zip(self.param_groups, hypers, strict=True)):
+            if not hyper.sphere:
+                group.pop("norm", None)
+            elif "norm" not in group:
+                self.fresh_norms[g] = torch.zeros((), dtype=torch.float64, device=device)
+        return [group.get("norm", self.fresh_norms.get(g)) for g, group in enumerate(self.param_groups)]
+
+    def measure_norms(self, plan: Plan) -> None:
+        """Measure the norms of groups that are about to make their first step on a sphere."""
+        for g, norm in self.fresh_norms.items():
+            norm.copy_(norm_of([row.local for row in plan.rows if row.group == g], plan.device))
+            self.param_groups[g]["norm"] = norm
+        self.fresh_norms = {}
+
+    def plan_ahead(self) -> tuple[Plan, Backend] | None:
+        """Return the plan of the step about to be made without making it; the caller releases it.
+
+        None if that step will build another plan.
+        """
+        if self.plan is None or not self._refresh(self.plan, check_states=True):
+            return None
+        plan, backend = self.prepare(None, None)
+        if plan.gradients.is_stale:
+            plan.gradients.upload()
+        return plan, backend
+
+    def keep_captured(self, plan: Plan) -> None:
+        """Keep the plan that a graph reads, whatever plans later eager steps need."""
+        plan.buffers.captured = True
+        if not any(plan is kept for kept in self.captured):
+            self.captured.append(plan)
+
+    def update_captured(self) -> None:
+        """Let captured graphs see hyper-parameters that changed since the capture."""
+        for plan in self.captured:
+            self._refresh_groups(plan)
+
+    # recorded losses
+
+    def feed(self, loss: Tensor | float) -> None:
+        """Pass a loss to the adaptive schedules and take over the ones that change."""
+        schedules = adaptive_schedules(self.param_groups)
+        changed = [schedule.feed(loss, self, self.counters) for schedule in schedules]
+        if any(changed):
+            for plan in (self.plan, *self.captured):
+                if plan is not None:
+                    plan.groups.forget()
+            self.update_captured()
+
+    def warn_unfed(self) -> None:
+        """Warn once if an adaptive schedule has made two steps without a recorded loss."""
+        self.unfed_steps = self.unfed_steps + 1 if self.adaptive else 0
+        if self.unfed_steps == 2:
+            names = sorted({type(schedule).__name__ for schedule in adaptive_schedules(self.param_groups)})
+            if names:
+                warnings.warn(
+                    f"{self.owner}: {', '.join(names)} must be fed, got two steps without a loss. Call "
+                    "record_loss(loss) before each step().",
+                    stacklevel=4,
+                )

@@ -9,11 +9,23 @@ from torch import Tensor
 
 from .. import _checks as check
 from ..plan.hyper import Hyper
-from . import hyper
+from ..plan.spec import RuleSpec
+from ..reference import rules
 from .base import FusedOptimizer, Options, Params
+from .hyper import shared
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
+
+
+def _hyper(owner: str, group: Mapping[str, Any]) -> Hyper:
+    """Return the validated hyper-parameters of a group of SGD."""
+    momentum = check.number(owner, "momentum", group["momentum"])
+    dampening = check.number(owner, "dampening", group["dampening"], float("-inf"))
+    nesterov = check.flag(owner, "nesterov", group["nesterov"])
+    if nesterov and (momentum == 0.0 or dampening != 0.0):
+        check.fail(owner, "nesterov", "be False unless momentum > 0 and dampening = 0", nesterov)
+    return Hyper(**shared(owner, group), momentum=momentum, dampening=dampening, nesterov=nesterov)
 
 
 class SGD(FusedOptimizer):
@@ -34,8 +46,14 @@ class SGD(FusedOptimizer):
     Source: Sutskever et al. 2013, in torch's form ``param -= lr * buffer``.
     """
 
-    rule = "SGD"
-    takes_sparse: ClassVar[bool] = True
+    spec: ClassVar[RuleSpec] = RuleSpec(
+        rules.SGD,
+        ("momentum_buffer",),
+        _hyper,
+        n_states=lambda group: 1 if group["momentum"] != 0.0 else 0,
+        first_gradient="momentum_buffer",
+        takes_sparse=True,
+    )
 
     def __init__(
         self,
@@ -58,16 +76,3 @@ class SGD(FusedOptimizer):
             "maximize": maximize,
         }
         super().__init__(params, defaults, **options)
-
-    @staticmethod
-    def _state_names(group: Mapping[str, Any]) -> tuple[str, ...]:
-        return ("momentum_buffer",) if group["momentum"] != 0.0 else ()
-
-    @staticmethod
-    def _hyper(owner: str, group: Mapping[str, Any]) -> Hyper:
-        momentum = check.number(owner, "momentum", group["momentum"])
-        dampening = check.number(owner, "dampening", group["dampening"], float("-inf"))
-        nesterov = check.flag(owner, "nesterov", group["nesterov"])
-        if nesterov and (momentum == 0.0 or dampening != 0.0):
-            check.fail(owner, "nesterov", "be False unless momentum > 0 and dampening = 0", nesterov)
-        return Hyper(**hyper.shared(owner, group), momentum=momentum, dampening=dampening, nesterov=nesterov)

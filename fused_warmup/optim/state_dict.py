@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import warnings
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -14,32 +14,29 @@ from torch.optim import Optimizer
 
 from .. import _checks as check
 from ..plan.rows import RowCounters
+from ..plan.spec import RuleSpec
 from ..plan.state_checks import checked_norm, checked_state, whole_count
 from ..plan.structs import COUNTERS, TELEMETRY
 from ..plan.tensors import state_like
 from ..schedules import Schedule
 from ..schedules.adaptive import AdaptiveSchedule, adaptive_schedules, restored
-
-if TYPE_CHECKING:
-    from .base import FusedOptimizer
-    from .session import Session
+from .groups import SCHEDULE_KEYS, make_hyper
+from .session import Session
 
 _VERSION = 1
-_SCHEDULES = ("schedule", "weight_decay_schedule")
-# what any of our rules or torch's may keep per parameter
-_KNOWN = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq", "momentum_buffer")
-# and what this package keeps besides; all else belongs to somebody else
-_OWN = (*_KNOWN, "average", "step", "n_averaged", "initialized")
+# states of torch's Adam, AdamW, RAdam and SGD: found where the rule keeps none of them, the file is another's
+_TORCH_STATES = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq", "momentum_buffer")
+# entries of a state besides those of the rules; all others belong to somebody else
+_OWN = ("average", "step", "n_averaged", "initialized")
 
 
-def pack_state(rule: str, session: Session, state_dict: dict[str, Any]) -> dict[str, Any]:
+def pack_state(session: Session, state_dict: dict[str, Any]) -> dict[str, Any]:
     """Return torch's state dict in plain types, with an entry for what torch has no place for.
 
     Tensors are those of the optimizer, as in torch: they follow later steps, counts and moments together.
 
     Args:
-        rule: Name of the update rule.
-        session: What the optimizer keeps.
+        session: Session of the optimizer.
         state_dict: What ``torch.optim.Optimizer.state_dict`` returned for it; not changed.
 
     Returns:
@@ -52,7 +49,7 @@ def pack_state(rule: str, session: Session, state_dict: dict[str, Any]) -> dict[
         if "norm" in group:
             # a later step writes it
             group["norm"] = torch.as_tensor(group["norm"]).clone()
-        for key in _SCHEDULES:
+        for key in SCHEDULE_KEYS:
             if isinstance(group.get(key), Schedule):
                 group[key] = group[key].to_dict()
             elif isinstance(group.get(key), AdaptiveSchedule):
@@ -77,7 +74,7 @@ def pack_state(rule: str, session: Session, state_dict: dict[str, Any]) -> dict[
             packed[k]["step"] = torch.as_tensor(state["step"], dtype=torch.float32)
     own = {
         "version": _VERSION,
-        "rule": rule,
+        "rule": session.spec.name,
         "steps": [record.step for record in records],
         "step_ids": step_ids,
         "counters": session.counters,
@@ -87,25 +84,22 @@ def pack_state(rule: str, session: Session, state_dict: dict[str, Any]) -> dict[
     return {**state_dict, "state": packed, "param_groups": groups, "fused_warmup": own}
 
 
-def load_state(opt: FusedOptimizer, state_dict: dict[str, Any]) -> None:
-    """Load a state dict of ours or of ``torch.optim`` into ``opt``, all of it or nothing.
+def load_state(session: Session, fixed: Mapping[str, Any], state_dict: dict[str, Any]) -> None:
+    """Load a state dict of ours or of ``torch.optim``, all of it or nothing.
 
     Args:
-        opt: The optimizer.
-        state_dict: What ``state_dict`` returned; not changed.
+        session: Session of the optimizer.
+        fixed: Hyper-parameters that the class does not let a state dict change.
+        state_dict: As ``state_dict`` returned it; not changed.
 
     Raises:
         ValueError: If it is of another optimizer, version or shape.
         TypeError: If a state is of a kind that cannot be read.
     """
-    state_dict = dict(state_dict)
-    for pre_hook in opt._optimizer_load_state_dict_pre_hooks.values():
-        replaced = pre_hook(opt, state_dict)
-        state_dict = state_dict if replaced is None else replaced
-    owner, session = type(opt).__name__, opt._session
-    own = _own_entry(owner, opt, state_dict)
-    groups = _loaded_groups(owner, opt, state_dict)
-    states = _loaded_states(owner, opt, state_dict, own, groups)
+    owner = session.owner
+    own = _own_entry(session, state_dict)
+    groups = _loaded_groups(session, fixed, state_dict)
+    states = _loaded_states(session, state_dict, own, groups)
     ids = {k for group in state_dict["param_groups"] for k in group["params"]}
     others = {k: value for k, value in state_dict["state"].items() if k not in ids}
 
@@ -122,15 +116,12 @@ def load_state(opt: FusedOptimizer, state_dict: dict[str, Any]) -> None:
         for param in params:
             _fill(session, param, states.get(param), calls)
     session.reset()
-    opt.update_captured()
-    for post_hook in opt._optimizer_load_state_dict_post_hooks.values():
-        post_hook(opt)
 
 
 def _warn_of_schedules(owner: str, session: Session, groups: list[dict[str, Any]]) -> None:
     """Warn once if the state dict, which wins as in torch, replaces a schedule of the optimizer."""
     for g, (group, loaded) in enumerate(zip(session.param_groups, groups, strict=True)):
-        for key in _SCHEDULES:
+        for key in SCHEDULE_KEYS:
             held = group.get(key)
             taken = loaded.get(key, held)
             live = isinstance(held, AdaptiveSchedule) and isinstance(taken, AdaptiveSchedule)
@@ -148,8 +139,9 @@ def _ids(group: Mapping[str, Any]) -> list[Any]:
     return list(dict.fromkeys(group["params"]))
 
 
-def _own_entry(owner: str, opt: FusedOptimizer, state_dict: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Return the checked entry of ours, or an empty one for a state dict of torch."""
+def _own_entry(session: Session, state_dict: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return the checked entry of this package, or an empty one for a state dict of torch."""
+    owner, rule = session.owner, session.spec.name
     for key in ("state", "param_groups"):
         if key not in state_dict:
             check.fail(owner, "state_dict", f"have the key {key!r}", sorted(state_dict))
@@ -157,8 +149,8 @@ def _own_entry(owner: str, opt: FusedOptimizer, state_dict: Mapping[str, Any]) -
     if own and own.get("version") != _VERSION:
         hint = "It was saved by another release."
         check.fail(owner, "state_dict['fused_warmup']['version']", f"be {_VERSION}", own.get("version"), hint)
-    if own and own.get("rule") != opt.rule:
-        check.fail(owner, "state_dict", f"be that of a {opt.rule} rule", own.get("rule"))
+    if own and own.get("rule") != rule:
+        check.fail(owner, "state_dict", f"be that of a {rule} rule", own.get("rule"))
     rows = own.get("telemetry")
     if rows is not None and (rows.dim() != 2 or rows.shape[1] != len(TELEMETRY)):
         name = "state_dict['fused_warmup']['telemetry']"
@@ -166,27 +158,30 @@ def _own_entry(owner: str, opt: FusedOptimizer, state_dict: Mapping[str, Any]) -
     return own
 
 
-def _loaded_groups(owner: str, opt: FusedOptimizer, state_dict: Mapping[str, Any]) -> list[dict[str, Any]]:
+def _loaded_groups(
+    session: Session, fixed: Mapping[str, Any], state_dict: Mapping[str, Any]
+) -> list[dict[str, Any]]:
     """Return the hyper-parameters to take over, checked."""
+    owner = session.owner
     saved = state_dict["param_groups"]
-    if len(saved) != len(opt.param_groups):
-        check.fail(owner, "state_dict", f"have {len(opt.param_groups)} parameter groups", len(saved))
+    if len(saved) != len(session.param_groups):
+        check.fail(owner, "state_dict", f"have {len(session.param_groups)} parameter groups", len(saved))
     groups = []
     made: dict[int, Any] = {}
-    for i, (live, group) in enumerate(zip(opt.param_groups, saved, strict=True)):
+    for i, (live, group) in enumerate(zip(session.param_groups, saved, strict=True)):
         if len(_ids(group)) != len(live["params"]):
             name = f"state_dict['param_groups'][{i}]"
             check.fail(owner, name, f"have {len(live['params'])} parameters", len(_ids(group)))
         loaded = {}
         for key, value in group.items():
-            if key in _SCHEDULES and isinstance(value, Mapping):
+            if key in SCHEDULE_KEYS and isinstance(value, Mapping):
                 place = id(value)
                 made[place] = made[place] if place in made else restored(value)
                 loaded[key] = made[place]
             elif key != "params":
                 loaded[key] = value.detach().clone() if isinstance(value, Tensor) else copy.deepcopy(value)
-        loaded.update(opt.fixed)
-        opt._make_hyper({**live, **loaded})
+        loaded.update(fixed)
+        make_hyper(owner, session.spec, {**live, **loaded})
         if "norm" in loaded:
             device = live["params"][0].device if live["params"] else torch.device("cpu")
             name = f"state_dict['param_groups'][{i}]['norm']"
@@ -216,16 +211,17 @@ def _kept_live(group: Mapping[str, Any], loaded: dict[str, Any]) -> dict[str, An
 
 
 def _loaded_states(
-    owner: str,
-    opt: FusedOptimizer,
+    session: Session,
     state_dict: Mapping[str, Any],
     own: Mapping[str, Any],
     groups: list[dict[str, Any]],
 ) -> dict[Tensor, dict[str, Any]]:
     """Return the states to take over by parameter, checked; ``step`` is an int."""
+    owner, spec = session.owner, session.spec
+    known = _known_states(spec)
     exact = dict(zip(own["step_ids"], own["steps"], strict=True)) if own else {}
     ids = [k for group in state_dict["param_groups"] for k in _ids(group)]
-    params = [(g, p) for g, group in enumerate(opt.param_groups) for p in group["params"]]
+    params = [(g, p) for g, group in enumerate(session.param_groups) for p in group["params"]]
     states = {}
     for index, (k, (g, param)) in enumerate(zip(ids, params, strict=True)):
         saved = state_dict["state"].get(k)
@@ -234,13 +230,11 @@ def _loaded_states(
         name = f"state_dict['state'][{k!r}]"
         if not isinstance(saved, Mapping):
             check.fail(owner, name, "be a dictionary", saved, error=TypeError)
-        required = opt._state_names({**opt.param_groups[g], **groups[g]})
-        tensors = {key: saved[key] for key in (*_KNOWN, "average") if saved.get(key) is not None}
-        foreign = [key for key in tensors if key in _KNOWN and key not in (*required, "max_exp_avg_sq")]
-        missing = [
-            key for key in required if key not in tensors and key not in ("max_exp_avg_sq", "momentum_buffer")
-        ]
-        others = {key: value for key, value in saved.items() if key not in _OWN}
+        required = spec.state_names({**session.param_groups[g], **groups[g]})
+        tensors = {key: saved[key] for key in (*known, "average") if saved.get(key) is not None}
+        foreign = [key for key in tensors if key in known and key not in spec.states]
+        missing = [key for key in required if key not in tensors and key not in spec.optional_states]
+        others = {key: value for key, value in saved.items() if key not in (*known, *_OWN)}
         if foreign or (missing and len(others) < len(saved)):
             wanted = " and ".join(required) or "no tensors"
             check.fail(owner, name, f"hold {wanted}", ", ".join(tensors) or "none of them")
@@ -255,7 +249,7 @@ def _loaded_states(
             # nothing of an optimizer: it has not made a step
             continue
         # torch's SGD keeps no count; with a buffer the first step is over
-        step = saved.get("step", 1 if "momentum_buffer" in tensors else 0)
+        step = saved.get("step", 1 if spec.first_gradient in tensors else 0)
         step = whole_count(owner, f"{name}['step']", step)
         if k in exact and float(np.float32(int(exact[k]))) == step:
             step = int(exact[k])
@@ -265,6 +259,11 @@ def _loaded_states(
         initialized = bool(saved.get("initialized", False))
         states[param] |= {"step": step, "n_averaged": n_averaged, "initialized": initialized}
     return states
+
+
+def _known_states(spec: RuleSpec) -> tuple[str, ...]:
+    """Return the names of states that the rule or an optimizer of torch may keep per parameter."""
+    return tuple(dict.fromkeys((*spec.states, *_TORCH_STATES)))
 
 
 def _as_torch(param: Tensor, value: Any, k: Any, state_dict: Mapping[str, Any], key: str = "") -> Any:
@@ -322,7 +321,7 @@ def _load_counters(
 
     Where the states say more than the counters, or there are none, it is the largest count of a parameter.
     """
-    device = next((p.device for p in session.params), torch.device("cpu"))
+    device = session.device
     saved = own.get("counters")
     rows = own.get("telemetry")
     calls = 0

@@ -29,10 +29,16 @@ class Hyper(rules.Hyper):
     schedule: Schedule | None = None
     weight_decay_schedule: Schedule | None = None
 
+    def rates_at(self, t: int) -> tuple[float, float]:
+        """Return learning rate and weight decay at the step with the 0-based index ``t``."""
+        lr = self.lr * (self.schedule(t) if self.schedule else 1.0)
+        decay = self.weight_decay_schedule(t) if self.weight_decay_schedule else 1.0
+        return lr, self.weight_decay * decay
+
 
 @dataclass(frozen=True)
 class Settings:
-    """What holds for the whole optimizer at one step.
+    """Per-step settings shared by all parameter groups.
 
     Attributes:
         max_grad_norm: Norm to clip to, or None.

@@ -1,4 +1,4 @@
-"""One parameter with the tensors that belong to it."""
+"""Per-parameter record: the parameter, its states and its counts."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .structs import MAX_STATES, STRUCTS
+from .structs import STRUCTS
 from .tensors import is_dense, local_tensor, work_format
 
 _FIELDS: tuple[str, ...] = STRUCTS["RowCounters"].names or ()
 
 
 class RowCounters:
-    """What is counted for one parameter, in memory of its own that the kernels count in.
+    """Counts of one parameter, in memory of their own that the kernels write.
 
     Args:
         device: Where the parameter is.
@@ -64,22 +64,39 @@ class RowCounters:
         return int(self.n_averaged)
 
 
+@dataclass(frozen=True)
+class Member:
+    """Parameter that takes part in a step.
+
+    Attributes:
+        index: Position among all parameters, for messages.
+        group: Index of its group.
+        param: The parameter.
+        local: Its memory in this process.
+    """
+
+    index: int
+    group: int
+    param: Tensor
+    local: Tensor
+
+
 @dataclass
 class Row:
-    """One parameter with the tensors that belong to it.
+    """Record of one parameter with the tensors that belong to it.
 
     Attributes:
         param: The parameter as the user gave it.
-        state: What ``optimizer.state`` holds for it: the entries that the step writes, by name.
-        states: What the rule keeps, in the order in which it takes them; laid out like the parameter.
+        state: Entries of ``optimizer.state`` that the step writes, by name.
+        states: States of the rule in the order in which it takes them; laid out like the parameter.
         average: Weight average, or None.
-        counters: What is counted for it on the device.
+        counters: Its counts on the device.
         group: Index of its parameter group.
         initialized: Whether the second moment was prepared before the first step.
         index: Position among all parameters, for messages.
         local: The memory of the parameter on this device: the shard of a DTensor, else the parameter.
-        work: What a kernel may update: the local tensor if it is dense, else a dense copy of it.
-        channels: How many stretches of memory a rule may treat apart.
+        work: Tensor that kernels update: the local tensor if it is dense, else a dense copy of it.
+        channels: Number of stretches of memory that a rule may treat separately.
     """
 
     param: Tensor
@@ -96,33 +113,28 @@ class Row:
 
 
 def make_row(
-    param: Tensor,
-    local: Tensor,
+    member: Member,
     state: Mapping[str, Any],
     names: Sequence[str],
     counters: RowCounters,
     *,
     averaged: bool,
-    group: int,
-    index: int,
     by_channel: bool,
 ) -> Row:
-    """Return the row of a parameter, with a copy to work on where its layout is not that of a row."""
+    """Return the row of a parameter, with a dense copy to work on if its layout is not that of a row."""
+    local = member.local
     kind = work_format(local, by_channel)
     in_place = is_dense(local) and kind is torch.preserve_format
-    assert len(names) <= MAX_STATES
-    written = {
-        name: state[name] for name in (*names, "step", *(["average", "n_averaged"] if averaged else []))
-    }
+    written = (*names, "step", *(["average", "n_averaged"] if averaged else []))
     return Row(
-        param=param,
-        state=written,
+        param=member.param,
+        state={name: state[name] for name in written},
         states=[local_tensor(state[name]) for name in names],
         average=local_tensor(state["average"]) if averaged else None,
         counters=counters,
-        group=group,
+        group=member.group,
         initialized=bool(state.get("initialized", False)),
-        index=index,
+        index=member.index,
         local=local,
         work=local if in_place else torch.empty_like(local, memory_format=kind).copy_(local),
         channels=len(local) if by_channel and local.dim() > 1 and local.numel() else 1,

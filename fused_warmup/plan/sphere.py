@@ -1,4 +1,4 @@
-"""The sphere that the parameters of a group are kept on: its options, and the norm before the first step."""
+"""Groups on a sphere: validation of the options, and the norm before the first step."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ PROJECTIONS = ("sphere",)
 _RUN = 1 << 12
 
 
-def sphere_options(owner: str, group: Mapping[str, Any], weight_decay: float) -> dict[str, Any]:
-    """Return the validated options of a group.
+def sphere_options(owner: str, group: Mapping[str, Any], weight_decay: float) -> tuple[bool, float]:
+    """Return whether a group is kept on a sphere, and the norm to keep; 0 keeps the norm that it has.
 
     Raises:
         ValueError: If an option is out of range, or the group decays.
@@ -32,7 +32,7 @@ def sphere_options(owner: str, group: Mapping[str, Any], weight_decay: float) ->
     if projection is not None and weight_decay != 0.0:
         hint = "On a sphere decay has nothing to shrink."
         check.fail(owner, "weight_decay", "be 0 beside projection='sphere'", weight_decay, hint)
-    return {"sphere": projection is not None, "radius": radius or 0.0}
+    return projection is not None, radius or 0.0
 
 
 @torch.no_grad()

@@ -1,4 +1,4 @@
-"""Kinds and layouts of tensors: which ones a backend takes, and how a row lays them out."""
+"""Tensor validation: supported dtypes, devices and memory layouts."""
 
 from __future__ import annotations
 

@@ -41,20 +41,20 @@ def traffic(plan: Plan) -> Traffic:
     Args:
         plan: A plan whose groups and settings are those of the step.
     """
-    sizes, layered = plan.grad_sizes(), LAYER_RULES.get(plan.rule)
+    sizes, layered = plan.gradients.item_sizes(), LAYER_RULES.get(plan.rule)
     stages = [
         _row_bytes(row, size, plan.settings)
         if layered is None
         else _layer_bytes(
-            row, size, plan.settings, layered.needs_grad(plan.hypers[row.group], len(row.states))
+            row, size, plan.settings, layered.needs_grad(plan.groups.hypers[row.group], len(row.states))
         )
         for row, size in zip(plan.rows, sizes, strict=True)
     ]
     # what is on a sphere is read and written once more
-    stages += [(n, n) for row in plan.rows if plan.hypers[row.group].sphere for n in [row.work.nbytes]]
+    stages += [(n, n) for row in plan.rows if plan.groups.hypers[row.group].sphere for n in [row.work.nbytes]]
     return Traffic(
         # decide and update, with the two parts of an update between sums; a pass before them for the norm
-        launches=(2 if layered is None else 4) + plan.settings.measure + plan.has_spheres,
+        launches=(2 if layered is None else 4) + plan.settings.measure + plan.groups.has_spheres,
         read=sum(read for read, _ in stages),
         written=sum(written for _, written in stages),
         numel=plan.numel,

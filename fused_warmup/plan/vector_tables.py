@@ -9,9 +9,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .address_cache import address_of, select_reader
 from .chunks import chunks
 from .device_buffers import DeviceBuffers
-from .plan import Plan, address_of, select_reader
+from .plan import Plan
 from .structs import DTYPES, STRUCTS
 
 # operations of ``csrc/vectors.h``, in the order of its enum
@@ -162,7 +163,7 @@ class PreconditionerTable:
         places = {id(p): (offset, edge) for p, offset, edge in zip(params, offsets, thresholds, strict=True)}
         found = [places.get(id(row.param), (-1, 1.0)) for row in plan.rows]
         self._buffers = DeviceBuffers(plan.device)
-        self.rates = torch.zeros_like(plan.rates)
+        self.rates = torch.zeros_like(plan.groups.rates)
         self.doubles = any(t is not None and t.dtype == torch.float64 for t in (scale, scaled))
         self._call = np.zeros(1, STRUCTS["PreconditionerOp"])
         self.address: int = self._call.ctypes.data

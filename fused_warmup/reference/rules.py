@@ -132,6 +132,8 @@ class Rule(Protocol):
 
     min_states: ClassVar[int]
     max_states: ClassVar[int]
+    # whether the step divides the first moment by a diagonal; with the thresholds, for sharpness alone
+    preconditioned: ClassVar[bool]
 
     @staticmethod
     def lr_norm_power(h: Any, step: int) -> int:
@@ -202,6 +204,17 @@ class Adam:
 
     min_states: ClassVar[int] = 2
     max_states: ClassVar[int] = 3
+    preconditioned: ClassVar[bool] = True
+
+    @staticmethod
+    def stability_threshold(h: Hyper) -> float:
+        """Largest stable ``lr * eigenvalue`` of ``P^-1 H`` with momentum (Cohen et al. 2022)."""
+        return 2.0 * (1.0 + h.beta1) / (1.0 - h.beta1)
+
+    @staticmethod
+    def early_stability_threshold(h: Hyper) -> float:
+        """Largest stable ``lr * eigenvalue`` at the first step, before momentum has built up."""
+        return 2.0 / (1.0 - h.beta1)
 
     @staticmethod
     def lr_norm_power(h: Hyper, step: int) -> int:
@@ -243,6 +256,9 @@ class RAdam:
 
     min_states: ClassVar[int] = 2
     max_states: ClassVar[int] = 2
+    preconditioned: ClassVar[bool] = True
+    stability_threshold = staticmethod(Adam.stability_threshold)
+    early_stability_threshold = staticmethod(Adam.early_stability_threshold)
 
     @staticmethod
     def lr_norm_power(h: Hyper, step: int) -> int:
@@ -284,6 +300,19 @@ class SGD:
 
     min_states: ClassVar[int] = 0
     max_states: ClassVar[int] = 1
+    preconditioned: ClassVar[bool] = False
+
+    @staticmethod
+    def stability_threshold(h: Hyper) -> float:
+        """Largest stable ``lr * eigenvalue`` of the Hessian with heavy-ball or Nesterov momentum."""
+        if h.nesterov:
+            return 2.0 * (1.0 + h.momentum) / (1.0 + 2.0 * h.momentum)
+        return 2.0 * (1.0 + h.momentum) / (1.0 - h.dampening if h.momentum else 1.0)
+
+    @staticmethod
+    def early_stability_threshold(h: Hyper) -> float:
+        """Largest stable ``lr * eigenvalue`` at the first step, before momentum has built up."""
+        return 2.0 / (1.0 + h.momentum) if h.nesterov else 2.0
 
     @staticmethod
     def lr_norm_power(h: Hyper, step: int) -> int:
@@ -539,7 +568,7 @@ def inverse_preconditioner(
     rule: type[Rule], param: Tensor, grad: Tensor, state: Sequence[Tensor], s: Scalars
 ) -> Tensor:
     """What a first moment of ones would do to a parameter at rate 1: one over the pre-conditioner."""
-    if rule.min_states < 2:
+    if not rule.preconditioned:
         return torch.ones_like(param)
     _, new_state = rule.update(param, grad, state, s)
     frozen = replace(s)

@@ -1,32 +1,28 @@
-"""Schedules that change while training runs, and how an optimizer keeps them."""
+"""Closed-loop schedules, adapted during training from recorded losses."""
 
 from __future__ import annotations
 
-import importlib
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from torch import Tensor
 
 from . import Schedule, from_dict
 
-# classes of this package by the format of their state, imported when a state of one is loaded
-_FORMATS = {"fused_warmup.autowu": ("tuning.autowu", "AutoWU")}
-
 
 class AdaptiveSchedule(ABC):
-    """A schedule that an optimizer feeds with the recorded losses and reads again when it has changed.
+    """Schedule that an optimizer feeds with the recorded losses and reads again when it has changed.
 
     Attributes:
-        schedule: Multiplier of ``lr`` over the steps as it stands; what is over stays as it was.
+        schedule: Multiplier of ``lr`` over the steps; the part that is over does not change.
     """
 
     schedule: Schedule
 
     @abstractmethod
     def feed(self, loss: Tensor | float, source: object, counters: Tensor | None) -> bool:
-        """Take the loss of the step about to be made; True if ``schedule`` is another one now.
+        """Record the loss of the step about to be made; return whether ``schedule`` has changed.
 
         Args:
             loss: 0-dim tensor or number.
@@ -40,24 +36,40 @@ class AdaptiveSchedule(ABC):
 
     @abstractmethod
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take over what ``state_dict`` returned."""
+        """Load a state that ``state_dict`` returned."""
+
+    @classmethod
+    @abstractmethod
+    def from_state_dict(cls, state_dict: dict[str, Any]) -> AdaptiveSchedule:
+        """Return a new schedule with a state that ``state_dict`` returned."""
+
+
+# by the format of a state dict: a function that returns the class whose state it is
+_FORMATS: dict[str, Callable[[], type[AdaptiveSchedule]]] = {}
+
+
+def register(format: str, load: Callable[[], type[AdaptiveSchedule]]) -> None:
+    """Register a class of adaptive schedules, so that optimizers can load its state.
+
+    Args:
+        format: Entry ``format`` of its state dicts.
+        load: Returns the class; called when a state of that format is loaded, so that it may import it then.
+    """
+    _FORMATS[format] = load
 
 
 def adaptive_schedules(groups: Iterable[Mapping[str, Any]]) -> list[AdaptiveSchedule]:
-    """Return the live schedules of parameter groups, each once."""
+    """Return the adaptive schedules of parameter groups, each once."""
     found = {id(s): s for group in groups if isinstance(s := group.get("schedule"), AdaptiveSchedule)}
     return list(found.values())
 
 
 def restored(data: Mapping[str, Any]) -> Schedule | AdaptiveSchedule:
-    """Return the schedule, live or not, whose state this is.
+    """Return the schedule, fixed or adaptive, with this state.
 
     Raises:
         ValueError: If something is missing, unknown or out of range; it is named.
     """
     if not isinstance(data.get("format"), str) or data["format"] not in _FORMATS:
         return from_dict(data)
-    module, name = _FORMATS[data["format"]]
-    cls = getattr(importlib.import_module(f".{module}", __package__), name)
-    live: AdaptiveSchedule = cls.from_state_dict(data)
-    return live
+    return _FORMATS[data["format"]]().from_state_dict(dict(data))

@@ -142,7 +142,9 @@ def threshold(optimizer: torch.optim.Optimizer, *, phase: str = "late") -> float
     """
     late = check.one_of("threshold", "phase", phase, ("late", "early")) == "late"
     members = PendingStep("threshold", optimizer, use_grad=False).members
-    return min((m.edge if late else m.early_edge) / m.lr if m.lr > 0.0 else float("inf") for m in members)
+    return min(
+        (m.threshold if late else m.early_threshold) / m.lr if m.lr > 0.0 else float("inf") for m in members
+    )
 
 
 class Operator:
@@ -241,13 +243,13 @@ def operators_of(pending: PendingStep, hessian: Hessian) -> Pair:
         return Pair(Operator(hessian, ahead.scale, decay), scaled, ahead.factor)
     members = pending.members
     inverse = vectors.flat(pending.inverse_preconditioners(pending.grads_of(hessian)))
-    plain_sgd = all(m.rule == "SGD" for m in members)
+    plain_sgd = not pending.spec.is_preconditioned
     scale = None if plain_sgd else inverse.sqrt()
     decay = None
     if any(m.coupled_decay for m in members):
         decay = vectors.flat([vectors.number(m.coupled_decay) for m in members])
     plain = Operator(hessian, scale, decay)
-    factors = [m.lr / m.edge for m in members]
+    factors = [m.lr / m.threshold for m in members]
     if len(set(factors)) == 1:
         return Pair(plain, None, vectors.number(factors[0]))
     spread = vectors.flat([vectors.number(factor) for factor in factors])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import inspect
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
@@ -15,13 +16,15 @@ from .. import _checks as check
 from ..backends.base import VectorBackend
 from ..optim.adam import Adam
 from ..optim.base import FusedOptimizer
+from ..optim.groups import make_hyper
 from ..optim.radam import RAdam
 from ..optim.sgd import SGD
 from ..plan.hyper import Hyper
 from ..plan.plan import Plan
+from ..plan.spec import RuleSpec
 from ..plan.tensors import compute_dtype
 from ..plan.vector_tables import PreconditionerTable
-from ..reference.rules import RULES, Scalars, common_scalars, inverse_preconditioner
+from ..reference.rules import RULES, Rule, Scalars, common_scalars, inverse_preconditioner
 from .hvp import Hessian
 from .vectors import FusedVectors, Vectors, dot
 
@@ -36,24 +39,15 @@ _KNOWN: tuple[type, ...] = (FusedOptimizer, *_TORCH)
 _WRAPPED = ("optimizer", "optim", "base_optimizer", "inner_optimizer", "original_optimizer")
 
 
-def edge_of(rule: str, h: Hyper) -> float:
-    """Return the stability threshold of ``lr * eigenvalue`` late in training, table A4."""
-    if rule != "SGD":
-        return 2.0 * (1.0 + h.beta1) / (1.0 - h.beta1)
-    if h.nesterov:
-        return 2.0 * (1.0 + h.momentum) / (1.0 + 2.0 * h.momentum)
-    return 2.0 * (1.0 + h.momentum) / (1.0 - h.dampening if h.momentum else 1.0)
-
-
 @dataclass
 class ParamState:
     """One parameter in the step about to be made.
 
     Attributes:
         param: The parameter.
-        rule: Name of the update rule.
+        spec: Its update rule.
         hyper: Validated hyper-parameters of its group.
-        states: What the rule keeps, zeros before the first step; not copies.
+        states: States of the rule, zeros before the first step; not copies.
         step: Number of the update, from 1.
         initialized: Whether the second moment was prepared before the first step.
         lr: Learning rate in force, schedule included.
@@ -61,7 +55,7 @@ class ParamState:
     """
 
     param: Tensor
-    rule: str
+    spec: RuleSpec
     hyper: Hyper
     states: list[Tensor]
     step: int
@@ -70,17 +64,19 @@ class ParamState:
     weight_decay: float
 
     @property
-    def edge(self) -> float:
-        """Stability threshold of ``lr * eigenvalue`` late in training."""
-        return edge_of(self.rule, self.hyper)
+    def threshold(self) -> float:
+        """Largest stable ``lr * eigenvalue`` late in training."""
+        return self.spec.stability_threshold(self.hyper)
 
     @property
-    def early_edge(self) -> float:
-        """The same at the first step, before there is momentum."""
-        h = self.hyper
-        if self.rule != "SGD":
-            return 2.0 / (1.0 - h.beta1)
-        return 2.0 / (1.0 + h.momentum) if h.nesterov else 2.0
+    def early_threshold(self) -> float:
+        """Largest stable ``lr * eigenvalue`` at the first step."""
+        return self.spec.early_stability_threshold(self.hyper)
+
+    @property
+    def rule(self) -> type[Rule]:
+        """The update rule, which needs no sums over layers."""
+        return RULES[self.spec.name]
 
     @property
     def coupled_decay(self) -> float:
@@ -90,7 +86,7 @@ class ParamState:
     def scalars(self, effective_lr: float, clip_coef: float = 1.0) -> Scalars:
         """Return what the rule needs besides tensors, at learning rate ``effective_lr``."""
         s = common_scalars(self.hyper, effective_lr, self.weight_decay, clip_coef)
-        RULES[self.rule].scalars(self.hyper, effective_lr, self.step, s)
+        self.rule.scalars(self.hyper, effective_lr, self.step, s)
         if self.step == 1 and not self.initialized and self.hyper.init == "grad":
             s.exp_avg_sq_from_grad = self.hyper.init_scale
         return s
@@ -126,33 +122,34 @@ class PendingStep:
         chosen = with_grad or every
         if not chosen:
             check.fail(owner, "optimizer", "have parameters that require a gradient", optimizer)
-        # a look at the property would make each later step check all states
-        self._state: Mapping[Tensor, Any] = optimizer.state if ours is None else ours._session.state
-        counters = None if ours is None else ours._session.counters
-        self._hypers = {id(g): _hyper(owner, optimizer, g) for g in optimizer.param_groups}
+        session = None if ours is None else ours.session
+        self._state: Mapping[Tensor, Any] = optimizer.state
+        counters = None if session is None else session.counters
+        self.spec = _spec_of(owner, optimizer)
+        self._by_group = {id(g): _hyper_of(owner, self.spec, optimizer, g) for g in optimizer.param_groups}
         self._chosen = chosen
         self.params = [p for _, p in chosen]
         self.made: Tensor | int = 0 if counters is None else counters[0].clone()
         if ours is None:
             self.made = max(_counts(0, [self._state.get(p, {}) for p in self.params])[1]) - 1
         self.grads = [p.grad.detach() for _, p in with_grad] if with_grad else None
-        self._own = [self._hypers[id(g)] for g, _ in chosen]
-        if any(hyper.sphere for _, hyper in self._own):
-            hint = "A step is looked at along a line, which leaves the sphere."
-            check.fail(owner, "projection", "be None in groups that are looked at", "sphere", hint)
-        signs = {-1.0 if hyper.maximize else 1.0 for _, hyper in self._own}
+        self.hypers = [self._by_group[id(g)] for g, _ in chosen]
+        if any(hyper.sphere for hyper in self.hypers):
+            hint = "The line search leaves the sphere."
+            check.fail(owner, "projection", "be None in groups that are measured", "sphere", hint)
+        signs = {-1.0 if hyper.maximize else 1.0 for hyper in self.hypers}
         if len(signs) > 1:
             check.fail(owner, "maximize", "be the same for all groups", sorted(signs))
         self.sign = signs.pop()
-        self._max_grad_norm = None if ours is None else ours.max_grad_norm
-        self._init_norm_sq = 0.0 if ours is None else ours._session.init_norm_sq
+        self._max_grad_norm = None if session is None else session.max_grad_norm
+        self._init_norm_sq = 0.0 if session is None else session.init_norm_sq
 
     @functools.cached_property
     def members(self) -> list[ParamState]:
         """The parameters with what their update needs; reading the step counts waits for the device."""
         t, steps = _counts(self.made, [self._state.get(p, {}) for p in self.params])
         return [
-            _member(self.optimizer, p, *self._hypers[id(g)], g, self._state.get(p, {}), step, t)
+            _param_state(self.spec, p, self._by_group[id(g)], g, self._state.get(p, {}), step, t)
             for (g, p), step in zip(self._chosen, steps, strict=True)
         ]
 
@@ -166,7 +163,7 @@ class PendingStep:
             return None
         for param, grad in zip(self.params, self.grads, strict=True):
             param.grad = grad
-        prepared = optimizer._plan_ahead()
+        prepared = optimizer.session.plan_ahead()
         for param in self.params:
             param.grad = None
         if prepared is None:
@@ -251,21 +248,22 @@ class PendingStep:
                 raise RuntimeError(
                     f"{self.owner}: the optimizer must have drawn its states: call init_state()."
                 )
-            states[1] = states[1] * (m.hyper.init_scale * norm_sq / self._init_norm_sq)
+            k = m.spec.second_moment_index
+            states[k] = states[k] * (m.hyper.init_scale * norm_sq / self._init_norm_sq)
         grad = grad.to(torch.float64) * clip
         return m.param.detach().to(torch.float64), grad, states, m.scalars(effective_lr)
 
     @torch.no_grad()
     def _moved(self, m: ParamState, grad: Tensor, ratio: float, factor: tuple[Tensor, Tensor]) -> Tensor:
         param, grad, states, s = self._arguments(m, grad, ratio, factor)
-        moved, _ = RULES[m.rule].update(param, grad, states, s)
+        moved, _ = m.rule.update(param, grad, states, s)
         return (param - moved).to(compute_dtype(m.param.dtype))
 
     @torch.no_grad()
     def _inverse_preconditioner(self, m: ParamState, grad: Tensor, factor: tuple[Tensor, Tensor]) -> Tensor:
         """Return the update that a first moment of ones would give, which is ``1 / P``."""
         param, grad, states, s = self._arguments(m, grad, 1.0, factor)
-        return inverse_preconditioner(RULES[m.rule], param, grad, states, s).to(compute_dtype(m.param.dtype))
+        return inverse_preconditioner(m.rule, param, grad, states, s).to(compute_dtype(m.param.dtype))
 
 
 @dataclass
@@ -290,11 +288,11 @@ def _preconditioner(
 ) -> Preconditioner | None:
     """Run the kernels over a table that is ready for the step."""
     assert pending.grads is not None
-    hypers = [hyper for _, hyper in pending._own]
-    rule = pending._own[0][0].rule
-    thresholds = [edge_of(rule, h) for h in hypers]
-    shared = len({(h.lr / edge, h.schedule) for h, edge in zip(hypers, thresholds, strict=True)}) == 1
-    scale, scaled = (vectors.basis(1)[0] if wanted else None for wanted in (rule != "SGD", not shared))
+    spec, hypers = pending.spec, pending.hypers
+    thresholds = [spec.stability_threshold(h) for h in hypers]
+    ratios = {(h.lr / limit, h.schedule) for h, limit in zip(hypers, thresholds, strict=True)}
+    scale = vectors.basis(1)[0] if spec.is_preconditioned else None
+    scaled = vectors.basis(1)[0] if len(ratios) > 1 else None
     l2_sq = vectors.number(0.0)
     if plan.settings.measure:
         norms = torch.stack([torch.linalg.vector_norm(g, dtype=vectors.dtype) for g in pending.grads])
@@ -366,43 +364,53 @@ def _params(optimizer: torch.optim.Optimizer) -> list[int]:
     return [id(p) for group in optimizer.param_groups for p in group["params"]]
 
 
-def _hyper(
-    owner: str, optimizer: torch.optim.Optimizer, group: dict[str, Any]
-) -> tuple[type[FusedOptimizer], Hyper]:
-    """Return the class of ours that has the rule, and the hyper-parameters of a group."""
+def _spec_of(owner: str, optimizer: torch.optim.Optimizer) -> RuleSpec:
+    """Return the spec of the update rule of an optimizer.
+
+    Raises:
+        TypeError: If the rule does not state what a measurement needs.
+    """
+    ours = type(optimizer) if isinstance(optimizer, FusedOptimizer) else _counterpart(optimizer)
+    if not ours.spec.is_measurable:
+        check.fail(owner, "optimizer", "have a known rule", ours.spec.name, error=TypeError)
+    return ours.spec
+
+
+def _counterpart(optimizer: torch.optim.Optimizer) -> type[FusedOptimizer]:
+    """Return the class of this package that has the rule of an optimizer of torch."""
+    return next(ours for kind, ours in _TORCH.items() if isinstance(optimizer, kind))
+
+
+def _hyper_of(owner: str, spec: RuleSpec, optimizer: torch.optim.Optimizer, group: dict[str, Any]) -> Hyper:
+    """Return the hyper-parameters of a group; those that torch does not have are at their defaults."""
     if isinstance(optimizer, FusedOptimizer):
-        if optimizer.rule not in RULES:
-            check.fail(owner, "optimizer", "have a known rule", optimizer.rule, error=TypeError)
-        return type(optimizer), optimizer._make_hyper(group)
-    ours = next(ours for kind, ours in _TORCH.items() if isinstance(optimizer, kind))
+        return make_hyper(owner, spec, group)
+    arguments = inspect.signature(_counterpart(optimizer)).parameters.values()
+    defaults = {argument.name: argument.default for argument in arguments}
     decoupled = group.get("decoupled_weight_decay", False) or isinstance(optimizer, torch.optim.AdamW)
-    own = {"exp_avg_sq_init": "zeros", "exp_avg_sq_init_scale": 1.0, "rho_threshold": 5.0,
-           "unrectified": "momentum"}  # fmt: skip
-    return ours, ours._hyper(owner, {**own, **group, "decoupled_weight_decay": decoupled})
+    return spec.hyper(owner, {**defaults, **group, "decoupled_weight_decay": decoupled})
 
 
-def _member(
-    optimizer: torch.optim.Optimizer,
+def _param_state(
+    spec: RuleSpec,
     param: Tensor,
-    cls: type[FusedOptimizer],
     hyper: Hyper,
     group: Mapping[str, Any],
     state: Mapping[str, Any],
     step: int,
     t: int,
 ) -> ParamState:
-    """Return a parameter with what the next step does to it."""
-    names = cls._state_names(group)
-    states = [state.get(name) for name in names]
+    """Return a parameter with everything that the next step does to it depends on."""
+    states = [state.get(name) for name in spec.state_names(group)]
     zeros = torch.zeros_like(param, dtype=compute_dtype(param.dtype), requires_grad=False)
+    lr, weight_decay = hyper.rates_at(t)
     return ParamState(
         param=param,
-        rule=cls.rule,
+        spec=spec,
         hyper=hyper,
         states=[zeros if s is None else s.detach() for s in states],
         step=step,
         initialized=bool(state.get("initialized", False)),
-        lr=hyper.lr * (hyper.schedule(t) if hyper.schedule else 1.0),
-        weight_decay=hyper.weight_decay
-        * (hyper.weight_decay_schedule(t) if hyper.weight_decay_schedule else 1.0),
+        lr=lr,
+        weight_decay=weight_decay,
     )

@@ -141,8 +141,8 @@ def test_threads_do_not_change_a_bit(case: str, option: str) -> None:
 
 def test_there_is_work_for_five_threads() -> None:
     opt = train(make_optimizer("Adam"), 1)
-    assert opt._session.plan.numel // (1 << 14) >= 5
-    assert len({int(row) for row in opt._session.plan._chunks["row"]}) >= 5
+    assert opt.session.plan.numel // (1 << 14) >= 5
+    assert len({int(row) for row in opt.session.plan._chunks["row"]}) >= 5
 
 
 @each_option
@@ -155,9 +155,9 @@ def test_instruction_sets_do_not_change_a_bit(case: str, option: str) -> None:
     opts = {}
     for name in _cpu.instruction_sets():
         opts[name] = make_optimizer(case, **OPTIONS[option])
-        opts[name]._session.backend = CpuBackend(instruction_set=name)
+        opts[name].session.backend = CpuBackend(instruction_set=name)
         train(opts[name])
-        assert opts[name]._session.backend._isa == _cpu.instruction_sets().index(name)
+        assert opts[name].session.backend._isa == _cpu.instruction_sets().index(name)
     baseline = opts.pop("baseline")
     results = [bits(opt) for opt in opts.values()]
     for result in results:
@@ -174,14 +174,14 @@ def test_instruction_sets_do_not_change_a_bit(case: str, option: str) -> None:
 
 def reset(opt: fw.FusedOptimizer, step: int) -> None:
     """Throw the table away."""
-    opt._session.reset()
+    opt.session.reset()
 
 
 def turn(opt: fw.FusedOptimizer, step: int) -> None:
     """Change a hyper-parameter and change it back, so that the columns of the groups are made again."""
     group = opt.param_groups[0]
     kept, group["maximize"] = group["maximize"], True
-    opt._prepared_plan()
+    opt.session.prepare(None, None)
     group["maximize"] = kept
 
 

@@ -167,7 +167,7 @@ train(again, resumed, range(3, 6))
 local, other = opt.optim, resumed.optim
 print(local.get_last_lr() == other.get_last_lr())
 print(all(torch.equal(p, q) for p, q in zip(model.parameters(), again.parameters())))
-pairs = [(local.state[p], other.state[q]) for p, q in zip(local._session.params, other._session.params)]
+pairs = [(local.state[p], other.state[q]) for p, q in zip(local.session.params, other.session.params)]
 print(all(torch.equal(a[key], b[key]) for a, b in pairs for key in ("exp_avg_sq", "step", "average")))
 dist.destroy_process_group()
 """

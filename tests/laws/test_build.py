@@ -68,7 +68,7 @@ def test_installed_wheel_trains_outside_the_checkout(wheel, tmp_path):
         "import torch, fused_warmup as fw; "
         f"assert fw.__file__.startswith({str(site)!r}), fw.__file__; "
         "x = torch.nn.Parameter(torch.ones(3)); x.grad = torch.ones(3); "
-        "opt = fw.RAdam([x], lr=0.1); opt.step(); assert opt._session.backend.name == 'cpu'; "
+        "opt = fw.RAdam([x], lr=0.1); opt.step(); assert opt.session.backend.name == 'cpu'; "
         "assert abs(x[0].item() - 0.9) < 1e-6"
     )
     environment = {**os.environ, "PYTHONPATH": str(site)}

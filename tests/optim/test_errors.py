@@ -61,7 +61,7 @@ def snapshot(opt: fw.FusedOptimizer) -> dict[str, Any]:
         "parameters": freeze(params),
         "groups": freeze(groups),
         "states": freeze([opt.state.get(param, {}) for param in params]),
-        "counters": freeze(opt._session.counters),
+        "counters": freeze(opt.session.counters),
         "rows": len(opt.telemetry),
         "telemetry": freeze(opt.telemetry.rows()),
         "pending_scalars": freeze(opt.telemetry.pending_scalars),
@@ -550,7 +550,7 @@ REFUSED_GRADS: dict[str, tuple[Callable[[Tensor], None], type[Exception], str]] 
 @pytest.mark.parametrize("owner", CLASSES)
 def test_gradients_that_no_backend_takes(owner: str, kind: str, trained: bool) -> None:
     give, error, condition = REFUSED_GRADS[kind]
-    if getattr(fw, owner).takes_sparse and kind == "sparse":
+    if getattr(fw, owner).spec.takes_sparse and kind == "sparse":
         pytest.skip("SGD takes sparse gradients")
     params = [parameter(2), parameter(3, 3)]
     opt = getattr(fw, owner)(params, average=fw.EMA(0.9), max_grad_norm=1.0)

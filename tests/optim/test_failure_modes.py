@@ -393,7 +393,7 @@ def test_40_no_state_of_another_form_is_used(backend: str, form: str) -> None:
     param.grad = torch.ones_like(param)
     refusal = ""
     try:
-        plan, _ = opt._prepared_plan()
+        plan, _ = opt.session.prepare(None, None)
     except ValueError as error:
         refusal = str(error)
     if refusal:
@@ -401,7 +401,7 @@ def test_40_no_state_of_another_form_is_used(backend: str, form: str) -> None:
         return
     (row,) = plan.rows
     wanted = torch.float64 if param.dtype == torch.float64 else torch.float32
-    assert int(plan._table["numel"][0]) == param.numel()
+    assert int(plan._columns["numel"][0]) == param.numel()
     for state in (*row.states, row.average):
         assert state.numel() == param.numel()
         assert state.dtype == wanted

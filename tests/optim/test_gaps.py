@@ -22,7 +22,6 @@ import fused_warmup as fw
 from fused_warmup.backends.native import CpuBackend
 from fused_warmup.optim.telemetry import Telemetry
 from fused_warmup.plan import address_cache
-from fused_warmup.plan import plan as planning
 from fused_warmup.sharpness.lanczos import Spectrum
 from fused_warmup.sharpness.probe import _larger
 from fused_warmup.tuning import Trial
@@ -364,7 +363,7 @@ def test_betas_written_in_place_inside_their_pair(pair, which, backend):
 
 WATCHERS = {
     "python": (address_cache.groups_unchanged, address_cache.states_unchanged),
-    "compiled": planning.select_reader()[1:],
+    "compiled": address_cache.select_reader()[1:],
 }
 
 
@@ -406,7 +405,11 @@ def test_a_shard_that_was_replaced_is_trained(backend, mesh):  # noqa: F811
 def test_gradients_are_kept_until_they_are_released(how):
     """Another thread may replace them while the kernels read."""
     param = Parameter(torch.zeros(3))
-    forms = planning.PythonSignatures([param]) if how == "python" else planning.select_reader()[0]([param])
+    forms = (
+        address_cache.PythonSignatures([param])
+        if how == "python"
+        else address_cache.select_reader()[0]([param])
+    )
     out, held = np.zeros(1, np.uint64), torch.ones(3)
     param.grad, ref = held, weakref.ref(held)
     assert forms.read([param], out.ctypes.data, True) == []
@@ -920,7 +923,10 @@ def test_a_catapult_stays_where_the_loss_is_not_finite():
 def test_a_catapult_shares_a_copy_of_the_loss(reduce, monkeypatch):
     """The mean over processes, which is taken in place, must not be written into the user's loss."""
     groups, loss = bowl(0.1)
-    monkeypatch.setattr("fused_warmup.tuning.catapult.average", lambda *values: [v.mul_(3.0) for v in values])
+    monkeypatch.setattr(
+        "fused_warmup.tuning.warmup.persistent_catapult.average",
+        lambda *values: [v.mul_(3.0) for v in values],
+    )
     catapult = fw.PersistentCatapult(fw.SGD(groups, lr=0.1), target=1.0, reduce=reduce)
     given = torch.tensor(5.0, dtype=torch.float64)
     catapult.step(given, loss)

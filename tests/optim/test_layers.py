@@ -85,7 +85,7 @@ def test_golden_projections(pattern, backend, dtype):
 @pytest.mark.parametrize("name", ["paper", "nodebias", "v1clip", "wnorm_clip1", "lambc", "bnb"])
 def test_golden_trust_ratios(name):
     """Of the steps that clip no gradient; the parameter moves along the update times rate and ratio."""
-    h = fw.LAMB._hyper(
+    h = fw.LAMB.spec.hyper(
         "LAMB", {**fw.LAMB([Parameter(torch.ones(2))], weight_decay=0.2, **LAMBS[name]).param_groups[0]}
     )
     p, states = tensor(INPUTS["p0"]), [torch.zeros(2, 3, dtype=torch.float64)] * 2

@@ -287,7 +287,7 @@ def test_a_wrapper_that_forwards_sees_and_sets_the_same(backend):
     assert wrapper.telemetry.latest()["loss"] == 3.0
     other = Forwarding(fw.SGD([parameter()], backend=backend))
     other.load_state_dict(copy.deepcopy(wrapper.state_dict()))
-    assert int(other._session.counters[0]) == 4
+    assert int(other.session.counters[0]) == 4
 
 
 # what a load replaces

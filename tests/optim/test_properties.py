@@ -12,7 +12,7 @@ from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
 import fused_warmup as fw
-from fused_warmup.plan import plan as planning
+from fused_warmup.plan.tensors import compute_dtype
 
 CPU_MISSING = "cpu" not in fw.available_backends()
 pytestmark = pytest.mark.skipif(CPU_MISSING, reason="the extension fused_warmup._cpu is not built")
@@ -242,7 +242,7 @@ def assert_same_training(problem: Problem) -> None:
     coefs = actual.history["clip_coef"], expected.history["clip_coef"]
     inherited = float((coefs[0] - coefs[1]).abs().div(coefs[1]).nan_to_num(0.0).max())
     for i, (param, param_ref, state, state_ref, decay, seen) in enumerate(rows):
-        inexact = 4.0 * inherited / torch.finfo(planning.compute_dtype(param.dtype)).eps
+        inexact = 4.0 * inherited / torch.finfo(compute_dtype(param.dtype)).eps
         ulps = ULPS[param.dtype] + (inexact if param.dtype.itemsize > 2 else 0.0)
         assert_close(param, param_ref, ulps, f"parameter {i}")
         assert state.keys() == state_ref.keys()
@@ -404,7 +404,7 @@ def test_kernels_stay_inside_states_and_averages(size: int, dtype: torch.dtype) 
     for key in ("exp_avg", "exp_avg_sq", "max_exp_avg_sq", "average"):
         guards[key] = guarded(opt.state[param][key], Layout(offset=1))
         opt.state[param][key] = guards[key].view
-    opt._session.reset()
+    opt.session.reset()
     before = {key: guard.bytes_outside().clone() for key, guard in guards.items()}
     moved = {key: guard.view.clone() for key, guard in guards.items()}
     param.grad = torch.full_like(param, 2.0)

@@ -227,7 +227,7 @@ def test_other_groups_do_not_notice(rule, backend):
             opt.step()
         results.append([t for p in groups[1] for t in (p.detach(), *states_of(opt, p).values())])
         assert torch.equal(groups[0][-1], torch.ones(5))
-        assert groups[0][-1] not in opt._session.state
+        assert groups[0][-1] not in opt.session.state
     for a, b in zip(*results, strict=True):
         assert_same_bits("free", a, b)
 
@@ -511,9 +511,7 @@ def test_a_look_ahead_refuses_what_it_cannot_honour(look):
     opt = made("sgd", "auto", params)
     set_grads(params, 0)
     opt.step()
-    with pytest.raises(
-        ValueError, match=f"{look}: projection must be None in groups that are looked at, got"
-    ):
+    with pytest.raises(ValueError, match=f"{look}: projection must be None in groups that are measured, got"):
         LOOKS[look](lambda: params[0].square().sum(), opt)
 
 

@@ -9,10 +9,8 @@ import torch
 from cases import assert_same_bits, make_params, set_grads
 
 import fused_warmup as fw
-from fused_warmup.optim import base as optimizing
-from fused_warmup.plan import build as building
-from fused_warmup.plan import device_buffers
-from fused_warmup.plan import plan as planning
+from fused_warmup.optim import base, session
+from fused_warmup.plan import device_buffers, gradients, groups
 
 SHAPES = [(4, 5), (3,), (7,)]
 
@@ -36,7 +34,7 @@ class Capture:
 @pytest.fixture
 def capture(monkeypatch):
     state = Capture()
-    for module in (planning, optimizing, building, device_buffers):
+    for module in (gradients, groups, base, session, device_buffers):
         monkeypatch.setattr(module, "is_capturing", state)
     monkeypatch.setattr(device_buffers, "is_mirrored", lambda device: True)
     return state
@@ -78,8 +76,8 @@ def test_mirrored_table_trains_the_same(capture):
             opt.step()
         results.append((params, opt))
     (params, opt), (others, plain) = results
-    assert opt._session.plan.buffers.mirrored
-    assert not plain._session.plan.buffers.mirrored
+    assert opt.session.plan.buffers.mirrored
+    assert not plain.session.plan.buffers.mirrored
     for p, q in zip(params, others, strict=True):
         assert_same_bits("param", p, q)
         for name in ("exp_avg", "exp_avg_sq", "average"):
@@ -133,7 +131,7 @@ def test_a_step_is_captured_after_init_state(capture):
     with capture:
         opt.step()
     assert [opt.state[p]["exp_avg"] for p in params] == states
-    assert opt._session.captured == [opt._session.plan]
+    assert opt.session.captured == [opt.session.plan]
 
 
 CHANGES = {
@@ -199,27 +197,27 @@ def test_a_captured_table_outlives_eager_steps(capture):
     params, opt = made(2)
     with capture:
         opt.step()
-    captured = opt._session.plan
+    captured = opt.session.plan
     kept = {name: tensor.clone() for name, tensor in captured.buffers.tensors.items()}
     set_grads(params, 5)
     opt.step()
-    assert opt._session.plan is not captured
+    assert opt.session.plan is not captured
     for name in ("rows", "grads", "chunks", "hypers"):
         assert torch.equal(captured.buffers.tensors[name], kept[name])
     # both tables speak of the same states, counts and telemetry
-    assert opt._session.plan.record == captured.record
-    assert [r.states for r in opt._session.plan.rows] == [r.states for r in captured.rows]
+    assert opt.session.plan.record == captured.record
+    assert [r.states for r in opt.session.plan.rows] == [r.states for r in captured.rows]
 
 
 def test_hyper_parameters_reach_a_captured_table(capture):
     _, opt = made(2)
     with capture:
         opt.step()
-    column = opt._session.plan.buffers.tensors["hypers"]
+    column = opt.session.plan.buffers.tensors["hypers"]
     address, before = column.data_ptr(), column.clone()
     opt.param_groups[0]["lr"] = 0.25
     opt.update_captured()
-    assert opt._session.plan.buffers.tensors["hypers"].data_ptr() == address
+    assert opt.session.plan.buffers.tensors["hypers"].data_ptr() == address
     assert column.view(torch.float64)[0] == 0.25
     assert before.view(torch.float64)[0] == 0.1
 
@@ -227,14 +225,14 @@ def test_hyper_parameters_reach_a_captured_table(capture):
 def test_nothing_is_sent_while_a_graph_is_captured(capture):
     """Kernels that take the settings by address would read memory that is long gone."""
     _, opt = made(2)
-    opt._session.plan.step_column()
+    opt.session.plan.step_column()
     opt.max_grad_norm = 1.0
     with capture:
-        opt._prepared_plan()
+        opt.session.prepare(None, None)
         with pytest.raises(
             RuntimeError, match="table must stay as it is while a graph is captured, got other step"
         ):
-            opt._session.plan.step_column()
+            opt.session.plan.step_column()
 
 
 def test_a_longer_schedule_leaves_the_old_one_in_memory(capture):
@@ -242,18 +240,18 @@ def test_a_longer_schedule_leaves_the_old_one_in_memory(capture):
     _, opt = made(2, schedule=fw.schedules.constant(0.5))
     with capture:
         opt.step()
-    column = opt._session.plan.buffers.tensors["segments"]
+    column = opt.session.plan.buffers.tensors["segments"]
     opt.param_groups[0]["schedule"] = fw.schedules.warmup(3).then(fw.schedules.constant(1.0))
     opt.update_captured()
-    assert opt._session.plan.buffers.tensors["segments"] is not column
-    assert any(held is column for held in opt._session.plan.buffers._replaced)
+    assert opt.session.plan.buffers.tensors["segments"] is not column
+    assert any(held is column for held in opt.session.plan.buffers._replaced)
 
 
 def test_loading_fills_the_captured_buffers(capture):
     params, opt = made(2, average=fw.EMA(0.9))
     with capture:
         opt.step()
-    captured = opt._session.plan
+    captured = opt.session.plan
     other_params, other = made(5, average=fw.EMA(0.9))
     other.param_groups[0]["lr"] = 0.3
     addresses = {name: t.data_ptr() for name, t in captured.record.items()}
@@ -263,7 +261,7 @@ def test_loading_fills_the_captured_buffers(capture):
         opt.state[p][name] for p in params for name in ("exp_avg", "exp_avg_sq", "average", "step")
     ]
     assert {name: t.data_ptr() for name, t in captured.record.items()} == addresses
-    assert opt._session.counters is captured.record["counters"]
+    assert opt.session.counters is captured.record["counters"]
     assert opt.telemetry.ring_buffer is captured.record["ring_buffer"]
     for p, q in zip(params, other_params, strict=True):
         assert_same_bits("exp_avg", opt.state[p]["exp_avg"], other.state[q]["exp_avg"])
@@ -272,7 +270,7 @@ def test_loading_fills_the_captured_buffers(capture):
 
 def replay(opt):
     """What a replay does: the kernels run, and the host does not know."""
-    opt._session.backend.step(opt._session.plan)
+    opt.session.backend.step(opt.session.plan)
 
 
 def test_replayed_steps_leave_rows():
@@ -284,7 +282,7 @@ def test_replayed_steps_leave_rows():
             fill_grads(parameters, step)
         plain.step()
         if step % 3:
-            opt._prepared_plan()
+            opt.session.prepare(None, None)
             replay(opt)
         else:
             opt.step()
@@ -329,7 +327,7 @@ def test_a_sphere_is_captured(capture, cls, radius):
 def test_of_many_replays_the_page_is_left():
     params, opt = made(3)
     fill_grads(params, 1)
-    opt._prepared_plan()
+    opt.session.prepare(None, None)
     for _ in range(2000):
         replay(opt)
     steps = opt.telemetry.history()["step"].tolist()

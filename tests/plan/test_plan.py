@@ -12,6 +12,7 @@ from cases import BACKENDS, assert_same_bits, make_params, set_grads
 
 import fused_warmup as fw
 from fused_warmup import _cpu
+from fused_warmup.plan import address_cache
 from fused_warmup.plan import chunks as cutting
 from fused_warmup.plan import plan as planning
 
@@ -42,7 +43,7 @@ def read_both(tensors, grads):
     """What the compiled and the Python reader say of the same tensors, with the form of a contiguous one."""
     likes = [torch.zeros(4, 6) for _ in tensors]
     found = []
-    for reader in (_cpu.TensorSignatures(torch.Tensor, likes), planning.PythonSignatures(likes)):
+    for reader in (_cpu.TensorSignatures(torch.Tensor, likes), address_cache.PythonSignatures(likes)):
         out = np.full(len(tensors), 7, np.uint64)
         found.append((reader.read(tensors, out.ctypes.data, grads), out.tolist()))
         reader.release()
@@ -81,7 +82,7 @@ def test_dimensions_of_one_element_have_any_stride():
     """Gradients of 1x1 convolutions often come so; they must not be copied at every step."""
     like = torch.zeros(8, 3, 1, 1)
     other = torch.zeros(8, 3, 1, 1).as_strided((8, 3, 1, 1), (3, 1, 7, 9))
-    for reader in (_cpu.TensorSignatures(torch.Tensor, [like]), planning.PythonSignatures([like])):
+    for reader in (_cpu.TensorSignatures(torch.Tensor, [like]), address_cache.PythonSignatures([like])):
         out = np.zeros(1, np.uint64)
         assert reader.read([other], out.ctypes.data) == []
         assert out[0] == other.data_ptr()
@@ -93,7 +94,11 @@ def test_without_the_exchange_api_the_numbers_are_the_same(monkeypatch):
     monkeypatch.setattr(
         planning,
         "select_reader",
-        lambda: (planning.PythonSignatures, planning.groups_unchanged, planning.states_unchanged),
+        lambda: (
+            address_cache.PythonSignatures,
+            address_cache.groups_unchanged,
+            address_cache.states_unchanged,
+        ),
     )
     slow = fw.Adam(b, max_grad_norm=1.0)
     for step in range(4):
@@ -103,7 +108,7 @@ def test_without_the_exchange_api_the_numbers_are_the_same(monkeypatch):
                 params[4].grad = params[4].grad.clone().transpose(0, 2).contiguous().transpose(0, 2)
                 params[5].grad = None
             opt.step()
-    assert isinstance(slow._session.plan._grad_signatures, planning.PythonSignatures)
+    assert isinstance(slow.session.plan.gradients._signatures, address_cache.PythonSignatures)
     for p, q in zip(a, b, strict=True):
         assert_same_bits("param", p, q)
 
@@ -171,11 +176,11 @@ def test_one_region_of_chunks_for_all_groups():
     opt = fw.Adam([{"params": [p], "lr": 0.1 * (i + 1)} for i, p in enumerate(params)])
     params[2].grad = torch.ones(5)
     opt.step()
-    assert [row.index for row in opt._session.plan.rows] == [2]
+    assert [row.index for row in opt.session.plan.rows] == [2]
     params[0].grad = torch.ones(3)
     opt.step()
-    assert [row.index for row in opt._session.plan.rows] == [0, 2]
-    assert opt._session.plan._chunks["count"].tolist() == [3, 5]
+    assert [row.index for row in opt.session.plan.rows] == [0, 2]
+    assert opt.session.plan._chunks["count"].tolist() == [3, 5]
 
 
 def test_repr_shows_the_backend():
@@ -249,7 +254,7 @@ def test_gradients_replaced_by_another_thread_during_the_step():
     class Backend:
         name, max_inline_pointers = "cpu", 0
 
-        def step(self, plan, inner=opt._session.backend):
+        def step(self, plan, inner=opt.session.backend):
             begun.set()
             inner.step(plan)
             stolen.wait()
@@ -261,7 +266,7 @@ def test_gradients_replaced_by_another_thread_during_the_step():
             x.grad = None
             stolen.set()
 
-    opt._session.backend = Backend()
+    opt.session.backend = Backend()
     thread = threading.Thread(target=thief)
     thread.start()
     for _ in range(100):

@@ -421,9 +421,9 @@ def test_captured_tables_are_rewritten_in_place():
     (p,) = make_params(torch.float32, [(5,)])
     opt = fw.SGD([p], lr=1.0, schedule=wu)
     train(opt, wu, 50)
-    plan = opt._session.plan
-    opt._session.captured.append(plan)
-    before = plan._step["values"].item(), len(plan.buffers.tensors["values"])
+    plan = opt.session.plan
+    opt.session.captured.append(plan)
+    before = plan._step.array["values"].item(), len(plan.buffers.tensors["values"])
     while wu.back_at is None:
         opt.record_loss(loss_of(wu, wu._steps, 0.0))
     values = plan.buffers.tensors["values"].numpy().view(np.float64)

@@ -274,20 +274,26 @@ class TritonBackend:
         telemetry, averages = plan.record["ring_buffer"] is not None, plan.average[0] is not None
         if measure:
             yield measure_kernel, programs, measure_constants(plan.kinds)
-        yield decide_kernel, 1, decide_constants(plan.rule, spheres=plan.has_spheres)
+        yield decide_kernel, 1, decide_constants(plan.rule, spheres=plan.groups.has_spheres)
         accumulate = telemetry and not measure
         if plan.rule in RULES:
             constants = update_constants(
-                plan.rule, plan.kinds, accumulate=accumulate, average=averages, spheres=plan.has_spheres
+                plan.rule,
+                plan.kinds,
+                accumulate=accumulate,
+                average=averages,
+                spheres=plan.groups.has_spheres,
             )
             yield update_kernel, programs, constants
         else:
             yield stage1_kernel, programs, stage1_constants(plan.rule, plan.kinds, accumulate=accumulate)
             most = max(1, min(len(plan.rows), self._programs or _programs(plan.device)))
             yield reduce_layers_kernel, most, reduce_layers_constants(plan.rule, accumulate=accumulate)
-            constants = stage2_constants(plan.rule, plan.kinds, average=averages, spheres=plan.has_spheres)
+            constants = stage2_constants(
+                plan.rule, plan.kinds, average=averages, spheres=plan.groups.has_spheres
+            )
             yield stage2_kernel, programs, constants
-        if plan.has_spheres:
+        if plan.groups.has_spheres:
             yield rescale_kernel, programs, rescale_constants(plan.kinds, average=averages)
 
 

@@ -1,0 +1,72 @@
+"""Parameter groups: validation, and completion of those that came from elsewhere."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from .. import _checks as check
+from ..plan.hyper import Hyper
+from ..plan.spec import RuleSpec
+from ..plan.sphere import sphere_options
+from ..schedules import Schedule
+from ..schedules.adaptive import AdaptiveSchedule, restored
+
+SCHEDULE_KEYS = ("schedule", "weight_decay_schedule")
+# arguments of torch's optimizers that are accepted and not used
+IGNORED_KEYS = ("foreach", "capturable", "differentiable", "fused")
+
+
+def make_hyper(owner: str, spec: RuleSpec, group: Mapping[str, Any]) -> Hyper:
+    """Return the validated hyper-parameters of a group, schedules and sphere included.
+
+    Args:
+        owner: Name of the optimizer class, for messages.
+        spec: The update rule.
+        group: A parameter group with all hyper-parameters.
+
+    Raises:
+        ValueError: If a value is out of range; it is named.
+        TypeError: If a value has a wrong type.
+    """
+    hyper = spec.hyper(owner, group)
+    schedule, weight_decay_schedule = (_plain_schedule(owner, key, group[key]) for key in SCHEDULE_KEYS)
+    hyper.schedule, hyper.weight_decay_schedule = schedule, weight_decay_schedule
+    hyper.sphere, hyper.radius = sphere_options(owner, group, hyper.weight_decay)
+    return hyper
+
+
+def _plain_schedule(owner: str, key: str, schedule: Any) -> Schedule | None:
+    """Return a schedule as segments; only the learning rate may have an adaptive one."""
+    if key == "schedule" and isinstance(schedule, AdaptiveSchedule):
+        return schedule.schedule
+    if schedule is not None and not isinstance(schedule, Schedule):
+        hint = "Arbitrary functions of the step go to torch.optim.lr_scheduler.LambdaLR."
+        check.fail(owner, key, "be a fused_warmup schedule or None", schedule, hint, TypeError)
+    return schedule
+
+
+def restore_schedules(group: Any, held: AdaptiveSchedule | None) -> None:
+    """Replace schedules that came as plain types, as in a state dict, by schedules.
+
+    Wrappers copy the groups of a state dict without asking ``load_state_dict``.
+
+    Args:
+        group: A parameter group; changed in place.
+        held: The adaptive schedule that the group had last. It stays the object of the user and takes over
+            what was saved.
+    """
+    for key in SCHEDULE_KEYS:
+        if isinstance(group[key], Mapping):
+            schedule = restored(group[key])
+            if held is not None and isinstance(schedule, AdaptiveSchedule) and type(held) is type(schedule):
+                held.load_state_dict(schedule.state_dict())
+                schedule = held
+            group[key] = schedule
+
+
+def complete_groups(groups: list[dict[str, Any]], defaults: Mapping[str, Any]) -> None:
+    """Give groups that came from elsewhere the hyper-parameters that they lack."""
+    for group in groups:
+        for key, value in defaults.items():
+            group.setdefault(key, value)
