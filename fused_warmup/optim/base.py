@@ -353,23 +353,26 @@ class FusedOptimizer(Optimizer):
             # not a step but a wrapper that wants to see the states
             self.init_state()
             return loss
-        session.measure_norms(plan)
-        value = reported_loss(loss)
+        if session.fresh_norms:
+            session.measure_norms(plan)
+        value = None if loss is None else reported_loss(loss)
         if value is not None:
             self.record_loss(value)
-        session.warn_unfed()
+        if session.adaptive:
+            session.warn_unfed()
         if plan.gradients.is_stale and len(plan.rows) > backend.max_inline_pointers:
             plan.gradients.upload()
         backend.step(plan)
-        plan.gradients.note_upload()
+        if plan.gradients.is_stale:
+            plan.gradients.note_upload()
         session.last_rates = plan.groups.rates
         if session.unscale_grads:
             plan.gradients.unscale(plan.scaling[0])
         changed = plan.finish()
-        if is_capturing(plan.device):
+        if plan.buffers.mirrored and is_capturing(plan.device):
             session.keep_captured(plan)
         else:
-            self.telemetry.advance()
+            session.telemetry.advance()
         if changed:
             torch.autograd.graph.increment_version(changed)
         return loss

@@ -104,6 +104,8 @@ class Session:
         self.captured: list[Plan] = []
         self.fresh_norms: dict[int, Tensor] = {}
         self.last_rates: Tensor | None = None
+        # options that were found to be in range
+        self._checked: tuple[Any, ...] = ()
         self.backend: Backend | None = None
         self.backend_device = ""
         self.reset()
@@ -197,7 +199,10 @@ class Session:
             found_inf: Whether it found a gradient that is not finite, or None.
             every: Give all parameters a state, also those without a gradient.
         """
-        self.check_settings()
+        settings = self.max_grad_norm, self.nonfinite, self.average
+        if settings != self._checked:
+            self.check_settings()
+            self._checked = settings
         plan, backend = self.plan, self.backend
         if plan is None or backend is None or not self._refresh(plan):
             complete_groups(self.param_groups, self.defaults)
@@ -231,10 +236,12 @@ class Session:
 
     def _fits(self, plan: Plan) -> bool:
         """Return whether the rows have the states and norms that the hyper-parameters ask for."""
-        wanted = [len(self.spec.state_names(self.param_groups[row.group])) for row in plan.rows]
+        if not plan.rows:
+            return True
+        wanted = [len(self.spec.state_names(group)) for group in self.param_groups]
         norms = zip(plan.groups.hypers, plan.groups.norms, strict=True)
-        return wanted == [len(row.states) for row in plan.rows] and (
-            not plan.rows or all(h.sphere == (norm is not None) for h, norm in norms)
+        return all(len(row.states) == wanted[row.group] for row in plan.rows) and all(
+            h.sphere == (norm is not None) for h, norm in norms
         )
 
     def _build(self, every: bool) -> tuple[Plan, Backend]:
@@ -248,14 +255,11 @@ class Session:
             )
         hypers = [self.adopt_group(group) for group in groups]
         names = [spec.state_names(group) for group in groups]
-        members = build.find_members(owner, spec, groups, hypers, self.state, every=every)
-        average, records = self.average_settings, self.records
-        counts = [
-            build.checked_counts(
-                owner, spec, m, self.state.get(m.param, {}), records.get(m.param), average, self.updates
-            )
-            for m in members
-        ]
+        members = build.find_members(owner, spec, groups, hypers, names, self.state, every=every)
+        average, records, by_channel = self.average_settings, self.records, spec.by_channel
+        # the count matters to averages alone, and reading it waits
+        calls = 0 if average.kind is None else self.updates
+        counts = [build.checked_counts(owner, spec, m, records.get(m.param), average, calls) for m in members]
         device = members[0].local.device if members else torch.device("cpu")
         for g, group in enumerate(groups):
             if hypers[g].sphere and "norm" in group:
@@ -271,17 +275,17 @@ class Session:
         backend = self.resolve(device)
         counters = self.allocate_counters(device)
         self.telemetry.allocate(device, counters)
-        self._allocate_states(members, hypers, names, counts)
+        states = self._allocate_states(members, hypers, names, counts)
         rows = [
             make_row(
                 m,
-                self.state[m.param],
+                state,
                 names[m.group],
                 records[m.param],
                 averaged=self.average is not None,
-                by_channel=spec.by_channel,
+                by_channel=by_channel,
             )
-            for m in members
+            for m, state in zip(members, states, strict=True)
         ]
         plan = Plan(
             owner,
@@ -307,20 +311,22 @@ class Session:
         hypers: list[Hyper],
         names: list[tuple[str, ...]],
         counts: list[tuple[int, int] | None],
-    ) -> None:
+    ) -> list[dict[str, Any]]:
         """Allocate and convert the states of all members, and bring the counters to their counts."""
         spec, records = self.spec, self.records
-        drawn, started = 0.0, 0
+        drawn, started, states = 0.0, 0, []
         for member, count in zip(members, counts, strict=True):
             if count is not None:
                 records[member.param] = RowCounters(member.local.device, *count)
-            state, record = self.state[member.param], records[member.param]
-            group_names = names[member.group]
-            averaged = self.average is not None
-            if build.allocate_state(spec, member, group_names, state, record, averaged=averaged):
+            state, record = dict(member.state), records[member.param]
+            starts, averaged = "step" not in state, self.average is not None
+            build.allocate_state(spec, member, names[member.group], state, record, averaged=averaged)
+            if starts:
                 started += member.param.numel()
                 if hypers[member.group].init == "random":
                     drawn += build.draw_second_moment(state[spec.states[spec.second_moment_index]])
+            self.state[member.param].update(state)
+            states.append(state)
         if drawn:
             self.init_norm_sq = drawn + sum(m.param.numel() for m in members) - started
         most = max((count[0] for count in counts if count is not None), default=0)
@@ -329,6 +335,7 @@ class Session:
             self.counters[COUNTERS.index("step")].clamp_(min=most)
         for param in records.keys() - {member.param for member in members}:
             del records[param]
+        return states
 
     def _norms(self, hypers: list[Hyper], device: torch.device) -> list[Tensor | None]:
         """Return the tensors that hold the norms of groups on a sphere; new ones are to be measured."""
@@ -384,7 +391,7 @@ class Session:
 
     def warn_unfed(self) -> None:
         """Warn once if an adaptive schedule has made two steps without a recorded loss."""
-        self.unfed_steps = self.unfed_steps + 1 if self.adaptive else 0
+        self.unfed_steps += 1
         if self.unfed_steps == 2:
             names = sorted({type(schedule).__name__ for schedule in adaptive_schedules(self.param_groups)})
             if names:

@@ -80,6 +80,11 @@ def address_of(tensor: Tensor | None) -> int:
     return 0 if tensor is None else tensor.data_ptr()
 
 
+def addresses_of(tensors: Sequence[Tensor | None]) -> list[int]:
+    """Return the addresses of the first elements of tensors, 0 for None."""
+    return [0 if tensor is None else tensor.data_ptr() for tensor in tensors]
+
+
 class PythonSignatures:
     """``TensorSignatures`` without the extension, or for a torch without the DLPack exchange API."""
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from .. import _checks as check
 from ..distributed.groups import is_flattened, is_part
 from . import tensors
-from .address_cache import address_of
+from .address_cache import addresses_of
 from .hyper import AverageSettings, Hyper
 from .rows import Member, RowCounters
 from .spec import RuleSpec
@@ -48,7 +48,7 @@ def check_whole(
     Returns:
         Whether other processes hold other parts.
     """
-    split = False
+    split, layerwise = False, spec.is_layerwise
     hint = "A process sees its part of the norm only."
     for index, param, hyper in members:
         part = is_part(param)
@@ -60,7 +60,7 @@ def check_whole(
             if hyper.init == "random":
                 condition = "be 'zeros' or 'grad' beside sharded parameters"
                 check.fail(owner, "exp_avg_sq_init", condition, "random", hint)
-        if (part or is_flattened(param)) and spec.is_layerwise:
+        if layerwise and (part or is_flattened(param)):
             reason = "A process sees its part of a layer only, and this rule needs sums over all of it."
             check.fail(owner, f"parameter {index}", "be whole in each process", tuple(param.shape), reason)
     return split
@@ -71,6 +71,7 @@ def find_members(
     spec: RuleSpec,
     groups: Sequence[Mapping[str, Any]],
     hypers: Sequence[Hyper],
+    names: Sequence[Sequence[str]],
     state: Mapping[Tensor, Mapping[str, Any]],
     *,
     every: bool,
@@ -82,6 +83,7 @@ def find_members(
         spec: The update rule.
         groups: Parameter groups.
         hypers: Hyper-parameters of each group.
+        names: Names of the states that each group keeps.
         state: States by parameter; not changed.
         every: Include all parameters that require a gradient, also those without one.
 
@@ -101,11 +103,12 @@ def find_members(
         if param.grad is not None:
             tensors.check_grad(owner, index, local, param.grad, spec.takes_sparse)
             tensors.check_placement(owner, index, param, param.grad)
-        for key in (*spec.state_names(groups[g]), "average"):
+        for key in (*names[g], "average"):
             if own.get(key) is not None:
                 checked_state(owner, index, key, own[key], param)
-        members.append(Member(index, g, param, local))
-    tensors.check_disjoint(owner, [(m.index, m.local, address_of(m.local)) for m in members])
+        members.append(Member(index, g, param, local, own))
+    addresses = addresses_of([m.local for m in members])
+    tensors.check_disjoint(owner, [(m.index, m.local, a) for m, a in zip(members, addresses, strict=True)])
     return members
 
 
@@ -113,7 +116,6 @@ def checked_counts(
     owner: str,
     spec: RuleSpec,
     member: Member,
-    state: Mapping[str, Any],
     record: RowCounters | None,
     average: AverageSettings,
     calls: int,
@@ -124,7 +126,6 @@ def checked_counts(
         owner: Name of the optimizer class.
         spec: The update rule.
         member: The parameter.
-        state: Its state.
         record: Counts that the kernels write, or None.
         average: Average that is kept.
         calls: Updates that the optimizer has made.
@@ -136,7 +137,8 @@ def checked_counts(
         TypeError: If a count is no real number.
         ValueError: If one is negative or not whole.
     """
-    step, index = state.get("step"), member.index
+    state, index = member.state, member.index
+    step = state.get("step")
     if step is None:
         # torch's SGD keeps no count; with a buffer the first step is over
         return int(spec.has_first_gradient(state)), 0
@@ -161,19 +163,16 @@ def allocate_state(
     record: RowCounters,
     *,
     averaged: bool,
-) -> bool:
+) -> None:
     """Allocate the missing states of a parameter, and convert those that came from elsewhere.
 
     Args:
         spec: The update rule.
         member: The parameter.
         names: Names of the states that its group keeps.
-        state: Its entry in ``optimizer.state``, which is filled.
+        state: A copy of its entry in ``optimizer.state``, which is completed.
         record: Its counts.
         averaged: Whether an average is kept.
-
-    Returns:
-        Whether the parameter is about to make its first step.
     """
     param, by_channel = member.param, spec.by_channel
     starts = "step" not in state
@@ -181,19 +180,18 @@ def allocate_state(
     if not starts and spec.first_gradient in names and not spec.has_first_gradient(state):
         # torch starts a buffer that comes late with the gradient itself, as at a first step
         record.set(0, int(record.n_averaged))
-    for key in names:
-        if state.get(key) is None:
-            state[key] = tensors.state_like(param, by_channel)
-    if averaged:
-        if state.get("average") is None:
-            state["average"] = tensors.state_like(param, by_channel).copy_(param)
-            record.n_averaged.zero_()
-        state["n_averaged"] = record.n_averaged
     for key in (*names, *(["average"] if averaged else [])):
-        if not tensors.fits(state[key], member.local, by_channel):
+        held = state.get(key)
+        if held is None:
+            state[key] = tensors.state_like(param, by_channel)
+            if key == "average":
+                state[key].copy_(param)
+                record.n_averaged.zero_()
+        elif not tensors.fits(held, member.local, by_channel):
             # the parameter got another dtype or layout since, or the state came from elsewhere
-            state[key] = tensors.state_like(param, by_channel).copy_(state[key])
-    return starts
+            state[key] = tensors.state_like(param, by_channel).copy_(held)
+    if averaged:
+        state["n_averaged"] = record.n_averaged
 
 
 def draw_second_moment(second_moment: Tensor) -> float:

@@ -29,6 +29,7 @@ class GradientTable:
 
     Attributes:
         is_stale: Whether the device has other addresses than those of this step.
+        is_complete: Whether every row has a gradient.
     """
 
     def __init__(
@@ -41,7 +42,7 @@ class GradientTable:
         *,
         takes_sparse: bool,
     ) -> None:
-        self.is_stale = False
+        self.is_stale = self.is_complete = False
         self._owner, self._rows, self._columns, self._buffers = owner, rows, columns, buffers
         self._takes_sparse = takes_sparse
         self._params = [row.param for row in rows]
@@ -65,12 +66,15 @@ class GradientTable:
             ValueError: If a gradient does not fit its parameter.
         """
         odd = self._signatures.read(self._params, self.address, True)
-        self._adopted = {i: self._adopt(i, self._params[i].grad) for i in odd}
+        self._adopted = {i: self._adopt(i, self._params[i].grad) for i in odd} if odd else {}
         for i, grad in self._adopted.items():
             self._addresses[i] = address_of(grad) if grad.numel() else 1
             if self._addresses[i] == 0:
                 name = describe(self._rows[i].index, self._rows[i].local)
                 check.fail(self._owner, f"the gradient of {name}", "hold data", "a null address")
+        self.is_complete = bool(self._addresses.all())
+        if not self._adopted and not self._cast:
+            return False
         cast = {i: g.dtype for i, g in self._adopted.items() if g.dtype != self._rows[i].work.dtype}
         recast = cast != self._cast
         if recast:

@@ -13,10 +13,11 @@ from torch import Tensor
 from .. import _checks as check
 from ..schedules import Schedule
 from ..schedules.adaptive import AdaptiveSchedule
-from .address_cache import address_of
+from .address_cache import addresses_of
 from .device_buffers import DeviceBuffers, is_capturing
 from .hyper import Hyper, pack_hypers
-from .structs import RATES, STRUCTS, StepStruct
+from .step_struct import StepStruct
+from .structs import RATES, STRUCTS
 
 
 class GroupTable:
@@ -126,24 +127,24 @@ class GroupTable:
         if len(self.rates) != len(self.hypers):
             shape, device = (len(self.hypers), len(RATES)), self._buffers.device
             self.rates = torch.zeros(shape, dtype=torch.float64, device=device)
-        self._step.set(
-            hypers=address_of(self._buffers.upload("hypers", self._packed)),
-            segments=address_of(self._buffers.upload("segments", segments)),
-            values=address_of(self._buffers.upload("values", values)),
-            rates=address_of(self.rates),
-            n_groups=len(self.hypers),
+        self._step.point_to(
+            hypers=self._buffers.upload("hypers", self._packed),
+            segments=self._buffers.upload("segments", segments),
+            values=self._buffers.upload("values", values),
+            rates=self.rates,
         )
+        self._step.set(n_groups=len(self.hypers))
         self._pack_spheres()
 
     def _pack_spheres(self) -> None:
         """Fill the column of the spheres if there are any."""
         self.has_spheres = any(h.sphere for h in self.hypers)
         if not self.has_spheres:
-            self._step.set(spheres=0, squares=0)
+            self._step.point_to(spheres=None, squares=None)
             return
         table = np.zeros(len(self.hypers), STRUCTS["Sphere"])
         norms = zip(self.norms, self.hypers, strict=True)
-        table["norm"] = [address_of(norm) if h.sphere else 0 for norm, h in norms]
+        table["norm"] = addresses_of([norm if h.sphere else None for norm, h in norms])
         table["radius"] = [h.radius for h in self.hypers]
         groups = np.arange(len(self.hypers))
         table["first_chunk"] = np.searchsorted(self._chunk_groups, groups)
@@ -151,12 +152,10 @@ class GroupTable:
         if "squares" not in self._buffers.tensors:
             self._buffers.allocate("squares", np.dtype(np.float64), len(self._chunk_groups))
         spheres, squares = self._buffers.upload("spheres", table), self._buffers.tensors["squares"]
-        self._step.set(spheres=address_of(spheres), squares=address_of(squares))
+        self._step.point_to(spheres=spheres, squares=squares)
 
     def norms_moved(self, groups: Sequence[Mapping[str, Any]]) -> bool:
         """Return whether a group has another norm than the one in the table; a fresh one is not there yet."""
-        if not self.has_spheres:
-            return False
         known = zip(groups, self.norms, strict=True)
         return any(group.get("norm", norm) is not norm for group, norm in known)
 

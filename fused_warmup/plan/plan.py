@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from .. import _checks as check
-from .address_cache import AddressCache, address_of, select_reader
+from .address_cache import AddressCache, addresses_of, select_reader
 from .chunks import PIECE, chunks
 from .device_buffers import DeviceBuffers
 from .gradients import GradientTable
@@ -24,8 +24,9 @@ from .groups import GroupTable
 from .hyper import AverageSettings, Settings
 from .rows import Row
 from .spec import RuleSpec
-from .structs import AVERAGE_KINDS, DTYPES, STRUCTS, StepStruct
-from .tensors import local_tensor
+from .step_struct import StepStruct
+from .structs import AVERAGE_KINDS, DTYPES, STRUCTS
+from .tensors import local_tensor, local_tensors
 from .tracked_states import TrackedState
 
 
@@ -92,12 +93,13 @@ class Plan:
         self._shards = [row for row in self.rows if row.local is not row.param]
         self._strided = [row for row in self.rows if row.work is not row.local]
         self._state, self._n_states = state, len(state)
-        self._dicts = [state[row.param] for row in self.rows for _ in row.state]
+        dicts = [state[row.param] for row in self.rows]
+        self._dicts = [own for own, row in zip(dicts, self.rows, strict=True) for _ in row.state]
         # a dictionary that a user put there may change without a note
-        self.is_tracked = all(isinstance(state[row.param], TrackedState) for row in self.rows)
+        self.is_tracked = all(isinstance(own, TrackedState) for own in dicts)
         self._names = [name for row in self.rows for name in row.state]
         self._objects = [value for row in self.rows for value in row.state.values()]
-        local = [local_tensor(tensor) for tensor in self._objects]
+        local = local_tensors(self._objects)
         self._param_addresses = AddressCache(make_signatures, [row.local for row in self.rows])
         self._state_addresses = AddressCache(make_signatures, local)
         # once in a dictionary of the optimizer, and as often as this package holds it
@@ -125,18 +127,21 @@ class Plan:
             self._make_signatures,
             takes_sparse=self.spec.takes_sparse,
         )
+        allocate = self.buffers.allocate
+        self._step.point_to(
+            rows=rows,
+            grads=self.gradients.column,
+            chunks=self.buffers.upload("chunks", self._chunks),
+            scalars=allocate("scalars", STRUCTS["Scalars"], len(self.rows)),
+            partials=allocate("partials", STRUCTS["Partial"], self.n_chunks),
+            sums=allocate("sums", doubles, n_pieces * self.spec.n_sums),
+            projection_coefs=allocate("projection_coefs", doubles, n_pieces),
+            decision=allocate("decision", STRUCTS["StepDecision"], 1),
+            counters=self.record["counters"],
+            pending_scalars=self.record["pending_scalars"],
+            telemetry=ring_buffer,
+        )
         self._step.set(
-            rows=address_of(rows),
-            grads=address_of(self.gradients.column),
-            chunks=address_of(self.buffers.upload("chunks", self._chunks)),
-            scalars=address_of(self.buffers.allocate("scalars", STRUCTS["Scalars"], len(self.rows))),
-            partials=address_of(self.buffers.allocate("partials", STRUCTS["Partial"], self.n_chunks)),
-            sums=address_of(self.buffers.allocate("sums", doubles, n_pieces * self.spec.n_sums)),
-            projection_coefs=address_of(self.buffers.allocate("projection_coefs", doubles, n_pieces)),
-            decision=address_of(self.buffers.allocate("decision", STRUCTS["StepDecision"], 1)),
-            counters=address_of(self.record["counters"]),
-            pending_scalars=address_of(self.record["pending_scalars"]),
-            telemetry=address_of(ring_buffer),
             n_rows=len(self.rows),
             n_chunks=self.n_chunks,
             telemetry_capacity=0 if ring_buffer is None else len(ring_buffer),
@@ -206,10 +211,10 @@ class Plan:
         return (
             states
             and self._groups_unchanged(groups, self._members)
-            and not self.groups.norms_moved(groups)
-            and all(local_tensor(row.param) is row.local for row in self._shards)
+            and not (self.groups.has_spheres and self.groups.norms_moved(groups))
+            and not (self._shards and any(local_tensor(row.param) is not row.local for row in self._shards))
             and self._param_addresses.is_valid()
-            and all(param.grad is None for param in self._waiting)
+            and not (self._waiting and any(param.grad is not None for param in self._waiting))
         )
 
     def has_shared_states(self) -> bool:
@@ -241,7 +246,7 @@ class Plan:
                 check.fail(self.owner, name, condition, value)
         # held, because the step reads them after the caller may have dropped them
         self.scaling = (grad_scale, found_inf)
-        self._step.set(grad_scale=address_of(grad_scale), found_inf=address_of(found_inf))
+        self._step.point_to(grad_scale=grad_scale, found_inf=found_inf)
 
     def prepare(self, settings: Settings) -> None:
         """Take over what may change from step to step without touching the table."""
@@ -270,10 +275,10 @@ class Plan:
             with torch.no_grad():
                 for row in self._strided:
                     row.local.copy_(row.work)
-        self.release()
-        present = self.gradients.present
-        if present.all():
+        self.gradients.release()
+        if self.gradients.is_complete:
             return self._params
+        present = self.gradients.present
         hypers = self.groups.hypers
         return [
             row.param
@@ -285,23 +290,24 @@ class Plan:
 def _pack_rows(rows: Sequence[Row]) -> np.ndarray:
     """Return the column ``Row`` of the table."""
     columns = np.zeros(len(rows), STRUCTS["Row"])
-    for packed, row in zip(columns, rows, strict=True):
-        for name, state in zip(("state0", "state1", "state2"), row.states, strict=False):
-            packed[name] = address_of(state)
-        packed["param"] = address_of(row.work)
-        if row.average is not None:
-            # an empty one has no address, but counts its values all the same
-            packed["average"] = address_of(row.average) if row.average.numel() else 1
-        packed["counters"] = address_of(row.counters.record)
-        packed["step_float"] = address_of(row.counters.step_float)
-        packed["numel"] = row.work.numel()
-        packed["group"] = row.group
-        packed["dtype"] = packed["grad_dtype"] = DTYPES[row.work.dtype]
-        packed["n_states"] = len(row.states)
-        packed["initialized"] = row.initialized
-    if rows:
-        columns["projects"] = [row.work.dim() > 1 for row in rows]
-        columns["channel_size"] = columns["numel"] // [row.channels for row in rows]
+    if not rows:
+        return columns
+    columns["param"] = addresses_of([row.work for row in rows])
+    for k, name in enumerate(("state0", "state1", "state2")):
+        columns[name] = addresses_of([row.states[k] if k < len(row.states) else None for row in rows])
+    columns["average"] = addresses_of([row.average for row in rows])
+    columns["counters"] = addresses_of([row.counters.record for row in rows])
+    columns["step_float"] = addresses_of([row.counters.step_float for row in rows])
+    columns["numel"] = [row.work.numel() for row in rows]
+    columns["group"] = [row.group for row in rows]
+    columns["dtype"] = columns["grad_dtype"] = [DTYPES[row.work.dtype] for row in rows]
+    columns["n_states"] = [len(row.states) for row in rows]
+    columns["initialized"] = [row.initialized for row in rows]
+    columns["projects"] = [row.work.dim() > 1 for row in rows]
+    columns["channel_size"] = columns["numel"] // [row.channels for row in rows]
+    # an average of an empty tensor has no address, but counts its values all the same
+    empty = [row.average is not None and not row.average.numel() for row in rows]
+    columns["average"][empty] = 1
     return columns
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .structs import STRUCTS
-from .tensors import is_dense, local_tensor, work_format
+from .tensors import is_dense, local_tensor, local_tensors, work_format
 
 _FIELDS: tuple[str, ...] = STRUCTS["RowCounters"].names or ()
 
@@ -73,12 +73,14 @@ class Member:
         group: Index of its group.
         param: The parameter.
         local: Its memory in this process.
+        state: Its entry in ``optimizer.state``; empty if there is none.
     """
 
     index: int
     group: int
     param: Tensor
     local: Tensor
+    state: Mapping[str, Any]
 
 
 @dataclass
@@ -129,7 +131,7 @@ def make_row(
     return Row(
         param=member.param,
         state={name: state[name] for name in written},
-        states=[local_tensor(state[name]) for name in names],
+        states=local_tensors([state[name] for name in names]),
         average=local_tensor(state["average"]) if averaged else None,
         counters=counters,
         group=member.group,

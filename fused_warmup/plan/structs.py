@@ -132,24 +132,3 @@ COUNTERS = STRUCTS["Counters"].names or ()
 PENDING_SCALARS = STRUCTS["PendingScalars"].names or ()
 RATES = STRUCTS["Rates"].names or ()
 TELEMETRY = STRUCTS["Telemetry"].names or ()
-
-
-class StepStruct:
-    """The struct ``Step`` on the host: addresses of the columns and settings of one step.
-
-    Attributes:
-        array: The struct, a numpy struct array of ``[1]``.
-        address: Its address.
-        is_stale: Whether it changed since ``is_stale`` was last set to False.
-    """
-
-    def __init__(self) -> None:
-        self.array = np.zeros(1, STRUCTS["Step"])
-        self.address: int = self.array.ctypes.data
-        self.is_stale = True
-
-    def set(self, **fields: float) -> None:
-        """Write fields."""
-        for name, value in fields.items():
-            self.array[name] = value
-        self.is_stale = True

@@ -27,6 +27,11 @@ def local_tensor(tensor: Tensor) -> Tensor:
     return getattr(tensor, "_local_tensor", tensor) if type(tensor) is not Tensor else tensor
 
 
+def local_tensors(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """Return the parts of tensors that lie in this process."""
+    return [t if type(t) is Tensor else local_tensor(t) for t in tensors]
+
+
 def check_placement(owner: str, index: int, param: Tensor, grad: Tensor) -> None:
     """Raise if the parts of a distributed gradient are not those of its parameter.
 

@@ -115,31 +115,48 @@ def test_wide_kernels_stay_behind_their_table():
     assert weak == []
 
 
-def test_data_ptr_only_in_plan():
-    assert relative(PYTHON, r"data_ptr\(", PACKAGE) == ["plan.py"]
+def test_data_ptr_only_in_the_address_cache():
+    assert relative(PYTHON, r"data_ptr\(", PACKAGE) == ["plan/address_cache.py"]
+
+
+# files of which nothing waits for the device, and the methods on the way of a step in those that also load and build
+NEVER_WAIT = (
+    *(
+        f"plan/{name}.py"
+        for name in ("plan", "gradients", "groups", "address_cache", "device_buffers", "tracked_states")
+    ),
+    *("optim/averaging.py", "backends/native.py", "backends/triton/launch.py", "backends/__init__.py"),
+)
+STEP = {
+    "optim/base.py": ("step", "_prepare", "record_loss"),
+    "optim/session.py": (
+        "prepare",
+        "_refresh",
+        "_refresh_groups",
+        "_fits",
+        "feed",
+        "warn_unfed",
+        "keep_captured",
+    ),
+}
+WAITS = r"\.item\(|\.cpu\(|synchronize|\.tolist\(|float\(|int\("
+
+
+def methods(path):
+    """The functions of the classes of a file, by name."""
+    classes = [node for node in ast.parse(path.read_text()).body if isinstance(node, ast.ClassDef)]
+    return {f.name: f for cls in classes for f in cls.body if isinstance(f, ast.FunctionDef)}
 
 
 def test_step_never_waits():
-    paths = [
-        PACKAGE / name
-        for name in (
-            "plan.py",
-            "averaging.py",
-            "backends/native.py",
-            "backends/triton/launch.py",
-            "backends/__init__.py",
-        )
-    ]
-    assert relative(paths, r"\.item\(|\.cpu\(|synchronize|float\(\w*(loss|grad)|\.tolist\(", PACKAGE) == []
-    tree = ast.parse((PACKAGE / "optimizer.py").read_text())
-    cls = next(node for node in tree.body if isinstance(node, ast.ClassDef) and node.name == "FusedOptimizer")
-    for function in cls.body:
-        if isinstance(function, ast.FunctionDef) and function.name in (
-            "step",
-            "_prepared_plan",
-            "record_loss",
-        ):
-            assert not re.search(r"\.item\(|\.cpu\(|synchronize|\.tolist\(|float\(", ast.unparse(function))
+    paths = [PACKAGE / name for name in NEVER_WAIT]
+    # all of it but the last word of the expression for whole gradients, which a probe of the states reads
+    words = r"\.item\(|\.cpu\(|synchronize|float\(\w*(loss|grad)|\.tolist\("
+    assert relative(paths, words, PACKAGE) == []
+    for name, names in STEP.items():
+        found = methods(PACKAGE / name)
+        for function in names:
+            assert not re.search(WAITS, ast.unparse(found[function])), function
 
 
 def test_measuring_never_waits():
@@ -150,9 +167,9 @@ def test_measuring_never_waits():
     assert relative(paths, r"\.item\(|\.cpu\(|synchronize|\.tolist\(|float\((?!\")", PACKAGE) == []
 
 
-def imports(path):
-    """Modules that a file imports when it is imported, relative ones by their path in the package."""
-    package = path.relative_to(PACKAGE.parent).with_suffix("").parts[:-1]
+def imports(path, root=PACKAGE):
+    """Modules that a file imports, those inside functions and for types only included, by their full name."""
+    package = path.relative_to(root.parent).with_suffix("").parts[:-1]
     names = []
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
@@ -164,6 +181,84 @@ def imports(path):
     return names
 
 
+def import_graph(root=PACKAGE):
+    """The files of a package that each file imports."""
+    paths = sorted(root.rglob("*.py"))
+    module_of = {}
+    for path in paths:
+        parts = path.relative_to(root.parent).with_suffix("").parts
+        module_of[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = path
+    return {
+        path: {module_of[name] for name in imports(path, root) if name in module_of} - {path}
+        for path in paths
+    }
+
+
+def find_circle(graph):
+    """A circle of a graph as the list of its nodes, or None."""
+    done, way = set(), []
+
+    def visit(node):
+        if node in way:
+            return way[way.index(node) :]
+        if node in done:
+            return None
+        way.append(node)
+        for other in sorted(graph[node]):
+            found = visit(other)
+            if found:
+                return found
+        done.add(way.pop())
+        return None
+
+    return next(filter(None, map(visit, sorted(graph))), None)
+
+
+# each room imports only from rooms before it; the package itself is the roof
+ROOMS = (
+    *(
+        "_version",
+        "_checks",
+        "reference",
+        "schedules",
+        "distributed",
+        "plan",
+        "backends",
+        "optim",
+        "sharpness",
+    ),
+    *("tuning", "cli", "", "__main__"),
+)
+
+
+def room_of(path):
+    """The folder of a file below the package, or the file itself."""
+    parts = path.relative_to(PACKAGE).with_suffix("").parts
+    return "" if parts == ("__init__",) else parts[0]
+
+
+def test_no_circle_of_imports():
+    """A package stands for its files: what imports the folder runs its __init__, which the arrows show."""
+    graph = import_graph()
+    assert len(graph) > 90
+    # fused_warmup itself imports the rooms when they are asked for, and the command line uses it as anyone does
+    roof = PACKAGE / "__init__.py"
+    graph = {path: others - {roof} for path, others in graph.items()}
+    assert find_circle(graph) is None
+
+
+def test_imports_go_downwards_only():
+    for path, others in import_graph().items():
+        for other in others - {PACKAGE / "__init__.py"}:
+            assert ROOMS.index(room_of(other)) <= ROOMS.index(room_of(path)), f"{path} imports {other}"
+
+
+def test_no_import_by_string():
+    """An arrow that is not drawn: ``find_spec`` only asks whether a package of others is installed."""
+    found = relative(PYTHON, r"import_module\((?!\"(matplotlib|triton)[\".])|__import__\(", PACKAGE)
+    assert found == []
+
+
 def test_reference_imports_only_torch_and_the_standard_library():
     for path in sorted((PACKAGE / "reference").glob("*.py")):
         for name in imports(path):
@@ -173,13 +268,32 @@ def test_reference_imports_only_torch_and_the_standard_library():
             ), name
 
 
-def test_data_flows_one_way():
-    for path in sorted((PACKAGE / "backends").rglob("*.py")):
-        assert not [name for name in imports(path) if re.match(r"fused_warmup\.optimizers?$", name)], path
-    assert not [name for name in imports(PACKAGE / "plan.py") if name.startswith("fused_warmup.backends")]
-    assert not [
-        name for name in imports(PACKAGE / "plan.py") if re.match(r"fused_warmup\.optimizers?$", name)
-    ]
+def private_reads(path):
+    """Reads of ``object._name`` of an attribute that no class or module of the file itself has."""
+    tree = ast.parse(path.read_text())
+    own = {node.name for node in ast.walk(tree) if isinstance(node, (ast.FunctionDef, ast.ClassDef))}
+    for node in ast.walk(tree):
+        if isinstance(node, (ast.Assign, ast.AnnAssign)):
+            for target in node.targets if isinstance(node, ast.Assign) else [node.target]:
+                own |= {n.id for n in ast.walk(target) if isinstance(n, ast.Name)}
+                own |= {n.attr for n in ast.walk(target) if isinstance(n, ast.Attribute)}
+    found = []
+    for node in ast.walk(tree):
+        if not isinstance(node, ast.Attribute) or not re.match(r"_[a-z]", node.attr) or node.attr in own:
+            continue
+        if isinstance(node.value, ast.Name) and node.value.id in ("self", "cls", "super"):
+            continue
+        found.append(f"{path.relative_to(PACKAGE)}: {ast.unparse(node)}")
+    return found
+
+
+# of others, where there is no public way: torch marks FSDP's and DTensor's tensors and keeps an operator there
+OF_OTHERS = r"torch\.|Optimizer\._|_local_tensor|_version$|sys\._getframe|_fields$|_asdict$|_replace$|ZeroRedundancy|super\(\)\._"
+
+
+def test_no_private_attribute_of_another_module():
+    found = [read for path in PYTHON for read in private_reads(path) if not re.search(OF_OTHERS, read)]
+    assert found == []
 
 
 def test_layout_of_the_shared_structs():
