@@ -1,6 +1,7 @@
 """fused_warmup: the whole optimizer stage of a PyTorch training step in one call, and the warmup it needs."""
 
 import importlib
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from . import schedules
@@ -13,6 +14,7 @@ from .optim.base import FusedOptimizer
 from .optim.lamb import LAMB
 from .optim.radam import RAdam
 from .optim.sgd import SGD
+from .schedules.adaptive import AdaptiveSchedule, register_format
 
 if TYPE_CHECKING:
     from . import sharpness, tuning
@@ -58,6 +60,16 @@ def __getattr__(name: str) -> Any:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     module = importlib.import_module(f".{_LATER[name]}", __name__)
     return module if name == _LATER[name] else getattr(module, name)
+
+
+def _load_autowu(state: Mapping[str, Any]) -> AdaptiveSchedule:
+    from .tuning import AutoWU
+
+    return AutoWU.from_state_dict(state)
+
+
+# states of optimizers may hold one before anyone has imported tuning
+register_format("fused_warmup.autowu", _load_autowu)
 
 
 def __dir__() -> list[str]:

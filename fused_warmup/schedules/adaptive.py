@@ -1,63 +1,69 @@
-"""Schedules that change while training runs, and how an optimizer keeps them."""
+"""Adaptive schedules, which change during training with the recorded losses, and how optimizers save them."""
 
 from __future__ import annotations
 
-import importlib
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from torch import Tensor
 
 from . import Schedule, from_dict
 
-# classes of this package by the format of their state, imported when a state of one is loaded
-_FORMATS = {"fused_warmup.autowu": ("tuning.autowu", "AutoWU")}
+_loaders: dict[str, Callable[[Mapping[str, Any]], AdaptiveSchedule]] = {}
 
 
 class AdaptiveSchedule(ABC):
-    """A schedule that an optimizer feeds with the recorded losses and reads again when it has changed.
+    """A schedule that receives an optimizer's recorded losses and may change after each of them.
 
     Attributes:
-        schedule: Multiplier of ``lr`` over the steps as it stands; what is over stays as it was.
+        schedule: Current multiplier of ``lr`` over the steps; multipliers of past steps never change.
     """
 
     schedule: Schedule
 
     @abstractmethod
     def feed(self, loss: Tensor | float, source: object, counters: Tensor | None) -> bool:
-        """Take the loss of the step about to be made; True if ``schedule`` is another one now.
+        """Record the loss of the next step, and return whether ``schedule`` has changed.
 
         Args:
             loss: 0-dim tensor or number.
-            source: The optimizer that feeds; there must be only one.
-            counters: Its counters on the device, the updates made first; None before the first step.
+            source: The optimizer that records the loss; there must be only one.
+            counters: The optimizer's counters on the device, with the updates made first; None before the
+                first step.
         """
 
     @abstractmethod
     def state_dict(self) -> dict[str, Any]:
-        """Return tensors and plain types, with a ``format`` of its own."""
+        """Return the state as tensors and plain types, with a unique ``format``."""
 
     @abstractmethod
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take over what ``state_dict`` returned."""
+        """Load a result of ``state_dict``."""
 
 
 def adaptive_schedules(groups: Iterable[Mapping[str, Any]]) -> list[AdaptiveSchedule]:
-    """Return the live schedules of parameter groups, each once."""
-    found = {id(s): s for group in groups if isinstance(s := group.get("schedule"), AdaptiveSchedule)}
-    return list(found.values())
+    """Return the adaptive schedules of parameter groups, each once."""
+    found: list[AdaptiveSchedule] = []
+    for group in groups:
+        schedule = group.get("schedule")
+        if isinstance(schedule, AdaptiveSchedule) and not any(schedule is other for other in found):
+            found.append(schedule)
+    return found
+
+
+def register_format(name: str, load: Callable[[Mapping[str, Any]], AdaptiveSchedule]) -> None:
+    """Register the function that restores an adaptive schedule from states of a format."""
+    _loaders[name] = load
 
 
 def restored(data: Mapping[str, Any]) -> Schedule | AdaptiveSchedule:
-    """Return the schedule, live or not, whose state this is.
+    """Return the schedule, adaptive or not, with the given state.
 
     Raises:
-        ValueError: If something is missing, unknown or out of range; it is named.
+        ValueError: If an entry is missing, unknown or out of range; it is named.
     """
-    if not isinstance(data.get("format"), str) or data["format"] not in _FORMATS:
-        return from_dict(data)
-    module, name = _FORMATS[data["format"]]
-    cls = getattr(importlib.import_module(f".{module}", __package__), name)
-    live: AdaptiveSchedule = cls.from_state_dict(data)
-    return live
+    name = data.get("format")
+    if isinstance(name, str) and name in _loaders:
+        return _loaders[name](data)
+    return from_dict(data)

@@ -200,7 +200,7 @@ def test_step_counts_stay_on_the_device(make, monkeypatch):
             loss().backward()
             with monkeypatch.context() as patch:
                 if step and backend == "cpu":
-                    patch.delattr("fused_warmup.sharpness.pending._counts")
+                    patch.delattr("fused_warmup.sharpness.pending_step._counts")
                 probe.measure()
             readings.append(probe.poll().asdict())
             opt.step()

@@ -15,7 +15,8 @@ from fused_warmup.sharpness import preconditioned, threshold, top_eigenvalue
 from fused_warmup.sharpness.hvp import Hessian
 from fused_warmup.sharpness.lanczos import eigh, jacobi, lanczos
 from fused_warmup.sharpness.loss_evaluator import LossEvaluator
-from fused_warmup.sharpness.operators import Operator, make_reading, random_vector
+from fused_warmup.sharpness.measure import make_reading
+from fused_warmup.sharpness.operators import Operator, random_vector
 from fused_warmup.sharpness.pending_step import PendingStep
 
 BULK = [i / 100 for i in range(100)]
