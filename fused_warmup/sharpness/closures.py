@@ -133,7 +133,7 @@ def _inside(item: Any, slots: list[Any]) -> Iterator[Any]:
         # an unassigned slot raises
         with contextlib.suppress(AttributeError):
             yield slot.__get__(item)
-    # leads to the methods
+    # the class has the methods
     yield type(item)
 
 

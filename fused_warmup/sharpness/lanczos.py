@@ -40,7 +40,7 @@ class Symmetric(Protocol):
 
     Attributes:
         vectors: Operations on its vectors.
-        scale: Diagonal ``C``, ``[n]``, whose products with unit vectors must come with their length, or None.
+        scale: Diagonal ``C``, ``[n]``, or None; directions for ``product`` carry the lengths ``|C v|``.
     """
 
     vectors: Vectors
@@ -141,7 +141,7 @@ def eigh(matrix: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def jacobi(matrix: Tensor) -> tuple[Tensor, Tensor]:
-    """Return what ``eigh`` does, by Jacobi rotations of disjoint pairs of rows at once.
+    """Return eigenvalues and eigenvectors like ``eigh``, by Jacobi rotations of disjoint pairs of rows.
 
     Args:
         matrix: Symmetric, ``[m, m]``.

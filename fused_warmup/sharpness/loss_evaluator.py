@@ -161,6 +161,7 @@ class LossEvaluator:
         """Save buffers of modules and states of generators reachable from an object, unless saved already."""
         for item in self._search(root):
             if isinstance(item, torch.nn.Module):
+                # the public iterators leave out buffers that are None
                 objects = dict(item._buffers)
                 values = {k: local_tensor(b).detach().clone() for k, b in objects.items() if b is not None}
                 self._buffers.append((item, objects, values))

@@ -41,7 +41,7 @@ def random_state(device: torch.device) -> tuple[Any, ...]:
 
 
 def set_random_state(state: tuple[Any, ...]) -> None:
-    """Restore what ``random_state`` returned."""
+    """Restore a result of ``random_state``."""
     python, numpy, cpu, device, cuda = state
     random.setstate(python)
     np.random.set_state(numpy)

@@ -14,7 +14,7 @@ Scalar = Tensor | float
 
 @dataclass(frozen=True)
 class SharpnessReading:
-    """A measured sharpness with its error bounds; NaN where it cannot be measured.
+    """A measured sharpness with its error bounds; NaN if it could not be measured.
 
     Tensors are 0-dim float64 on the device of the parameters; reading one waits for it, as ``asdict`` does.
 

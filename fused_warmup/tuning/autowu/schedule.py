@@ -348,7 +348,7 @@ class AutoWU(AdaptiveSchedule):
         """Load a state, including the arguments.
 
         Args:
-            state_dict: What ``state_dict`` returned.
+            state_dict: A result of ``state_dict``.
 
         Raises:
             ValueError: If an entry is missing or out of range, or the version is another one; nothing is

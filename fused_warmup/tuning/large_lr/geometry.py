@@ -33,7 +33,7 @@ class Barrier:
 
 
 def angular_distance(a: Weights, b: Weights) -> float:
-    """Return the angle between two sets of weights as seen from the origin.
+    """Return the angle between two sets of weights at the origin.
 
     Args:
         a: Weights as a module (its parameters that require gradients), a mapping of names to tensors, or

@@ -58,7 +58,7 @@ class CsvTable:
 
         Args:
             name: Name of the column.
-            hint: A sentence on what to do if there is no such column.
+            hint: Advice for the error message if there is no such column.
 
         Returns:
             One number per row.
