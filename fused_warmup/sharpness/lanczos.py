@@ -96,16 +96,14 @@ def lanczos(operator: Symmetric, start: Tensor, steps: int) -> Spectrum:
         known, w = basis[: j + 1], basis[j + 1]
         factor, dots, alpha = operator.product(direction, w)
         diagonal.append(alpha)
-        norms = torch.stack(inverses)
-        overlaps = factor * norms * dots
+        inverse_norms = torch.stack(inverses)
+        overlaps = factor * inverse_norms * dots
         # orthogonalised twice: rounding of large components survives the first pass
-        dots, _ = vectors.combine(w, factor, known, -norms * overlaps, None)
-        _, squares = vectors.combine(w, one, known, -norms * norms * dots, scale)
+        dots, _ = vectors.combine(w, factor, known, -inverse_norms * overlaps, None)
+        _, squares = vectors.combine(w, one, known, -inverse_norms * inverse_norms * dots, scale)
         beta = squares[0].sqrt()
         if below:
-            *far, near = overlaps[:-1]
-            odd = torch.stack([near - below[-1], *far]).norm()
-            noise = torch.maximum(noise, torch.where(alive, odd, 0.0))
+            noise = torch.maximum(noise, torch.where(alive, _asymmetry(overlaps, below[-1]), 0.0))
         size = torch.maximum(size, torch.maximum(alpha.abs(), beta))
         # negated, so that NaN continues and reaches the result
         alive = alive & ~(beta <= 16.0 * torch.finfo(start.dtype).eps * size)
@@ -115,10 +113,9 @@ def lanczos(operator: Symmetric, start: Tensor, steps: int) -> Spectrum:
             basis[: j + 2], torch.where(alive, inverse, 0.0), torch.where(alive, length, 0.0)
         )
     live = torch.stack(alives)
-    # rows after the end of the space lie below all eigenvalues
+    # eigenvalues of rows after the end of the space lie below all others
     entries = torch.where(live, torch.stack(diagonal), -3.0 * size - 1.0)
-    side = torch.stack(below)[:-1]
-    matrix = torch.diag(entries) + torch.diag(side, 1) + torch.diag(side, -1)
+    matrix = _tridiagonal(entries, torch.stack(below)[:-1])
     finite = matrix.isfinite().all()
     values, ritz = eigh(torch.where(finite, matrix, 0.0))
     nan = torch.full_like(size, torch.nan)
@@ -133,6 +130,16 @@ def lanczos(operator: Symmetric, start: Tensor, steps: int) -> Spectrum:
         asymmetry=torch.where(finite, noise, nan),
         vector=vector,
     )
+
+
+def _asymmetry(overlaps: Tensor, beta: Tensor) -> Tensor:
+    """Return the distance of the overlaps with earlier vectors from their exact values, 0, ..., 0, beta."""
+    *far, near = overlaps[:-1].unbind()
+    return torch.linalg.vector_norm(torch.stack([near - beta, *far]))
+
+
+def _tridiagonal(diagonal: Tensor, side: Tensor) -> Tensor:
+    return torch.diag(diagonal) + torch.diag(side, 1) + torch.diag(side, -1)
 
 
 def eigh(matrix: Tensor) -> tuple[Tensor, Tensor]:
