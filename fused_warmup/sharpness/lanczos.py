@@ -135,7 +135,8 @@ def lanczos(operator: Symmetric, start: Tensor, steps: int) -> Spectrum:
 def _asymmetry(overlaps: Tensor, beta: Tensor) -> Tensor:
     """Return the distance of the overlaps with earlier vectors from their exact values, 0, ..., 0, beta."""
     *far, near = overlaps[:-1].unbind()
-    return torch.linalg.vector_norm(torch.stack([near - beta, *far]))
+    distance: Tensor = torch.stack([near - beta, *far]).norm()
+    return distance
 
 
 def _tridiagonal(diagonal: Tensor, side: Tensor) -> Tensor:
