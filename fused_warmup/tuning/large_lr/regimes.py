@@ -273,7 +273,7 @@ def _named(
 
 
 def _above_threshold(trial: Trial, goal: float | None) -> str:
-    """Return regime 2A, 2B, or 2 without fine-tuning, of a training that settled at a loss above zero."""
+    """Return the regime of a training that settled at a loss above zero: 2A, 2B, or 2 without fine-tuning."""
     if trial.tuned is None or goal is None:
         return "2"
     near = trial.barrier is None or trial.barrier <= _LARGEST_BARRIER

@@ -70,20 +70,20 @@ class CsvTable:
             self.fail(self.header_line, f"have the column {name!r}", self.header, hint)
         if self.header.count(name) > 1:
             self.fail(self.header_line, f"have the column {name!r} once", self.header)
-        place, doubt = self.header.index(name), self._doubt()
-        return [self._number(name, line, row[place], doubt) for line, row in self.rows]
+        place, ambiguity = self.header.index(name), self._ambiguity()
+        return [self._number(name, line, row[place], ambiguity) for line, row in self.rows]
 
-    def _number(self, name: str, line: int, field: str, doubt: str) -> float:
+    def _number(self, name: str, line: int, field: str, ambiguity: str) -> float:
         """Return a field as a number."""
         text = field.replace(",", ".") if self.delimiter in _DECIMAL_COMMA else field
         try:
-            if not (doubt and "." in text):
+            if not (ambiguity and "." in text):
                 return float(text)
         except ValueError:
-            doubt = ""
-        self.fail(line, f"have a number in the column {name!r}", field, doubt)
+            ambiguity = ""
+        self.fail(line, f"have a number in the column {name!r}", field, ambiguity)
 
-    def _doubt(self) -> str:
+    def _ambiguity(self) -> str:
         """Return why decimal signs and separators of thousands are ambiguous; empty if they are not."""
         fields = [field for _, row in self.rows for field in row] if self.delimiter in _DECIMAL_COMMA else []
         commas = [field for field in fields if _WITH_COMMA.fullmatch(field)]
