@@ -1,7 +1,5 @@
 """fused_warmup: the whole optimizer stage of a PyTorch training step in one call, and the warmup it needs."""
 
-import importlib
-from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from . import schedules
@@ -14,7 +12,7 @@ from .optim.base import FusedOptimizer
 from .optim.lamb import LAMB
 from .optim.radam import RAdam
 from .optim.sgd import SGD
-from .schedules.adaptive import AdaptiveSchedule, register_format
+from .schedules.adaptive import AdaptiveSchedule, register
 
 if TYPE_CHECKING:
     from . import sharpness, tuning
@@ -44,33 +42,32 @@ __all__ = [
     "tuning",
 ]
 
-# imported when they are first asked for
-_LATER = {
-    "sharpness": "sharpness",
-    "tuning": "tuning",
-    "SharpnessProbe": "sharpness",
-    "SharpnessReading": "sharpness",
-    "PersistentCatapult": "tuning",
-    "AutoWU": "tuning",
-}
+# modules that are imported when they are first asked for, with the names that they bring
+_FROM_SHARPNESS = ("SharpnessProbe", "SharpnessReading")
+_FROM_TUNING = ("AutoWU", "PersistentCatapult")
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _LATER:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    module = importlib.import_module(f".{_LATER[name]}", __name__)
-    return module if name == _LATER[name] else getattr(module, name)
+    # "from . import sharpness" would ask this function again
+    if name == "sharpness" or name in _FROM_SHARPNESS:
+        import fused_warmup.sharpness as sharpness
 
+        return sharpness if name == "sharpness" else getattr(sharpness, name)
+    if name == "tuning" or name in _FROM_TUNING:
+        import fused_warmup.tuning as tuning
 
-def _load_autowu(state: Mapping[str, Any]) -> AdaptiveSchedule:
-    from .tuning import AutoWU
-
-    return AutoWU.from_state_dict(state)
-
-
-# states of optimizers may hold one before anyone has imported tuning
-register_format("fused_warmup.autowu", _load_autowu)
+        return tuning if name == "tuning" else getattr(tuning, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *_LATER})
+    return sorted({*globals(), "sharpness", "tuning", *_FROM_SHARPNESS, *_FROM_TUNING})
+
+
+def _autowu() -> type[AdaptiveSchedule]:
+    from .tuning import AutoWU
+
+    return AutoWU
+
+
+register("fused_warmup.autowu", _autowu)

@@ -9,7 +9,7 @@ from fused_warmup import _cpu
 from fused_warmup.sharpness.pending_step import PendingStep
 from fused_warmup.sharpness.vectors import FusedVectors, Vectors
 
-# optimizers whose sharpness can be measured with their own pre-conditioner
+# optimizers whose sharpness can be measured against their own pre-conditioner
 PRECONDITIONED = [case for case in CASES if case.cls.rule in _cpu.preconditioned()]
 # odd sizes, an empty tensor, 0-dim, one beyond a chunk; channels-last and a transposed matrix are dense too
 SHAPES = [(3,), (0,), (), (1023,), (4097,), (8, 16), (33_000,)]

@@ -1,4 +1,4 @@
-"""Adaptive schedules, which change during training with the recorded losses, and how optimizers save them."""
+"""Closed-loop schedules, adapted during training from recorded losses."""
 
 from __future__ import annotations
 
@@ -10,60 +10,66 @@ from torch import Tensor
 
 from . import Schedule, from_dict
 
-_loaders: dict[str, Callable[[Mapping[str, Any]], AdaptiveSchedule]] = {}
-
 
 class AdaptiveSchedule(ABC):
-    """A schedule that receives an optimizer's recorded losses and may change after each of them.
+    """Schedule that an optimizer feeds with the recorded losses and reads again when it has changed.
 
     Attributes:
-        schedule: Current multiplier of ``lr`` over the steps; multipliers of past steps never change.
+        schedule: Multiplier of ``lr`` over the steps; the part that is over does not change.
     """
 
     schedule: Schedule
 
     @abstractmethod
     def feed(self, loss: Tensor | float, source: object, counters: Tensor | None) -> bool:
-        """Record the loss of the next step, and return whether ``schedule`` has changed.
+        """Record the loss of the step about to be made; return whether ``schedule`` has changed.
 
         Args:
             loss: 0-dim tensor or number.
-            source: The optimizer that records the loss; there must be only one.
-            counters: The optimizer's counters on the device, with the updates made first; None before the
-                first step.
+            source: The optimizer that feeds; there must be only one.
+            counters: Its counters on the device, the updates made first; None before the first step.
         """
 
     @abstractmethod
     def state_dict(self) -> dict[str, Any]:
-        """Return the state as tensors and plain types, with a unique ``format``."""
+        """Return tensors and plain types, with a ``format`` of its own."""
 
     @abstractmethod
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load a result of ``state_dict``."""
+        """Load a state that ``state_dict`` returned."""
+
+    @classmethod
+    @abstractmethod
+    def from_state_dict(cls, state_dict: dict[str, Any]) -> AdaptiveSchedule:
+        """Return a new schedule with a state that ``state_dict`` returned."""
+
+
+# by the format of a state dict: a function that returns the class whose state it is
+_FORMATS: dict[str, Callable[[], type[AdaptiveSchedule]]] = {}
+
+
+def register(format: str, load: Callable[[], type[AdaptiveSchedule]]) -> None:
+    """Register a class of adaptive schedules, so that optimizers can load its state.
+
+    Args:
+        format: Entry ``format`` of its state dicts.
+        load: Returns the class; called when a state of that format is loaded, so that it may import it then.
+    """
+    _FORMATS[format] = load
 
 
 def adaptive_schedules(groups: Iterable[Mapping[str, Any]]) -> list[AdaptiveSchedule]:
     """Return the adaptive schedules of parameter groups, each once."""
-    found: list[AdaptiveSchedule] = []
-    for group in groups:
-        schedule = group.get("schedule")
-        if isinstance(schedule, AdaptiveSchedule) and not any(schedule is other for other in found):
-            found.append(schedule)
-    return found
-
-
-def register_format(name: str, load: Callable[[Mapping[str, Any]], AdaptiveSchedule]) -> None:
-    """Register the function that restores an adaptive schedule from states of a format."""
-    _loaders[name] = load
+    found = {id(s): s for group in groups if isinstance(s := group.get("schedule"), AdaptiveSchedule)}
+    return list(found.values())
 
 
 def restored(data: Mapping[str, Any]) -> Schedule | AdaptiveSchedule:
-    """Return the schedule, adaptive or not, with the given state.
+    """Return the schedule, fixed or adaptive, with this state.
 
     Raises:
-        ValueError: If an entry is missing, unknown or out of range; it is named.
+        ValueError: If something is missing, unknown or out of range; it is named.
     """
-    name = data.get("format")
-    if isinstance(name, str) and name in _loaders:
-        return _loaders[name](data)
-    return from_dict(data)
+    if not isinstance(data.get("format"), str) or data["format"] not in _FORMATS:
+        return from_dict(data)
+    return _FORMATS[data["format"]]().from_state_dict(dict(data))
