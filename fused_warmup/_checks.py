@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any, NoReturn
 
 import numpy as np
@@ -73,3 +73,12 @@ def betas(owner: str, value: Any) -> tuple[float, float]:
     if isinstance(value, (str, bytes)) or not isinstance(value, Sequence) or len(value) != 2:
         fail(owner, "betas", "be a pair of numbers", value, error=TypeError)
     return number(owner, "betas[0]", value[0], 0.0, 1.0), number(owner, "betas[1]", value[1], 0.0, 1.0)
+
+
+def state_dict(owner: str, value: Mapping[str, Any], keys: Iterable[str], version: int) -> None:
+    """Raise ``ValueError`` if a state dict lacks ``version`` or one of ``keys``, or has another version."""
+    missing = sorted({"version", *keys} - set(value))
+    if missing:
+        fail(owner, "state_dict", "have the keys " + ", ".join(missing), sorted(value))
+    if value["version"] != version:
+        fail(owner, "state_dict['version']", f"be {version}", value["version"])

@@ -1,14 +1,14 @@
-"""Hessians written out, for tests of products that never form them."""
+"""Dense Hessians and operators, to test products that never form the matrix."""
 
 import itertools
 
 import torch
 
-from fused_warmup.sharpness.vectors import Vectors
+from fused_warmup.sharpness.vectors import Product, Vectors
 
 
 def symmetric(values, seed=0):
-    """A float64 matrix with the given eigenvalues and random eigenvectors."""
+    """Return a symmetric float64 matrix with the given eigenvalues and random eigenvectors."""
     generator = torch.Generator().manual_seed(seed)
     n = len(values)
     q, _ = torch.linalg.qr(torch.randn(n, n, dtype=torch.float64, generator=generator))
@@ -16,7 +16,7 @@ def symmetric(values, seed=0):
 
 
 def dense_hessian(loss_fn, params):
-    """The Hessian over all parameters, float64 of ``[n, n]``, one row of double backward at a time."""
+    """Return the Hessian over all parameters, float64 of ``[n, n]``, one row of double backward at a time."""
     params = list(params)
     grads = torch.autograd.grad(loss_fn(), params, create_graph=True, allow_unused=True)
     flat = torch.cat([
@@ -39,7 +39,7 @@ def dense_hessian(loss_fn, params):
 
 
 def tanh_model(dtype=torch.float64, seed=0, sizes=(8, 16, 12, 4)):
-    """A tanh MLP with fewer than 500 parameters, its data and its cross-entropy loss."""
+    """Return a tanh MLP with fewer than 500 parameters, and a closure of its cross-entropy loss."""
     torch.manual_seed(seed)
     layers = []
     for a, b in itertools.pairwise(sizes):
@@ -50,7 +50,7 @@ def tanh_model(dtype=torch.float64, seed=0, sizes=(8, 16, 12, 4)):
 
 
 class DenseOperator:
-    """A symmetric matrix as what Lanczos takes."""
+    """A symmetric matrix as an operator for Lanczos."""
 
     scale = None
 
@@ -58,6 +58,7 @@ class DenseOperator:
         self.matrix = matrix
         self.vectors = Vectors([matrix[0]], [matrix[0]], matrix.dtype)
 
-    def product(self, basis, out, inverse, length, times=1.0):
+    def product(self, direction, out, times=1.0):
+        basis, inverse = direction.basis, direction.inverse
         out.copy_(self.matrix @ basis[-1])
-        return inverse, basis @ out, inverse * inverse * (basis[-1] @ out)
+        return Product(inverse, basis @ out, inverse * inverse * (basis[-1] @ out))

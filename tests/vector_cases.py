@@ -1,4 +1,4 @@
-"""The vector operations of a backend against those in plain PyTorch, for every backend that has kernels."""
+"""Check the vector operations of a backend against those in plain PyTorch, for every backend with kernels."""
 
 import pytest
 import torch
@@ -20,7 +20,7 @@ UNIT = {torch.float32: 6e-8, torch.float64: 1.2e-16, torch.bfloat16: 4e-3, torch
 
 
 def make_params(dtypes, shapes):
-    """Parameters of each dtype and shape, two of them laid out in another order of dimensions."""
+    """Return parameters of each dtype and shape, and some with other orders of dimensions in memory."""
     generator = torch.Generator().manual_seed(3)
     made = [torch.randn(s, generator=generator).to(d) for d in dtypes for s in shapes]
     made += [torch.randn(6, 10, generator=generator).to(d).t() for d in dtypes]
@@ -30,35 +30,37 @@ def make_params(dtypes, shapes):
 
 
 def make_pair(dtypes, backend, shapes=SHAPES, device="cpu"):
-    """The operations in plain PyTorch and by a backend, over parameters of their own with equal values."""
+    """Return the operations in plain PyTorch and by a backend, over separate parameters of equal values."""
     wide = torch.float64 if torch.float64 in dtypes else torch.float32
     made = []
     for kind in ("plain", "fused"):
         params = [Parameter(p.detach().to(device)) for p in make_params(dtypes, shapes)]
         snapshot = [p.detach().clone() for p in params]
-        of_backend = FusedVectors(params, snapshot, wide, backend) if kind == "fused" else None
-        made.append(of_backend or Vectors(params, snapshot, wide))
+        if kind == "fused":
+            made.append(FusedVectors(params, snapshot, wide, backend))
+        else:
+            made.append(Vectors(params, snapshot, wide))
     return made
 
 
 def draw(vectors, seed):
-    """The same random vector whatever the order of a flat vector is."""
+    """Return a random vector with the same values for any order of a flat vector."""
     generator = torch.Generator().manual_seed(seed)
     parts = [torch.randn(p.shape, generator=generator, dtype=torch.float64) for p in vectors.params]
     return vectors.flat([part.to(p.device) for part, p in zip(parts, vectors.params, strict=True)])
 
 
 def same(plain, fused, a, b, rtol, name):
-    """Flat vectors hold the same numbers, tensor by tensor."""
+    """Assert that flat vectors hold the same numbers, tensor by tensor."""
     for x, y in zip(plain.split(a), fused.split(b), strict=True):
         torch.testing.assert_close(y, x, rtol=rtol, atol=rtol, msg=lambda m: f"{name}: {m}")
 
 
 def check_operations(dtypes, backend, shapes=SHAPES, device="cpu", scaled=True, n_basis=(1, 3, 6)):
-    """All three operations on the same numbers: elements to rounding, sums to 1e-6 of what was summed."""
+    """Check all three operations on the same numbers: elements to rounding, sums to 1e-6 per element."""
     plain, fused = make_pair(dtypes, backend, shapes, device)
     rtol = 1e-12 if plain.dtype == torch.float64 else 1e-6
-    # plain sums round each product, and here they may cancel
+    # plain sums round each product, and the sums may cancel
     sums = {"rtol": 0.0, "atol": 1e-6 * plain.numel}
     both = (plain, fused)
     for m in n_basis:
@@ -96,8 +98,8 @@ def check_operations(dtypes, backend, shapes=SHAPES, device="cpu", scaled=True, 
         for keep in (plain.number(0.75), None):
             coefficients = torch.linspace(-1.0, 1.0, m + 1, dtype=torch.float64, device=device)[1:]
             results = []
-            for v, out, room, scale in zip(both, (a, b), basis, scales, strict=True):
-                results.append(v.combine(out, keep, room, coefficients, scale))
+            for v, out, known, scale in zip(both, (a, b), basis, scales, strict=True):
+                results.append(v.combine(out, keep, known, coefficients, scale))
             same(plain, fused, a, b, 4.0 * m * rtol, "combination")
             for x, y in zip(*results, strict=True):
                 torch.testing.assert_close(y, x, **sums)
@@ -112,7 +114,7 @@ def check_operations(dtypes, backend, shapes=SHAPES, device="cpu", scaled=True, 
 
 
 def combination(backend, shapes, m):
-    """All numbers that a combination of ``m`` vectors gives, to compare by their bits."""
+    """Return all numbers of a combination of ``m`` vectors, to compare their bits."""
     _, fused = make_pair([torch.float32], backend, shapes)
     basis = fused.basis(m)
     for i in range(m):
@@ -124,9 +126,9 @@ def combination(backend, shapes, m):
 
 
 def check_preconditioner(case, resolve, params, *, steps=(1, 6), **options):
-    """The kernels' pre-conditioner against the reference: elements, rates and L2 penalties, after some steps.
+    """Check the kernels' pre-conditioner against the reference: elements, rates and L2 penalties, after some steps.
 
-    ``resolve`` makes the optimizer and its backend for a list of parameters.
+    ``resolve`` returns the optimizer and its backend for a list of parameters.
     """
     opt, backend = resolve(case, params, **options)
     for step in range(max(steps) + 1):

@@ -72,7 +72,7 @@ class Segment:
     start: float
     end: float
     shape: float = 0.0
-    # a table may have one for every step of a long training: nothing to print
+    # a table may have a value for every step of a long training: too long to print
     values: tuple[float, ...] = field(default=(), repr=False)
 
 
@@ -113,14 +113,14 @@ class Schedule:
         return sum(segment.steps or 0 for segment in self.segments)
 
     def __bool__(self) -> bool:
-        """Return True: a schedule without steps is one, too."""
+        """Return True, also for a schedule without steps."""
         return True
 
     def then(self, other: Schedule) -> Schedule:
         """Return this schedule followed by another one, which starts at its own step 0.
 
         Args:
-            other: What to run when this schedule is over.
+            other: Schedule that begins when this one ends.
 
         Returns:
             The joined schedule.
@@ -186,13 +186,13 @@ def from_dict(data: Any) -> Schedule:
     """Return the schedule that ``Schedule.to_dict`` described.
 
     Args:
-        data: What ``to_dict`` returned.
+        data: A result of ``to_dict``.
 
     Returns:
         An equal schedule.
 
     Raises:
-        ValueError: If something is missing, unknown or out of range; it is named.
+        ValueError: If an entry is missing, unknown or out of range; it is named.
     """
     if not isinstance(data, Mapping) or data.get("format") != _FORMAT:
         check.fail(
@@ -244,7 +244,7 @@ def from_json(text: str) -> Schedule:
 
 
 def _segment(item: Any, i: int) -> Schedule:
-    """Rebuild one segment through its public maker, which checks it."""
+    """Rebuild one segment by its public function, which validates it."""
     where = f"segments[{i}]"
     if not isinstance(item, Mapping):
         check.fail("from_json", where, "be an object", item)
@@ -285,10 +285,10 @@ def _plain(segment: Segment) -> dict[str, Any]:
 
 
 def warmup(steps: int, start: float = 0.0) -> Schedule:
-    """Linear warmup: ``start + (1 - start) * (t + 1) / steps``, so the last of its steps has the full rate.
+    """Return a linear warmup ``start + (1 - start) * (t + 1) / steps``, whose last step has the full rate.
 
     Args:
-        steps: Length; 0 is no warmup, a schedule of no steps.
+        steps: Length; 0 is no warmup, a schedule without steps.
         start: Multiplier before the first step, >= 0.
 
     Returns:
@@ -303,12 +303,12 @@ def warmup(steps: int, start: float = 0.0) -> Schedule:
 
 
 def parallel_warmup(steps: int, start: float) -> Schedule:
-    """Warmup as steep as ``warmup(steps)`` that begins higher: ``min(1, start + (t + 1) / steps)``.
+    """Return a warmup as steep as ``warmup(steps)`` that begins higher: ``min(1, start + (t + 1) / steps)``.
 
-    With ``start`` the critical rate over the target rate it saves the steps in which warmup only catches up.
+    With the critical rate over the target rate as ``start`` it skips the steps below the critical rate.
 
     Args:
-        steps: Length of the warmup that it is parallel to; 0 is no warmup.
+        steps: Length of the parallel ``warmup(steps)``; 0 is no warmup.
         start: Multiplier before the first step, >= 0.
 
     Returns:
@@ -325,7 +325,7 @@ def parallel_warmup(steps: int, start: float) -> Schedule:
 
 
 def constant(value: float = 1.0, steps: int | None = None) -> Schedule:
-    """The same multiplier at every step.
+    """Return a constant multiplier.
 
     Args:
         value: Multiplier, >= 0.
@@ -340,7 +340,7 @@ def constant(value: float = 1.0, steps: int | None = None) -> Schedule:
 
 
 def linear(start: float, end: float, steps: int) -> Schedule:
-    """A straight line: ``start + (end - start) * t / steps``.
+    """Return a linear schedule ``start + (end - start) * t / steps``.
 
     Args:
         start: Multiplier at t = 0, >= 0.
@@ -356,7 +356,7 @@ def linear(start: float, end: float, steps: int) -> Schedule:
 
 
 def cosine(start: float, end: float, steps: int) -> Schedule:
-    """Half a cosine wave: ``start + (end - start) * (1 - cos(pi * t / steps)) / 2``.
+    """Return half a cosine wave ``start + (end - start) * (1 - cos(pi * t / steps)) / 2``.
 
     Args:
         start: Multiplier at t = 0, >= 0.
@@ -370,7 +370,7 @@ def cosine(start: float, end: float, steps: int) -> Schedule:
 
 
 def exponential(start: float, end: float, steps: int) -> Schedule:
-    """Geometric growth or decay: ``start * (end / start) ** (t / steps)``.
+    """Return an exponential growth or decay ``start * (end / start) ** (t / steps)``.
 
     Args:
         start: Multiplier at t = 0, > 0.
@@ -386,7 +386,7 @@ def exponential(start: float, end: float, steps: int) -> Schedule:
 
 
 def polynomial(start: float, end: float, steps: int, power: float = 1.0) -> Schedule:
-    """``end + (start - end) * (1 - t / steps) ** power``, as ``torch.optim.lr_scheduler.PolynomialLR``.
+    """Return a polynomial decay ``end + (start - end) * (1 - t / steps) ** power``, as torch's PolynomialLR.
 
     Args:
         start: Multiplier at t = 0, >= 0.
@@ -401,7 +401,7 @@ def polynomial(start: float, end: float, steps: int, power: float = 1.0) -> Sche
 
 
 def inverse_sqrt(timescale: float) -> Schedule:
-    """``1 / sqrt(1 + t / timescale)``, without end.
+    """Return the decay ``1 / sqrt(1 + t / timescale)``, without end.
 
     Args:
         timescale: Steps after which the multiplier is ``1 / sqrt(2)``, > 0.
@@ -414,7 +414,7 @@ def inverse_sqrt(timescale: float) -> Schedule:
 
 
 def table(values: Iterable[float]) -> Schedule:
-    """One multiplier per step; the last one is held.
+    """Return a table with one multiplier per step; the last one is held.
 
     Args:
         values: Multipliers, each >= 0; at least one.

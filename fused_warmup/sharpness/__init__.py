@@ -1,7 +1,7 @@
-"""Sharpness, the edge of stability and the critical learning rate, during training."""
+"""Sharpness, the edge of stability and the critical learning rate, measured during training."""
 
 from .line_search import critical_lr
-from .operators import preconditioned, threshold, top_eigenvalue
+from .measure import preconditioned, threshold, top_eigenvalue
 from .probe import SharpnessProbe
 from .result import RateSearch, SharpnessReading
 

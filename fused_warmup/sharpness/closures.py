@@ -17,10 +17,10 @@ from torch import Tensor
 
 from .randomness import KINDS
 
-# from one function or module: a closure may lead to a whole data set
+# limits of the search from one function or module: a closure may refer to a whole data set
 _MOST_ITEMS, _DEEPEST, _LONGEST = 2000, 6, 64
 _OURS = __name__.partition(".")[0]
-# packages whose functions and classes refer to nothing of the user's
+# packages whose functions and classes hold no references to objects of the user
 _FOREIGN = {"builtins", "torch", "numpy", _OURS}
 _WANTED = (torch.nn.Module, *KINDS)
 _CONTAINERS = {dict, list, tuple, set, frozenset, deque, OrderedDict}
@@ -34,15 +34,15 @@ _CALLABLES = (
     classmethod,
     property,
 )
-# attributes that lead from a callable to what it wraps
+# attributes of a callable that hold the function or object that it wraps
 _WRAPPED = ("__wrapped__", "_torchdynamo_orig_callable", "__self__", "__func__", "func", "fget")
 
 
 class Search:
-    """Finds modules and random generators, each of them once, however often it is called."""
+    """Finds modules and random generators, each of them once over all calls."""
 
     def __init__(self) -> None:
-        # the objects themselves, because the id of one that is gone may be given to another
+        # holds the objects themselves, because the id of a deleted object may be given to another
         self._visited: dict[int, Any] = {}
         self._slots: dict[type, list[Any] | None] = {}
 
@@ -50,13 +50,13 @@ class Search:
         return id(item) in self._visited
 
     def __call__(self, root: Any) -> Iterator[Any]:
-        """Yield the modules and generators that a function, a module or another object leads to.
+        """Yield the modules and generators reachable from a function, a module or another object.
 
-        The search goes through cells, defaults, attributes, containers, and the globals that code names, its
-        nested functions and the methods of its objects included. Modules inside modules are found at any
+        The search follows cells, defaults, attributes, containers, and the globals that code names, including
+        the code of nested functions and of the methods of objects. Modules inside modules are found at any
         depth; other objects up to a depth of 6, in the first 64 items of a container, among the first 2000
-        objects from the root and from each module. Attributes and globals that a name computed at run time
-        leads to are not found, nor is anything inside a C extension or another process.
+        objects from the root and from each module. Attributes and globals whose names are computed at run
+        time are not found, nor are objects inside a C extension or another process.
         """
         roots = deque([root])
         while roots:
@@ -78,23 +78,23 @@ class Search:
                     waiting.extend((x, depth + 1) for x in inside)
 
     def _slots_of(self, item: Any) -> list[Any] | None:
-        """Return the descriptors of an object's slots, None if it refers to nothing that a closure uses."""
+        """Return the descriptors of an object's slots, or None if the search should skip the object."""
         cls = type(item)
         if cls not in self._slots:
             self._slots[cls] = _slots(cls)
         try:
             foreign = isinstance(item, type) and _package(item.__module__) in _FOREIGN
         except Exception:
-            # a proxy may raise whatever it likes while it stands for nothing
+            # a proxy of a deleted object may raise any exception
             return None
         return None if foreign or (cls in _CONTAINERS and not item) else self._slots[cls]
 
 
 def _slots(cls: type) -> list[Any] | None:
-    """Return the descriptors of the slots of a class, None if its objects refer to nothing of interest."""
+    """Return the descriptors of the slots of a class, or None if the search should skip its objects."""
     if issubclass(cls, _LEAVES):
         return None
-    # an optimizer, or a probe, whose generator must go on from one reading to the next
+    # skips optimizers, and probes, whose generator must advance from one reading to the next
     ours = any(_package(base.__module__) == _OURS for base in cls.__mro__)
     if ours and not issubclass(cls, torch.nn.Module):
         return None
@@ -103,12 +103,12 @@ def _slots(cls: type) -> list[Any] | None:
 
 
 def _package(module: object) -> str:
-    """Return the package of the name of a module, which a class may have replaced by anything."""
+    """Return the top-level package of a module's name; ``__module__`` of a class may be any object."""
     return str(module).partition(".")[0]
 
 
 def _inside(item: Any, slots: list[Any]) -> Iterator[Any]:
-    """Yield the objects that a function, method, container, module, class or other object refers to."""
+    """Yield the objects that a function, container, module, class or other object refers to."""
     if isinstance(item, torch.nn.Module):
         yield from item.children()
     elif isinstance(item, types.FunctionType):
@@ -120,47 +120,53 @@ def _inside(item: Any, slots: list[Any]) -> Iterator[Any]:
     elif isinstance(item, (dict, types.MappingProxyType)):
         yield from list(itertools.islice(item.values(), _LONGEST))
     elif isinstance(item, types.GeneratorType) and item.gi_frame is not None:
-        # an endless stream of random numbers starts again with the generator that it draws from
+        # restoring the random generator that a stream draws from makes the stream repeat its numbers
         yield from list(item.gi_frame.f_locals.values())
     elif isinstance(item, type):
         yield from item.__mro__
     if isinstance(item, _CALLABLES):
         yield from (getattr(item, name, None) for name in _WRAPPED)
-    # some have none, and some refuse
+    # some objects have no attributes, and some raise
     with contextlib.suppress(Exception):
         yield from list(vars(item).values())
     for slot in slots:
-        # empty until it is assigned
+        # an unassigned slot raises
         with contextlib.suppress(AttributeError):
             yield slot.__get__(item)
-    # its methods
+    # the class has the methods
     yield type(item)
 
 
 def _captured(function: types.FunctionType) -> Iterator[Any]:
     """Yield the objects in a function's cells and defaults, and the globals that its code names."""
     for cell in function.__closure__ or ():
+        # a cell whose variable is unassigned raises
         with contextlib.suppress(ValueError):
-            # empty until its variable is assigned
             yield cell.cell_contents
     yield from function.__defaults__ or ()
     yield from (function.__kwdefaults__ or {}).values()
     if _package(function.__globals__.get("__name__")) in _FOREIGN:
         return
     names = list(dict.fromkeys(_names(function.__code__)))
-    spaces = [function.__globals__]
-    # imported inside the function, or the modules of a.b.c: the list grows while it is walked
-    spaces += [vars(m) for name in names if (m := sys.modules.get(name)) and _package(name) not in _FOREIGN]
-    for space in spaces:
+    # modules imported inside the function are not among its globals
+    imported = [name for name in names if sys.modules.get(name) and _package(name) not in _FOREIGN]
+    waiting = deque([function.__globals__, *(vars(sys.modules[name]) for name in imported)])
+    visited: set[int] = set()
+    while waiting:
+        space = waiting.popleft()
+        if id(space) in visited:
+            continue
+        visited.add(id(space))
         for value in [space[name] for name in names if name in space]:
             if not isinstance(value, types.ModuleType):
                 yield value
-            elif _package(value.__name__) not in _FOREIGN and not any(vars(value) is s for s in spaces):
-                spaces.append(vars(value))
+            elif _package(value.__name__) not in _FOREIGN:
+                # the names of a.b.c are looked up in the modules a and a.b
+                waiting.append(vars(value))
 
 
 def _names(code: types.CodeType) -> Iterator[str]:
-    """Yield the global and attribute names in code, and in the functions and comprehensions inside it."""
+    """Yield the global and attribute names in code, including nested functions and comprehensions."""
     yield from code.co_names
     for inner in code.co_consts:
         if isinstance(inner, types.CodeType):

@@ -1,4 +1,4 @@
-"""Products of the Hessian of a loss closure with vectors, from first derivatives or by double backward."""
+"""Hessian-vector products of a loss closure, by finite differences of gradients or by double backward."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .. import _checks as check
 from .loss_evaluator import LossEvaluator
-from .vectors import dot
+from .vectors import Direction, Product, dot
 
 METHODS = ("difference", "autograd")
 
@@ -21,9 +21,10 @@ class Hessian:
     fused attention, compiled models, custom operators. ``"autograd"`` differentiates twice and keeps the
     graph of one evaluation.
 
-    The step along the unit direction in which the parameters move is ``2**-12 (1 + |params|)``, and ``2**-8``
-    where parameters or the forward pass have 16 bits. Float64 would bear a smaller one, but then too few
-    kinks of a ReLU network lie within a step to average: its sharpness came out up to twice too large.
+    The finite-difference step has the length ``2**-12 (1 + |params|)`` in parameter space, and ``2**-8``
+    instead of ``2**-12`` where parameters or the forward pass have 16 bits. A smaller step would be accurate
+    enough in float64, but for ReLU networks it averages over too few kinks and overestimated the sharpness by
+    up to 2x.
 
     Args:
         evaluator: An entered ``LossEvaluator``.
@@ -45,8 +46,9 @@ class Hessian:
         self.evaluator, self.sign, self.stretch, self.products = evaluator, sign, stretch, 0
         self.method = check.one_of(evaluator.owner, "method", method, METHODS)
         norms = [torch.linalg.vector_norm(p, dtype=evaluator.vectors.dtype) for p in evaluator.snapshot]
-        self._length = torch.linalg.vector_norm(torch.stack(norms)).to(torch.float64)
-        self._gradient: list[Tensor | None] = []
+        self._params_norm = torch.linalg.vector_norm(torch.stack(norms)).to(torch.float64)
+        # with their graph, for double backward
+        self._graph_gradients: Sequence[Tensor | None] = ()
 
     @property
     def in_16_bits(self) -> bool:
@@ -54,69 +56,51 @@ class Hessian:
         return self.evaluator.vectors.is_narrow or self.evaluator.autocast
 
     def gradient(self) -> list[Tensor | None]:
-        """Return the gradients of the loss at the parameters; ``sign`` does not count."""
+        """Return the gradients of the loss at the parameters, without ``sign``."""
         found = list(self._gradients(create_graph=False))
         self.evaluator.share(*found)
         return found
 
-    def product(
-        self,
-        basis: Tensor,
-        out: Tensor,
-        scale: Tensor | None,
-        inverse: Tensor,
-        length: Tensor,
-        times: float = 1.0,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Write ``C H C v`` into ``out``, up to a factor, for the unit vector ``v = inverse * basis[-1]``.
+    def product(self, direction: Direction, out: Tensor, scale: Tensor | None, times: float = 1.0) -> Product:
+        """Write ``C H C v`` into ``out``, up to a factor, for the unit vector ``v`` of a direction.
 
         Args:
-            basis: ``[m, n]``.
+            direction: ``v``, with the length of ``C v``.
             out: ``[n]``.
             scale: Diagonal of ``C``, ``[n]``, or None for the identity.
-            inverse: 0-dim, one over the length of the last basis vector; 0 for a vector that is not one.
-            length: 0-dim, the length of ``C v``.
-            times: Multiplies the finite step.
-
-        Returns:
-            The factor, 0-dim; products of ``out``, without the factor, with the basis, ``[m]``; and
-            ``v' C H C v``, 0-dim. All float64.
+            times: Multiplies the finite-difference step.
         """
         self.products += 1
-        find = self._differentiate if self.method == "autograd" else self._difference
-        factor, products, quotient = find(basis, out, scale, inverse, length, times)
-        return self.sign * factor, products, self.sign * quotient
+        if self.method == "autograd":
+            found = self._differentiate(direction, out, scale)
+        else:
+            found = self._difference(direction, out, scale, times)
+        return Product(self.sign * found.factor, found.dots, self.sign * found.quotient)
 
-    def _difference(
-        self,
-        basis: Tensor,
-        out: Tensor,
-        scale: Tensor | None,
-        inverse: Tensor,
-        length: Tensor,
-        times: float,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """``product`` from the gradients at both ends of a step."""
-        vectors, step = self.evaluator.vectors, self._relative_step()
-        # no step along a vector that is not one
-        size = torch.where(length == 0.0, 0.0, self.stretch * times * step * (1.0 + self._length) / length)
-        raw = size * inverse
+    def _difference(self, direction: Direction, out: Tensor, scale: Tensor | None, times: float) -> Product:
+        """Return the product as a difference of the gradients at both ends of a step."""
+        vectors, basis, length = self.evaluator.vectors, direction.basis, direction.length
+        relative = self._relative_step()
+        step = self.stretch * times * relative * (1.0 + self._params_norm)
+        # a direction of length 0 takes no step
+        size = torch.where(length == 0.0, 0.0, step / length)
+        raw = size * direction.inverse
         vectors.perturb(basis[-1], scale, raw)
         plus = self._gradients(create_graph=False)
-        if step != self._relative_step():
-            # the closure turned out to compute in 16 bits
-            return self._difference(basis, out, scale, inverse, length, times)
+        if relative != self._relative_step():
+            # the evaluation has shown that the closure computes in 16 bits: start again with a longer step
+            return self._difference(direction, out, scale, times)
         vectors.perturb(basis[-1], scale, -raw)
         minus = self._gradients(create_graph=False)
-        products, moved = vectors.finish(basis, out, plus, minus, scale, raw)
-        # all that is made of the gradients is linear in them
-        self.evaluator.share(out, products, moved)
+        dots, moved = vectors.finish(basis, out, plus, minus, scale, raw)
+        # all three are linear in the gradients
+        self.evaluator.share(out, dots, moved)
         if not vectors.is_narrow:
             factor = torch.where(size == 0.0, 0.0, 0.5 / size)
-            return factor, products, factor * inverse * products[-1]
-        # exact along the way that rounded parameters went, whatever the rounding
+            return Product(factor, dots, factor * direction.inverse * dots[-1])
+        # divides by the distance that rounded parameters really moved
         ratio = torch.where(size == 0.0, 0.0, length * length / moved[0])
-        return ratio.sqrt(), products, ratio * moved[1]
+        return Product(ratio.sqrt(), dots, ratio * moved[1])
 
     def _relative_step(self) -> float:
         return 2.0**-8 if self.in_16_bits else 2.0**-12
@@ -131,33 +115,26 @@ class Hessian:
                 loss, self.evaluator.params, create_graph=create_graph, allow_unused=True
             )
 
-    def _differentiate(
-        self,
-        basis: Tensor,
-        out: Tensor,
-        scale: Tensor | None,
-        inverse: Tensor,
-        length: Tensor,
-        times: float,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """``product`` by a second backward pass."""
-        vectors = self.evaluator.vectors
-        self._gradient = self._gradient or list(self._gradients(create_graph=True))
-        v = basis[-1] if scale is None else scale * basis[-1]
+    def _differentiate(self, direction: Direction, out: Tensor, scale: Tensor | None) -> Product:
+        """Return the product by a second backward pass."""
+        vectors, basis, inverse = self.evaluator.vectors, direction.basis, direction.inverse
+        if not self._graph_gradients:
+            self._graph_gradients = self._gradients(create_graph=True)
+        vector = basis[-1] if scale is None else scale * basis[-1]
         pairs = [
             (g, part.to(g.dtype))
-            for g, part in zip(self._gradient, vectors.split(v), strict=True)
+            for g, part in zip(self._graph_gradients, vectors.split(vector), strict=True)
             if g is not None and g.requires_grad
         ]
         out.zero_()
         if pairs:
-            ends, ways = zip(*pairs, strict=True)
+            gradients, cotangents = zip(*pairs, strict=True)
             found = torch.autograd.grad(
-                ends, self.evaluator.params, ways, retain_graph=True, allow_unused=True
+                gradients, self.evaluator.params, cotangents, retain_graph=True, allow_unused=True
             )
             product = vectors.flat(found)
             out.copy_(product if scale is None else scale * product)
         self.evaluator.share(out)
-        products = torch.stack([dot(b, out) for b in basis])
-        # of the raw vector, hence once more than its unit vector has
-        return inverse, products, inverse * inverse * products[-1]
+        dots = torch.stack([dot(b, out) for b in basis])
+        # out is the product with the raw vector: one inverse norm normalises it, a second one the quotient
+        return Product(inverse, dots, inverse * inverse * dots[-1])

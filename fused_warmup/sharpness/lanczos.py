@@ -8,22 +8,22 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from .vectors import Vectors
+from .vectors import Direction, Product, Vectors
 
 _SWEEPS = 8
 
 
 @dataclass
 class Spectrum:
-    """What Lanczos found; 0-dim float64 tensors on the device, NaN if a product was not finite.
+    """Result of a Lanczos run: 0-dim float64 tensors on the device, NaN if a product was not finite.
 
     Attributes:
-        largest: Largest Ritz value, which no eigenvalue is above in the space that was searched.
+        largest: Largest Ritz value: a lower bound on the largest eigenvalue.
         smallest: Smallest Ritz value.
         residual: Distance from ``largest`` within which there is an eigenvalue, not always the largest one.
         first: Rayleigh quotient of the start vector.
-        asymmetry: By how much products of basis vectors were not symmetric, which those of a Hessian are: the
-            noise of its products.
+        asymmetry: Largest asymmetry among products of basis vectors. Products of an exact Hessian are
+            symmetric, so this measures their noise.
         vector: Ritz vector of ``largest``, of unit length, ``[n]``.
     """
 
@@ -39,22 +39,27 @@ class Symmetric(Protocol):
     """A symmetric operator ``A``.
 
     Attributes:
-        vectors: Operations on the vectors that it takes.
-        scale: Diagonal ``C`` whose products with unit vectors it wants the length of, ``[n]``, or None.
+        vectors: Operations on its vectors.
+        scale: Diagonal ``C``, ``[n]``, or None; directions for ``product`` carry the lengths ``|C v|``.
     """
 
     vectors: Vectors
     scale: Tensor | None
 
-    def product(
-        self, basis: Tensor, out: Tensor, inverse: Tensor, length: Tensor, times: float = 1.0
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    def product(self, direction: Direction, out: Tensor, times: float = 1.0) -> Product:
         """Write ``A v`` into ``out``, up to a factor; see ``Hessian.product``."""
         ...
 
 
-def lengths(squares: Tensor, scale: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Return one over the length of a vector, and the length of ``C`` times its unit vector."""
+def start_direction(vectors: Vectors, basis: Tensor, scale: Tensor | None) -> Direction:
+    """Return the only vector of a basis as a direction."""
+    one = vectors.number(1.0)
+    _, squares = vectors.combine(basis[0], one, basis[:0], one[None][:0], scale)
+    return Direction(basis, *_lengths(squares, scale))
+
+
+def _lengths(squares: Tensor, scale: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Return the inverse norm of a vector and the length of ``C`` times its unit vector."""
     inverse = squares[0].rsqrt()
     return inverse, torch.ones_like(inverse) if scale is None else squares[1].sqrt() * inverse
 
@@ -62,7 +67,7 @@ def lengths(squares: Tensor, scale: Tensor | None) -> tuple[Tensor, Tensor]:
 def lanczos(operator: Symmetric, start: Tensor, steps: int) -> Spectrum:
     """Search the space of ``start, A start, ..., A**(steps - 1) start``, fully orthogonalised.
 
-    Basis vectors are not of unit length: one over their lengths is kept beside them.
+    Basis vectors are not normalised; their inverse norms are kept beside them.
 
     Args:
         operator: ``A``.
@@ -70,48 +75,47 @@ def lanczos(operator: Symmetric, start: Tensor, steps: int) -> Spectrum:
         steps: Number of products; no more than ``n`` are made.
 
     Returns:
-        Both ends of the spectrum. Where the space is exhausted before, as for the zero matrix, the products
-        made in vain leave no trace.
+        Both ends of the spectrum. If the Krylov space is exhausted early (the zero matrix, for example),
+        later iterations are ignored.
     """
     vectors, scale = operator.vectors, operator.scale
     steps = min(steps, start.numel())
     basis = vectors.basis(steps + 1)
     basis[0].copy_(start)
-    zero, one = vectors.number(0.0), vectors.number(1.0)
-    _, squares = vectors.combine(basis[0], one, basis[:0], zero[None][:0], scale)
-    inverse, length = lengths(squares, scale)
-    inverses: list[Tensor] = []
+    direction = start_direction(vectors, basis[:1], scale)
+    one = vectors.number(1.0)
+    size = noise = vectors.number(0.0)
     alive = torch.ones((), dtype=torch.bool, device=start.device)
+    inverses: list[Tensor] = []
+    alives: list[Tensor] = []
     diagonal: list[Tensor] = []
     below: list[Tensor] = []
-    lives: list[Tensor] = []
-    size = noise = zero
     for j in range(steps):
-        inverses.append(inverse)
-        lives.append(alive)
+        inverses.append(direction.inverse)
+        alives.append(alive)
         known, w = basis[: j + 1], basis[j + 1]
-        factor, products, alpha = operator.product(known, w, inverse, length)
+        factor, dots, alpha = operator.product(direction, w)
         diagonal.append(alpha)
-        shares = torch.stack(inverses)
-        overlaps = factor * shares * products
-        # twice, because the first time leaves what rounding left of the large parts
-        products, _ = vectors.combine(w, factor, known, -shares * overlaps, None)
-        _, squares = vectors.combine(w, one, known, -shares * shares * products, scale)
+        inverse_norms = torch.stack(inverses)
+        overlaps = factor * inverse_norms * dots
+        # orthogonalised twice: rounding of large components survives the first pass
+        dots, _ = vectors.combine(w, factor, known, -inverse_norms * overlaps, None)
+        _, squares = vectors.combine(w, one, known, -inverse_norms * inverse_norms * dots, scale)
         beta = squares[0].sqrt()
         if below:
-            *far, near = overlaps[:-1]
-            odd = torch.stack([near - below[-1], *far]).norm()
-            noise = torch.maximum(noise, torch.where(alive, odd, 0.0))
+            noise = torch.maximum(noise, torch.where(alive, _asymmetry(overlaps, below[-1]), 0.0))
         size = torch.maximum(size, torch.maximum(alpha.abs(), beta))
-        # NaN compares false and so goes on, to be seen in the result
+        # negated, so that NaN continues and reaches the result
         alive = alive & ~(beta <= 16.0 * torch.finfo(start.dtype).eps * size)
         below.append(torch.where(alive, beta, 0.0))
-        inverse, length = (torch.where(alive, x, 0.0) for x in lengths(squares, scale))
-    live = torch.stack(lives)
-    # rows after the end of the space lie below all eigenvalues
+        inverse, length = _lengths(squares, scale)
+        direction = Direction(
+            basis[: j + 2], torch.where(alive, inverse, 0.0), torch.where(alive, length, 0.0)
+        )
+    live = torch.stack(alives)
+    # eigenvalues of rows after the end of the space lie below all others
     entries = torch.where(live, torch.stack(diagonal), -3.0 * size - 1.0)
-    side = torch.stack(below)[:-1]
-    matrix = torch.diag(entries) + torch.diag(side, 1) + torch.diag(side, -1)
+    matrix = _tridiagonal(entries, torch.stack(below)[:-1])
     finite = matrix.isfinite().all()
     values, ritz = eigh(torch.where(finite, matrix, 0.0))
     nan = torch.full_like(size, torch.nan)
@@ -128,13 +132,24 @@ def lanczos(operator: Symmetric, start: Tensor, steps: int) -> Spectrum:
     )
 
 
+def _asymmetry(overlaps: Tensor, beta: Tensor) -> Tensor:
+    """Return the distance of the overlaps with earlier vectors from their exact values, 0, ..., 0, beta."""
+    *far, near = overlaps[:-1].unbind()
+    distance: Tensor = torch.stack([near - beta, *far]).norm()
+    return distance
+
+
+def _tridiagonal(diagonal: Tensor, side: Tensor) -> Tensor:
+    return torch.diag(diagonal) + torch.diag(side, 1) + torch.diag(side, -1)
+
+
 def eigh(matrix: Tensor) -> tuple[Tensor, Tensor]:
     """Return the eigenvalues, ascending, and eigenvectors of a small symmetric matrix without a wait."""
     return torch.linalg.eigh(matrix) if matrix.device.type == "cpu" else jacobi(matrix)
 
 
 def jacobi(matrix: Tensor) -> tuple[Tensor, Tensor]:
-    """``eigh`` by Jacobi rotations, half of the rows against the other half at once.
+    """Return eigenvalues and eigenvectors like ``eigh``, by Jacobi rotations of disjoint pairs of rows.
 
     Args:
         matrix: Symmetric, ``[m, m]``.
@@ -148,19 +163,20 @@ def jacobi(matrix: Tensor) -> tuple[Tensor, Tensor]:
     n = m + m % 2
     a = torch.nn.functional.pad(matrix, (0, n - m, 0, n - m))
     vectors = torch.eye(n, dtype=a.dtype, device=a.device)
-    # round r of a tournament: r against the last, then one place up against one place down
     place = torch.arange(n // 2, device=a.device)
-    for r in [r for _ in range(_SWEEPS) for r in range(n - 1)]:
-        p = (r + place) % (n - 1)
-        q = torch.where(place == 0, n - 1, (r - place) % (n - 1))
-        half = (a[q, q] - a[p, p]) / (2.0 * a[p, q])
-        tangent = torch.copysign(1.0 / (half.abs() + (1.0 + half * half).sqrt()), half)
-        tangent = torch.where(a[p, q] == 0.0, 0.0, tangent)
-        cosine = (1.0 + tangent * tangent).rsqrt()
-        turn = torch.eye(n, dtype=a.dtype, device=a.device)
-        turn[p, p] = turn[q, q] = cosine
-        turn[p, q], turn[q, p] = tangent * cosine, -tangent * cosine
-        a = turn.T @ a @ turn
-        vectors = vectors @ turn
+    for _ in range(_SWEEPS):
+        # a round-robin tournament: in round r, r plays the last row, and r + k plays r - k
+        for r in range(n - 1):
+            p = (r + place) % (n - 1)
+            q = torch.where(place == 0, n - 1, (r - place) % (n - 1))
+            half = (a[q, q] - a[p, p]) / (2.0 * a[p, q])
+            tangent = torch.copysign(1.0 / (half.abs() + (1.0 + half * half).sqrt()), half)
+            tangent = torch.where(a[p, q] == 0.0, 0.0, tangent)
+            cosine = (1.0 + tangent * tangent).rsqrt()
+            turn = torch.eye(n, dtype=a.dtype, device=a.device)
+            turn[p, p] = turn[q, q] = cosine
+            turn[p, q], turn[q, p] = tangent * cosine, -tangent * cosine
+            a = turn.T @ a @ turn
+            vectors = vectors @ turn
     values, order = torch.diagonal(a)[:m].sort()
     return values, vectors[:m, :m][:, order]

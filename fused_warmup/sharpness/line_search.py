@@ -1,4 +1,4 @@
-"""The loss along the step that an optimizer is about to make, and the rate at which it stops falling."""
+"""Search for the critical learning rate: evaluates the loss along the next step of an optimizer."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import torch
 from .. import _checks as check
 from .hvp import Hessian
 from .loss_evaluator import Loss, LossEvaluator
+from .operators import evaluator_of
 from .pending_step import PendingStep
 from .result import RateSearch
 from .vectors import dot
@@ -17,37 +18,38 @@ _MOST_FORWARDS = 128
 
 
 class Line:
-    """The loss at ``param - eta * direction``, for the direction of the step about to be made.
+    """The loss at ``param - eta * direction``, for the direction of a pending step.
 
     Args:
         evaluator: An entered ``LossEvaluator`` over the parameters of ``pending``.
         pending: The step.
 
     Attributes:
-        forwards: Evaluations of the closure so far.
-        start: Loss at the parameters as they are.
-        slope: Decrease of what the optimizer descends per unit of ``eta``, at ``eta = 0``.
+        forwards: Evaluations of the closure so far, the one at ``eta = 0`` included.
+        start: Loss at ``eta = 0``.
+        slope: Decrease of the loss per unit of ``eta`` at ``eta = 0``, its increase for an optimizer that
+            ascends.
     """
 
     def __init__(self, evaluator: LossEvaluator, pending: PendingStep) -> None:
-        self._keeper, self._sign = evaluator, pending.sign
+        self._evaluator, self._sign = evaluator, pending.sign
         grads = pending.grads_of(Hessian(evaluator))
         directions = pending.directions(grads)
         self.slope = self._sign * float(
             torch.stack([dot(g.to(u.dtype), u) for g, u in zip(grads, directions, strict=True)]).sum()
         )
-        self._way = evaluator.vectors.flat(directions)
+        self._direction = evaluator.vectors.flat(directions)
         self.forwards = 0
         self.start = self.loss(0.0)
 
     @torch.no_grad()
     def loss(self, eta: float) -> float:
         """Return the loss at ``eta``, negated for an optimizer that ascends; infinity if not finite."""
-        vectors = self._keeper.vectors
-        vectors.perturb(self._way, None, vectors.number(-eta))
+        vectors = self._evaluator.vectors
+        vectors.perturb(self._direction, None, vectors.number(-eta))
         self.forwards += 1
-        loss = self._keeper.value()
-        self._keeper.share(loss)
+        loss = self._evaluator.value()
+        self._evaluator.share(loss)
         value = self._sign * float(loss)
         return value if math.isfinite(value) else math.inf
 
@@ -63,25 +65,25 @@ def critical_lr(
 ) -> RateSearch:
     """Find the smallest learning rate at which the step about to be made would raise the loss.
 
-    With ``maximize`` it is the smallest at which the step would lower the loss.
+    With ``maximize`` it is the smallest rate at which the step would lower the loss.
 
-    It is the critical rate of this one direction, not ``2 / top_eigenvalue``: only at the edge of stability
-    do the two come near each other. Parameters, states and all else are left as they were.
+    It is the critical rate of this one direction, not ``2 / top_eigenvalue``: the two come close only at the
+    edge of stability. All state is restored afterwards.
 
     Args:
-        loss_fn: Returns the loss of the same batch each time; run without gradients.
+        loss_fn: Returns the loss of the same batch each time; runs without gradients.
         optimizer: As for ``preconditioned``.
-        previous: What the last search found: it then takes about 4 evaluations instead of 13, for a bracket
+        previous: Result of the last search, as a warm start: about 4 evaluations instead of 13, for a bracket
             of an eighth instead of a sixteenth.
-        start: Where a search without ``previous`` starts; the learning rate in force if None.
+        start: First rate of a search without ``previous``; the current learning rate if None.
         use_grad: Use the gradients in ``.grad`` if there are any; otherwise they cost one backward pass.
         reduce: As for ``top_eigenvalue``.
 
     Returns:
         The middle of the bracket ``lo``, ``hi``, as a learning rate of the first group; the others keep their
         ratios to it. NaN with the flag ``ascent`` if the direction does not descend, ``nonfinite`` if the
-        loss is not finite, ``no_increase`` or ``no_decrease`` if no bracket was found. A loss that is not
-        finite is an increase, whatever its sign.
+        loss is not finite, ``no_increase`` or ``no_decrease`` if no bracket was found. A non-finite loss
+        along the line counts as an increase, whatever its sign.
 
     Raises:
         TypeError: If an argument has a wrong type.
@@ -98,7 +100,7 @@ def critical_lr(
     else:
         eta = pending.lr or 1e-3
         eta = eta if start is None else check.number(owner, "start", start, ends="()")
-    with LossEvaluator(owner, loss_fn, pending.params, pending.backend, reduce) as evaluator:
+    with evaluator_of(pending, loss_fn, reduce) as evaluator:
         line = Line(evaluator, pending)
         problem = _problem(line)
         if problem:
@@ -114,14 +116,14 @@ def critical_lr(
 
 
 def _problem(line: Line) -> str | None:
-    """Return why there is nothing to search for, or None."""
+    """Return the flag of a line that has no critical rate, or None."""
     if not math.isfinite(line.start) or not math.isfinite(line.slope):
         return "nonfinite"
     return "ascent" if line.slope <= 0.0 else None
 
 
 def _bracket(line: Line, eta: float, factor: float) -> tuple[float, float]:
-    """Return rates around the critical one, found in strides from ``eta``; 0 or infinity where none is."""
+    """Return rates below and above the critical one, in strides from ``eta``; 0 or infinity if not found."""
     lo, hi, stride = 0.0, math.inf, factor
     while line.forwards < _MOST_FORWARDS and 1e-300 < eta < 1e300:
         if line.loss(eta) > line.start:
@@ -131,6 +133,6 @@ def _bracket(line: Line, eta: float, factor: float) -> tuple[float, float]:
         if lo > 0.0 and hi < math.inf:
             break
         eta = eta * stride if hi == math.inf else eta / stride
-        # a guess that is far off must not cost a forward per quarter
+        # strides grow, so that a guess that is far off costs few forwards
         stride = min(stride * stride, 16.0) if factor < 2.0 else factor
     return lo, hi

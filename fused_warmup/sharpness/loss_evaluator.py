@@ -1,4 +1,4 @@
-"""Running a loss closure at moved parameters so that nothing of it remains."""
+"""Evaluate a loss closure at perturbed parameters and restore all state afterwards."""
 
 from __future__ import annotations
 
@@ -27,23 +27,23 @@ Loss = Callable[[], Tensor]
 
 
 class LossEvaluator:
-    """Evaluates a loss closure again and again, each time from the same state, and restores that state.
+    """Evaluates a loss closure repeatedly, each time from the same state, and restores that state.
 
-    Inside the ``with`` block the parameters may be moved through ``.data``, which version counters of the
-    user's graphs do not see. At its end, and after an exception, everything has the bits it had: parameters,
-    buffers of the modules that the closure runs, ``.grad``, the random numbers of Python, numpy and torch,
-    and generators that the closure or one of its modules owns, see ``Search``. Each evaluation sees the same
-    random numbers.
+    Inside the ``with`` block the parameters may be moved through ``.data``, which bypasses the version
+    counters that protect the user's graphs. At its end, and after an exception, all state is restored to the
+    bit: parameters, buffers of the modules that the closure runs, ``.grad``, the random numbers of Python,
+    numpy and torch, and generators that the closure or one of its modules owns, see ``Search``. Each
+    evaluation sees the same random numbers.
 
     Args:
-        owner: Name of the caller, for messages.
+        owner: Name of the caller, for error messages.
         loss_fn: Returns the loss, a tensor with one element, without calling ``backward()``.
         params: Parameters, dense tensors of float32, float64, bfloat16 or float16 on one device.
         backend: Name of the backend whose kernels work on the vectors.
-        reduce: Take the mean of losses and gradients over the default process group, where there is one.
+        reduce: Average losses and gradients over the default process group, if there is one.
 
     Raises:
-        TypeError: If ``loss_fn`` cannot be called or a parameter is of another kind.
+        TypeError: If ``loss_fn`` is not callable or a parameter is of another kind.
         ValueError: If there are no parameters, one is given twice, or they are on several devices.
 
     Attributes:
@@ -77,20 +77,20 @@ class LossEvaluator:
         self._buffers: list[tuple[torch.nn.Module, dict[str, Tensor | None], dict[str, Tensor]]] = []
 
     def __enter__(self) -> LossEvaluator:
-        """Remember everything that an evaluation could change."""
+        """Save all state that an evaluation could change."""
         self.snapshot = [p.detach().clone() for p in self.params]
         self.vectors = self._make_vectors()
         self._grads = [p.grad for p in self.params]
         self._random = random_state(self.device)
         # hooks of parameters run in the backward pass
         for root in (self._loss_fn, *(p._backward_hooks for p in self.params)):
-            self._see(root)
+            self._save(root)
         for param in self.params:
             param.grad = None
         return self
 
     def __exit__(self, *_: object) -> None:
-        """Put everything back."""
+        """Restore all state."""
         for param, value, grad in zip(self.params, self.snapshot, self._grads, strict=True):
             param.data.copy_(value)
             param.grad = grad
@@ -98,7 +98,7 @@ class LossEvaluator:
         self._rewind()
 
     def evaluate(self) -> Tensor:
-        """Return the loss at the parameters as they are now, 0-dim; the grad mode is the caller's.
+        """Return the loss at the current parameters, 0-dim, in the caller's grad mode.
 
         Raises:
             TypeError: If the closure returns no tensor.
@@ -123,44 +123,45 @@ class LossEvaluator:
         return torch.as_tensor(loss).to(torch.float64, copy=True)
 
     def _run(self) -> Any:
-        """Return what the closure returns, run from the state in which the block began."""
+        """Run the closure from the state at the beginning of the block, and return its result."""
         if self.evaluations:
             self._rewind()
         self.evaluations += 1
-        # casts of parameters that have moved since
+        # it may hold casts of parameters that have moved since
         torch.clear_autocast_cache()
-        # what the first evaluation does not run, the others do not either
-        with contextlib.nullcontext() if self.evaluations > 1 else _watched(self._hook):
+        # the first evaluation finds the modules: the others run the same ones
+        with contextlib.nullcontext() if self.evaluations > 1 else _watched(self._before_forward):
             loss = self._loss_fn()
         if any(p.grad is not None for p in self.params):
             check.fail(self.owner, "loss_fn", "return the loss without calling backward()", "new gradients")
         return loss
 
     def share(self, *tensors: Tensor | None) -> None:
-        """Replace what is linear in the loss of this process by its mean over all, if that was asked for."""
+        """Average quantities linear in the loss over all processes in place, if ``reduce`` is set."""
         for tensor in tensors if self._reduce else ():
             if tensor is not None:
                 average(tensor)
 
     def _make_vectors(self) -> Vectors:
-        """Return the operations of the backend; plain ones beside parameters that are strided views."""
+        """Return the vector operations of the backend, or plain ones if a parameter is a strided view."""
         dtype = functools.reduce(torch.promote_types, (compute_dtype(p.dtype) for p in self.params))
         if isinstance(self._backend, VectorBackend) and all(map(is_dense, self.params)):
             return FusedVectors(self.params, self.snapshot, dtype, self._backend)
         return Vectors(self.params, self.snapshot, dtype)
 
-    def _hook(self, module: torch.nn.Module) -> None:
-        """Note a module before it runs."""
+    def _before_forward(self, module: torch.nn.Module) -> None:
+        """Save the state of a module before it runs for the first time, and detect autocast."""
         kind = self.device.type
         if torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind).itemsize == 2:
             self.autocast = True
         if module not in self._search:
-            self._see(module)
+            self._save(module)
 
-    def _see(self, root: Any) -> None:
-        """Remember buffers of modules and states of generators that an object leads to, if they are new."""
+    def _save(self, root: Any) -> None:
+        """Save buffers of modules and states of generators reachable from an object, unless saved already."""
         for item in self._search(root):
             if isinstance(item, torch.nn.Module):
+                # the public iterators leave out buffers that are None
                 objects = dict(item._buffers)
                 values = {k: local_tensor(b).detach().clone() for k, b in objects.items() if b is not None}
                 self._buffers.append((item, objects, values))
@@ -168,7 +169,7 @@ class LossEvaluator:
                 self._generators.append(restore)
 
     def _rewind(self) -> None:
-        """Restore buffers and random numbers, so that the next evaluation is of the same function."""
+        """Restore buffers and random numbers, so that the next evaluation computes the same function."""
         for module, objects, values in self._buffers:
             for name, value in values.items():
                 buffer = objects[name]
@@ -176,7 +177,7 @@ class LossEvaluator:
                 local_tensor(buffer).data.copy_(value)
             if any(module._buffers.get(k) is not b for k, b in objects.items()):
                 module._buffers.update(objects)
-        # two may share a state, or have that of all: the one that was remembered first, unused, counts
+        # generators may share a state, also with the global ones: the state saved first is the unused one
         for restore in reversed(self._generators):
             restore()
         set_random_state(self._random)
@@ -186,8 +187,8 @@ _watchers: list[Callable[[torch.nn.Module], None]] = []
 _handles: list[Any] = []
 
 
-def _tell_watcher(module: torch.nn.Module, _: Any) -> None:
-    # a compiler that traces this must find nothing in it
+def _call_watcher(module: torch.nn.Module, _: Any) -> None:
+    # traces to nothing under a compiler
     if not torch.compiler.is_compiling() and _watchers:
         _watchers[-1](module)
 
@@ -196,13 +197,13 @@ def _tell_watcher(module: torch.nn.Module, _: Any) -> None:
 def _watched(watcher: Callable[[torch.nn.Module], None]) -> Iterator[None]:
     """Call ``watcher`` with each module before it runs.
 
-    Compiled code is guarded by the keys of the global hooks: it is the same hook under the same key each
-    time, so that a compiled model is compiled once more and not at every measurement.
+    Compiled code has guards on the keys of the global hooks. The same hook under the same key each time
+    makes a compiled model recompile once, not at every measurement.
     """
     if not _handles:
-        _handles.append(register_module_forward_pre_hook(_tell_watcher))
+        _handles.append(register_module_forward_pre_hook(_call_watcher))
     handle = _handles[0]
-    handle.hooks_dict_ref()[handle.id] = _tell_watcher
+    handle.hooks_dict_ref()[handle.id] = _call_watcher
     _watchers.append(watcher)
     try:
         with warnings.catch_warnings():

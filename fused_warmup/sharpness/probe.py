@@ -1,10 +1,10 @@
-"""Sharpness during training: a few products now and then, started from what was found before."""
+"""Sharpness during training: a few Hessian-vector products at a time, warm-started from the last vector."""
 
 from __future__ import annotations
 
 import time
 from collections import deque
-from dataclasses import replace
+from dataclasses import fields, replace
 from typing import Any
 
 import torch
@@ -12,39 +12,41 @@ from torch import Tensor
 
 from .. import _checks as check
 from ..optim.base import FusedOptimizer
-from .hvp import Hessian
+from .hvp import METHODS, Hessian
 from .lanczos import Spectrum, lanczos
 from .loss_evaluator import Loss, LossEvaluator
-from .operators import Operator, make_reading, operators_of, random_vector
+from .measure import make_reading
+from .operators import Operator, evaluator_of, random_vector, step_operators
 from .pending_step import PendingStep
 from .result import SharpnessReading
 
 _COLD_STEPS, _AUDIT_STEPS, _AUDIT_EVERY = 10, 8, 20
-# the top vector still turns fast at the first measurements after a cold one
+# the top vector still turns fast at the first measurements of a training
 _EARLY, _EARLY_STEPS = 5, 5
+# noise in a warm start, weight of the past in the smoothed batch error, readings kept for poll()
 _ADMIXTURE, _MEMORY, _WAITING = 0.1, 0.9, 64
 
 
 class SharpnessProbe:
-    """Measures the pre-conditioned sharpness while a model trains, and changes nothing about the training.
+    """Measures the pre-conditioned sharpness while a model trains, without affecting the training.
 
-    The first measurement is cold, of 10 products. The next four take 5 and later ones 3, started from the
-    last vector with a tenth of a random one, without which they would stay at an eigenvalue that another has
-    overtaken. Every 20th is audited by 8 products from a random start, and the larger of both is kept. Call
-    ``measure`` between ``backward()`` and ``step()``. The largest Ritz value lands in the column
-    ``sharpness`` of the telemetry, in the row of the step that follows.
+    The first measurement is cold: 10 products from a random start. The next four take 5 products and later
+    ones 3, warm-started from the previous Ritz vector plus 10 % noise; without noise the iteration can lock
+    on to an eigenvalue that is no longer the largest. Every 20th is audited by 8 products from a random
+    start, and the larger of both results is kept. Call ``measure`` between ``backward()`` and ``step()``. The
+    telemetry records the largest Ritz value in the column ``sharpness``, in the row of the step that follows.
 
     Args:
         optimizer: As for ``fused_warmup.sharpness.preconditioned``.
-        loss_fn: Loss closure for calls of ``measure`` without one. Random generators that it owns are found
-            and put back as ``fused_warmup.sharpness.top_eigenvalue`` says.
+        loss_fn: Loss closure for calls of ``measure`` without one. Its random generators are found and
+            restored as described for ``fused_warmup.sharpness.top_eigenvalue``.
         every: Calls of ``measure`` from one measurement to the next.
-        budget: Fraction of the time of training that measurements may take, instead of ``every``: the first
-            is made at once, each further one when the time since is enough to pay for it.
+        budget: Fraction of the training time that measurements may take, instead of ``every``: the first
+            measurement is made at once, each further one as soon as it fits into the budget.
         steps: Products of a warm measurement, >= 2.
         method: ``"difference"`` or ``"autograd"``.
         use_grad: As for ``preconditioned``.
-        seed: Of the random vectors.
+        seed: Seed of the random vectors.
         reduce: As for ``preconditioned``; not with ``budget``, because the clocks of ranks differ.
 
     Raises:
@@ -59,8 +61,8 @@ class SharpnessProbe:
         >>> if (reading := probe.poll()) is not None:
         ...     print(reading.asdict())
 
-    Source: the two bounds ``E[v' H_B v] <= sharpness <= E[sharpness of a batch]`` follow from convexity;
-    ``v`` must not depend on the batch, as a vector of earlier batches does not.
+    Source: the two bounds ``E[v' H_B v] <= sharpness <= E[sharpness of a batch]`` follow from convexity; they
+    hold for a ``v`` that does not depend on the batch, such as one from earlier batches.
     """
 
     def __init__(
@@ -81,12 +83,12 @@ class SharpnessProbe:
         self.every = check.whole(name, "every", every, 1)
         self.budget = None if budget is None else check.number(name, "budget", budget, 0.0, 1.0, ends="()")
         self._steps = check.whole(name, "steps", steps, 2)
-        self._method = check.one_of(name, "method", method, ("difference", "autograd"))
+        self._method = check.one_of(name, "method", method, METHODS)
         self._use_grad = check.flag(name, "use_grad", use_grad)
         self._reduce = check.flag(name, "reduce", reduce)
         if self._reduce and self.budget is not None:
             check.fail(name, "budget", "be None where reduce is True", budget)
-        # raises for an optimizer that nothing is known about, now rather than at the first measurement
+        # raises for an optimizer without a known rule, now rather than at the first measurement
         pending = PendingStep(name, optimizer, use_grad=False)
         self.optimizer, self._device = pending.optimizer, pending.params[0].device
         self._generator = torch.Generator(self._device).manual_seed(check.whole(name, "seed", seed))
@@ -99,10 +101,10 @@ class SharpnessProbe:
         self._pending: deque[tuple[SharpnessReading, _Copy]] = deque(maxlen=_WAITING)
 
     def measure(self, loss_fn: Loss | None = None) -> bool:
-        """Measure if it is time to; nothing otherwise.
+        """Measure if a measurement is due.
 
         Args:
-            loss_fn: Returns the loss of the batch whose gradient is in ``.grad``, or of a part of it.
+            loss_fn: Returns the loss of the batch whose gradient is in ``.grad``, or of a part of that batch.
 
         Returns:
             Whether a measurement was made.
@@ -129,9 +131,9 @@ class SharpnessProbe:
         return True
 
     def poll(self) -> SharpnessReading | None:
-        """Return the oldest reading that is finished and was not returned yet, with CPU tensors; never waits.
+        """Return the oldest finished reading not returned before, with CPU tensors; never waits.
 
-        Of readings that nobody asks for, the last 64 are kept.
+        At most the last 64 readings are kept.
         """
         if not self._pending or not self._pending[0][1].is_ready():
             return None
@@ -139,7 +141,7 @@ class SharpnessProbe:
 
     @property
     def overhead(self) -> float:
-        """Time spent measuring over the time of training without it, so far; NaN before two calls."""
+        """Time spent on measurements so far over the time spent on training; NaN before the second call."""
         return self._clock.spent / self._clock.trained if self._clock.trained > 0.0 else float("nan")
 
     def _is_due(self) -> bool:
@@ -153,34 +155,37 @@ class SharpnessProbe:
         name = type(self).__name__
         pending = PendingStep(name, self.optimizer, self._use_grad)
         audit = self._measured > 0 and self._measured % _AUDIT_EVERY == 0
-        with LossEvaluator(name, loss_fn, pending.params, pending.backend, self._reduce) as evaluator:
+        with evaluator_of(pending, loss_fn, self._reduce) as evaluator:
             hessian = Hessian(evaluator, self._method, pending.sign, self._stretch)
-            pair = operators_of(pending, hessian)
+            operators = step_operators(pending, hessian)
             cold = not self._is_warm(evaluator)
-            plain, locked = self._search(0, pair.plain, evaluator, audit)
-            scaled = None if pair.scaled is None else self._search(1, pair.scaled, evaluator, audit)[0]
+            plain, locked = self._search(0, operators.plain, evaluator, audit)
+            scaled = None
+            if operators.scaled is not None:
+                scaled, _ = self._search(1, operators.scaled, evaluator, audit)
             if cold or audit or self._relative_error is None:
-                self._calibrate(pair.plain, plain, shorten=not hessian.in_16_bits)
+                self._calibrate(operators.plain, plain, shorten=not hessian.in_16_bits)
             assert self._relative_error is not None
             err_fd = self._relative_error * plain.largest.abs()
             err_batch = self._batch_error(plain, cold)
-            edge = pair.edge_ratio(plain, scaled)
+            edge_ratio = operators.edge_ratio(plain, scaled)
         step = self._calls - 1 if isinstance(pending.made, int) else pending.made
         flags = {"cold": cold, "audit": audit, "locked": locked}
-        return make_reading(plain, err_fd, err_batch, edge, hessian, step, **flags)
+        return make_reading(plain, err_fd, err_batch, edge_ratio, hessian, step, **flags)
 
     def _is_warm(self, evaluator: LossEvaluator) -> bool:
-        """Whether the last vector fits the parameters that take part now."""
+        """Whether the previous Ritz vector fits the present parameters; forgets both vectors if not."""
         vector = self._vectors[0]
         vectors = evaluator.vectors
         fits = vector is not None and (len(vector), vector.dtype) == (vectors.numel, vectors.dtype)
-        self._vectors = self._vectors if fits else [None, None]
+        if not fits:
+            self._vectors = [None, None]
         return fits
 
     def _search(
         self, which: int, operator: Operator, evaluator: LossEvaluator, audit: bool
     ) -> tuple[Spectrum, Tensor | bool]:
-        """Return the spectrum, and whether the warm start had lost the largest eigenvalue."""
+        """Return the spectrum, and whether the warm start had locked on to a smaller eigenvalue."""
         noise = random_vector(evaluator, self._generator)
         old = self._vectors[which]
         locked: Tensor | bool = False
@@ -196,12 +201,12 @@ class SharpnessProbe:
             spectrum = _larger(cold, spectrum)
         fine = spectrum.largest.isfinite()
         kept = torch.zeros_like(spectrum.vector) if old is None else old
-        # after a batch that was not finite the next start is the old vector, or random alone
+        # after a non-finite batch the next start is the old vector, or noise alone
         self._vectors[which] = torch.where(fine, spectrum.vector, kept)
         return spectrum, locked
 
     def _calibrate(self, operator: Operator, spectrum: Spectrum, shorten: bool) -> None:
-        """Measure the error of finite differences; a shorter step then follows one that is too long."""
+        """Measure the error of finite differences, and shorten the step if the error is too large."""
         error = operator.difference_error(spectrum) / spectrum.largest.abs()
         error = torch.where(spectrum.largest == 0.0, 0.0, error)
         fine = error.isfinite()
@@ -211,7 +216,7 @@ class SharpnessProbe:
         self._stretch = stretch.clamp(min=2.0**-4)
 
     def _batch_error(self, spectrum: Spectrum, cold: bool) -> Tensor:
-        """Return how far batches differ, smoothed; NaN until a warm measurement."""
+        """Return the smoothed difference between batches; NaN until a warm measurement."""
         nan = torch.full_like(spectrum.largest, torch.nan)
         if cold:
             return nan
@@ -223,7 +228,7 @@ class SharpnessProbe:
 
 
 def _larger(a: Spectrum, b: Spectrum) -> Spectrum:
-    """Return the spectrum with the larger top; Ritz values never exceed the eigenvalue."""
+    """Return the spectrum with the larger top: Ritz values never exceed the largest eigenvalue."""
     better = a.largest > b.largest
     return Spectrum(
         largest=torch.where(better, a.largest, b.largest),
@@ -236,14 +241,15 @@ def _larger(a: Spectrum, b: Spectrum) -> Spectrum:
 
 
 class _Copy:
-    """Copy of a reading on its way to the host."""
+    """Copies the tensors of a reading to the host in one transfer, without waiting for it."""
 
     def __init__(self, reading: SharpnessReading) -> None:
         self._reading = reading
-        found: dict[str, Any] = {k: v for k, v in vars(reading).items() if isinstance(v, Tensor)}
-        found |= {f"flags.{k}": v for k, v in reading.flags.items() if isinstance(v, Tensor)}
-        self._names = list(found)
-        packed = torch.stack([v.to(torch.float64) for v in found.values()])
+        self._fields = [f.name for f in fields(reading) if isinstance(getattr(reading, f.name), Tensor)]
+        self._flags = [name for name, held in reading.flags.items() if isinstance(held, Tensor)]
+        tensors = [getattr(reading, name) for name in self._fields]
+        tensors += [reading.flags[name] for name in self._flags]
+        packed = torch.stack([t.to(torch.float64) for t in tensors])
         self._event: Any = None
         if packed.is_cuda:
             pinned = torch.empty(packed.shape, dtype=packed.dtype, device="cpu", pin_memory=True)
@@ -253,54 +259,58 @@ class _Copy:
         self._packed = packed
 
     def is_ready(self) -> bool:
-        """Whether the host has it."""
+        """Whether the copy is complete."""
         return self._event is None or bool(self._event.query())
 
     def reading(self) -> SharpnessReading:
         """Return the reading with CPU tensors."""
-        values: dict[str, Any] = dict(zip(self._names, self._packed.unbind(), strict=True))
-        flags = {k: values.pop(f"flags.{k}", held) for k, held in self._reading.flags.items()}
-        flags = {k: v.bool() if isinstance(v, Tensor) else v for k, v in flags.items()}
+        numbers = self._packed.unbind()
+        values: dict[str, Any] = dict(zip(self._fields, numbers, strict=False))
         if "step" in values:
             values["step"] = values["step"].to(torch.int64)
+        flags = dict(self._reading.flags)
+        for name, number in zip(self._flags, numbers[len(self._fields) :], strict=True):
+            flags[name] = number.bool()
         return replace(self._reading, **values, flags=flags)
 
 
 class _Clock:
-    """Times of measurements and of the training between them, in seconds; never waits.
+    """Times measurements and the training between them, in seconds, without waiting for the device.
 
     Attributes:
         spent: Time of all measurements.
         last: Time of the last one.
-        trained: Time between the calls, measurements left out.
+        trained: Time between calls, without the measurements.
     """
 
     def __init__(self, device: torch.device) -> None:
         self._cuda = device.type == "cuda"
         self.spent = self.last = self.trained = 0.0
-        self._free: Any = None
+        self._training_since: Any = None
         self._begun: Any = None
-        self._open: deque[tuple[str, Any, Any]] = deque()
+        # whether an interval is a measurement, its begin and its end
+        self._intervals: deque[tuple[bool, Any, Any]] = deque()
 
     def call(self) -> None:
-        """Note a call of ``measure``: what was since the last one, or since its end, was training."""
+        """Record a call of ``measure``: the time since the last call, or since its end, was training."""
         now = self._mark()
-        if self._free is not None:
-            self._open.append(("trained", self._free, now))
-        self._free = now
+        if self._training_since is not None:
+            self._intervals.append((False, self._training_since, now))
+        self._training_since = now
         self._collect()
 
     def begin(self) -> None:
-        """Note the beginning of a measurement."""
+        """Record the beginning of a measurement."""
         self._begun = self._mark()
 
     def end(self) -> None:
-        """Note its end."""
-        self._free = self._mark()
-        self._open.append(("spent", self._begun, self._free))
+        """Record the end of a measurement."""
+        self._training_since = self._mark()
+        self._intervals.append((True, self._begun, self._training_since))
         self._collect()
 
     def _mark(self) -> Any:
+        """Return the present time: an event of the device, or seconds on the host."""
         if not self._cuda:
             return time.perf_counter()
         event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
@@ -308,10 +318,12 @@ class _Clock:
         return event
 
     def _collect(self) -> None:
-        """Add up what is over."""
-        while self._open and (not self._cuda or self._open[0][2].query()):
-            kind, a, b = self._open.popleft()
-            seconds = a.elapsed_time(b) / 1e3 if self._cuda else b - a
-            setattr(self, kind, getattr(self, kind) + seconds)
-            if kind == "spent":
+        """Add up the intervals whose end the device has reached."""
+        while self._intervals and (not self._cuda or self._intervals[0][2].query()):
+            is_measurement, begin, end = self._intervals.popleft()
+            seconds = begin.elapsed_time(end) / 1e3 if self._cuda else end - begin
+            if is_measurement:
                 self.last = seconds
+                self.spent += seconds
+            else:
+                self.trained += seconds

@@ -1,4 +1,4 @@
-"""Random generators: those that everything shares and those that a closure owns, and their states."""
+"""Save and restore the states of random generators: global ones, and those that a closure owns."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ KINDS = (torch.Generator, np.random.Generator, np.random.RandomState, np.random.
 
 
 def restorer(generator: Any) -> Callable[[], object] | None:
-    """Return a function that sets a generator back to its present state, None if it has no state to set.
+    """Return a function that restores a generator's present state, or None if its state cannot be set.
 
     Args:
         generator: An instance of one of ``KINDS``.
@@ -23,7 +23,7 @@ def restorer(generator: Any) -> Callable[[], object] | None:
     if isinstance(generator, torch.Generator):
         return partial(generator.set_state, generator.get_state())
     if isinstance(generator, np.random.RandomState):
-        # the legacy form loses the state of other bit generators than MT19937
+        # the legacy format only holds the state of MT19937
         return partial(generator.set_state, generator.get_state(legacy=False))
     if isinstance(generator, random.Random):
         # the operating system's generator has no state
@@ -35,13 +35,13 @@ def restorer(generator: Any) -> Callable[[], object] | None:
 
 
 def random_state(device: torch.device) -> tuple[Any, ...]:
-    """Return the states of the generators that Python, numpy and torch share."""
+    """Return the states of the global generators of Python, numpy and torch."""
     cuda = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
     return random.getstate(), np.random.get_state(), torch.get_rng_state(), device, cuda
 
 
 def set_random_state(state: tuple[Any, ...]) -> None:
-    """Restore what ``random_state`` returned."""
+    """Restore a result of ``random_state``."""
     python, numpy, cpu, device, cuda = state
     random.setstate(python)
     np.random.set_state(numpy)

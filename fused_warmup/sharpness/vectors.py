@@ -1,4 +1,4 @@
-"""The vector operations of a measurement: in plain PyTorch, and by the kernels of a backend.
+"""Vector operations of a measurement: in plain PyTorch, and by the kernels of a backend.
 
 Vectors are flat, ``[n]`` over all parameters, in float32 or float64; bases are ``[m, n]``. Scalars and sums
 are float64 on the device, and nothing here waits for them.
@@ -7,6 +7,8 @@ are float64 on the device, and nothing here waits for them.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,8 +22,37 @@ def dot(a: Tensor, b: Tensor) -> Tensor:
     return torch.sum(a * b, dtype=torch.float64)
 
 
+@dataclass(frozen=True)
+class Direction:
+    """The last vector ``w`` of an orthogonal basis, which is not normalised, and the lengths that go with it.
+
+    Attributes:
+        basis: ``[m, n]``.
+        inverse: ``1 / |w|``, 0-dim; 0 if the vector is zero up to rounding.
+        length: ``|C w| / |w|`` for the diagonal ``C`` of an operator, 0-dim.
+    """
+
+    basis: Tensor
+    inverse: Tensor
+    length: Tensor
+
+
+class Product(NamedTuple):
+    """Scalars of the product of an operator ``A`` with the unit vector ``v`` of a direction, float64.
+
+    Attributes:
+        factor: Number by which the written vector must be multiplied to give ``A v``, 0-dim.
+        dots: Inner products of the written vector, without the factor, with the basis, ``[m]``.
+        quotient: Rayleigh quotient ``v' A v``, 0-dim.
+    """
+
+    factor: Tensor
+    dots: Tensor
+    quotient: Tensor
+
+
 class Vectors:
-    """The operations in plain PyTorch, which every backend's kernels must match.
+    """Vector operations in plain PyTorch, which every backend's kernels must match.
 
     Args:
         params: Parameters, on one device.
@@ -37,11 +68,11 @@ class Vectors:
         self.is_narrow = any(p.dtype.itemsize == 2 for p in self.params)
 
     def basis(self, count: int) -> Tensor:
-        """Return room for ``count`` vectors, ``[count, n]``, not initialised."""
+        """Return ``count`` vectors that are not initialised, ``[count, n]``."""
         return torch.empty(count, self.numel, dtype=self.dtype, device=self.device)
 
     def number(self, value: float) -> Tensor:
-        """Return a 0-dim float64 on the device, without a copy that waits."""
+        """Return a number as a 0-dim float64 tensor on the device, without waiting for it."""
         return torch.full((), value, dtype=torch.float64, device=self.device)
 
     def split(self, vector: Tensor) -> list[Tensor]:
@@ -49,14 +80,17 @@ class Vectors:
         return [v.view(p.shape) for v, p in zip(torch.split(vector, self.sizes), self.params, strict=True)]
 
     def flat(self, tensors: Sequence[Tensor | None]) -> Tensor:
-        """Return one vector of ``[n]``; None is zero, and a 0-dim tensor fills its piece."""
+        """Return tensors as one vector of ``[n]``; None gives zeros, a 0-dim tensor fills its segment."""
         vector = self.basis(1)[0]
         for view, t in zip(self.split(vector), tensors, strict=True):
-            view.copy_(t.detach()) if t is not None else view.zero_()
+            if t is None:
+                view.zero_()
+            else:
+                view.copy_(t.detach())
         return vector
 
     def from_params_order(self, vector: Tensor) -> Tensor:
-        """Return a vector of ``[n]`` that was drawn parameter by parameter: backends share its values."""
+        """Reorder a vector whose segments are in the order of the parameters: all backends draw the same."""
         return vector
 
     def perturb(self, vector: Tensor, scale: Tensor | None, size: Tensor) -> None:
@@ -79,19 +113,20 @@ class Vectors:
         scale: Tensor | None,
         size: Tensor,
     ) -> tuple[Tensor, Tensor]:
-        """Write ``scale * (plus - minus)`` into ``out``, and put the parameters back.
+        """Write ``scale * (plus - minus)`` into ``out``, and restore the parameters.
 
         Args:
-            basis: ``[m, n]``; the parameters were moved by plus and minus ``size * scale * basis[-1]``.
+            basis: ``[m, n]``; the gradients are those at plus and minus ``size * scale * basis[-1]``.
             out: ``[n]``.
-            plus: Gradients at one end, None for zeros.
-            minus: Gradients at the other.
+            plus: Gradients at the positive end of the step, None for zeros.
+            minus: Gradients at the negative end.
             scale: ``[n]``, or None for ones.
             size: 0-dim.
 
         Returns:
-            Products of ``out`` with the basis, ``[m]``; and ``[2]``: where parameters are rounded to 16 bits,
-            the square of how far they moved from end to end, and that times the difference of gradients.
+            Inner products of ``out`` with the basis, ``[m]``; and ``[2]``, for parameters rounded to 16 bits:
+            the squared distance between both ends, and the inner product of that displacement with the
+            difference of gradients.
         """
         difference = self.flat(plus) - self.flat(minus)
         moved = torch.zeros(2, dtype=torch.float64, device=self.device)
@@ -100,8 +135,8 @@ class Vectors:
             for sign in (1.0, -1.0):
                 values = self._displaced(basis[-1], scale, sign * size)
                 ends.append(self.flat([v.to(p.dtype) for v, p in zip(values, self.params, strict=True)]))
-            way = ends[0] - ends[1]
-            moved = torch.stack([dot(way, way), dot(way, difference)])
+            displacement = ends[0] - ends[1]
+            moved = torch.stack([dot(displacement, displacement), dot(displacement, difference)])
         out.copy_(difference if scale is None else scale * difference)
         for param, value in zip(self.params, self.snapshot, strict=True):
             param.data.copy_(value)
@@ -114,14 +149,14 @@ class Vectors:
 
         Args:
             out: ``[n]``.
-            keep: 0-dim, or None for zero: ``out`` is then not read.
+            keep: 0-dim, or None for zero, in which case ``out`` is not read.
             basis: ``[m, n]``.
             coefficients: Float64 of ``[m]``.
             scale: ``[n]``, or None.
 
         Returns:
-            Products of ``out`` with the basis, ``[m]``; and ``[2]``: the squares of ``out`` and, where there
-            is a scale, of ``scale * out``.
+            Inner products of ``out`` with the basis, ``[m]``; and ``[2]``: the squared norms of ``out`` and,
+            with a scale, of ``scale * out``.
         """
         total = torch.zeros_like(out) if keep is None else out * keep.to(out.dtype)
         for v, c in zip(basis, coefficients.to(out.dtype), strict=True):
@@ -135,30 +170,30 @@ class Vectors:
         )
 
     def _displaced(self, vector: Tensor, scale: Tensor | None, size: Tensor) -> list[Tensor]:
-        """Return where a step along a vector leads, not rounded to the dtypes of the parameters."""
-        way = vector if scale is None else scale * vector
-        parts = self.split(way * size.to(way.dtype))
+        """Return the parameters after a step along a vector, not rounded to their dtypes."""
+        scaled = vector if scale is None else scale * vector
+        parts = self.split(scaled * size.to(scaled.dtype))
         return [value + part for value, part in zip(self.snapshot, parts, strict=True)]
 
 
 class FusedVectors(Vectors):
-    """The same by kernels: one pass over memory for each operation.
+    """Vector operations by a backend's kernels: one pass over memory each.
 
     Args:
         params: Parameters, dense in memory, on one device.
         snapshot: Their values, laid out like them.
         dtype: Dtype of the vectors.
-        backend: Has the kernels.
+        backend: Backend with vector kernels.
 
     Attributes:
-        offsets: Where the piece of each parameter begins in a flat vector.
+        offsets: Start of each parameter's segment in a flat vector.
     """
 
     def __init__(
         self, params: Sequence[Tensor], snapshot: Sequence[Tensor], dtype: torch.dtype, backend: VectorBackend
     ) -> None:
         super().__init__(params, snapshot, dtype)
-        # whole vectors of the device first: what follows a tensor of odd size has no alignment
+        # sizes that keep the alignment first: all segments after one of odd size are unaligned
         order = sorted(range(len(params)), key=lambda i: params[i].numel() % 8 != 0)
         self.offsets = [0] * len(params)
         total = 0
@@ -167,30 +202,30 @@ class FusedVectors(Vectors):
             total += params[i].numel()
         self._in_order = order == sorted(order) and all(p.is_contiguous() for p in params)
         self._backend = backend
-        self._spans = VectorTable(params, snapshot, self.offsets, dtype)
+        self._table = VectorTable(params, snapshot, self.offsets, dtype)
 
     def basis(self, count: int) -> Tensor:
-        """Return room for ``count`` vectors, each of which begins at a multiple of 32 bytes."""
-        room = torch.empty(count, -(-self.numel // 8) * 8, dtype=self.dtype, device=self.device)
-        return room[:, : self.numel]
+        """Return ``count`` vectors that are not initialised, each aligned to 32 bytes."""
+        padded = torch.empty(count, -(-self.numel // 8) * 8, dtype=self.dtype, device=self.device)
+        return padded[:, : self.numel]
 
     def split(self, vector: Tensor) -> list[Tensor]:
-        """Return views of a vector of ``[n]`` that are laid out like the parameters."""
+        """Return views of a vector of ``[n]`` in the shapes and layouts of the parameters."""
         first = vector.storage_offset()
         parts = zip(self.params, self.offsets, strict=True)
         return [vector.as_strided(p.shape, p.stride(), first + offset) for p, offset in parts]
 
     def from_params_order(self, vector: Tensor) -> Tensor:
-        """As ``Vectors.from_params_order``."""
+        """See ``Vectors.from_params_order``."""
         if self._in_order:
             return vector
         parts = zip(torch.split(vector, self.sizes), self.params, strict=True)
         return self.flat([part.view(p.shape) for part, p in parts])
 
     def perturb(self, vector: Tensor, scale: Tensor | None, size: Tensor) -> None:
-        """As ``Vectors.perturb``."""
-        self._spans.prepare(vector[None], None, scale, size)
-        self._backend.vectors("perturb", self._spans)
+        """See ``Vectors.perturb``."""
+        self._table.prepare(vector[None], None, scale, size)
+        self._backend.vectors("perturb", self._table)
 
     def finish(
         self,
@@ -201,18 +236,18 @@ class FusedVectors(Vectors):
         scale: Tensor | None,
         size: Tensor,
     ) -> tuple[Tensor, Tensor]:
-        """As ``Vectors.finish``."""
-        self._spans.put_gradients(plus, minus)
-        sums = self._spans.prepare(basis, out, scale, size, narrow=self.is_narrow)
-        self._backend.vectors("finish", self._spans)
+        """See ``Vectors.finish``."""
+        self._table.put_gradients(plus, minus)
+        sums = self._table.prepare(basis, out, scale, size, narrow=self.is_narrow)
+        self._backend.vectors("finish", self._table)
         return sums[:-2], sums[-2:]
 
     def combine(
         self, out: Tensor, keep: Tensor | None, basis: Tensor, coefficients: Tensor, scale: Tensor | None
     ) -> tuple[Tensor, Tensor]:
-        """As ``Vectors.combine``."""
+        """See ``Vectors.combine``."""
         head = self.number(0.0) if keep is None else keep
         factors = torch.cat([head[None], coefficients])
-        sums = self._spans.prepare(basis, out, scale, factors, fresh=keep is None)
-        self._backend.vectors("combine", self._spans)
+        sums = self._table.prepare(basis, out, scale, factors, fresh=keep is None)
+        self._backend.vectors("combine", self._table)
         return sums[:-2], sums[-2:]

@@ -69,7 +69,7 @@ def test_radam_golden_table():
      (0.999, 5, 6), (0.9999, 5, 6), (0.99999, 5, 6)],
 )  # fmt: skip
 def test_radam_first_adaptive_step(beta2, paper, torch_):
-    """The crossing table E7, and O-B9: no adaptive step before the sixth at extreme beta2."""
+    """The first step whose rho exceeds the threshold of the paper (4) or of torch (5): never before the fifth."""
     for threshold, expected in ((4.0, paper), (5.0, torch_)):
         first = next((t for t in range(1, 5000) if rules.sma_length(beta2, t) > threshold), None)
         assert first == expected, threshold
@@ -107,14 +107,14 @@ def _descend(make, steps):
     ids=["adam", "giadam", "radam-paper", "radam-torch", "radam-author"],
 )  # fmt: skip
 def test_unit_problem(make, expected, backend):
-    """O-A1 and O-B3: the authors' own problem, printed to 15 digits."""
+    """The authors' own problem, x^2 / 2 from 1 at lr = 1e-3, printed to 15 digits."""
     path = _descend(lambda p: make(p, lr=1e-3, backend=backend), list(expected))
     assert path == pytest.approx(expected, rel=0, abs=1e-14)
 
 
 @pytest.mark.parametrize("backend", ["reference", "cpu"])
 def test_constant_gradient(backend):
-    """O-A2: Adam's step is eta g/(|g|+eps); GI-Adam's is eta g/(|g|/sqrt(1-beta2^t)+eps)."""
+    """Adam's step is eta g/(|g|+eps); GI-Adam's is eta g/(|g|/sqrt(1-beta2^t)+eps)."""
     for cls, factor in ((fw.Adam, lambda t: 1.0), (fw.GIAdam, lambda t: math.sqrt(1 - 0.999**t))):
         x = torch.nn.Parameter(torch.zeros(3, dtype=torch.float64))
         opt = cls([x], lr=0.1, eps=1e-3, backend=backend)
@@ -130,7 +130,7 @@ def test_constant_gradient(backend):
 
 @pytest.mark.parametrize("backend", ["reference", "cpu"])
 def test_giadam_is_adam_with_prepared_state(backend):
-    """O-A4, bit for bit, and O-A3: with beta2 = 0 the start is forgotten."""
+    """GI-Adam is Adam with exp_avg_sq = g_0^2, bit for bit; with beta2 = 0 the initial state has no effect."""
     a, b = make_params(torch.float32), make_params(torch.float32)
     gi, adam = fw.GIAdam(a, backend=backend), fw.Adam(b, backend=backend)
     set_grads(b, 0)
@@ -195,7 +195,7 @@ def test_random_init_has_the_norm_of_the_gradient(backend):
 
 @pytest.mark.parametrize("backend", ["reference", "cpu"])
 def test_radam_properties(backend):
-    """O-B5, O-B6, O-B7, O-B8, O-B11."""
+    """Limits of beta2, skipped steps, betas of groups, zero gradients with eps = 0, and the scale of gradients."""
 
     def run(scale=1.0, steps=5, **options):
         x = torch.nn.Parameter(torch.tensor([1.0, -2.0], dtype=torch.float64))

@@ -119,7 +119,7 @@ def assert_trained_alike(ours, theirs):
 
 @each_backend
 def test_what_they_reduce_to(backend):
-    """F8: nothing to project is AdamW and SGD; a ratio of 1 is Adam and AdamW."""
+    """Without projection AdamP and SGDP are AdamW and SGD; with a trust ratio of 1 LAMB is Adam or AdamW."""
     adamw = trained(lambda p: torch.optim.AdamW(p, lr=0.01, weight_decay=0.3))
     common = {"lr": 0.01, "backend": backend}
     assert_trained_alike(trained(lambda p: fw.AdamP(p, weight_decay=0.3, delta=0.0, **common)), adamw)
@@ -393,7 +393,7 @@ def test_the_authors_package(ours, keeps_buffer, options, backend):
 
 @each_backend
 def test_scale_invariant_weights_are_projected_and_the_last_layer_is_not(backend):
-    """F9: steps of the weights before a batch norm are orthogonal to them, in float32."""
+    """Steps of the weights before a batch norm are orthogonal to the weights, in float32."""
     torch.manual_seed(1)
     net = network().float()
     opt = fw.AdamP(net.parameters(), lr=1e-2, backend=backend)

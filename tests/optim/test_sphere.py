@@ -98,7 +98,7 @@ def test_directions_do_not_depend_on_the_radius(rule, backend):
 
 
 def check_directions(rule, backend, steps):
-    """O-C1, for RAdam across the step where it begins to rectify."""
+    """Two radii give the same directions; RAdam's steps include the first rectified one."""
     runs = []
     for radius in (1.0, 28.0):
         net = Invariant(radius)
@@ -109,7 +109,7 @@ def check_directions(rule, backend, steps):
 
 
 def test_the_angle_of_a_step_is_that_of_the_effective_rate(backend):
-    """O-C3, and O-C4 of the network itself."""
+    """The angle is arctan(effective rate * |gradient on the unit sphere|); the gradient is orthogonal to the weights."""
     net = Invariant(28.0)
     opt = made("sgd", backend, net.params, lr=0.3)
     for _ in range(5):
@@ -125,7 +125,7 @@ def test_the_angle_of_a_step_is_that_of_the_effective_rate(backend):
 
 
 def test_norms_grow_without_a_sphere_only(backend):
-    """O-C9: the effective rate of the one decays, that of the other stays."""
+    """Free weights grow, so that their effective rate decays; those on a sphere keep both."""
     free, kept = Invariant(3.0), Invariant(3.0)
     opts = fw.SGD(free.params, lr=0.5, backend=backend), made("sgd", backend, kept.params, lr=0.5)
     last = 3.0
@@ -213,7 +213,7 @@ def check_steps(rule, dtype, backend, shapes, steps, device="cpu"):
 
 @each_rule
 def test_other_groups_do_not_notice(rule, backend):
-    """O-C2: the free group is the same bit for bit, frozen parameters stay."""
+    """The free group is the same bit for bit, frozen parameters stay."""
     results = []
     for projection in (None, "sphere"):
         groups = three_groups(torch.float32)

@@ -25,7 +25,7 @@ def test_values_by_hand():
 
 
 def test_warmup_steps_of_the_paper():
-    """O-A9: the first update uses a T-th, update T the full rate, and T + 1 holds it."""
+    """The first update uses a T-th of the rate, update T the full rate, and T + 1 holds it."""
     s = fs.warmup(1000)
     assert [s(0), s(999), s(1000), s(5000)] == [1e-3, 1.0, 1.0, 1.0]
 
@@ -42,7 +42,7 @@ def test_join():
 
 
 def test_torch_schedulers_agree():
-    """Our polynomial and cosine are those of torch."""
+    """Our polynomial and cosine equal those of torch."""
     for ours, make in [
         (fs.polynomial(1.0, 0.0, 10, 3.0), lambda o: torch.optim.lr_scheduler.PolynomialLR(o, 10, 3.0)),
         (fs.cosine(1.0, 0.0, 10), lambda o: torch.optim.lr_scheduler.CosineAnnealingLR(o, 10)),
@@ -67,7 +67,7 @@ def test_json_round_trip(name):
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("name", [name for name in SCHEDULES if name != "none"])
 def test_lambda_lr_trains_the_same(name, backend):
-    """``LambdaLR(opt, s)`` and ``schedule=s``, bit for bit, and the rate that telemetry shows."""
+    """``LambdaLR(opt, s)`` and ``schedule=s`` train the same, and the telemetry records the rate."""
     s = SCHEDULES[name]
     a, b = make_params(torch.float32, [(33,)]), make_params(torch.float32, [(33,)])
     fused = fw.Adam(a, lr=0.3, schedule=s, backend=backend)
@@ -86,7 +86,7 @@ def test_lambda_lr_trains_the_same(name, backend):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_drift_over_ten_thousand_steps(backend):
-    """The schedule depends on the count alone: after 10,000 steps it is the closed form, not a product of factors."""
+    """The schedule depends on the step count alone: after 10,000 steps it equals the closed form, without drift."""
     x = torch.nn.Parameter(torch.zeros(1))
     s = fs.warmup(300).then(fs.cosine(1.0, 0.0, 9_700))
     opt = fw.SGD([x], lr=0.1, schedule=s, backend=backend)

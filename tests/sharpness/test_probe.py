@@ -1,4 +1,4 @@
-"""Sharpness while a model trains: accuracy, lock-in, schedule, budget, and that training does not notice."""
+"""Sharpness while a model trains: accuracy, lock-in, schedule, budget, and training that is not affected."""
 
 import gc
 import math
@@ -28,7 +28,7 @@ def quadratic_of(matrix):
 @pytest.mark.parametrize("audited", [True, False])
 @pytest.mark.parametrize("seed", [0, 1, 2])
 def test_crossing_is_recovered(seed, audited, monkeypatch):
-    """An eigenvalue of 5 + 0.1 t passes 10 at t = 50: the warm start leaves the old vector within 16 readings."""
+    """An eigenvalue of 5 + 0.1 t passes 10 at t = 50: the warm start follows within 16 readings."""
     if not audited:
         monkeypatch.setattr("fused_warmup.sharpness.probe._AUDIT_EVERY", 10**6)
     n = 100
@@ -60,7 +60,7 @@ def test_crossing_is_recovered(seed, audited, monkeypatch):
 
 @pytest.mark.parametrize(("admixture", "expected"), [(0.0, 10.0), (None, 20.0)])
 def test_warm_start_alone_locks_in(monkeypatch, admixture, expected):
-    """What the admixture is for: without it an exact eigenvector stays, though another eigenvalue is twice its own."""
+    """Without noise an exact eigenvector stays, although another eigenvalue is twice its own."""
     if admixture is not None:
         monkeypatch.setattr("fused_warmup.sharpness.probe._ADMIXTURE", admixture)
     monkeypatch.setattr("fused_warmup.sharpness.probe._AUDIT_EVERY", 10**6)
@@ -83,7 +83,7 @@ def test_warm_start_alone_locks_in(monkeypatch, admixture, expected):
     "make", [lambda p: fw.Adam(p, lr=3e-3), lambda p: torch.optim.SGD(p, lr=0.5, momentum=0.9)]
 )
 def test_tracks_the_dense_hessian(make):
-    """Every 10 steps of a tanh MLP: median error under 1e-2, and never above the truth."""
+    """Every 10 steps of a tanh MLP: median error under 1e-2, and never above the exact value."""
     model, loss = tanh_model(sizes=(6, 12, 3))
     opt = make(model.parameters())
     probe = fw.SharpnessProbe(opt, loss, every=10)
@@ -110,7 +110,7 @@ def test_tracks_the_dense_hessian(make):
 
 
 @pytest.mark.parametrize("cls", [fw.Adam, fw.GIAdam, torch.optim.AdamW])
-def test_training_does_not_notice(cls):
+def test_training_is_not_affected(cls):
     """With batch norm and dropout: parameters, buffers, states and losses bit for bit the same."""
     runs = []
     for on in (False, True):
@@ -154,7 +154,7 @@ def test_schedule_telemetry_and_step():
     assert readings.pop() is None
     assert [r.asdict()["step"] for r in readings] == [0, 4, 8, 12, 16, 20]
     assert readings[0].asdict()["flags"] == ["cold"]
-    # two more after the cold one are for the error of differences
+    # two more products of the cold one measure the error of differences
     assert [r.hvps for r in readings] == [12, 5, 5, 5, 5, 3]
     assert [r.cost for r in readings] == [24, 10, 10, 10, 10, 6]
     assert math.isnan(readings[0].err_batch.item())
@@ -166,7 +166,7 @@ def test_schedule_telemetry_and_step():
 
 
 def test_groups_with_other_rates():
-    """The edge ratio follows an operator of its own, at twice the products."""
+    """The edge ratio is measured by an operator of its own, at twice the products."""
     model, loss = tanh_model(sizes=(4, 6, 3))
     params = list(model.parameters())
     opt = fw.Adam([{"params": params[:2], "lr": 1e-2}, {"params": params[2:], "lr": 1e-3}])
@@ -188,7 +188,7 @@ def test_groups_with_other_rates():
     lambda p: fw.SGD([{"params": p[:2], "lr": 0.2}, {"params": p[2:]}], lr=0.1, momentum=0.9),
 ])  # fmt: skip
 def test_step_counts_stay_on_the_device(make, monkeypatch):
-    """After the first step nothing of the optimizer is read on the host, and the readings are those of the reference."""
+    """After the first step no step count is read on the host, and readings agree with the reference."""
     found = []
     for backend in ("cpu", "reference"):
         model, loss = tanh_model(torch.float32, sizes=(4, 6, 3))
@@ -200,7 +200,7 @@ def test_step_counts_stay_on_the_device(make, monkeypatch):
             loss().backward()
             with monkeypatch.context() as patch:
                 if step and backend == "cpu":
-                    patch.delattr("fused_warmup.sharpness.pending._counts")
+                    patch.delattr("fused_warmup.sharpness.pending_step._counts")
                 probe.measure()
             readings.append(probe.poll().asdict())
             opt.step()
@@ -213,7 +213,7 @@ def test_step_counts_stay_on_the_device(make, monkeypatch):
 
 
 def test_a_loss_that_is_not_finite():
-    """NaN in the reading, and the next measurement is as good as ever."""
+    """The reading is NaN, and the next one is accurate again."""
     p, loss = quadratic_of(symmetric([4.0, 1.0, 0.5]))
     scale = [1.0]
     probe = fw.SharpnessProbe(fw.SGD([p], lr=0.1), lambda: scale[0] * loss(), every=1)
@@ -226,7 +226,7 @@ def test_a_loss_that_is_not_finite():
 
 
 def test_budget(monkeypatch):
-    """With a clock of our own: measurements of 5 units beside steps of 1 take the fraction that they may."""
+    """With a simulated clock: measurements of 5 units beside steps of 1 stay within their fraction."""
     p, loss = quadratic_of(symmetric([4.0, 1.0, 0.5]))
     now = [0.0]
     monkeypatch.setattr("fused_warmup.sharpness.probe.time.perf_counter", lambda: now[0])
@@ -247,7 +247,7 @@ def test_budget(monkeypatch):
 
 
 def test_memory_is_flat():
-    """A thousand readings that nobody polls: no tensor and no object more than after fifty."""
+    """A thousand readings without a poll leave no more tensors and objects than a hundred."""
     p, loss = quadratic_of(symmetric([4.0, 1.0, 0.5, 0.2]))
     opt = fw.Adam([p], lr=1e-4)
     probe = fw.SharpnessProbe(opt, loss, every=1)

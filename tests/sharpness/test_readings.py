@@ -1,4 +1,4 @@
-"""Readings of losses with generators of their own, searches that ascend, losses in any form, wrapped optimizers."""
+"""Readings of losses that own generators, searches that ascend, losses in any form, and wrapped optimizers."""
 
 import copy
 import functools
@@ -47,7 +47,7 @@ GENERATORS = {
 
 
 def draw(generator):
-    """An odd number of normal numbers, of which some generators keep every second one for later."""
+    """Draw an odd number of normal numbers: some generators cache every second one."""
     if isinstance(generator, torch.Generator):
         return torch.randn(N, dtype=torch.float64, generator=generator)
     if isinstance(generator, random.Random):
@@ -179,7 +179,7 @@ def in_class(w, g):
 
 
 def in_method_of_an_object(w, g):
-    """The closure names the object only, and its class has a method that names a global."""
+    """The closure names only the object, whose class has a method that names a global."""
     globals()["GLOBAL"] = g
 
     class Source:
@@ -245,7 +245,7 @@ def in_stream(w, g):
 
 
 class Noise(nn.Module):
-    """Adds noise from a generator that it has as an attribute, in a list or in a dict."""
+    """Adds noise from a generator in an attribute, a list, a dict, its class, a hook or a global."""
 
     kept = None
 
@@ -283,8 +283,8 @@ def in_module(place, w, g):
     return lambda: 0.5 * (H * w * w).sum() + 0.5 * model[0]["inner"][1](w) ** 2
 
 
-def in_module_seen_when_it_runs(w, g):
-    """Too far from the closure to be found there: in place 65 of a list."""
+def in_module_found_when_it_runs(w, g):
+    """Out of reach of the search from the closure: item 65 of a list."""
     far = [*([None] * 64), Noise(g, "attribute")]
     return lambda: 0.5 * (H * w * w).sum() + 0.5 * far[64](w) ** 2
 
@@ -310,7 +310,7 @@ def point():
 
 
 def train(make_loss, generator, with_probe):
-    """Five steps; parameters, states and losses, the state of the generator, and the readings."""
+    """Train for five steps; return values of the training, the state of the generator, and the readings."""
     w = point()
     loss = make_loss(w, generator)
     opt = fw.Adam([w], lr=1e-2)
@@ -330,7 +330,7 @@ def train(make_loss, generator, with_probe):
 
 
 def assert_untouched(make_loss, kind):
-    """A training with a probe is one without, bit for bit."""
+    """Assert that a training with a probe equals one without, bit for bit."""
     (plain, last, none), (probed, after, readings) = (
         train(make_loss, GENERATORS[kind](), on) for on in (False, True)
     )
@@ -345,13 +345,13 @@ def assert_untouched(make_loss, kind):
 @pytest.mark.parametrize("kind", GENERATORS)
 @pytest.mark.parametrize("place", PLACES)
 def test_generators_are_found(place, kind):
-    """Of every kind, in every place: readings consume nothing, and see the same numbers in each evaluation."""
+    """Every kind in every place: readings consume no numbers, and each evaluation draws the same ones."""
     make_loss = PLACES[place]
     assert_untouched(make_loss, kind)
     w, generator = point(), GENERATORS[kind]()
     loss = make_loss(w, generator)
     before = state_of(generator)
-    # double backward evaluates once, so that its noise is frozen whether the generator is found or not
+    # double backward evaluates once, so its noise is frozen even if the generator is not found
     exact = top_eigenvalue(loss, [w], iterations=N, method="autograd").value.item()
     assert state_of(generator) == before
     found = top_eigenvalue(loss, [w], iterations=N)
@@ -380,7 +380,7 @@ def test_value_is_that_of_frozen_noise(kind):
 
 @pytest.mark.parametrize("kind", GENERATORS)
 def test_noise_in_a_gradient_hook(kind):
-    """A hook of a parameter runs in each backward pass; with the same noise at both ends it cancels."""
+    """A hook of a parameter runs in each backward pass; the same noise at both ends cancels."""
 
     def hooked(w, generator):
         w.register_hook(lambda grad: grad + draw(generator))
@@ -410,9 +410,9 @@ def test_after_an_exception():
     assert_same_bits("noise", calls[1], calls[0])
 
 
-@pytest.mark.parametrize("seen", ["at once", "when it runs"])
-def test_generators_that_share_a_state(seen):
-    """A module found in the middle of an evaluation may own what was drawn from before: the first state counts."""
+@pytest.mark.parametrize("found", ["at once", "when it runs"])
+def test_generators_that_share_a_state(found):
+    """A module found during an evaluation may own a generator already used: the first saved state counts."""
     bits = np.random.PCG64(5)
     sources = {
         "bits": (bits, functools.partial(draw, np.random.Generator(bits))),
@@ -422,7 +422,7 @@ def test_generators_that_share_a_state(seen):
     }
     for owned, shared in sources.values():
         module = Noise(owned, "attribute")
-        far = [*([None] * (64 if seen == "when it runs" else 0)), module]
+        far = [*([None] * (64 if found == "when it runs" else 0)), module]
         w = point()
         loss = lambda shared=shared: noisy(w, shared()) + 0.5 * far[-1](w) ** 2  # noqa: B023, E731
         before = state_of(owned)
@@ -432,7 +432,7 @@ def test_generators_that_share_a_state(seen):
 
 
 def test_the_probe_keeps_its_own_generator():
-    """A closure may lead to the probe: its random vectors must differ from one reading to the next all the same."""
+    """A closure may refer to the probe: its random vectors must still differ from one reading to the next."""
     w = point()
 
     class Session(Trainer):
@@ -449,14 +449,14 @@ def test_the_probe_keeps_its_own_generator():
 
 
 def test_generators_without_a_state_do_no_harm():
-    """The operating system's cannot be set: it is left alone."""
+    """The state of the operating system's generator cannot be set: it is left alone."""
     system, w = random.SystemRandom(), point()
     loss = lambda: noisy(w, torch.ones(N, dtype=torch.float64)) + 0.0 * system.random()  # noqa: E731
     assert top_eigenvalue(loss, [w], iterations=N).value.item() > 3.0
 
 
 def test_strange_objects_do_no_harm():
-    """What a closure leads to may refuse to be looked at: dead proxies, classes without a module's name."""
+    """Objects that a closure refers to may raise: dead proxies, attributes, classes without a module's name."""
 
     class Odd:
         @property
@@ -478,7 +478,7 @@ def test_strange_objects_do_no_harm():
 
 
 def test_big_models_are_searched_whole():
-    """Each of a hundred modules has a budget of its own: the generator of the last one is found."""
+    """Each of a hundred modules has its own budget: the generator of the last one is found."""
     blocks = nn.ModuleList(nn.Sequential(nn.Linear(2, 2), nn.ReLU(), nn.BatchNorm1d(2)) for _ in range(100))
     generator = GENERATORS["torch"]()
     blocks.append(Noise(generator, "dict"))
@@ -497,7 +497,7 @@ def test_big_models_are_searched_whole():
 
 
 def curved(shift, sign):
-    """A quadratic of which the critical rates are known; ascent of its negative is descent of itself."""
+    """Return a quadratic with known critical rates; ascent of its negative is the same as its descent."""
     h = torch.tensor([10.0, 1.0, 0.1], dtype=torch.float64)
     x = torch.tensor([1.0, 0.5, -3.0], dtype=torch.float64, requires_grad=True)
     return x, h, lambda: sign * (0.5 * (h * x * x).sum() - shift)
@@ -518,7 +518,7 @@ USES = pytest.mark.parametrize(("sign", "use_grad"), [(1, True), (1, False), (-1
 
 
 def exact_rate(rule):
-    """2 g'u / u'Hu, for the first step u."""
+    """Return 2 g'u / u'Hu for the first step u."""
     x, h, loss = curved(0.0, 1)
     g = torch.autograd.grad(loss(), x)[0]
     u = RULES[rule][1](g)
@@ -528,7 +528,7 @@ def exact_rate(rule):
 @USES
 @pytest.mark.parametrize("rule", RULES)
 def test_critical_rate_up_and_down(rule, sign, use_grad):
-    """The right rate; the same for ascent of the negative, and whatever is taken from the loss."""
+    """The exact rate; the same for ascent of the negative, and for any constant subtracted from the loss."""
     exact, found = exact_rate(rule), []
     for shift in SHIFTS:
         x, _, loss = curved(shift, sign)
@@ -548,7 +548,7 @@ def test_critical_rate_up_and_down(rule, sign, use_grad):
 @USES
 @pytest.mark.parametrize("rule", RULES)
 def test_initial_rate_up_and_down(rule, sign, use_grad):
-    """Just above the critical rate, within the tolerance, which a loss of zero or below does not turn around."""
+    """Just above the critical rate, within the tolerance, also for losses of zero or below."""
     exact = exact_rate(rule)
     for start in (1e-4, 1.3e-4, 1.7e-4):
         found = []
@@ -566,13 +566,13 @@ def test_initial_rate_up_and_down(rule, sign, use_grad):
                 x -= found[-1].value * u
                 after = sign * loss().item() + shift
             assert before <= after <= 1.1 * before + 1e-9
-        # a tenth of what the loss fell is up to a tenth of the loss, which is a bisection more
+        # a tenth of the decrease is at most a tenth of the loss, which may cost one more bisection
         assert all(rates.forwards <= found[0].forwards + 1 for rates in found)
         assert found[0] == initial_lr_of(rule, start)
 
 
 def initial_lr_of(rule, start):
-    """What descent of a positive loss finds."""
+    """Return the initial rate for descent of a positive loss."""
     x, _, loss = curved(0.0, 1)
     return initial_lr(loss, RULES[rule][0]([x]), start=start, target=1e3)
 
@@ -581,7 +581,7 @@ def initial_lr_of(rule, start):
 @pytest.mark.parametrize("sign", [1, -1])
 @pytest.mark.parametrize("lost", [torch.inf, -torch.inf, torch.nan])
 def test_lost_losses_are_increases(lost, sign, search):
-    """Beyond a wall at half of the first coordinate the loss is not finite, of whatever sign."""
+    """A loss that is not finite below half of the first coordinate has increased, whatever its sign."""
     x, _, loss = curved(6.0, sign)
     walled = lambda: loss() if x[0].detach() > 0.5 else loss() * 0.0 + lost  # noqa: E731
     opt = fw.SGD([x], lr=1e-3, maximize=sign < 0)
@@ -593,7 +593,7 @@ def test_lost_losses_are_increases(lost, sign, search):
 
 
 def follow(sign, shift, steps=25, **options):
-    """Train a network of the paper along a catapult, down or up."""
+    """Train a network of the paper with a catapult, by descent or ascent."""
     model, loss, _ = problem(0)
     signed = lambda: sign * (loss() - shift)  # noqa: E731
     opt = fw.SGD(model.parameters(), lr=1.0, maximize=sign < 0)
@@ -609,7 +609,7 @@ def follow(sign, shift, steps=25, **options):
 
 
 def test_catapult_up_and_down():
-    """Ascent of the negative takes the path of descent, and with losses below zero the rate rises as well."""
+    """Ascent of the negative follows the path of descent; losses below zero raise the rate as well."""
     down, catapult, params = follow(1, 0.0)
     up, other, others = follow(-1, 0.0)
     assert up == down
@@ -625,7 +625,7 @@ def test_catapult_up_and_down():
 
 
 def test_catapult_searches_until_there_is_a_rate():
-    """A first batch whose loss is not finite must not leave the rate at 0 for good."""
+    """A non-finite loss of the first batch must not leave the rate at 0 for good."""
     x, _, loss = curved(0.0, 1)
     loss().backward()
     catapult = PersistentCatapult(fw.SGD([x]), target=10.0)
@@ -637,7 +637,7 @@ def test_catapult_searches_until_there_is_a_rate():
 
 
 class Half:
-    """Something with a float in it, as fractions and arrays of other libraries are."""
+    """An object with ``__float__``, like fractions and arrays of other libraries."""
 
     def __float__(self):
         return 0.5
@@ -711,7 +711,7 @@ REFUSED = pytest.mark.parametrize(
 
 
 def plain(loss):
-    """The number that a loss is."""
+    """Return a loss as a number."""
     if isinstance(loss, torch.Tensor):
         return (loss.to_dense() if loss.layout != torch.strided else loss).double().item()
     return (
@@ -722,7 +722,7 @@ def plain(loss):
 
 
 class Source:
-    """Whoever feeds a schedule."""
+    """A source of losses for a schedule."""
 
 
 def same(a, b):
@@ -730,8 +730,8 @@ def same(a, b):
 
 
 @ANY_LOSS
-def test_schedules_are_fed_with_any_number(loss):
-    """Alone and by an optimizer: what the tests of the losses see is the number."""
+def test_schedules_record_any_number(loss):
+    """Alone and by an optimizer, the recorded loss is the number."""
     alone = fw.AutoWU(total_steps=100, steps_per_epoch=3)
     alone.step(loss)
     alone.step(0.25)
@@ -745,19 +745,19 @@ def test_schedules_are_fed_with_any_number(loss):
 
 @REFUSED
 def test_schedules_refuse_other_losses(loss, error, words):
-    """Before anything has changed, in every phase."""
+    """Raises in every phase, before anything has changed."""
     for wu in (fw.AutoWU(100, 3), fw.AutoWU(100, 3, max_warmup_fraction=0.0)):
         before = repr(wu.state_dict())
         for act in (lambda wu=wu: wu.step(loss), lambda wu=wu: wu.feed(loss, Source(), None)):
             with pytest.raises(error, match=re.escape(f"AutoWU: loss must {words}")):
                 act()
         assert repr(wu.state_dict()) == before
-        # nobody has become the source of the losses
+        # the refused call is not the source of the losses
         wu.feed(0.5, Source(), None)
 
 
-def test_schedules_are_fed_with_distributed_tensors(tmp_path):
-    """A loss of which two ranks hold the parts of a sum is that sum."""
+def test_schedules_record_distributed_tensors(tmp_path):
+    """The parts of a sum on two ranks count as the sum."""
     body = """
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Partial
@@ -809,7 +809,7 @@ FORMS = {
 
 @pytest.mark.parametrize("form", FORMS.values(), ids=FORMS)
 def test_searches_take_any_number(form):
-    """Where the gradients are there already a search needs values only."""
+    """With gradients in ``.grad`` a search needs only values of the loss."""
     found = []
     for wrap in (form, lambda v: v):
         x, _, loss = curved(0.0, 1)
@@ -926,11 +926,11 @@ def test_losses_of_regimes_are_a_sequence():
         fw.tuning.find_regimes(lambda lr: {"losses": np.array([])}, [0.1, 0.5])
 
 
-# groups that are added under a catapult
+# groups that are added to a catapult's optimizer
 
 
 def grown(cls, first, join_at, **group):
-    """Train two parameters, of which the second joins later; rates of both, and the catapult."""
+    """Train two parameters, the second from step ``join_at`` on; return rates, catapult and optimizer."""
     x, y = (torch.tensor([v], dtype=torch.float64, requires_grad=True) for v in (1.0, 2.0))
     loss = lambda: (3.0 * x**2 + 0.5 * y**2 + 1.0).sum()  # noqa: E731
     opt = cls([x], lr=first)
@@ -959,8 +959,8 @@ def grown(cls, first, join_at, **group):
     (torch.tensor(0.5), {"lr": torch.tensor(2.0)}, 4.0),
     (0.0, {"lr": 0.125}, 1.0),
 ])  # fmt: skip
-def test_new_groups_are_taken_along(cls, lr, group, ratio, join_at):
-    """With the ratio that their rate has to the first one's at the beginning; before, at and after the target."""
+def test_new_groups_follow(cls, lr, group, ratio, join_at):
+    """With the ratio of their rate to the initial one of the first group; before, at and after the target."""
     lr, group = copy.deepcopy(lr), copy.deepcopy(group)
     rates, *_ = grown(cls, lr, join_at, **group)
     assert [len(r) for r in rates] == [1] * join_at + [2] * (8 - join_at)
@@ -969,7 +969,7 @@ def test_new_groups_are_taken_along(cls, lr, group, ratio, join_at):
 
 
 def test_new_groups_once_the_target_is_reached():
-    """They get the factor once; after that all rates are the user's own."""
+    """They are scaled once; afterwards the user may change all rates."""
     _, catapult, opt = grown(fw.SGD, 0.5, 8)
     loss = lambda: 0.0 * catapult.lr  # noqa: E731
     catapult.lr = catapult.target
@@ -985,7 +985,7 @@ def test_new_groups_once_the_target_is_reached():
 
 @pytest.mark.parametrize("stop", [2, 5])
 def test_new_groups_of_a_resumed_run(stop):
-    """A catapult made anew from the scaled rates of a resumed optimizer knows those that were given."""
+    """A new catapult of a resumed optimizer restores the initial rates, not the scaled ones."""
     _, catapult, opt = grown(fw.SGD, 0.5, stop, lr=0.125)
     state = copy.deepcopy(catapult.state_dict())
     assert state["given_lrs"] == [0.5, 0.125]
@@ -997,7 +997,7 @@ def test_new_groups_of_a_resumed_run(stop):
     other.best = -torch.inf
     other.step(1.0, lambda: 1.0)
     assert [g["lr"] for g in opt.param_groups] == pytest.approx([0.1, 0.025, 0.05])
-    # states of before groups could be added
+    # states of earlier releases, without added groups
     old = {k: v for k, v in state.items() if k != "given_lrs"}
     other.load_state_dict(old)
     assert other.best == state["best"]
@@ -1068,7 +1068,7 @@ def probed(opt, loss):
 
 
 def wrapper(name, attribute, base=object):
-    """A class that keeps an optimizer in an attribute."""
+    """Return a class that keeps an optimizer in an attribute."""
 
     def init(self, inner):
         setattr(self, attribute, inner)
@@ -1077,7 +1077,7 @@ def wrapper(name, attribute, base=object):
 
 
 class Private:
-    """Keeps the optimizer in a private attribute, with a property that raises beside it."""
+    """Keeps the optimizer in a private attribute, and has a property that raises."""
 
     def __init__(self, inner):
         self._kept = inner
@@ -1098,7 +1098,7 @@ WRAPPERS = [
 
 @pytest.mark.parametrize("owner", READINGS)
 @pytest.mark.parametrize(("kind", "path"), WRAPPERS, ids=[kind.__name__ for kind, _ in WRAPPERS])
-def test_wrappers_say_where_the_optimizer_is(kind, path, owner):
+def test_wrappers_are_refused_with_the_path_to_the_optimizer(kind, path, owner):
     for cls in (fw.Adam, torch.optim.SGD):
         x, _, loss = curved(0.0, 1)
         inner = cls([x], lr=1e-3)
@@ -1112,7 +1112,7 @@ def test_wrappers_say_where_the_optimizer_is(kind, path, owner):
 
 
 @pytest.mark.parametrize("owner", READINGS)
-def test_what_is_no_optimizer(owner):
+def test_other_objects_are_refused(owner):
     x, _, loss = curved(0.0, 1)
     for other in (None, 3, "Adam", nn.Linear(2, 2), [fw.SGD([x])], fw.SGD, lambda: 1.0):
         words = f"^{owner}: optimizer must be a fused_warmup optimizer, got {type(other).__name__}\\.$"
@@ -1125,7 +1125,7 @@ def test_what_is_no_optimizer(owner):
 
 
 class Forwarding:
-    """A stand-in for wrappers whose class derives from that of the optimizer, made for each of them."""
+    """A wrapper with a class of its own that derives from the class of the optimizer, as in Lightning."""
 
     def __init__(self, inner, copies):
         if copies:
@@ -1148,7 +1148,7 @@ class Forwarding:
 @pytest.mark.parametrize("cls", [fw.Adam, fw.SGD, torch.optim.Adam])
 @pytest.mark.parametrize("owner", READINGS)
 def test_wrappers_of_a_derived_class(owner, cls, copies):
-    """They work, from before the first step on: values are those of the optimizer, which is left as it was."""
+    """They work, also before the first step: values are those of the optimizer, which is not changed."""
     found = []
     for wrapped in (False, True):
         x, _, loss = curved(0.0, 1)
@@ -1170,7 +1170,7 @@ def test_wrappers_of_a_derived_class(owner, cls, copies):
 
 
 def test_optimizers_that_have_another_one_are_not_wrappers():
-    """An optimizer of ours with an attribute for one of other parameters stands for itself."""
+    """An optimizer of ours with an attribute for an optimizer of other parameters is measured itself."""
     x, *_ = curved(0.0, 1)
 
     class Both(fw.SGD):

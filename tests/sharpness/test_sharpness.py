@@ -1,4 +1,4 @@
-"""Sharpness against Hessians that are known: prescribed spectra, closed forms, dense matrices."""
+"""Sharpness against known Hessians: prescribed spectra, closed forms, dense matrices."""
 
 import math
 
@@ -15,7 +15,8 @@ from fused_warmup.sharpness import preconditioned, threshold, top_eigenvalue
 from fused_warmup.sharpness.hvp import Hessian
 from fused_warmup.sharpness.lanczos import eigh, jacobi, lanczos
 from fused_warmup.sharpness.loss_evaluator import LossEvaluator
-from fused_warmup.sharpness.operators import Operator, make_reading, random_vector
+from fused_warmup.sharpness.measure import make_reading
+from fused_warmup.sharpness.operators import Operator, random_vector
 from fused_warmup.sharpness.pending_step import PendingStep
 
 BULK = [i / 100 for i in range(100)]
@@ -34,7 +35,7 @@ SPECTRA = {
 
 @pytest.fixture(autouse=True)
 def one_thread(seed_and_threads):
-    """Matrices this small are computed alone: on a busy machine two threads mostly wait for each other."""
+    """Use one thread: matrices are small, and on a busy machine two threads mostly wait for each other."""
     torch.set_num_threads(1)
 
 
@@ -74,7 +75,7 @@ def test_float32(name, method, rtol):
 
 
 def test_many_shapes_and_an_unused_parameter():
-    """Empty, 0-dim, odd and strided tensors, one that the loss does not see: offsets and zero rows."""
+    """Empty, 0-dim, odd and strided tensors, and one without influence on the loss: offsets and zero rows."""
     params = make_params(torch.float32, [(0,), (), (1,), (3,), (1023,), (33, 31), (4097,)])
     params.append(torch.nn.Parameter(torch.randn(6, 5).T))
     params.append(torch.nn.Parameter(torch.randn(7)))
@@ -164,7 +165,7 @@ def test_mlp_against_the_dense_hessian(dtype, method, iterations, rtol):
 
 @pytest.mark.parametrize("seed", [0, 1, 2])
 def test_mlp_under_autocast(seed):
-    """Float32 parameters, a forward pass in bfloat16: within 5 % (0.5 % with these seeds), and err_fd says more."""
+    """Float32 parameters, a forward pass in bfloat16: within 5 % (0.5 % with these seeds), and within err_fd."""
     model, loss = trained_model()
     exact = torch.linalg.eigvalsh(dense_hessian(loss, model.parameters()))[-1].item()
     twin, data = tanh_model(torch.float32)
@@ -181,8 +182,8 @@ def test_mlp_under_autocast(seed):
     assert found.err_fd.item() > error * exact
 
 
-def test_difference_error_is_seen():
-    """A step that is far too large shows in err_fd, at least as much as in the value."""
+def test_difference_error_covers_long_steps():
+    """err_fd of a step that is far too long is at least 0.3 of the error of the value."""
     model, loss = tanh_model()
     exact = top_eigenvalue(loss, model.parameters(), method="autograd", iterations=20).value
     with LossEvaluator("test", loss, list(model.parameters())) as evaluator:
@@ -213,7 +214,7 @@ def test_jacobi_is_eigh(m):
 
 @pytest.mark.parametrize("solver", [eigh, jacobi])
 def test_breakdown(solver, monkeypatch):
-    """A start that spans one, two or three dimensions: what comes after leaves no zeros and no vectors."""
+    """A start that spans one, two or three dimensions: later iterations add no eigenvalue and no vector."""
     monkeypatch.setattr("fused_warmup.sharpness.lanczos.eigh", solver)
     h = torch.diag(torch.tensor([-1.0, -2.0, -4.0, -8.0], dtype=torch.float64))
     for k, smallest in ((1, -1.0), (2, -2.0), (3, -4.0)):
@@ -312,7 +313,7 @@ def test_preconditioner_against_dense(kind, steps):
 
 
 def test_diagonal_quadratic_is_exact():
-    """O-A5: the largest ``h / P``, with P after the current gradient."""
+    """The largest ``h / P``, with the current gradient in P."""
     h = torch.tensor([5.0, 1.0, 0.3, 40.0], dtype=torch.float64)
     p = torch.tensor([1.0, -2.0, 0.5, 3.0], dtype=torch.float64, requires_grad=True)
     opt = fw.Adam([p], lr=1e-3, eps=1e-8)
@@ -343,7 +344,7 @@ def test_sgd_schedule_and_maximize():
 
 
 def test_update_is_what_the_optimizer_does():
-    """The pending of every rule is the step that it then makes, and 1 / P times its momentum."""
+    """The pending step of every rule equals the step that follows, and 1 / P times the momentum."""
     for case in PRECONDITIONED:
         params = make_params(torch.float64, [(5,), (3, 4)])
         opt = case.make(params, backend="reference")
@@ -369,7 +370,7 @@ def test_update_is_what_the_optimizer_does():
 ])  # fmt: skip
 @pytest.mark.parametrize("curvature", [1.0, 7.0])
 def test_threshold_of_gradient_descent(make, low, high, curvature):
-    """Just below the threshold a quadratic converges, just above it diverges; the edge ratio says which."""
+    """A quadratic converges just below the threshold and diverges just above it, as the edge ratio predicts."""
     for product, stable in ((low, True), (high, False)):
         x = torch.ones((), dtype=torch.float64, requires_grad=True)
         opt = make([x], product / curvature)
@@ -507,8 +508,8 @@ def kinked_loss(dtype, seed):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_kinks_are_seen_or_said(dtype):
-    """ReLU, with too few kinks to average: what the value is off by is in err_fd, and flagged."""
+def test_kinks_are_flagged(dtype):
+    """ReLU with too few kinks to average: err_fd covers the error of the value, and ``rough`` is set."""
     model, loss = kinked_loss(dtype, 0)
     exact = top_eigenvalue(loss, model.parameters(), method="autograd").value.item()
     found = top_eigenvalue(loss, model.parameters())
@@ -529,7 +530,7 @@ def test_kinks_are_seen_or_said(dtype):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_kinks_are_not_extrapolated(dtype):
-    """Steps of four and eight times the length agree by chance, and are off by a twelfth and a quarter."""
+    """Steps of four and eight times the length agree by chance, with errors of a twelfth and a quarter."""
     model, loss = kinked_loss(dtype, 11)
     found = top_eigenvalue(loss, model.parameters())
     with LossEvaluator("test", loss, list(model.parameters())) as evaluator:

@@ -1,4 +1,4 @@
-"""A measurement leaves no trace: every bit as before, also after an exception, on the user's own model."""
+"""A measurement restores every bit, also after an exception, on the user's own model."""
 
 import copy
 import random
@@ -21,7 +21,7 @@ def one_thread(seed_and_threads):
 
 
 class Replacing(nn.Module):
-    """Gives one of its buffers another tensor at each pass, and counts in another."""
+    """Replaces one buffer by a new tensor at each pass, and counts in another one."""
 
     def __init__(self):
         super().__init__()
@@ -49,7 +49,7 @@ def noisy_model():
 
 
 def record(model, opt, scaler=None):
-    """Everything that a measurement could touch, and the very objects."""
+    """Return the values that a measurement could change, and the identities of their objects."""
     params = list(model.parameters())
     values = {k: v.clone() for k, v in model.state_dict().items()}
     values |= {f"grad{i}": p.grad.clone() for i, p in enumerate(params) if p.grad is not None}
@@ -150,7 +150,7 @@ def test_between_forward_and_backward():
 
 
 def test_dropout_is_the_same_in_every_evaluation():
-    """With other masks at both ends the difference of gradients would be all noise."""
+    """With different masks at both ends the difference of gradients would be pure noise."""
     torch.manual_seed(0)
     w = nn.Parameter(torch.randn(50, dtype=torch.float64))
     loss = lambda: 0.5 * (F.dropout(w, 0.5) ** 2).sum()  # noqa: E731
@@ -158,7 +158,7 @@ def test_dropout_is_the_same_in_every_evaluation():
 
 
 def test_inside_autocast():
-    """Casts of parameters that an outer autocast keeps do not hide that they move, nor outlive it."""
+    """Casts of parameters that an outer autocast caches do not become stale, inside or afterwards."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 3))
     x, y = torch.randn(64, 6), torch.randint(3, (64,))
@@ -180,7 +180,7 @@ def attention_loss():
 
 
 def test_fused_attention():
-    """The default works where double backward does not, and agrees with it under the attention that has one."""
+    """The default works without double backward, and agrees with it under an attention that supports it."""
     params, loss = attention_loss()
     found = top_eigenvalue(loss, params, iterations=12).value.item()
     with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
@@ -191,7 +191,7 @@ def test_fused_attention():
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 @pytest.mark.parametrize("how", ["wrapped", "in place", "function"])
 def test_compiled(how):
-    """A compiled model gives what the plain one gives, its buffers come back, and it is compiled twice at most."""
+    """A compiled model gives the plain one's result, its buffers are restored, and it compiles at most twice."""
     model, _ = noisy_model()
     model = nn.Sequential(model[0], model[1], model[3], model[5])
     x, y = torch.randn(32, 6), torch.randint(3, (32,))

@@ -31,13 +31,13 @@ def test_sums_do_not_depend_on_threads():
 
 @pytest.mark.parametrize("isa", BACKENDS)
 def test_vectors_longer_than_a_cache(isa):
-    """Written past the caches: tensors of odd sizes, one of them longer than the caches, none aligned."""
+    """Streaming stores: tensors of odd sizes, one of them longer than the caches, none aligned."""
     shapes = [(3,), (5,), (2_200_003,), (40,)]
     check_operations([torch.float32, torch.bfloat16], CpuBackend(isa), shapes, n_basis=(2,))
 
 
 def test_parameters_do_not_depend_on_threads_or_the_caches():
-    """Neither do differences; bit for bit, also where the same tensors are a part of longer ones."""
+    """Parameters and differences are the same bit for bit, also as a part of longer vectors."""
     kept = []
     for threads, shapes in ((1, [(90_001,)]), (5, [(90_001,)]), (1, [(90_001,), (2_200_003,)])):
         torch.set_num_threads(threads)
@@ -60,8 +60,8 @@ def draw_like(param, seed):
     return torch.randn(param.shape, generator=torch.Generator().manual_seed(seed))
 
 
-def test_rounded_parameters_are_measured_where_they_went():
-    """A step that moves only some of the bfloat16 weights: the sums are of the way that these went."""
+def test_rounded_parameters_are_measured_at_their_real_places():
+    """A step moves only some of the bfloat16 weights: the sums are of the distance that these moved."""
     plain, fused = make_pair([torch.bfloat16], CpuBackend())
     for v in (plain, fused):
         basis = v.basis(1)
@@ -69,12 +69,14 @@ def test_rounded_parameters_are_measured_where_they_went():
         grads = [torch.ones_like(p) for p in v.params], [torch.zeros_like(p) for p in v.params]
         size = v.number(1e-3)
         v.perturb(basis[0], None, size)
-        ahead = [p.detach().double().clone() for p in v.params]
+        plus = [p.detach().double().clone() for p in v.params]
         v.perturb(basis[0], None, -size)
-        way = torch.cat([(a - p.detach().double()).flatten() for a, p in zip(ahead, v.params, strict=True)])
-        assert 0.1 < (way != 0).double().mean() < 0.9
+        moves = [(a - p.detach().double()).flatten() for a, p in zip(plus, v.params, strict=True)]
+        displacement = torch.cat(moves)
+        assert 0.1 < (displacement != 0).double().mean() < 0.9
         _, moved = v.finish(basis, v.basis(1)[0], *grads, None, size)
-        assert moved.tolist() == pytest.approx([(way * way).sum().item(), way.sum().item()], rel=1e-6)
+        expected = [displacement.square().sum().item(), displacement.sum().item()]
+        assert moved.tolist() == pytest.approx(expected, rel=1e-6)
 
 
 def test_strided_views_are_left_to_pytorch():
@@ -91,7 +93,7 @@ def test_strided_views_are_left_to_pytorch():
 
 
 def test_cases_reach_every_branch():
-    """What the cases are there for: odd sizes, several chunks, dense layouts that are not contiguous."""
+    """Odd sizes, several chunks, and dense layouts that are not contiguous."""
     params = vector_cases.make_params([torch.float32], vector_cases.SHAPES)
     assert {p.numel() for p in params} >= {0, 1, 3, 1023, 4097, 33_000}
     assert sum(not p.is_contiguous() for p in params) == 2
@@ -106,14 +108,14 @@ def on_cpu(case, params, **options):
 @pytest.mark.parametrize("case", vector_cases.PRECONDITIONED, ids=lambda case: case.name)
 def test_preconditioner_is_that_of_the_reference(case, dtype):
     params = cases.make_params(dtype, [(3,), (0,), (), (33, 101)])
-    # a penalty may cancel a gradient that was clipped, and leave its rounding error alone
+    # a penalty may cancel a clipped gradient up to its rounding error
     clip = None if "weight_decay" in case.options else 5.0
     check_preconditioner(case, on_cpu, params, max_grad_norm=clip, schedule=SCHEDULES["warmup_linear"])
 
 
 @pytest.mark.parametrize("name", ["adamw", "radam-l2", "sgd-momentum"])
 def test_preconditioner_of_groups_and_mixed_dtypes(name):
-    """Rates and decays of their own."""
+    """Groups with different rates and decays."""
     case = next(case for case in CASES if case.name == name)
     params = [p for dtype in DTYPES for p in cases.make_params(dtype, [(33,), (4, 5)])]
     groups = [{"params": params[:3]}, {"params": params[3:], "lr": 3e-3, "weight_decay": 0.01}]

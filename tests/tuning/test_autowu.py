@@ -1,4 +1,4 @@
-"""AutoWU: the Gaussian process, the traces of the authors' code, and a warmup inside the fused step."""
+"""AutoWU: the Gaussian process, traces of the authors' code, and warmups inside the fused step."""
 
 import copy
 import csv
@@ -39,7 +39,7 @@ def valley(lr, z, scale=1.0):
 
 
 def drive(wu, loss=valley, seed=0, steps=None):
-    """Feed a schedule from its own rates; return the rates."""
+    """Record losses that depend on the schedule's own rates; return the rates."""
     noise = np.random.default_rng(seed).standard_normal(wu.schedule.segments[0].steps)
     rates = []
     for z in noise[:steps]:
@@ -111,7 +111,7 @@ def test_default_finds_the_valley_and_ends_above_zero(seed):
 
 
 def test_default_does_not_depend_on_scale_or_shift():
-    """Parity does: a thousandth of the losses moves its switch from step 220 to 380."""
+    """Parity does: losses scaled by 1e-3 move its switch from step 220 to 380."""
     base = fw.AutoWU(800, 20)
     rates = drive(base)
     for change in (lambda x: 1e-3 * x, lambda x: 1e3 * x, lambda x: x + 100.0, lambda x: -50.0 + 1e-3 * x):
@@ -126,7 +126,7 @@ def test_default_does_not_depend_on_scale_or_shift():
 
 
 def test_tests_take_one_thread(monkeypatch):
-    """Their last digits do not depend on the threads of the training, which are as before afterwards."""
+    """Their last digits do not depend on the number of threads, which is restored afterwards."""
     seen = []
     real = gaussian_process.ScaleFree.votes
     monkeypatch.setattr(
@@ -145,13 +145,13 @@ def test_falling_losses_never_end_the_warmup(parity):
     rates = drive(wu, lambda lr, z: 2 - 0.35 * math.log10(lr + 1e-9) + 0.02 * z)
     assert (wu.back_at, wu.phase, len(wu.tests)) == (None, "final", 19)
     assert rates[:400] == pytest.approx([1e-5 * 1e5 ** (k / 400) for k in range(400)], rel=1e-12)
-    # from the rate that was reached, on the curve without its first point as the authors' code, or from it
+    # the decay starts at the rate reached; parity leaves out the first point of the curve
     first = (1 + math.cos(math.pi / 400)) / 2 if parity else 1.0
     assert rates[400] == pytest.approx(rates[399] * first, rel=1e-12)
 
 
 def test_noise_alone_ends_no_warmup():
-    """Of ten seeds none switches; the authors' constants let 3 of the first 6 go, all to rates below 2e-4."""
+    """No seed of ten switches; with the authors' constants 3 of the first 6 do, all to rates below 2e-4."""
     for seed in range(10):
         wu = fw.AutoWU(800, 20)
         drive(wu, lambda lr, z: 2 + z, seed=seed, steps=400)
@@ -160,7 +160,7 @@ def test_noise_alone_ends_no_warmup():
 
 @pytest.mark.parametrize("broken", [math.nan, math.inf])
 def test_losses_that_are_lost_end_the_warmup(broken):
-    """The first epoch of which more than half is not finite; parity goes on to the end of the warmup."""
+    """The first epoch with more than half non-finite losses ends it; parity continues to the end."""
     lost = lambda lr, z: valley(lr, z) if lr < 5e-4 else broken  # noqa: E731
     wu = fw.AutoWU(800, 20)
     drive(wu, lost)
@@ -173,7 +173,7 @@ def test_losses_that_are_lost_end_the_warmup(broken):
     never = fw.AutoWU(800, 20)
     drive(never, lambda lr, z: math.nan, steps=20)
     assert (never.back_at, never.lr) == (20, 1e-5)
-    # one epoch that is lost in part is no reason
+    # an epoch that is lost in part does not end it
     part = fw.AutoWU(800, 20)
     noise = np.random.default_rng(0).standard_normal(800)
     for i, z in enumerate(noise):
@@ -185,7 +185,7 @@ def test_explosion_of_finite_losses():
     wu = fw.AutoWU(800, 20)
     drive(wu, lambda lr, z: valley(lr, z) + (math.exp(min(700.0, lr / 1e-4)) if lr > 1e-3 else 0.0))
     assert wu.back_at <= 260
-    # on the safe side: smoothing spreads the wall
+    # below the valley, on the safe side: smoothing spreads the wall
     assert 9.5e-4 / 3 < wu.tests[-1].back < 9.5e-4
 
 
@@ -210,10 +210,10 @@ def test_forms_of_growth_and_decay():
 
 
 def test_plateau():
-    """Losses that stay where they are divide the rate after more than the patience, in epochs."""
+    """Constant losses divide the rate after more epochs than the patience."""
     wu = fw.AutoWU(1000, 10, decay="plateau", max_warmup_fraction=0.1, plateau_patience=2)
     rates = drive(wu, lambda lr, z: 1.0)
-    # warmup ends at 100; epochs end at 110, ...: the first is the lowest, the third after it is one too many
+    # warmup ends at 100; epochs end at 110, ...: the first is the lowest, the third after it exceeds the patience
     top = rates[99]
     assert set(rates[100:140]) == {top}
     assert rates[140] == pytest.approx(top / 10)
@@ -225,7 +225,7 @@ def test_plateau():
 
 
 def test_ends_of_the_range():
-    """No warmup at all, an epoch of one step, a warmup shorter than three epochs, cooling down from the start."""
+    """No warmup, epochs of one step, a warmup shorter than three epochs, a cooldown from the start."""
     none = fw.AutoWU(10, 2, max_warmup_fraction=0.0, max_lr=0.3)
     rates = drive(none)
     assert rates[0] == 0.3
@@ -263,7 +263,7 @@ def train(opt, wu, steps, begin=0, seed=0):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_optimizer_uses_the_rates(backend):
-    """The rate applied is the schedule's at every step, the one of the switch included; groups keep their ratio."""
+    """The rate applied is the schedule's at every step, also at the switch; groups keep their ratio."""
     wu = fw.AutoWU(400, 10, max_warmup_fraction=0.6)
     a, b = make_params(torch.float32, [(5,), (3,)])
     opt = fw.SGD([{"params": [a], "lr": 1.0}, {"params": [b], "lr": 0.25}], schedule=wu, backend=backend)
@@ -313,7 +313,7 @@ class Log(TorchDispatchMode):
 
 
 def test_one_copy_per_epoch(monkeypatch):
-    """Nothing is read in steps or between the ends of epochs; there, the epoch and the counter in one copy."""
+    """Only the end of an epoch reads from the device: losses and counter in one copy."""
     monkeypatch.setattr(fw.AutoWU, "_test", lambda self, losses, made: None)
     wu = fw.AutoWU(400, 10, max_warmup_fraction=0.1)
     (p,) = make_params(torch.float32, [(5,)])
@@ -396,7 +396,7 @@ def test_resume_bit_for_bit(stop):
 @pytest.mark.parametrize("parity", [True, False])
 @pytest.mark.parametrize("again", ["state_dict", "pickle", "deepcopy"])
 def test_resume_alone(parity, again):
-    """Random numbers and moments of the parity mode included."""
+    """Including the random numbers and moments of the parity mode."""
     noise = np.random.default_rng(0).standard_normal(800)
     wu = fw.AutoWU(800, 20, parity=parity)
     traces = []
@@ -416,7 +416,7 @@ def test_resume_alone(parity, again):
 
 
 def test_captured_tables_are_rewritten_in_place():
-    """A graph reads the table where it was: the same addresses, the new rates."""
+    """A captured graph reads the new rates at the old addresses."""
     wu = fw.AutoWU(400, 10, max_warmup_fraction=0.6)
     (p,) = make_params(torch.float32, [(5,)])
     opt = fw.SGD([p], lr=1.0, schedule=wu)
@@ -449,7 +449,7 @@ print(wu.back_at, wu.schedule.values(400).tobytes().hex())
 
 
 def test_ranks_decide_the_same(tmp_path):
-    """Two processes with losses of their own: the same rates, those of the mean loss."""
+    """Two processes with different losses get the same rates, those of the mean loss."""
     first, second = run_ranks(tmp_path, RANKS)
     assert first == second
     noise = sum(np.random.default_rng(rank).standard_normal(400) for rank in range(2)) / 2

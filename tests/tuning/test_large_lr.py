@@ -34,7 +34,7 @@ def one_thread(seed_and_threads):
 
 
 def test_angles():
-    """O-C10, and small angles to all their digits, which arccos loses below 1e-8."""
+    """Independent of positive factors; small angles to all their digits, which arccos loses below 1e-8."""
     w = torch.randn(50)
     assert angular_distance([w], [3.7 * w]) < 1e-7
     assert angular_distance([w], [-0.2 * w]) == pytest.approx(math.pi, abs=1e-7)
@@ -74,7 +74,7 @@ def test_angles_between_models():
 
 
 def test_means_of_states():
-    """O-C5."""
+    """Equal states give themselves bit for bit, two states their mean in double precision."""
     model = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4)).to(torch.bfloat16)
     state = model.state_dict()
     for name, value in average_states([state] * 3).items():
@@ -104,7 +104,7 @@ class Point(nn.Module):
 
 
 def test_barriers():
-    """O-C6: none between a solution and itself or where the error is linear; the same both ways."""
+    """None between a solution and itself or along a linear error; the same in both directions."""
     model = Point(0.25)
     error = lambda: 1.0 - abs(model.x.item())  # noqa: E731
     a, b = model.state(-1), model.state(0.5)
@@ -157,7 +157,7 @@ def test_barriers_leave_the_model_as_it_was():
 
 
 def test_statistics_are_measured_again():
-    """O-C5: with ``prepare``, barriers do not depend on the statistics in the states, nor do those left behind."""
+    """With ``prepare`` neither barriers nor the final statistics depend on the statistics in the states."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(2, 3), nn.BatchNorm1d(3), nn.Linear(3, 1)).double()
     x = torch.randn(16, 2, dtype=torch.float64)
@@ -193,7 +193,7 @@ def test_statistics_are_measured_again():
     ],
 )
 def test_frequency_bands(shape, bounds, default):
-    """O-C7, and what masks of the centred spectrum leave, which has no imaginary part."""
+    """Bands add up, are idempotent and orthogonal, and equal those by real masks of the centred spectrum."""
     images = torch.randn(shape, dtype=torch.float64)
     bands = frequency_bands(images) if default else frequency_bands(images, bounds)
     assert bands.shape == (len(bounds) + 1, *shape)
@@ -219,7 +219,7 @@ def test_frequency_bands(shape, bounds, default):
 
 
 def test_frequency_bands_of_waves():
-    """A wave of k periods down and l across lies in the band of k + l; dtypes stay, gradients pass."""
+    """A wave of k periods down and l across lies in the band of k + l; dtypes are kept, gradients flow."""
     places = torch.arange(32, dtype=torch.float64) * (2 * math.pi / 32)
     for k, l, i in ((0, 0, 0), (0, 1, 1), (4, 4, 1), (5, 4, 2), (16, 8, 2), (9, 16, 3), (16, 16, 3)):  # noqa: E741
         wave = torch.cos(k * places[:, None] + l * places)
@@ -252,7 +252,7 @@ def test_bad_bands(images, bounds, error, message):
         frequency_bands(images, bounds)
 
 
-# scale-invariant weights; the loop brings them back to their sphere
+# scale-invariant weights, projected to their sphere by the loop
 
 
 class Invariant(nn.Module):
@@ -279,7 +279,7 @@ class Invariant(nn.Module):
 
 
 def descend(rho, rate, steps, project=True):
-    """Effective rate ``rate``; return model, directions, gradient products and norms."""
+    """Descend at the effective rate ``rate``; return the model and weights, gradients and norm of each step."""
     model = Invariant(rho)
     opt = fw.SGD(model.hidden, lr=rate * rho**2)
     rows = []
@@ -299,7 +299,7 @@ def descend(rho, rate, steps, project=True):
 
 
 def test_direction_does_not_depend_on_the_norm():
-    """O-C1, O-C2, at a rate that is stable: the trajectories of rho = 1 and rho = 28 have the same directions; the frozen layer stays."""
+    """At a stable rate the trajectories of norms 1 and 28 have the same directions; the frozen layer stays."""
     small, _ = descend(1.0, 0.03, 30)
     large, _ = descend(28.0, 0.03, 30)
     assert angular_distance(small, large) < 1e-12
@@ -311,7 +311,7 @@ def test_direction_does_not_depend_on_the_norm():
 
 @pytest.mark.parametrize("rho", [1.0, 28.0])
 def test_angle_of_a_step(rho):
-    """O-C3, O-C4: arctan of the effective rate times the gradient on the unit sphere, which is at right angles."""
+    """arctan(effective rate * |gradient on the unit sphere|), with a gradient orthogonal to the weights."""
     model, rows = descend(rho, 0.3, 10)
     ends = [before for before, _, _ in rows[1:]] + [[w.detach() for w in model.hidden]]
     for (before, gradients, raw), after in zip(rows, ends, strict=True):
@@ -323,7 +323,7 @@ def test_angle_of_a_step(rho):
 
 
 def test_without_projection_the_effective_rate_decays():
-    """O-C9."""
+    """Norms never fall, so that the effective rate does."""
     model, rows = descend(1.0, 0.3, 30, project=False)
     norms = [1.0, *(raw for _, _, raw in rows)]
     assert norms == sorted(norms)
@@ -334,7 +334,7 @@ def test_without_projection_the_effective_rate_decays():
 
 
 class Ball:
-    """A point that moves by minus the rate in each epoch, and what was asked of it."""
+    """A point that moves by minus the rate in each epoch, and a log of the rates."""
 
     def __init__(self):
         self.model = Point(10.0)
@@ -358,7 +358,7 @@ class Ball:
 
 
 def test_protocol():
-    """Pre-training to 6, the mean of its last two epochs, fine-tuning from its end; the model is left in the best."""
+    """Pre-training ends at 6, averages its last two epochs and is fine-tuned; the model is left in the best state."""
     ball = Ball()
     found = ball.go(average=2, finetune_lrs=(0.1, 0.5), finetune_epochs=2)
     assert ball.log == [1.0, 0.1, 0.5]
@@ -415,7 +415,7 @@ def test_bad_protocols(options, message):
 
 
 def trained(lr, threshold=0.0123, divergence=0.7, epochs=40):
-    """A made-up training: slower at small rates, equilibria above the threshold, random guesses at large ones."""
+    """A synthetic training: slow at small rates, equilibria above the threshold, random guesses at large rates."""
     if lr >= divergence:
         return {"losses": [2.0 + lr] * epochs, "accuracies": [0.1] * epochs, "tuned": 0.2, "barrier": 0.3}
     if lr > threshold:
@@ -468,7 +468,7 @@ def test_regimes_of_a_known_training():
 
 
 def test_regimes_without_fine_tuning():
-    """Losses alone: 2 is not divided, and the window reaches to twice the threshold."""
+    """With losses alone regime 2 is not divided, and the window ends at twice the threshold."""
     found = find_regimes(lambda lr: Trial(tuple(trained(lr)["losses"])), GRID)
     assert {p.regime for p in found.points} == {"slow", "1", "2", "3"}
     assert found.best is None
@@ -548,7 +548,7 @@ def test_bad_trainings():
 
 
 def test_ticks():
-    """O-C8: one feature is enough, and one on the boundary says nothing."""
+    """Each feature determines the class; points on the boundary belong to none."""
     generator = torch.Generator().manual_seed(0)
     x, y = draw(2000, generator)
     assert abs(y.mean() - 0.5) < 0.05
@@ -567,7 +567,7 @@ def test_ticks():
 
 
 def test_ticks_of_which_one_tells_the_class():
-    """O-C8: the rule of that feature is always right, and no function of another one is right but half of the time."""
+    """The rule of that feature is always right; any function of another one is right half of the time."""
     generator = torch.Generator().manual_seed(1)
     net = nn.Sequential(nn.Linear(2, 50), nn.Tanh(), nn.Linear(50, 20))
     for k in (0, 7, 15):
@@ -582,10 +582,10 @@ def test_ticks_of_which_one_tells_the_class():
                 right = (answers == (y[:, None] > 0.5)).float().mean(0)
                 # five standard errors
                 assert (right - 0.5).abs().max() < 5 * 0.5 / 4000**0.5
-    # a model that knows feature 2 only
+    # a model that uses feature 2 only
     batch = Batch([0], [0.1])
-    knows = lambda x: (x[..., 5] > x[..., 4].abs()) | (x[..., 5] < x[..., 4].abs() - 2)  # noqa: E731
-    batch.logits = lambda weights, x: 2.0 * knows(x)[None] - 1.0
+    is_above = lambda x: (x[..., 5] > x[..., 4].abs()) | (x[..., 5] < x[..., 4].abs() - 2)  # noqa: E731
+    batch.logits = lambda weights, x: 2.0 * is_above(x)[None] - 1.0
     single = batch.single_accuracies(batch.weights).flatten()
     assert single[2] == 1.0
     assert (single[[i for i in range(16) if i != 2]] - 0.5).abs().max() < 0.08
@@ -593,7 +593,7 @@ def test_ticks_of_which_one_tells_the_class():
 
 def test_signatures_of_the_regimes():
     """Three seeds, 9600 steps, fine-tuning for 1600: convergence at 3.16e-3 and below, equilibria whose loss grows with
-    the rate, random guesses at 0.1; fine-tuning stays in its basin from regime 1 only."""
+    the rate, random guesses at 0.1; fine-tuning stays in its basin only after regime 1."""
     rates = [1e-3, 3.16e-3, 1.33e-2, 2.37e-2, 1e-1]
     batch = Batch([0, 1, 2], rates)
     weights, losses, _ = batch.train(batch.weights, batch.rates, 9600, seed=0)
@@ -636,7 +636,7 @@ def test_signatures_of_the_regimes():
 
 
 def test_rates_are_chosen_on_held_out_data():
-    """The benchmark's rule: what is best held out, whatever the test says, among the rates that are allowed."""
+    """The benchmark's rule: the best held-out score among the allowed rates, whatever the test score."""
     converged = torch.tensor([[True, True, False, False], [True, False, True, False]])
     below, above = sides((1.0, 2.0, 3.0, 5.0), converged)
     assert below.tolist() == converged.tolist()

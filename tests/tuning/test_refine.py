@@ -1,4 +1,4 @@
-"""Refined schedules: golden values, the properties of the closed form, bounds, files, and digits with wrong labels."""
+"""Refined schedules: golden values, properties of the closed form, bounds, files, and digits with wrong labels."""
 
 import csv
 import functools
@@ -59,7 +59,7 @@ def test_golden_schedules(name, tau, kind):
 @pytest.mark.parametrize("kind", ["sgd", "adam"])
 @pytest.mark.parametrize("steps", [200, 2000])
 def test_golden_pipeline_of_the_authors(steps, kind):
-    """Two samples off each end, a width from the length of the schedule, resampled before or after."""
+    """Without two samples at each end, the width from the length of the schedule, resampled before or after."""
     expected = golden(f"pipeline_T{steps}_nvals1000_{kind}")
     found = refinement(golden(f"T{steps}")["G"][2:-2], kind, steps=1000, parity=True)
     assert found.smoothed.tolist() == expected["G_smooth"].tolist()
@@ -91,7 +91,7 @@ def test_golden_by_coordinate():
 
 
 def test_shapes_of_the_published_grid():
-    """Norms that spike at the start give a warmup; what they do later bends the decay."""
+    """Norms that spike at the start give a warmup; later norms bend the decay."""
     ndimage = pytest.importorskip("scipy.ndimage", reason="scipy is not installed")
     x = np.arange(2000) / 2000
     for end, peak, middle in (
@@ -121,13 +121,13 @@ def random_norms(seed, n):
 
 @given(n=LENGTHS, tau=TAUS, kind=KINDS, size=st.floats(1e-6, 1e6))
 def test_constant_norms_give_linear_decay(n, tau, kind, size):
-    """O1."""
+    """Constant norms of any size give exactly ``(T - 1 - t) / (T - 1)``."""
     assert table(np.full(n, size), kind, tau) == pytest.approx((n - 1 - np.arange(n)) / (n - 1), abs=1e-12)
 
 
 @given(seed=st.integers(0, 99), n=LENGTHS, tau=TAUS, kind=KINDS, size=st.floats(1e-100, 1e100))
 def test_scale_cancels_and_the_ends_are_exact(seed, n, tau, kind, size):
-    """O2 and O3."""
+    """A factor of the norms changes nothing; the last rate is 0, the largest 1, and none is negative."""
     norms = random_norms(seed, n)
     base = table(norms, kind, tau)
     assert table(size * norms, kind, tau) == pytest.approx(base, rel=1e-9, abs=1e-12)
@@ -138,7 +138,7 @@ def test_scale_cancels_and_the_ends_are_exact(seed, n, tau, kind, size):
 
 
 def test_a_spike_at_the_start_is_a_warmup():
-    """O4: ten times the norm, a hundredth of the rate; power 1, a tenth."""
+    """Ten times the norm gives a hundredth of the rate with power 2, a tenth with power 1."""
     norms = np.ones(1000)
     norms[:10] = 10.0
     linear = (999 - np.arange(1000)) / 999
@@ -149,7 +149,7 @@ def test_a_spike_at_the_start_is_a_warmup():
 
 @given(seed=st.integers(0, 99), n=LENGTHS)
 def test_sum_of_the_rates(seed, n):
-    """O5: before normalisation the sum is (S^2 - sum w^2) / (2 S)."""
+    """Before normalisation the rates add up to (S^2 - sum w^2) / 2, with S the sum of the weights."""
     norms = random_norms(seed, n)
     w = norms**-2.0
     found = table(norms, "sgd", 0.0)
@@ -159,7 +159,7 @@ def test_sum_of_the_rates(seed, n):
 
 @given(seed=st.integers(0, 99), n=LENGTHS)
 def test_where_the_rate_rises(seed, n):
-    """O10: wherever w[t+1] / w[t] is above W[t+1] / W[t+2], sums of the weights from there on."""
+    """The rate rises where w[t+1] / w[t] > W[t+1] / W[t+2], with the sums W[t] of the weights from t on."""
     norms = random_norms(seed, n)
     w = norms**-2.0
     tails = np.cumsum(w[::-1])[::-1]
@@ -171,7 +171,7 @@ def test_where_the_rate_rises(seed, n):
 
 
 def test_widths():
-    """O6."""
+    """Widths are odd, and those of the authors' code."""
     widths = {12: 1, 100: 11, 200: 21, 1000: 101, 2000: 201, 10000: 1001}
     assert {n: module.filter_width(0.1, n) for n in widths} == widths
     assert (module.filter_width(0.5, 12), module.filter_width(0.0, 500)) == (7, 1)
@@ -195,7 +195,7 @@ def plain_medians(values, width):
 
 @given(seed=st.integers(0, 99), n=st.integers(1, 60), half=st.integers(0, 70))
 def test_median_filter(seed, n, half):
-    """O7, and twice the same: with scipy and without."""
+    """The definition, with scipy and without; the filter commutes with the logarithm, as medians do."""
     values = random_norms(seed, n)
     found = module.median_filter(values, 2 * half + 1)
     assert found.tolist() == plain_medians(values.tolist(), 2 * half + 1)
@@ -225,7 +225,7 @@ def test_golden_bounds():
     }
     for name, expected in SUMMARY["bound_T100_G1_D1"].items():
         scale = best_scale(shapes[name], 1.0)
-        # theirs is from a search, which sees a minimum to half of the digits
+        # theirs is from a numerical search, which finds a minimum to half of the digits
         assert scale * 10 == pytest.approx(expected["best_scale_times_sqrtT"], rel=1e-7)
         bound = last_iterate_bound(scale * shapes[name], 1.0)
         assert bound * 10 == pytest.approx(expected["bound_times_sqrtT"], rel=1e-9)
@@ -235,7 +235,7 @@ def test_golden_bounds():
 
 
 def test_refined_bound_is_the_best_of_its_kind():
-    """O8: (D^2 + sum w^2 g^2) / (2 sum w) is smallest at w proportional to g^-2."""
+    """(D^2 + sum w^2 g^2) / (2 sum w) is smallest at w proportional to g^-2."""
     norms = golden("T12")["G"]
     expected = SUMMARY["refined_bound_T12"]
     assert refined_bound(norms) == pytest.approx(expected["value"], rel=1e-12)
@@ -267,7 +267,7 @@ def test_refined_bound_is_the_best_of_its_kind():
 @settings(max_examples=200, deadline=None)
 @given(seed=st.integers(0, 10**6))
 def test_bounds_hold_on_maxima_of_planes(seed):
-    """O9: for random weights of theorem 3, and for any rates, on f(x) = max_i a_i x + b_i."""
+    """On f(x) = max_i a_i x + b_i, for random weights of theorem 3 and for any rates."""
     rng = np.random.default_rng(seed)
     n, d, m = int(rng.integers(2, 12)), int(rng.integers(1, 4)), int(rng.integers(2, 6))
     a, b = rng.standard_normal((m, d)), rng.standard_normal(m)
@@ -291,7 +291,7 @@ def test_bounds_hold_on_maxima_of_planes(seed):
 
 
 def slopes(rates, norms):
-    """Slopes of the log of the bound over the logs of the rates, by central differences."""
+    """Return the slopes of the log of the bound over the logs of the rates, by central differences."""
     found = []
     for t in range(len(rates)):
         ends = []
@@ -306,11 +306,11 @@ def slopes(rates, norms):
 @settings(max_examples=50, deadline=None)
 @given(seed=st.integers(0, 10**6), n=st.integers(1, 60), size=st.floats(1e-100, 1e100))
 def test_best_rates(seed, n, size):
-    """No slope at any rate, of a bound that is convex; below linear decay, refined and random rates."""
+    """The convex bound has slope 0 in every rate, and is below that of linear, refined and random rates."""
     norms = random_norms(seed, n)
     rates = best_rates(norms)
     assert np.abs(slopes(rates, norms)).max() < 1e-9
-    # what the differences see elsewhere
+    # the differences detect other rates
     assert np.abs(slopes(1.1 * rates, norms)).max() > 1e-5
     bound = last_iterate_bound(rates, norms)
     others = [(n - np.arange(n)) / n, rates * random_norms(seed + 1, n)]
@@ -367,11 +367,11 @@ def test_bad_bounds():
         refined_bound("ab")
 
 
-# what goes in
+# input
 
 
 def record(kind="adam", steps=12):
-    """An optimizer with a telemetry whose third step was skipped, and the norms of the others by hand."""
+    """Return an optimizer whose telemetry has a skipped step 3, and the norms of the other steps by hand."""
     params = make_params(torch.float32, [(5,), (2, 3)])
     opt = fw.Adam(params, nonfinite="skip") if kind == "adam" else fw.SGD(params, nonfinite="skip")
     norms = []
@@ -388,7 +388,7 @@ def record(kind="adam", steps=12):
 
 @pytest.mark.parametrize("kind", ["sgd", "adam"])
 def test_sources(tmp_path, kind):
-    """A telemetry, its history, its file, and numbers give the same; the skipped step is no step."""
+    """A telemetry, its history, its file, and numbers give the same schedule; the skipped step is left out."""
     opt, norms = record(kind)
     expected = table(norms, kind, 0.3)
     assert len(expected) == 11
@@ -444,18 +444,18 @@ def test_guard_against_collapse(recwarn):
         instead = fw.tuning.refine_schedule(collapsing, kind, on_trouble="fallback")
         ramp = schedules.warmup(20).then(schedules.linear(1.0, 0.0, 380))
         assert instead.values(400).tolist() == ramp.values(400).tolist()
-    # a floor helps, too, where only the end collapses
+    # a floor also helps if only the end collapses
     ending = np.minimum(1.0, np.exp(6.0 - np.linspace(0, 8, 400)))
     assert refinement(ending, floor=1e-9).trouble
     assert refinement(ending, floor=1.0).trouble == ()
     assert refinement(golden("T2000")["G"]).trouble == ()
-    # a spike at the start is what a warmup is for
+    # a spike at the start gives a warmup, not a collapse
     assert refinement(np.append(np.full(30, 100.0), np.ones(970))).trouble == ()
     assert not recwarn.list
 
 
 def test_trains_as_its_table(tmp_path):
-    """Saved and loaded, in an optimizer; a longer run holds the last value, a shorter one ends where it is."""
+    """A saved and loaded schedule drives an optimizer; a longer run holds its last value."""
     s = fw.tuning.refine_schedule(golden("T12")["G"], "sgd")
     (tmp_path / "s.json").write_text(s.to_json())
     loaded = schedules.from_json((tmp_path / "s.json").read_text())
@@ -598,7 +598,7 @@ CLEAN = {"adam": (0.0316, 0.1, 0.316), "sgd": (0.1, 0.316, 1.0)}
 
 @functools.cache
 def digits(noise):
-    """Standardised images with a column of ones, and labels of which a part is drawn anew."""
+    """Return standardised images with a column of ones, and labels of which a fraction is random."""
     datasets = pytest.importorskip("sklearn.datasets", reason="scikit-learn is not installed")
     raw = datasets.load_digits()
     x = (raw.data - raw.data.mean(0)) / (raw.data.std(0) + 1e-8)
@@ -610,7 +610,7 @@ def digits(noise):
 
 
 def final_loss(noise, kind, lr, schedule, seed):
-    """Loss on all data at the last iterate, and the optimizer."""
+    """Return the loss on all data at the last iterate, and the optimizer."""
     x, y = digits(noise)
     weight = torch.zeros(65, 10, requires_grad=True)
     options = {"betas": (0.9, 0.95)} if kind == "adam" else {"momentum": 0.9}
@@ -625,7 +625,7 @@ def final_loss(noise, kind, lr, schedule, seed):
 
 
 def best(noise, kind, rates, schedule):
-    """Lowest mean over the seeds among the rates, and its rate."""
+    """Return the lowest mean loss over the seeds among the rates, and its rate."""
     means = [np.mean([final_loss(noise, kind, lr, schedule, seed)[0] for seed in range(3)]) for lr in rates]
     return float(min(means)), rates[int(np.argmin(means))]
 
@@ -672,7 +672,7 @@ def test_refined_rates_of_digits_are_nearly_the_best():
 
 @pytest.mark.parametrize("kind", ["adam", "sgd"])
 def test_digits_with_clean_labels(kind):
-    """The loss goes to zero: refined is more than twice as bad as linear, the guard says so, its fallback is not."""
+    """The loss goes to zero: refined is more than twice as bad as linear and is flagged; the fallback is good."""
     torch.set_num_threads(1)
     linear = schedules.linear(1.0, 0.0, STEPS)
     baseline, lr = best(0.0, kind, CLEAN[kind], linear)

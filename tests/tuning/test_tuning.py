@@ -1,4 +1,4 @@
-"""The critical learning rate, the initial one, the steps that it saves and the persistent catapult."""
+"""The critical and the initial learning rate, the steps that the latter saves, and the persistent catapult."""
 
 import itertools
 import math
@@ -27,8 +27,8 @@ def diagonal(x0, h=(10.0, 1.0, 0.1)):
 
 @pytest.mark.parametrize("x0", [(1.0, 0.0, 0.0), (1.0, 1.0, 1.0)])
 @pytest.mark.parametrize("grad", [True, False])
-def test_oracle_of_the_initial_rate(x0, grad):
-    """O-A6: exactly 1e-4 times 2 to the 11th after 12 evaluations, twice the same."""
+def test_initial_rate_of_a_quadratic(x0, grad):
+    """Exactly 1e-4 * 2**11 after 12 evaluations, without bisection; a repetition gives the same."""
     x, _, loss = diagonal(x0)
     opt = fw.SGD([x], lr=0.3)
     if grad:
@@ -41,7 +41,7 @@ def test_oracle_of_the_initial_rate(x0, grad):
 
 
 def test_bisection_and_its_stopping_rule():
-    """The upper end raises the loss by at most the tolerance, and not less than nothing."""
+    """The upper end raises the loss, by at most the tolerance."""
     x, _, loss = diagonal((1.0, 0.0, 0.0))
     loss().backward()
     for start in (1.5e-4, 1.7e-4, 1.9e-4):
@@ -130,7 +130,7 @@ def test_critical_rate_without_one():
 
 
 def test_saved_and_reached_steps():
-    """O-A8, and the schedule that belongs to it."""
+    """Reached and saved steps add up to the warmup, and ``parallel_warmup`` takes the former."""
     assert reach_steps(100, 0.25, 1.0) == 75.0
     assert saved_steps(100, 0.25, 1.0) == 25.0
     assert saved_steps(100, 0.25, 1.0, forwards=12) == 19.0
@@ -180,7 +180,7 @@ def train_catapult(steps, resume_at=None):
 
 
 def test_persistent_catapult():
-    """O-A11: the rate never falls, ends exactly at the target, and jumps only below the lowest loss so far."""
+    """The rate never falls, ends exactly at the target, and jumps only below the lowest loss so far."""
     rates, _, jumps, catapult, params = train_catapult(25)
     assert all(b >= a for a, b in itertools.pairwise(rates))
     assert rates[-1] == 1.2

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
-from ...tuning.large_lr.sheets import read_sheet
+from ...tuning.refinement.csv_table import read_csv
 
 FORMAT = "fused_warmup.train"
 VERSION = 1
@@ -132,11 +132,11 @@ def read(path: Path) -> tuple[Record, Columns]:
         if got != length:
             raise ValueError(f"report: {name} of {path} must have {length} entries, got {got}.")
     table = path.with_suffix(".csv")
-    sheet = read_sheet("report", table, COLUMNS)
-    steps, rows = len(record["ours"]["losses"]), len(sheet.rows)
+    telemetry = read_csv("report", table, COLUMNS)
+    steps, rows = len(record["ours"]["losses"]), len(telemetry.rows)
     if rows != steps:
         raise ValueError(f"report: {table} must have {steps} rows, as many as {path}, got {rows}.")
-    return record, {name: sheet.numbers(name) for name in COLUMNS}
+    return record, {name: telemetry.numbers(name) for name in COLUMNS}
 
 
 def _lengths(record: Record) -> Iterator[tuple[str, int, int]]:

@@ -1,1 +1,1 @@
-"""Automatic warmup, which ends where the losses have passed their minimum."""
+"""Automatic warmup: detects the end of warmup from the losses."""

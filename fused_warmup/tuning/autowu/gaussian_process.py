@@ -1,4 +1,4 @@
-"""An exact Gaussian process over the losses of a warmup, and whether they have passed their minimum.
+"""Exact Gaussian-process regression of the losses of a warmup, to test whether they have passed a minimum.
 
 ``y_i ~ N(c + f(x_i), noise)`` with ``f ~ GP(0, scale * exp(-(x - x')^2 / (2 * 0.2^2)))``, float64 on the CPU.
 """
@@ -13,17 +13,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ...reference import rules
+
 LENGTH = 0.2
 # added to the variance of a difference, in squared units of the losses
 _JITTER = 1e-4
 _GRID = 500
 _MOST_POINTS = 500
-# the largest probability that an earlier loss was lower, and where the minimum is, in [0, 1]
+# the largest probability that an earlier loss was lower, and the place of the minimum in [0, 1]
 Vote = tuple[float, float]
 
 
 def correlation(a: Tensor, b: Tensor) -> Tensor:
-    """Return the correlations of ``f`` between places, float64 of ``[len(a), len(b)]``."""
+    """Return the prior correlations of ``f`` between two sets of places, float64 of ``[len(a), len(b)]``."""
     return torch.exp(-0.5 * ((a[:, None] - b[None, :]) / LENGTH).square())
 
 
@@ -55,10 +57,10 @@ def likelihood(
 def posterior(
     x: Tensor, y: Tensor, scale: float, noise: float, mean: float, at: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return what is known of ``c + f`` at places, the last of which is where the warmup is now.
+    """Return posterior mean, variance and covariance with the last point of ``c + f`` at ``at``.
 
     Returns:
-        Mean, variance, and covariance with the last place, each float64 of ``[len(at)]``.
+        Three tensors, float64 of ``[len(at)]``. The last point is the present end of the warmup.
     """
     factor = torch.linalg.cholesky(scale * correlation(x, x) + noise * _identity(x))
     weights = torch.cholesky_solve((y - mean)[:, None], factor)[:, 0]
@@ -69,33 +71,32 @@ def posterior(
 
 
 def past_minimum(mean: Tensor, variance: Tensor, covariance: Tensor) -> float:
-    """Return the largest probability, over the earlier places, that the loss there was below the last one."""
+    """Return max over earlier points of P(loss there < loss at the last point)."""
     difference = mean[-1] - mean[:-1]
     spread = variance[:-1] + variance[-1] - 2.0 * covariance[:-1] + _JITTER
     return float(torch.special.ndtr(difference / spread.sqrt()).max())
 
 
 def _vote(x: Tensor, y: Tensor, scale: float, noise: float, mean: float, end: float = 1.0) -> Vote:
-    """Return the vote of a fitted process; the minimum is looked for up to ``end``."""
+    """Return the vote of a fitted process, with the place of its minimum up to ``end``."""
     grid = torch.linspace(0.0, 1.0, _GRID, dtype=torch.float64, device="cpu")
-    known, variance, covariance = posterior(x, y, scale, noise, mean, grid)
-    lowest = int(known[grid <= end].argmin())
-    return past_minimum(known, variance, covariance), float(grid[lowest])
+    expected, variance, covariance = posterior(x, y, scale, noise, mean, grid)
+    lowest = int(expected[grid <= end].argmin())
+    return past_minimum(expected, variance, covariance), float(grid[lowest])
 
 
 class ScaleFree:
-    """The test that a warmup uses by default: the same for losses of any scale, and without random numbers.
+    """Default test of a warmup: invariant to the scale of the losses, without random numbers or state.
 
     Losses are cut off ten robust deviations above their median, averaged to at most 500 and standardised. The
-    marginal likelihood is maximised over scale, mean and noise, the latter on a grid. Nothing is kept between
-    tests.
+    marginal likelihood is maximised over scale, mean and noise, the latter on a grid.
     """
 
     def votes(self, losses: Tensor) -> list[Vote]:
         """Return one vote.
 
         Args:
-            losses: All losses so far, float64 of ``[n]``; those that are not finite keep their place.
+            losses: All losses so far, float64 of ``[n]``; the places of non-finite ones are left empty.
         """
         x, y = _condensed(losses)
         spread = float(y.std()) if len(y) > 3 else 0.0
@@ -106,15 +107,15 @@ class ScaleFree:
         return [_vote(x, y, scale, noise, mean, float(x[-1]))]
 
     def state_dict(self) -> dict[str, Any]:
-        """Return what the next test needs to know: nothing."""
+        """Return an empty state."""
         return {}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take over nothing."""
+        """Accept an empty state."""
 
 
 def _condensed(losses: Tensor) -> tuple[Tensor, Tensor]:
-    """Return places and values of the finite losses, neighbours averaged so that they are few."""
+    """Return places and values of the finite losses, with neighbours averaged to at most 500 points."""
     finite = losses.isfinite()
     places = torch.arange(len(losses), dtype=torch.float64, device="cpu")[finite] / len(losses)
     values = losses[finite]
@@ -133,7 +134,7 @@ def _condensed(losses: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _most_likely(x: Tensor, y: Tensor) -> tuple[float, float, float]:
-    """Return scale, noise and mean of the largest likelihood; in the eigenbasis each ratio costs O(n)."""
+    """Return the maximum-likelihood scale, noise and mean; in the eigenbasis each ratio costs O(n)."""
     values, basis = torch.linalg.eigh(correlation(x, x))
     ratios = torch.logspace(-4.0, 4.0, 161, dtype=torch.float64, device="cpu")
     diagonal = values.clamp(min=0.0) + ratios[:, None]
@@ -146,18 +147,19 @@ def _most_likely(x: Tensor, y: Tensor) -> tuple[float, float, float]:
 
 
 class Parity:
-    """The test of the authors' code: constants for losses of order 1, a hundred steps of Adam per test.
+    """Test of the authors' code: constants for losses of order 1, a hundred steps of Adam per test.
 
-    Scale, noise and the moments of Adam stay from test to test. Of more than 100 losses the fit takes a
-    random sample, of more than 500 each of the five votes.
+    Scale, noise and the moments of Adam carry over to the next test. The fit draws a random sample of more
+    than 100 losses, each of the five votes one of more than 500.
     """
 
-    _FITTED, _STEPS, _VOTES, _RATE, _LEAST_NOISE = 100, 100, 5, 0.01, 1e-4
+    _FITTED, _STEPS, _VOTES, _LEAST_NOISE = 100, 100, 5, 1e-4
+    _HYPER = rules.Hyper(lr=0.01, beta1=0.9, beta2=0.999, eps=1e-8)
 
     def __init__(self) -> None:
-        # scale = softplus(0), noise = 1e-3, mean: what softplus keeps positive is fitted before it
+        # scale = softplus(0), noise = 1e-3, mean; the first two are stored as softplus's arguments
         self._raw = _vector(0.0, math.log(math.expm1(1e-3 - self._LEAST_NOISE)), 0.0)
-        self._first, self._second = torch.zeros_like(self._raw), torch.zeros_like(self._raw)
+        self._moments = [torch.zeros_like(self._raw), torch.zeros_like(self._raw)]
         self._steps = 0
         self._generator = torch.Generator("cpu").manual_seed(0)
 
@@ -168,7 +170,7 @@ class Parity:
         return scale, noise + self._LEAST_NOISE, float(self._raw[2])
 
     def votes(self, losses: Tensor) -> list[Vote]:
-        """Fit and return five votes, see ``ScaleFree.votes``; none where no loss is finite."""
+        """Fit and return five votes, see ``ScaleFree.votes``; all of them negative if no loss is finite."""
         finite = losses.isfinite()
         x = torch.arange(len(losses), dtype=torch.float64, device="cpu")[finite] / len(losses)
         y = losses[finite]
@@ -179,39 +181,38 @@ class Parity:
         return [_vote(*self._sample(x, y, _MOST_POINTS), *self.fitted) for _ in range(self._VOTES)]
 
     def _sample(self, x: Tensor, y: Tensor, most: int) -> tuple[Tensor, Tensor]:
-        """Return at most so many of the points, in order."""
+        """Return a random sample of at most ``most`` points, in order."""
         if len(x) <= most:
             return x, y
         drawn = torch.ones(len(x), device="cpu").multinomial(most, generator=self._generator).sort().values
         return x[drawn], y[drawn]
 
     def _fit(self, x: Tensor, y: Tensor) -> None:
-        """Make the steps of Adam, defaults of torch."""
+        """Minimise the negative log-likelihood by steps of Adam."""
         for _ in range(self._STEPS):
             self._steps += 1
             _, gradient = likelihood(x, y, *self.fitted)
             slope = torch.cat([self._raw[:2].sigmoid(), _vector(1.0)])
-            g = _vector(*gradient) * slope / len(x)
-            self._first += 0.1 * (g - self._first)
-            self._second += 0.001 * (g.square() - self._second)
-            root = (self._second / (1.0 - 0.999**self._steps)).sqrt() + 1e-8
-            self._raw -= self._RATE / (1.0 - 0.9**self._steps) * self._first / root
+            grad = _vector(*gradient) * slope / len(x)
+            scalars = rules.common_scalars(self._HYPER, self._HYPER.lr, 0.0, 1.0)
+            rules.Adam.scalars(self._HYPER, self._HYPER.lr, self._steps, scalars)
+            self._raw, self._moments = rules.Adam.update(self._raw, grad, self._moments, scalars)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return parameters, moments and the state of the random numbers."""
-        fitted = torch.stack([self._raw, self._first, self._second])
+        """Return parameters, moments and the state of the random generator."""
+        fitted = torch.stack([self._raw, *self._moments])
         return {"fitted": fitted, "steps": self._steps, "generator": self._generator.get_state()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take over what ``state_dict`` returned."""
-        self._raw, self._first, self._second = state["fitted"].to("cpu", torch.float64, copy=True)
+        """Load a result of ``state_dict``."""
+        self._raw, *self._moments = state["fitted"].to("cpu", torch.float64, copy=True)
         self._steps = state["steps"]
         self._generator.set_state(state["generator"].cpu())
 
 
 @contextmanager
 def one_thread() -> Iterator[None]:
-    """Run with one thread of torch: matrices are small, and more threads may give other last digits."""
+    """Limit torch to one thread: matrices are small, and more threads may change the last digits."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:

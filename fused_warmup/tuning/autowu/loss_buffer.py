@@ -1,4 +1,4 @@
-"""Losses of an epoch, kept on their device until it is over."""
+"""Buffer for the losses of an epoch, on their device."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ from ...distributed.groups import average
 
 
 class LossBuffer:
-    """Collects as many losses as an epoch has; only ``drain`` waits for the device.
+    """Collects the losses of an epoch; only ``drain`` waits for the device.
 
     Args:
-        size: Losses of an epoch.
-        reduce: Average them over the default process group, where there is one.
+        size: Losses per epoch.
+        reduce: Average them over the default process group, if there is one.
 
     Attributes:
         filled: Losses collected so far.
-        values: The losses, then the updates that the optimizer had made; float64 of ``[size + 1]``.
+        values: The losses, then the number of updates made; float64 of ``[size + 1]``, None before the first.
     """
 
     def __init__(self, size: int, reduce: bool) -> None:
@@ -26,22 +26,22 @@ class LossBuffer:
 
     @property
     def full(self) -> bool:
-        """Whether the epoch is over."""
+        """Whether the epoch is complete."""
         return self.filled == self.size
 
     def add(self, loss: Tensor | float, device: torch.device | None = None) -> None:
-        """Put a loss into its place; without ``device`` the first loss says where.
+        """Append a loss.
 
         Args:
-            loss: What ``checked_loss`` returns.
-            device: Device of the buffer.
+            loss: A result of ``checked_loss``.
+            device: Device of the buffer; None takes that of the first loss.
         """
         if device is None and self.values is None:
             device = loss.device if isinstance(loss, Tensor) else torch.device("cpu")
         if self.values is None:
             self.values = torch.zeros(self.size + 1, dtype=torch.float64, device=device)
         elif device is not None:
-            # a state may have been loaded to another device
+            # a loaded state may be on another device
             self.values = self.values.to(device)
         if isinstance(loss, Tensor):
             self.values[self.filled].copy_(loss, non_blocking=True)
@@ -50,7 +50,7 @@ class LossBuffer:
         self.filled += 1
 
     def drain(self, made: Tensor | int) -> tuple[Tensor, int]:
-        """Begin a new epoch; return the losses of this one and ``made`` on the CPU, in one copy."""
+        """Return the losses of the epoch and ``made`` on the CPU, in one copy, and begin a new epoch."""
         assert self.values is not None
         if isinstance(made, Tensor):
             self.values[-1].copy_(made)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import weakref
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -16,14 +17,13 @@ from ...optim.losses import checked_loss
 from ...plan.device_buffers import is_capturing
 from ...schedules import Schedule, Segment
 from ...schedules.adaptive import AdaptiveSchedule
-from ..states import checked_state
 from .gaussian_process import Parity, ScaleFree, one_thread
 from .loss_buffer import LossBuffer
 
 _VERSION = 1
 _FORMAT = "fused_warmup.autowu"
 _DECAYS = ("cosine", "half-cosine", "constant-cosine", "plateau")
-# what a state dict holds besides the arguments
+# keys of a state dict besides the arguments
 _STATE = ("steps", "phase", "back_at", "rates", "epoch", "filled", "losses", "tests", "smoother", "plateau")
 
 
@@ -33,10 +33,10 @@ class WarmupTest:
 
     Attributes:
         step: Losses recorded so far.
-        probability: That the smoothed loss was lower before; the mean over the votes.
+        probability: Probability that the smoothed loss was lower at an earlier step; the mean over the votes.
         positive: Whether most votes were above the confidence.
         lr: Rate of the last step.
-        back: Rate at the smoothed minimum, to which a switch goes back.
+        back: Rate at the smoothed minimum, from which the decay would start.
     """
 
     step: int
@@ -47,41 +47,42 @@ class WarmupTest:
 
 
 class AutoWU(AdaptiveSchedule):
-    """A warmup that ends by itself: grows the rate, watches the losses, goes back and decays.
+    """Automatic warmup: detects the end of warmup from the losses and decays from the best learning rate.
 
     The rate grows from ``min_lr`` towards ``max_lr``. After each epoch a Gaussian process smooths all losses
-    so far; ``patience`` epochs in a row after which the loss was lower before, with probability
-    ``confidence``, end the warmup. The rate returns to where the smoothed loss was lowest and decays until
-    ``total_steps``. Parameters are not taken back.
+    so far. The test is positive if, with probability ``confidence``, the smoothed loss was lower at an
+    earlier step; ``patience`` positive tests in a row end the warmup. The rate returns to the one at the
+    smoothed minimum and decays until ``total_steps``. Parameters are not rolled back.
 
-    Pass it as ``schedule=`` to an optimizer of this package with ``lr=1.0``, where a group's ``lr`` is its
-    ratio to the rate, and call ``opt.record_loss(loss)`` before each ``opt.step()``. The losses stay on their
-    device; the call that ends an epoch of the warmup copies them once, which waits, and the table of the
-    device is rewritten if the rate changes. Or drive any optimizer: ``lr`` before the first step,
-    ``lr = wu.step(loss)`` after each one.
+    Pass it as ``schedule=`` to an optimizer of this package with ``lr=1.0``; a group's ``lr`` is then its
+    ratio to the rate. Call ``opt.record_loss(loss)`` before each ``opt.step()``. The losses stay on their
+    device; the call that ends an epoch of the warmup copies them once, which waits, and the schedule on the
+    device is rewritten if the rate changes. To drive any other optimizer, set its rate to ``wu.lr`` before
+    the first step and to ``wu.step(loss)`` after each one.
 
-    In a group of processes the losses are averaged over all of them, so that each one decides the same.
+    In a group of processes the losses are averaged, so that all ranks decide the same.
 
     Args:
         total_steps: Steps of the training; the last rate is held after them.
         steps_per_epoch: Losses from one test to the next.
         min_lr: First rate, > 0.
-        max_lr: Rate that the warmup would reach at its longest, >= ``min_lr``.
-        max_warmup_fraction: Longest warmup over ``total_steps``, in [0, 1]; the decay then starts at the rate
-            reached.
+        max_lr: Rate at the end of the longest possible warmup, >= ``min_lr``.
+        max_warmup_fraction: Length of the longest warmup over ``total_steps``, in [0, 1]; the decay then
+            starts at the rate reached.
         growth: ``"exponential"`` or ``"linear"``.
         decay: ``"cosine"`` to 0, ``"half-cosine"``, which starts at half the rate, ``"constant-cosine"``, or
-            ``"plateau"``: times ``plateau_factor`` after more than ``plateau_patience`` epochs in a row
-            whose mean loss was not below the lowest by 1e-4 of it. The last two end by a cosine.
-        parity: Decide as the authors' code does: losses of order 1, random samples, a last step of rate 0,
-            and losses that are not finite are left out. By default the scale of the losses does not matter,
-            an epoch with more than half of them not finite ends the warmup, and no step has the rate 0.
-        confidence: Probability from which on a test is positive, in (0, 1).
+            ``"plateau"``: multiplied by ``plateau_factor`` after more than ``plateau_patience`` epochs in a
+            row whose mean loss was not below the lowest by 1e-4 of it. The last two end with a cosine.
+        parity: Decide as the authors' code does: it expects losses of order 1, draws random samples, ends
+            with a step of rate 0 and leaves out non-finite losses. By default the scale of the losses does
+            not matter, an epoch with more than half of them non-finite ends the warmup, and no step has the
+            rate 0.
+        confidence: Probability above which a test is positive, in (0, 1).
         patience: Positive tests in a row that end the warmup.
-        cooldown_fraction: Last part of ``total_steps``, in [0, 1], in which the rate decays in any case.
-        plateau_factor: In (0, 1).
-        plateau_patience: Epochs.
-        reduce: Average the losses over the default process group, where there is one. False if they are the
+        cooldown_fraction: Last part of ``total_steps``, in [0, 1], in which the rate always decays.
+        plateau_factor: Factor of the rate on a plateau, in (0, 1).
+        plateau_patience: Epochs without progress that a plateau tolerates.
+        reduce: Average the losses over the default process group, if there is one. False if they are the
             same on all ranks.
 
     Raises:
@@ -90,7 +91,7 @@ class AutoWU(AdaptiveSchedule):
 
     Attributes:
         phase: ``"warmup"``, ``"decay"`` while constant or on a plateau, ``"final"``.
-        back_at: Losses recorded when the warmup ended by going back; None before that or if it never did.
+        back_at: Losses recorded when a test ended the warmup; None before that or if none did.
         tests: All tests so far.
 
     Example:
@@ -144,7 +145,7 @@ class AutoWU(AdaptiveSchedule):
         }
         self._total, self._per_epoch = self._options["total_steps"], self._options["steps_per_epoch"]
         self._longest = int(self._options["max_warmup_fraction"] * self._total)
-        # a step is made before a phase can end
+        # a phase lasts at least one step
         self._cooldown_at = max(1, math.ceil((1.0 - self._options["cooldown_fraction"]) * self._total))
         self.phase = "warmup" if self._longest else self._next_phase
         self.back_at: int | None = None
@@ -162,12 +163,12 @@ class AutoWU(AdaptiveSchedule):
 
     @property
     def _next_phase(self) -> str:
-        """What follows the warmup."""
+        """Phase after the warmup."""
         return "decay" if self._options["decay"] in ("constant-cosine", "plateau") else "final"
 
     @property
     def lr(self) -> float:
-        """Rate of the step after the last recorded loss."""
+        """Learning rate of the step after the last recorded loss."""
         return float(self._rates[min(self._steps, self._total - 1)])
 
     def _first_rates(self) -> np.ndarray:
@@ -188,12 +189,13 @@ class AutoWU(AdaptiveSchedule):
         return least * (to / least) ** x
 
     def _decayed(self, rate: float, begin: int, shifted: bool | None = None) -> np.ndarray:
-        """Return the rates from step ``begin`` to the end if the decay begins there.
+        """Return the rates from step ``begin`` to the end for a decay that begins there.
 
         Args:
             rate: Rate that decays.
             begin: First step.
-            shifted: Leave out the first point of the curve and reach the last, as the authors' code does.
+            shifted: Leave out the first point of the curve and reach the last, as the authors' code does; by
+                default only with ``parity``.
         """
         hold = max(0, self._cooldown_at - begin) if self._next_phase == "decay" else 0
         length = self._total - begin - hold
@@ -205,17 +207,17 @@ class AutoWU(AdaptiveSchedule):
         return np.concatenate([np.full(hold, rate), rate * 0.5 * (1.0 + np.cos(math.pi * x))])
 
     def _set_rates(self, rates: np.ndarray) -> None:
-        """Take over rates: one table of a fixed size, which captured graphs find in its place."""
+        """Set the rates as one table of a fixed size, so that captured graphs can keep its address."""
         self._rates = rates
         values = tuple(rates.tolist())
         self.schedule = Schedule((Segment("table", self._total, values[0], values[-1], values=values),))
 
     def _decay_from(self, rate: float, made: int) -> None:
-        """Let the rate decay after step number ``made``; the past stays, and so does the end of the training.
+        """Decay the rate after step number ``made``; earlier rates and the end of the training stay.
 
         Args:
             rate: Rate to decay from.
-            made: Index of the step about to be made, less than ``self._steps`` if steps were skipped.
+            made: Index of the next step, less than ``self._steps`` if steps were skipped.
         """
         rest = self._decayed(rate, self._steps)
         past = self._rates[: made + 1]
@@ -225,11 +227,11 @@ class AutoWU(AdaptiveSchedule):
     # losses
 
     def step(self, loss: Tensor | float) -> float:
-        """Take the loss of the step just made, and return the rate of the next one.
+        """Record the loss of the last step, and return the rate of the next one.
 
         Args:
-            loss: Number of Python or numpy, or tensor with one element. Only the call that ends an epoch of
-                the warmup, or of a plateau, waits for the device.
+            loss: Number of Python or numpy, or tensor with one element. Synchronises only at the end of a
+                warmup (or plateau) epoch.
 
         Returns:
             The learning rate.
@@ -237,18 +239,18 @@ class AutoWU(AdaptiveSchedule):
         Raises:
             TypeError: If the loss is not a number.
             ValueError: If it has more than one element.
-            RuntimeError: If an optimizer feeds this schedule already.
+            RuntimeError: If an optimizer records losses for this schedule already.
         """
         self.feed(loss, None, None)
         return self.lr
 
     def feed(self, loss: Tensor | float, source: object, counters: Tensor | None) -> bool:
-        """Take the loss of the step about to be made; ``record_loss`` calls this, see ``AdaptiveSchedule``.
+        """Record the loss of the next step; ``record_loss`` calls this, see ``AdaptiveSchedule``.
 
         Raises:
             TypeError: If the loss is not a number.
             ValueError: If it has more than one element.
-            RuntimeError: If somebody else feeds this schedule, or a graph is captured.
+            RuntimeError: If losses come from another source as well, or a graph is captured.
         """
         loss = checked_loss(type(self).__name__, "loss", loss)
         self._check_source(loss, source)
@@ -259,14 +261,15 @@ class AutoWU(AdaptiveSchedule):
         elif self.phase == "warmup" and self._steps >= self._longest:
             self._enter(self._next_phase)
         elif self.phase == "warmup" or (self.phase == "decay" and self._options["decay"] == "plateau"):
-            self._keep(loss, counters)
+            self._collect(loss, counters)
         return self.schedule is not before
 
     def _enter(self, phase: str) -> None:
-        """Begin a phase, and its first epoch."""
+        """Begin a phase with a new epoch."""
         self.phase, self._epoch.filled = phase, 0
 
     def _check_source(self, loss: Tensor | float, source: object) -> None:
+        """Raise ``RuntimeError`` if losses come from a second source or during a capture."""
         name = type(self).__name__
         if isinstance(loss, Tensor) and is_capturing(loss.device):
             raise RuntimeError(f"{name}: losses must be recorded outside of a graph, got one in a capture.")
@@ -279,15 +282,19 @@ class AutoWU(AdaptiveSchedule):
         elif known is None:
             self._source = weakref.ref(source)
 
-    def _keep(self, loss: Tensor | float, counters: Tensor | None) -> None:
-        """Put a loss into the running epoch, and look at the epoch when it is full."""
+    def _collect(self, loss: Tensor | float, counters: Tensor | None) -> None:
+        """Add a loss to the current epoch, and evaluate the epoch when it is full."""
         self._epoch.add(loss, None if counters is None else counters.device)
-        if self._epoch.full:
-            losses, made = self._epoch.drain(self._steps - 1 if counters is None else counters[0])
-            self._test(losses, made) if self.phase == "warmup" else self._watch(losses, made)
+        if not self._epoch.full:
+            return
+        losses, made = self._epoch.drain(self._steps - 1 if counters is None else counters[0])
+        if self.phase == "warmup":
+            self._test(losses, made)
+        else:
+            self._check_plateau(losses, made)
 
     def _test(self, losses: Tensor, made: int) -> None:
-        """Test all losses of the warmup, and end it if it is time to."""
+        """Test all losses of the warmup, and end it after enough positive tests or too many lost losses."""
         self._losses = torch.cat([self._losses, losses])
         with one_thread():
             votes = self._smoother.votes(self._losses)
@@ -303,8 +310,8 @@ class AutoWU(AdaptiveSchedule):
             self.back_at = self._steps
             self._decay_from(back, made)
 
-    def _watch(self, losses: Tensor, made: int) -> None:
-        """Lower the rate if the mean losses of some epochs have not fallen."""
+    def _check_plateau(self, losses: Tensor, made: int) -> None:
+        """Lower the rate if the mean loss has not fallen for more epochs than the patience."""
         mean = float(losses.mean())
         lowest, waited = self._plateau
         if mean < lowest - 1e-4 * abs(lowest) or lowest == math.inf > mean:
@@ -319,9 +326,9 @@ class AutoWU(AdaptiveSchedule):
     # state
 
     def state_dict(self) -> dict[str, Any]:
-        """Return what a resumed run needs, as tensors and plain types.
+        """Return the state for a resumed run, as tensors and plain types.
 
-        The state dict of an optimizer that has this as its schedule holds it already.
+        The state dict of an optimizer with this schedule includes it already.
         """
         state = {
             "steps": self._steps,
@@ -338,24 +345,26 @@ class AutoWU(AdaptiveSchedule):
         return {"format": _FORMAT, "version": _VERSION, "options": dict(self._options), **state}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take over a state, its arguments included.
+        """Load a state, including the arguments.
 
         Args:
-            state_dict: What ``state_dict`` returned.
+            state_dict: A result of ``state_dict``.
 
         Raises:
-            ValueError: If something is missing or out of range, or it is of another version; nothing is
+            ValueError: If an entry is missing or out of range, or the version is another one; nothing is
                 changed then.
         """
-        other = type(self).from_state_dict(state_dict)
-        self.__dict__.update({**other.__dict__, "_source": self._source, "_alone": self._alone})
+        for name, value in vars(type(self).from_state_dict(state_dict)).items():
+            # the source of the losses stays
+            if name not in ("_source", "_alone"):
+                setattr(self, name, value)
 
     @classmethod
-    def from_state_dict(cls, state_dict: dict[str, Any]) -> AutoWU:
+    def from_state_dict(cls, state_dict: Mapping[str, Any]) -> AutoWU:
         """Return a schedule with this state, see ``load_state_dict``."""
         name = cls.__name__
         keys = ("format", "options", *_STATE)
-        checked_state(name, state_dict, keys, _VERSION)
+        check.state_dict(name, state_dict, keys, _VERSION)
         if state_dict["format"] != _FORMAT:
             check.fail(name, "state_dict['format']", f"be {_FORMAT!r}", state_dict["format"])
         new = cls(**state_dict["options"])
@@ -377,11 +386,11 @@ class AutoWU(AdaptiveSchedule):
         return new
 
     def __getstate__(self) -> dict[str, Any]:
-        """Return what pickle and deepcopy keep: everything but who feeds it."""
+        """Return the attributes for pickle and deepcopy, without the source of the losses."""
         return {**self.__dict__, "_source": None, "_alone": False}
 
     def __repr__(self) -> str:
-        """Name the arguments that were given and where the training is."""
+        """Show the main arguments and the progress of the training."""
         given = ", ".join(
             f"{key}={self._options[key]!r}" for key in ("total_steps", "steps_per_epoch", "decay")
         )

@@ -1,1 +1,1 @@
-"""Where large learning rates lead: regimes, fine-tuning, and the geometry of solutions."""
+"""Large learning rates: regimes, pre-training with fine-tuning, and the geometry of solutions."""

@@ -1,4 +1,4 @@
-"""Where solutions lie to each other: angles, barriers on the straight line, means."""
+"""Geometry of solutions: angles, loss barriers on the straight line, means, and frequency bands of images."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ class Barrier:
     """The error on the straight line between two solutions.
 
     Attributes:
-        value: Largest excess over the line between the errors of the ends, never below 0; in its units.
-        alphas: Places on the line, 0 for the first solution and 1 for the second.
-        errors: Error at each of them.
+        value: Largest excess of the error over linear interpolation between the ends, >= 0.
+        alphas: Positions on the line, 0 for the first solution and 1 for the second.
+        errors: Error at each position.
     """
 
     value: float
@@ -33,12 +33,12 @@ class Barrier:
 
 
 def angular_distance(a: Weights, b: Weights) -> float:
-    """Return the angle between two sets of weights as seen from the origin.
+    """Return the angle between two sets of weights at the origin.
 
     Args:
         a: Weights as a module (its parameters that require gradients), a mapping of names to tensors, or
-            tensors. Only those that scale-invariant layers follow have a direction that means something:
-            leave out statistics of batch norms and the last layer.
+            tensors. The direction is meaningful only for scale-invariant weights, those before a
+            normalisation: leave out statistics of batch norms and the last layer.
         b: As many tensors of the same shapes.
 
     Returns:
@@ -87,13 +87,13 @@ def linear_barrier(
     """Measure the error on the straight line between two states of a model.
 
     Args:
-        model: Takes the states one after the other; it has its own back afterwards, also after an exception.
+        model: Loads the states one after the other; its own state is restored, also after an exception.
         a: State dict of the first solution.
-        b: That of the second; what is not a floating-point number is taken from ``a``.
-        error: Returns the error of the model as it is, a part of one say.
-        points: Places on the line, >= 2; the paper takes 21 or fewer.
-        prepare: Called before each evaluation: brings the weights back to their sphere, or the statistics of
-            batch norms up to date.
+        b: State dict of the second; entries that are not floating-point come from ``a``.
+        error: Returns the error of the model in its present state, as a fraction for example.
+        points: Positions on the line, >= 2; the paper takes 21 or fewer.
+        prepare: Called before each evaluation, for example to project the weights back to their sphere or to
+            recompute the statistics of batch norms.
 
     Returns:
         The barrier.
@@ -107,7 +107,7 @@ def linear_barrier(
     owner = "linear_barrier"
     check.whole(owner, "points", points, 2)
     _check_alike(owner, [a, b])
-    kept = _copied(model.state_dict())
+    kept = copied_state(model.state_dict())
     alphas = [i / (points - 1) for i in range(points)]
     errors = []
     try:
@@ -124,18 +124,18 @@ def linear_barrier(
 
 
 def _between(a: Tensor, b: Tensor, alpha: float) -> Tensor:
-    """Return the point between two tensors; the ends exactly."""
+    """Return the linear interpolation of two tensors, exact at both ends."""
     return a.detach().lerp(b.detach(), alpha) if a.is_floating_point() else a
 
 
 def average_states(states: Sequence[State]) -> dict[str, Tensor]:
-    """Return the mean of state dicts, each with the same weight, computed in float64.
+    """Return the unweighted mean of state dicts, computed in float64.
 
     Args:
-        states: At least one; what is not a floating-point number is taken from the last one.
+        states: At least one; entries that are not floating-point come from the last one.
 
     Returns:
-        A state dict. Statistics of batch norms are averaged too and should be measured again.
+        A state dict. Statistics of batch norms are averaged too and should be recomputed.
 
     Raises:
         ValueError: If there is none, or names or shapes differ.
@@ -152,16 +152,16 @@ def average_states(states: Sequence[State]) -> dict[str, Tensor]:
 
 
 def frequency_bands(images: Tensor, bounds: Sequence[int] | None = None) -> Tensor:
-    """Split images into bands of spatial frequencies, to see which of them a model has learned to use.
+    """Split images into bands of spatial frequencies, to test which frequencies a model has learned to use.
 
-    The frequency of a Fourier coefficient is ``|k| + |l|``, its steps from the centre of the spectrum. Bands
-    add up to the images and are at right angles to each other.
+    The frequency of a Fourier coefficient is ``|k| + |l|``, its distance in steps from the centre of the
+    spectrum. The bands add up to the images and are mutually orthogonal.
 
     Args:
         images: Floating-point tensor of ``[..., height, width]``.
-        bounds: Highest frequency of each band but the last, which takes what is left: integers, each larger
-            than the one before. None takes 0, a quarter and three quarters of the highest frequency there is,
-            ``height // 2 + width // 2``: for sides of 32 the paper's {0}, [1, 8], [9, 24] and [25, 32].
+        bounds: Highest frequency of each band but the last, which takes the rest: increasing integers. None
+            takes 0, a quarter and three quarters of the highest frequency, ``height // 2 + width // 2``: for
+            sides of 32 the paper's {0}, [1, 8], [9, 24] and [25, 32].
 
     Returns:
         The bands, ``[len(bounds) + 1, ..., height, width]`` in the dtype of the images; computed in float32
@@ -179,7 +179,7 @@ def frequency_bands(images: Tensor, bounds: Sequence[int] | None = None) -> Tens
         check.fail(owner, "images", "be a floating-point tensor", got, error=TypeError)
     if images.ndim < 2 or 0 in images.shape[-2:]:
         check.fail(owner, "images", "have the shape [..., height, width]", tuple(images.shape))
-    # a frequency above the half of a side is that of its mirror image
+    # frequencies above half of a side alias to their mirror images
     rows, columns = (
         torch.tensor([min(i, n - i) for i in range(n)], device=images.device) for n in images.shape[-2:]
     )
@@ -197,7 +197,7 @@ def frequency_bands(images: Tensor, bounds: Sequence[int] | None = None) -> Tens
 
 
 def _check_alike(owner: str, states: Sequence[State]) -> None:
-    """Raise ``ValueError`` if state dicts have other names or shapes than the first one."""
+    """Raise ``ValueError`` if the names or shapes of state dicts differ from those of the first one."""
     if not states:
         check.fail(owner, "states", "hold at least one state dict", states)
     shapes = [{name: tuple(t.shape) for name, t in state.items()} for state in states]
@@ -206,6 +206,6 @@ def _check_alike(owner: str, states: Sequence[State]) -> None:
             check.fail(owner, f"states[{i}]", f"have the names and shapes {shapes[0]}", other)
 
 
-def _copied(state: Mapping[str, Any]) -> dict[str, Tensor]:
-    """Return a state dict of its own memory."""
+def copied_state(state: Mapping[str, Any]) -> dict[str, Tensor]:
+    """Return a deep copy of a state dict."""
     return {name: tensor.detach().clone() for name, tensor in state.items()}

@@ -1,4 +1,4 @@
-"""Training from a large learning rate: pre-train above the threshold, then fine-tune or average."""
+"""Pre-train at a large learning rate, above the convergence threshold, then fine-tune or average."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ... import _checks as check
 from ...optim.losses import loss_value
-from .geometry import _copied, average_states, linear_barrier
+from .geometry import average_states, copied_state, linear_barrier
 from .regimes import Trial
 
 State = dict[str, Tensor]
@@ -19,12 +19,12 @@ State = dict[str, Tensor]
 
 @dataclass(frozen=True)
 class LargeLR:
-    """What ``pretrain_finetune`` found.
+    """Result of ``pretrain_finetune``.
 
     Attributes:
         lr: Rate of the pre-training.
-        losses: Training loss of each of its epochs.
-        scores: What ``evaluate`` returned for ``"pretrained"``, ``"averaged"`` and each rate of fine-tuning.
+        losses: Training loss of each epoch of the pre-training.
+        scores: Scores of ``evaluate`` for ``"pretrained"``, ``"averaged"`` and each rate of fine-tuning.
         states: State dicts by the same keys.
         best: The key with the highest score; the model is left in this state.
         barrier: Error barrier between the lowest and the highest rate of fine-tuning; None without ``error``.
@@ -39,7 +39,7 @@ class LargeLR:
 
     @property
     def trial(self) -> Trial:
-        """What ``find_regimes`` wants to know of a rate, see its ``train``."""
+        """The trial of this rate for ``find_regimes``, see its ``train``."""
         tuned = max(score for key, score in self.scores.items() if key != "pretrained")
         return Trial(self.losses, (self.scores["pretrained"],), tuned, self.barrier)
 
@@ -60,29 +60,29 @@ def pretrain_finetune(
 ) -> LargeLR:
     """Pre-train at one rate, then fine-tune at lower ones and average the last checkpoints.
 
-    Just above the largest rate at which training still converges, the end of the pre-training is a better
-    start for both than anything below or far above: ``find_regimes`` looks for that window.
+    Pre-training just above the largest rate at which training still converges gives the best start for both;
+    lower and much higher rates are worse. ``find_regimes`` finds that window.
 
     Args:
-        model: What is trained; it ends in the best of the states.
+        model: Model to train; it is left in the best of the states.
         make_optimizer: Returns a new optimizer of the model's parameters for a rate. Plain SGD in the paper.
         run_epoch: Trains the model for an epoch with an optimizer, and returns its mean training loss.
-        evaluate: Returns the score of the model as it is; higher is better.
+        evaluate: Returns the score of the model in its present state; higher is better.
         lr: Constant rate of the pre-training, > 0.
         epochs: Epochs of the pre-training.
-        finetune_lrs: Constant rates, each of which starts from the end of the pre-training.
+        finetune_lrs: Constant rates of fine-tuning, each from the end of the pre-training.
         finetune_epochs: Epochs of each fine-tuning; None takes ``epochs``.
-        average: Checkpoints to average, of the last epochs of the pre-training; 0 averages none.
-        error: Returns the training error of the model; measures ``barrier`` if there are two rates or more.
-        prepare: Called after averaging, and at each point of the barrier: brings the weights back to their
-            sphere, or the statistics of batch norms up to date.
+        average: Number of last epochs of the pre-training whose checkpoints are averaged; 0 averages none.
+        error: Returns the training error of the model, to measure ``barrier`` between two or more rates.
+        prepare: Called after averaging and at each point of the barrier, for example to project the weights
+            back to their sphere or to recompute the statistics of batch norms.
 
     Returns:
         Scores and states.
 
     Raises:
         TypeError: If ``run_epoch``, ``evaluate`` or ``error`` returns no number.
-        ValueError: If an argument is out of range, or neither fine-tuning nor averaging is asked for.
+        ValueError: If an argument is out of range, or there is neither fine-tuning nor averaging.
 
     Source: Sadrtdinov et al. 2024, arXiv:2410.22113, section 3.
     """
@@ -103,12 +103,12 @@ def pretrain_finetune(
     for epoch in range(epochs):
         losses.append(loss_value(owner, "run_epoch", run_epoch(optimizer), returned=True))
         if epoch >= epochs - average:
-            checkpoints.append(_copied(model.state_dict()))
+            checkpoints.append(copied_state(model.state_dict()))
     states: dict[str | float, State] = {}
     scores: dict[str | float, float] = {}
 
     def keep(key: str | float) -> None:
-        states[key] = _copied(model.state_dict())
+        states[key] = copied_state(model.state_dict())
         scores[key] = loss_value(owner, "evaluate", evaluate(), returned=True)
 
     keep("pretrained")
@@ -137,10 +137,10 @@ def relative_rate(lr: float, weights: Any) -> float:
 
     Args:
         lr: Learning rate.
-        weights: Tensors, all of those that scale-invariant layers follow.
+        weights: All scale-invariant weights.
 
     Returns:
-        The rate at which their direction moves, whatever their norm.
+        The rate at which their direction moves, which does not depend on their norm.
 
     Raises:
         ValueError: If ``lr`` is out of range or there are no weights.

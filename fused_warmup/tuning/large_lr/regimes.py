@@ -1,4 +1,4 @@
-"""Regimes of constant learning rates, and the window just above the convergence threshold."""
+"""Find the regimes of constant learning rates, and the window just above the convergence threshold."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from typing import Any
 from ... import _checks as check
 from ...optim.losses import loss_value
 
-# last part of a run over which losses and accuracies are averaged
+# last part of a run, over which losses and accuracies are averaged
 _TAIL = 0.1
-# the accuracy of random guesses and a bit: one and a half times it for ten classes
+# margin above the accuracy of random guesses: half of that accuracy for ten classes
 _ABOVE_CHANCE = 1.0 / 18.0
 _LARGEST_BARRIER = 0.01
-# how far above the threshold the window reaches where nothing was fine-tuned
+# upper end of the window over the threshold, without fine-tuning
 _WINDOW = 2.0
 _COLORS = {
     "slow": "#9aa3ad",
@@ -33,10 +33,10 @@ class Trial:
     """A training at a constant rate.
 
     Attributes:
-        losses: Training loss of each epoch; its number of epochs is the budget of the threshold.
+        losses: Training loss of each epoch; the threshold depends on this number of epochs.
         accuracies: Accuracy on held-out data, of each epoch or the last ones, in [0, 1]; may be empty.
         tuned: Accuracy after fine-tuning at a low rate, or averaging, from the end of this training.
-        barrier: Training error barrier between fine-tuning at a low and at a high rate, as a part of one.
+        barrier: Training error barrier between fine-tuning at a low and at a high rate, in [0, 1].
     """
 
     losses: tuple[float, ...]
@@ -52,12 +52,12 @@ class Point:
     Attributes:
         lr: The rate.
         regime: ``"1"`` converges, ``"2A"`` and ``"2B"`` settle at a loss above zero (``"2"`` where nothing
-            was fine-tuned), ``"3"`` diverges; ``"slow"`` is below regime 1 and not yet there.
+            was fine-tuned), ``"3"`` diverges; ``"slow"`` is too low to converge within the epochs.
         epoch: First epoch, from 1, with a loss below the limit; None without one.
         loss: Mean training loss of the last tenth of the epochs.
         spread: Standard deviation of these losses.
         accuracy: Mean of the accuracies of the last tenth; NaN without any.
-        trial: What was measured.
+        trial: The measurements.
     """
 
     lr: float
@@ -71,14 +71,14 @@ class Point:
 
 @dataclass(frozen=True)
 class Regimes:
-    """What ``find_regimes`` found.
+    """Result of ``find_regimes``.
 
     Attributes:
         points: All rates tried, ascending.
         threshold: Largest rate that converged and smallest above it that did not: 0 or infinity at the ends
-            of the range. It belongs to the budget of epochs: with more of them it is higher.
+            of the range. It grows with the number of epochs.
         divergence: Smallest rate of regime 3, or None.
-        window: Rates to pre-train at, from just above the threshold; None if all or none converge.
+        window: Interval of rates for pre-training, just above the threshold; None if all or none converge.
         best: Rate of regime 2A with the highest accuracy after fine-tuning; None if nothing was fine-tuned or
             no rate is in 2A.
     """
@@ -119,7 +119,7 @@ class Regimes:
                 other.plot([p.lr for p in self.points], value, style, color="#1f2430", lw=1.2, label=label)
         other.set_ylabel("accuracy")
         lines = [*ax.get_legend_handles_labels()[0], *other.get_legend_handles_labels()[0]]
-        # below the axes: somewhere inside, a curve is always in the way
+        # below the axes: inside them it would cover a curve
         below = {"loc": "upper center", "bbox_to_anchor": (0.5, -0.16), "ncols": 3}
         ax.legend(handles=lines, frameon=False, fontsize=8, **below)
         return ax
@@ -137,18 +137,17 @@ def find_regimes(
     """Train at constant rates, find the convergence threshold by bisection, and name the regimes.
 
     A rate converges if the training loss of an epoch falls below ``converged_loss``. The threshold is the end
-    of the first stretch of rates that do. Regime 3 starts at the smallest rate above it at which a loss is
-    not finite, the accuracy stays that of random guesses or, where no accuracy is known, the loss ends no
-    lower than in the first epoch. A rate between them is in 2A if fine-tuning or averaging from its end is at
-    least as accurate as the best of regime 1 and the barrier, where it was measured, is at most one percent;
-    in 2B if not.
+    of the first stretch of converging rates. Regime 3 starts at the smallest rate above the threshold where a
+    loss is not finite, the accuracy stays that of random guesses or, without accuracies, the last losses are
+    no lower than the first. A rate in between is in 2A if fine-tuning or averaging from its end is at least
+    as accurate as the best of regime 1 and its barrier, if measured, is at most 1 %; otherwise in 2B.
 
     Args:
         train: Trains from scratch at a constant rate and returns a ``Trial``, or a mapping with its fields;
             ``pretrain_finetune(...).trial`` is one.
         lrs: Rates to begin with, > 0, at least two.
-        converged_loss: Limit of the loss, > 0.
-        chance: Accuracy of random guesses, in (0, 1); needed to judge accuracies.
+        converged_loss: Loss below which a training has converged, > 0.
+        chance: Accuracy of random guesses, in (0, 1); needed to detect divergence from accuracies.
         precision: The bisection of the threshold stops when its ends are closer than this factor, > 1.
         max_runs: Largest number of trainings of the bisection.
 
@@ -156,11 +155,11 @@ def find_regimes(
         The regimes.
 
     Raises:
-        TypeError: If ``train`` returns something else.
+        TypeError: If ``train`` returns another type.
         ValueError: If an argument is out of range, or there are fewer than two rates.
 
     Source: regimes of Kodryan et al. 2022, arXiv:2209.03695, and Sadrtdinov et al. 2024, arXiv:2410.22113,
-    who draw the boundaries by hand: the definitions are ours, but for that of convergence, which is theirs.
+    who draw the boundaries by hand: the definition of convergence is theirs, the others are ours.
     """
     owner = "find_regimes"
     rates = sorted({check.number(owner, f"lrs[{i}]", lr, ends="()") for i, lr in enumerate(lrs)})
@@ -186,7 +185,7 @@ def find_regimes(
 
 
 def _trial(owner: str, found: Any) -> Trial:
-    """Return what a training reported, checked."""
+    """Return the validated result of a training."""
     if isinstance(found, Mapping):
         try:
             found = Trial(**found)
@@ -194,11 +193,13 @@ def _trial(owner: str, found: Any) -> Trial:
             check.fail(owner, "train", "return the fields of a Trial", sorted(found), error=TypeError)
     if not isinstance(found, Trial):
         check.fail(owner, "train", "return a Trial or a mapping", found, error=TypeError)
-    losses, accuracies = (_numbers(owner, name, getattr(found, name)) for name in ("losses", "accuracies"))
+    losses = _numbers(owner, "losses", found.losses)
+    accuracies = _numbers(owner, "accuracies", found.accuracies)
     if not losses:
         check.fail(owner, "losses", "hold the loss of each epoch", found.losses)
-    ends = ((name, getattr(found, name)) for name in ("tuned", "barrier"))
-    return Trial(losses, accuracies, *(None if v is None else loss_value(owner, name, v) for name, v in ends))
+    tuned = None if found.tuned is None else loss_value(owner, "tuned", found.tuned)
+    barrier = None if found.barrier is None else loss_value(owner, "barrier", found.barrier)
+    return Trial(losses, accuracies, tuned, barrier)
 
 
 def _numbers(owner: str, name: str, values: Any) -> tuple[float, ...]:
@@ -216,7 +217,7 @@ def _first_epoch(trial: Trial, limit: float) -> int | None:
 
 
 def _threshold(trials: Mapping[float, Trial], limit: float) -> tuple[float, float]:
-    """Return the last rate of the first stretch that converges, and the next one."""
+    """Return the last rate of the first stretch of converging rates, and the next rate."""
     low, high = 0.0, math.inf
     for lr in sorted(trials):
         if _first_epoch(trials[lr], limit) is not None:
@@ -229,12 +230,12 @@ def _threshold(trials: Mapping[float, Trial], limit: float) -> tuple[float, floa
 
 
 def _tail(values: tuple[float, ...]) -> tuple[float, ...]:
-    """Return the last tenth of the values, one at least."""
+    """Return the last tenth of the values, at least one."""
     return values[-max(1, round(_TAIL * len(values))) :]
 
 
 def _diverged(trial: Trial, chance: float | None) -> bool:
-    """Whether a training ended in regime 3."""
+    """Whether a training diverged: regime 3."""
     if not all(map(math.isfinite, trial.losses)):
         return True
     if chance is not None and trial.accuracies:
@@ -249,27 +250,19 @@ def _named(
     low, high = threshold
     first = min((lr for lr in trials if _first_epoch(trials[lr], limit) is not None), default=math.inf)
     converged = [lr for lr in trials if first <= lr <= low]
-    known = [t for lr in converged if (t := _accuracy(trials[lr])) is not None]
-    goal = max(known, default=None)
+    accuracies = [_accuracy(trials[lr]) for lr in converged]
+    goal = max((accuracy for accuracy in accuracies if accuracy is not None), default=None)
     points = []
     for lr in sorted(trials):
-        trial = trials[lr]
         if lr in converged:
             regime = "1"
         elif lr < first and low:
             regime = "slow"
         elif divergence is not None and lr >= divergence:
             regime = "3"
-        elif trial.tuned is None or goal is None:
-            regime = "2"
         else:
-            near = trial.barrier is None or trial.barrier <= _LARGEST_BARRIER
-            regime = "2A" if near and trial.tuned >= goal else "2B"
-        tail = _tail(trial.losses)
-        accuracy = fmean(_tail(trial.accuracies)) if trial.accuracies else math.nan
-        finite = all(map(math.isfinite, tail))
-        loss, spread = (fmean(tail), pstdev(tail)) if finite else (math.nan, math.nan)
-        points.append(Point(lr, regime, _first_epoch(trial, limit), loss, spread, accuracy, trial))
+            regime = _above_threshold(trials[lr], goal)
+        points.append(_point(lr, regime, trials[lr], limit))
     good = [p for p in points if p.regime == "2A"]
     best = max(good, key=lambda p: p.trial.tuned or 0.0).lr if good else None
     window = None
@@ -279,8 +272,31 @@ def _named(
     return Regimes(tuple(points), threshold, divergence, window, best)
 
 
+def _above_threshold(trial: Trial, goal: float | None) -> str:
+    """Return the regime of a training that settled at a loss above zero: 2A, 2B, or 2 without fine-tuning."""
+    if trial.tuned is None or goal is None:
+        return "2"
+    near = trial.barrier is None or trial.barrier <= _LARGEST_BARRIER
+    return "2A" if near and trial.tuned >= goal else "2B"
+
+
+def _point(lr: float, regime: str, trial: Trial, limit: float) -> Point:
+    """Return a rate with the statistics of its training."""
+    tail = _tail(trial.losses)
+    finite = all(map(math.isfinite, tail))
+    return Point(
+        lr=lr,
+        regime=regime,
+        epoch=_first_epoch(trial, limit),
+        loss=fmean(tail) if finite else math.nan,
+        spread=pstdev(tail) if finite else math.nan,
+        accuracy=fmean(_tail(trial.accuracies)) if trial.accuracies else math.nan,
+        trial=trial,
+    )
+
+
 def _accuracy(trial: Trial) -> float | None:
-    """Return the best accuracy known of a training that converged."""
+    """Return the best known accuracy of a converged training: after fine-tuning, or of the last epoch."""
     found = [*([] if trial.tuned is None else [trial.tuned]), *trial.accuracies[-1:]]
     return max(found, default=None)
 

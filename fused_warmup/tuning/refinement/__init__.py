@@ -1,1 +1,1 @@
-"""Schedules refined from the gradient norms of a run."""
+"""Refine learning-rate schedules from the gradient norms of a previous run."""

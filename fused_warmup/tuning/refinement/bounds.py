@@ -1,6 +1,6 @@
-"""Bounds on the last iterate of SGD, for ranking schedules.
+"""Bounds on the last iterate of SGD, to rank schedules.
 
-``f`` is convex, ``distance`` is that of the start from a minimum, and norms are L2 norms of the gradients.
+``f`` is convex, ``distance`` that of the start from a minimum, and norms are L2 norms of the gradients.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ def last_iterate_bound(rates: Any, norms: Any, distance: float = 1.0) -> float:
     Args:
         rates: Learning rates of all steps, each > 0; numbers of shape ``[steps]``. A last rate of 0 makes the
             bound infinite, so leave it out.
-        norms: Norms of the gradients, or one for all steps.
+        norms: Norms of the gradients, or one norm for all steps.
         distance: Distance of the start from the minimum, > 0.
 
     Returns:
         The bound, in units of ``f``.
 
     Raises:
-        ValueError: If a rate or norm is out of range, or their numbers differ.
+        ValueError: If a rate or norm is out of range, or there are more of one than of the other.
 
     Source: Defazio et al. 2023, arXiv:2310.07831, the bound for arbitrary schedules.
     """
@@ -35,7 +35,7 @@ def last_iterate_bound(rates: Any, norms: Any, distance: float = 1.0) -> float:
 
 
 def best_scale(rates: Any, norms: Any, distance: float = 1.0) -> float:
-    """Return the multiple of the rates at which ``last_iterate_bound`` is smallest.
+    """Return the factor of the rates that minimises ``last_iterate_bound``.
 
     Args:
         rates: As for ``last_iterate_bound``.
@@ -43,7 +43,7 @@ def best_scale(rates: Any, norms: Any, distance: float = 1.0) -> float:
         distance: As for ``last_iterate_bound``.
 
     Returns:
-        The factor; the bound there is ``last_iterate_bound(factor * rates, ...)``.
+        The factor; the minimum is ``last_iterate_bound(factor * rates, ...)``.
     """
     start, rest = _parts("best_scale", rates, norms, distance)
     # the bound at a multiple c is start / c + rest * c
@@ -51,19 +51,19 @@ def best_scale(rates: Any, norms: Any, distance: float = 1.0) -> float:
 
 
 def best_rates(norms: Any, distance: float = 1.0) -> np.ndarray:
-    """Return the learning rates at which ``last_iterate_bound`` is smallest, of all there are.
+    """Return the learning rates that minimise ``last_iterate_bound``.
 
-    The bound is convex in the rates and a chain in their sums from the end, so that one pass back and one
-    forth find its minimum exactly.
+    The bound is convex in the rates, and each of its terms couples only two adjacent sums of rates from the
+    end, so one backward and one forward pass find the minimum exactly.
 
     Args:
-        norms: Norms of the gradients, each > 0; numbers of shape ``[steps]``. Those of a run need smoothing:
-            ``refinement(...).smoothed``.
+        norms: Norms of the gradients, each > 0; numbers of shape ``[steps]``. Recorded norms must be smoothed
+            first: ``refinement(...).smoothed``.
         distance: Distance of the start from the minimum, > 0; it scales all rates.
 
     Returns:
-        Rates, float64 of ``[steps]``. The last one belongs to the last iterate, from which no step is made,
-        and is larger than those before it: leave it out of a schedule.
+        Rates, float64 of ``[steps]``. The last one belongs to the last iterate, which makes no step, and is
+        larger than those before it: leave it out of a schedule.
 
     Raises:
         ValueError: If a norm is out of range.
@@ -79,7 +79,7 @@ def best_rates(norms: Any, distance: float = 1.0) -> np.ndarray:
     found = _positive(owner, "norms", norms)
     unit = float(found.max())
     squares = np.square(found / unit).tolist()
-    # the terms of the steps from t on are at least cost times the sum of their rates
+    # cost times the sum of the rates from step t on is the minimum of the terms of these steps
     cost = squares[-1]
     ratios = []
     for square in squares[-2::-1]:
@@ -95,15 +95,15 @@ def best_rates(norms: Any, distance: float = 1.0) -> np.ndarray:
 
 
 def refined_bound(norms: Any, distance: float = 1.0) -> float:
-    """Return ``distance / sqrt(sum(norms ** -2))``, the bound of the schedule refined for norms and power 2.
+    """Return ``distance / sqrt(sum(norms ** -2))``, the bound of the schedule refined with power 2.
 
     Args:
         norms: Norms of the gradients, each > 0; numbers of shape ``[steps]``.
         distance: Distance of the start from the minimum, > 0.
 
     Returns:
-        The bound, in units of ``f``. A linear decay tuned to the same norms has the root mean square of the
-        norms in place of their harmonic one.
+        The bound, in units of ``f``. The bound of a tuned linear decay has the root mean square of the norms
+        instead of their harmonic one.
 
     Raises:
         ValueError: If a norm is out of range.
@@ -118,7 +118,7 @@ def refined_bound(norms: Any, distance: float = 1.0) -> float:
 
 
 def _parts(owner: str, rates: Any, norms: Any, distance: float) -> tuple[float, float]:
-    """Return the part of the bound that falls with the scale of the rates, and the one that grows."""
+    """Return the term of the bound that falls with the scale of the rates, and the term that grows."""
     lam = _positive(owner, "rates", rates)
     g = _positive(owner, "norms", norms if np.ndim(norms) else np.full(len(lam), norms))
     if len(g) != len(lam):

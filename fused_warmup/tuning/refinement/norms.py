@@ -1,4 +1,4 @@
-"""Gradient norms from where they were recorded."""
+"""Read recorded gradient norms from a telemetry, a CSV file or numbers."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ import torch
 
 from ... import _checks as check
 from ...optim.telemetry import Telemetry
-from ..large_lr.sheets import read_sheet
+from .csv_table import read_csv
 
-# what exports of experiment trackers have first
+# first column in exports of experiment trackers
 _STEPS = ("step", "_step")
 COLUMNS = {"sgd": "grad_norm", "adam": "grad_norm_l1"}
 
@@ -22,18 +22,17 @@ def read_norms(owner: str, source: Any, kind: str, column: str | None = None) ->
     """Return one norm per step; rows of steps that were skipped are left out.
 
     Args:
-        owner: Name for messages.
+        owner: Name of the caller, for error messages.
         source: ``Telemetry``, its ``history()``, the path of a CSV file, or numbers of shape ``[steps]``.
         kind: ``"sgd"`` takes the L2 norm of a telemetry, ``"adam"`` the L1 norm.
-        column: Name of the column to take instead.
+        column: Name of another column to take.
 
     Returns:
         float64 array of ``[steps]``; entries may be zero or not finite.
 
     Raises:
-        TypeError: If the source is of another kind.
-        ValueError: If a column is missing, the file was cut short or can be read in two ways, or a norm is
-            negative.
+        TypeError: If the source has another type.
+        ValueError: If a column is missing, the file was cut short or is ambiguous, or a norm is negative.
         OSError: If the file cannot be read.
     """
     wanted = COLUMNS[check.one_of(owner, "kind", kind, tuple(COLUMNS))] if column is None else column
@@ -72,23 +71,26 @@ def _array(owner: str, numbers: Any) -> np.ndarray:
 def _read_csv(owner: str, path: Path, wanted: str, *, named: bool) -> dict[str, list[float]]:
     """Return the wanted column of a file with a header line, and the column ``skipped`` if it has one.
 
-    A file without the wanted column may have a single one, or steps and one value first.
+    A file without the wanted column may have a single column, or a column of steps followed by the norms.
     """
-    sheet = read_sheet(owner, path, (wanted,))
-    header = sheet.header
+    table = read_csv(owner, path, (wanted,))
+    header = table.header
     take = wanted.strip()
     if wanted not in header and not named:
-        take = header[0] if len(header) == 1 else header[1] if header[0].lower() in _STEPS else wanted
+        if len(header) == 1:
+            take = header[0]
+        elif header[0].lower() in _STEPS:
+            take = header[1]
         if _is_number(take):
-            sheet.fail(sheet.head, "have the names of the columns", header)
-    columns = {wanted: sheet.numbers(take, "Name the one to take.")}
+            table.fail(table.header_line, "have the names of the columns", header)
+    columns = {wanted: table.numbers(take, "Name the one to take.")}
     if "skipped" in header:
-        columns["skipped"] = sheet.numbers("skipped")
+        columns["skipped"] = table.numbers("skipped")
     return columns
 
 
 def _is_number(text: str) -> bool:
-    """Return whether a name is a number: the first row of a file without a header line."""
+    """Whether a column name is a number, as in a file without a header line."""
     try:
         float(text.replace(",", "."))
     except ValueError:

@@ -1,4 +1,4 @@
-"""Schedules refined from the gradient norms of an earlier run."""
+"""Refine learning-rate schedules from the gradient norms of a previous run."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from ...schedules import Schedule
 from .norms import read_norms
 
 _POWERS = {"sgd": 2.0, "adam": 1.0}
-# where the smoothed norms or the peak say that the loss went to zero and refinement does harm
+# limits of norm range and peak, beyond which the loss went to zero and refinement does harm
 _LARGEST_RANGE, _LATEST_PEAK, _START = 10.0, 0.5, 0.1
 _FALLBACK_WARMUP = 0.05
 ADVICE = (
@@ -27,13 +27,13 @@ ADVICE = (
 
 @dataclass(frozen=True)
 class PolynomialFit:
-    """A warmup and a polynomial decay that come close to a schedule.
+    """Linear warmup and polynomial decay fitted to a schedule.
 
     Attributes:
         warmup: Steps of linear warmup over all steps.
         power: Power of the decay.
         rmse: Root mean square of the differences.
-        schedule: The fit, as long as what was fitted.
+        schedule: The fit, with the length of the original schedule.
     """
 
     warmup: float
@@ -44,18 +44,18 @@ class PolynomialFit:
 
 @dataclass(frozen=True)
 class Refinement:
-    """A refined schedule and what is to know about it.
+    """A refined schedule with diagnostics.
 
     Attributes:
-        schedule: The table: maximum 1, last value 0.
+        schedule: A table with maximum 1 and last value 0.
         smoothed: Norms after smoothing and resampling, float64 of ``[steps]``.
         width: Width of the median filter, in recorded steps.
-        raised: Norms that were raised to the floor.
-        dropped: Norms that were not finite.
+        raised: Number of norms raised to the floor.
+        dropped: Number of non-finite norms.
         norm_range: Largest over smallest smoothed norm after the first tenth.
         peak: Step of the maximum over the number of steps.
-        trouble: Why the schedule should not be used; empty if it may be.
-        fallback: Warmup over a twentieth of the steps and linear decay, for when it should not.
+        trouble: Reasons not to use the schedule; empty if there are none.
+        fallback: Warmup over a twentieth of the steps and linear decay, to use instead.
     """
 
     schedule: Schedule
@@ -82,26 +82,25 @@ def refine_schedule(
     on_trouble: str = "warn",
     **options: Any,
 ) -> Schedule:
-    """Return the learning-rate schedule that the gradient norms of an earlier run ask for.
+    """Return the learning-rate schedule refined from the gradient norms of a previous run.
 
-    Record a run with a good schedule, warmup and linear decay say; refine; then tune the peak rate again and
-    train with the result. It contains its warmup already.
+    Record a run with a good schedule, such as warmup and linear decay; refine; then tune the peak rate again
+    and train with the result, which includes a warmup.
 
-    Norms that fall by orders of magnitude, because the loss goes to zero, would put all learning at the end
-    of the run, where it is worse than linear decay. That is noticed.
+    If the norms collapse (training loss near zero) the refined schedule would learn only at the very end and
+    do worse than linear decay; this case is detected, see ``on_trouble``.
 
     Args:
         norms: As for ``refinement``.
         kind: ``"sgd"`` or ``"adam"``, as for ``refinement``.
         smoothing: As for ``refinement``.
         steps: Length of the schedule; None takes that of the recording.
-        on_trouble: What to do about collapsing norms: ``"warn"``, ``"raise"``, ``"fallback"`` to warmup and
-            linear decay, or ``"ignore"``.
+        on_trouble: Reaction to collapsing norms: ``"warn"``, ``"raise"``, ``"fallback"`` to warmup and linear
+            decay, or ``"ignore"``.
         options: Further arguments of ``refinement``.
 
     Returns:
-        A table of multipliers for ``schedule=``: maximum 1, last value 0, which a longer run holds; a shorter
-        one ends where it is.
+        A table of multipliers for ``schedule=``: maximum 1, last value 0, which is held in a longer run.
 
     Raises:
         TypeError: If an argument has a wrong type.
@@ -140,27 +139,28 @@ def refinement(
     column: str | None = None,
     parity: bool = False,
 ) -> Refinement:
-    """Refine a schedule: smooth the norms, weigh each step by a power of its norm, sum the weights to come.
+    """Refine a schedule from gradient norms, and return it with its diagnostics.
 
-    ``rate[t] = w[t] * (w[t+1] + ... + w[T-1])`` with ``w = smoothed ** -power``, divided by its maximum.
-    Constant norms give linear decay, a spike at the start gives a warmup.
+    The norms are smoothed, and each step gets the weight ``w = smoothed ** -power``. The schedule is
+    ``rate[t] = w[t] * (w[t+1] + ... + w[T-1])``, divided by its maximum. Constant norms give linear decay, a
+    spike at the start gives a warmup.
 
     Args:
         norms: ``opt.telemetry``, its ``history()``, the path of a CSV file with a header line, or numbers of
             shape ``[steps]``: norms of the gradients of all parameters together, one per update, before
-            clipping. Those that are not finite are left out, the others keep their places.
-        kind: ``"sgd"`` for L2 norms and power 2; ``"adam"``, or anything like it, for L1 norms and power 1.
-        smoothing: Width of the median filter as a part of the run, in [0, 1]; 0 does not smooth. At the left
-            end the filter repeats the first norm, at the right end it sees the run mirrored.
-        steps: Length of the schedule; None takes that of the recording. The norms are resampled.
-        power: Overrides that of the kind, >= 0.
-        width: Overrides ``smoothing``: an odd number of recorded steps.
-        floor: Norms below this part of their median are raised to it, in (0, 1].
-        interpolation: Of the resampled norms, ``"linear"`` or ``"log"``.
-        zero_last: False gives the last step a part of the weight, so that its rate is not 0.
+            clipping. Non-finite ones are left out without moving the others.
+        kind: ``"sgd"`` for L2 norms and power 2; ``"adam"`` and similar rules: L1 norms and power 1.
+        smoothing: Width of the median filter as a fraction of the run, in [0, 1]; 0 does not smooth. The
+            filter extends the run by its first norm on the left and by reflection on the right.
+        steps: Length of the schedule, to which the norms are resampled; None takes that of the recording.
+        power: Exponent of the weights instead of that of ``kind``, >= 0.
+        width: Width of the median filter instead of ``smoothing``: an odd number of recorded steps.
+        floor: Norms below this fraction of their median are raised to it, in (0, 1].
+        interpolation: Interpolation of the resampled norms, ``"linear"`` or ``"log"``.
+        zero_last: Whether the last rate is 0; False adds a step's own weight to the sum.
         column: Column of a file or history to take instead of ``grad_norm`` or ``grad_norm_l1``.
-        parity: Resample to ``steps`` before smoothing where that is longer, and take the width from
-            ``steps``, as the authors' code does.
+        parity: Resample to ``steps`` before smoothing if that is longer, and take the width from ``steps``,
+            as the authors' code does.
 
     Returns:
         The schedule with its smoothed norms and diagnostics.
@@ -171,7 +171,7 @@ def refinement(
         OSError: If a file cannot be read.
 
     Source: Defazio, Cutkosky, Mehta & Mishchenko 2023, arXiv:2310.07831, algorithms 1 and 2; boundaries of
-    the filter as in the authors' code. Norms before clipping are our choice, the paper leaves it open.
+    the filter as in the authors' code. The paper leaves open whether norms are those before clipping.
     """
     owner = "refine_schedule"
     recorded = read_norms(owner, norms, kind, column)
@@ -214,11 +214,11 @@ def refinement(
 
 
 def refine_groups(norms: Any, **options: Any) -> list[Schedule]:
-    """Refine a schedule for each parameter group, tensor or coordinate by its own norms: a heuristic.
+    """Refine a schedule for each parameter group, tensor or coordinate from its own norms: a heuristic.
 
-    The theorem is about one weight per step; for weights of each coordinate its natural bound is false, there
-    are convex counterexamples with two steps. Each schedule has the maximum 1: the groups' rates say the
-    rest.
+    The theory covers one weight per step. For one weight per coordinate the natural extension of its bound is
+    false: there are convex counterexamples with two steps. Each schedule has the maximum 1; the groups'
+    learning rates set the scale.
 
     Args:
         norms: Norms of shape ``[steps, groups]``.
@@ -242,12 +242,12 @@ def refine_groups(norms: Any, **options: Any) -> list[Schedule]:
 
 
 def filter_width(smoothing: float, steps: int) -> int:
-    """Return the odd width of a median filter over a part of so many steps."""
+    """Return the odd width of a median filter over the fraction ``smoothing`` of the steps."""
     return 2 * (int(smoothing * steps) // 2) + 1
 
 
 def median_filter(values: np.ndarray, width: int) -> np.ndarray:
-    """Return running medians; the left end repeats its value, the right end is mirrored without its value.
+    """Return running medians of values extended by the first one on the left and by reflection on the right.
 
     Args:
         values: float64 array of ``[n]``.
@@ -272,7 +272,7 @@ def median_filter(values: np.ndarray, width: int) -> np.ndarray:
 
 
 def _running_medians(padded: np.ndarray, width: int) -> np.ndarray:
-    """Return the medians of all windows that fit, from a sorted window: what is used without scipy."""
+    """Return the medians of all windows that fit, from a sorted window: the fallback without scipy."""
     values = padded.tolist()
     window = sorted(values[:width])
     medians = [window[width // 2]]
@@ -284,19 +284,19 @@ def _running_medians(padded: np.ndarray, width: int) -> np.ndarray:
 
 
 def _resampled(places: np.ndarray, values: np.ndarray, n: int, steps: int, interpolation: str) -> np.ndarray:
-    """Return values known at some of ``n`` places at ``steps`` places of the same range."""
+    """Interpolate values known at some of ``n`` equidistant places at ``steps`` places of the same range."""
     if len(places) == n == steps:
         return values
     at = np.linspace(0.0, 1.0, steps)
     known = np.linspace(0.0, 1.0, n)[places.astype(np.int64)]
-    log = interpolation == "log"
-    found: np.ndarray = np.interp(at, known, np.log(values) if log else values)
-    return np.asarray(np.exp(found)) if log else found
+    if interpolation == "log":
+        return np.asarray(np.exp(np.interp(at, known, np.log(values))))
+    return np.asarray(np.interp(at, known, values))
 
 
 def _rates(smoothed: np.ndarray, power: float, zero_last: bool) -> np.ndarray:
-    """Return the refined rates with maximum 1; all are 0 if the power leaves a weight to one step only."""
-    # the scale of the norms cancels; their smallest as the unit keeps all weights within (0, 1]
+    """Return the refined rates with maximum 1; all are 0 if only one step has a weight above 0."""
+    # the scale of the norms cancels; dividing by the smallest keeps all weights within (0, 1]
     weights: np.ndarray = (smoothed.min() / smoothed) ** power
     tails = np.cumsum(weights[::-1])[::-1]
     rates: np.ndarray = weights * (np.append(tails[1:], 0.0) if zero_last else tails)
@@ -304,7 +304,7 @@ def _rates(smoothed: np.ndarray, power: float, zero_last: bool) -> np.ndarray:
 
 
 def _trouble(spread: float, peak: float) -> tuple[str, ...]:
-    """Return what says that the norms collapse during the run."""
+    """Return the signs that the norms collapse during the run."""
     found = []
     if spread > _LARGEST_RANGE:
         found.append(f"the norms after the first tenth of the run range over a factor of {spread:.3g}")
@@ -317,11 +317,11 @@ def fit_polynomial(schedule: Schedule, steps: int | None = None) -> PolynomialFi
     """Fit linear warmup and polynomial decay to a schedule, by least squares on a grid.
 
     Args:
-        schedule: What to fit.
-        steps: Its length; None asks the schedule.
+        schedule: Schedule to fit.
+        steps: Length of the schedule; None takes its own.
 
     Returns:
-        The fit, with a warmup in hundredths of the steps up to 0.6 and a power in twentieths from 0.1 to 6.
+        The fit; the grid has warmups up to 0.6 in steps of 0.01 and powers from 0.1 to 6 in steps of 0.05.
 
     Raises:
         TypeError: If the schedule has no end and ``steps`` is None.

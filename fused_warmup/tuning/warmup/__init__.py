@@ -1,1 +1,1 @@
-"""Warmups that are measured: the initial rate and the persistent catapult."""
+"""Warmups from measured critical rates: the initial learning rate and the persistent catapult."""

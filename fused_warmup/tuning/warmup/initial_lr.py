@@ -1,4 +1,4 @@
-"""The initial learning rate of a warmup, and the steps that it saves."""
+"""Find the initial learning rate of a warmup, and the number of steps that it saves."""
 
 from __future__ import annotations
 
@@ -8,11 +8,12 @@ import torch
 
 from ... import _checks as check
 from ...sharpness.line_search import Line
-from ...sharpness.loss_evaluator import Loss, LossEvaluator
+from ...sharpness.loss_evaluator import Loss
+from ...sharpness.operators import evaluator_of
 from ...sharpness.pending_step import PendingStep
 from ...sharpness.result import RateSearch
 
-# halvings of a bracket after which a float64 has nothing left to halve
+# halvings after which the ends of a bracket are adjacent in float64
 _MOST_HALVINGS = 60
 
 
@@ -26,29 +27,29 @@ def initial_lr(
     use_grad: bool = True,
     reduce: bool = True,
 ) -> RateSearch:
-    """Find the learning rate at which warmup may begin: where one step first raises the loss a little.
+    """Find the initial learning rate of a warmup: the smallest at which one step slightly raises the loss.
 
-    The rate doubles from ``start`` while the step that the optimizer is about to make lowers the loss,
-    at most to ``target``. Bisection follows until the upper end raises the loss by no more than the relative
-    ``tolerance``; that end is the result. The tolerance is relative to the loss or, for losses that may be
-    negative, to its largest decrease in the search if that is more. An optimizer with ``maximize`` searches
-    the negative of the loss. Nothing is committed, all else is left as it was.
+    The rate doubles from ``start``, at most to ``target``, while the step that the optimizer is about to make
+    lowers the loss. Bisection follows until the upper end raises the loss by no more than the relative
+    ``tolerance``; that end is the result. The tolerance is relative to the loss or to its largest decrease in
+    the search, whichever is larger, because losses may be negative. With ``maximize`` the negative of the
+    loss is searched. No step is made, and all state is restored.
 
     Args:
-        loss_fn: Returns the loss of the batch whose gradient is in ``.grad``, the same each time.
+        loss_fn: Returns the loss of the batch whose gradient is in ``.grad``, on the same batch each time.
         optimizer: One of this package, or ``Adam``, ``AdamW``, ``RAdam`` or ``SGD`` of torch.
         start: First rate to try, > 0.
-        target: Rate at which warmup ends, >= ``start``.
-        tolerance: Increase of the loss that is accepted, > 0; the paper takes 0.1, or 0.01 for Adam.
+        target: Rate at the end of the warmup, >= ``start``.
+        tolerance: Relative increase of the loss that is accepted, > 0; 0.1 in the paper, or 0.01 for Adam.
         use_grad: Use the gradients in ``.grad`` if there are any; otherwise they cost one backward pass.
-        reduce: Search along the mean of the losses of all ranks of the default process group, where there is
+        reduce: Search along the mean of the losses of all ranks of the default process group, if there is
             one: every rank calls this and finds the same rate.
 
     Returns:
         The upper end, as a learning rate of the first group; the others keep their ratios to it. ``forwards``
-        leaves out the loss at the parameters themselves, as the paper does: training has it anyway. Flags:
-        ``target`` if the loss rose by less than the tolerance up to the target, ``rises`` if it rose at
-        ``start`` already, which is then the result; ``nonfinite`` with NaN if the loss is not finite;
+        does not count the loss at the current parameters, as in the paper: training evaluates it anyway.
+        Flags: ``target`` if the loss rose by less than the tolerance up to the target; ``rises`` if it rose
+        at ``start`` already, which is then the result; ``nonfinite`` with NaN if the loss is not finite;
         ``unresolved`` if no rate in the bracket meets the tolerance.
 
     Raises:
@@ -62,7 +63,7 @@ def initial_lr(
     check.number(owner, "target", target, start)
     check.number(owner, "tolerance", tolerance, ends="()")
     pending = PendingStep(owner, optimizer, check.flag(owner, "use_grad", use_grad))
-    with LossEvaluator(owner, loss_fn, pending.params, pending.backend, reduce) as evaluator:
+    with evaluator_of(pending, loss_fn, reduce) as evaluator:
         line = Line(evaluator, pending)
         line.forwards = 0
         if not math.isfinite(line.start):
@@ -83,7 +84,7 @@ def search(line: Line, start: float, target: float, tolerance: float) -> RateSea
         upper *= 2.0
         rise = line.loss(min(upper, target))
     lower, upper = min(upper, target) / 2.0, min(upper, target)
-    # the value of a loss that goes below zero is no measure of its size
+    # the value of a loss that may be negative does not measure its scale
     accepted = line.start + tolerance * max(line.start, line.start - lowest)
     if rise < line.start:
         return RateSearch(target, target, math.inf, line.forwards, ("target",))
@@ -101,14 +102,14 @@ def search(line: Line, start: float, target: float, tolerance: float) -> RateSea
 
 
 def reach_steps(steps: int, critical: float, target: float) -> float:
-    """Return the steps in which a parallel warmup reaches the target: ``steps (1 - critical / target)``.
+    """Return the steps until a parallel warmup reaches its target: ``steps (1 - critical / target)``.
 
     The schedule is ``fused_warmup.schedules.parallel_warmup(steps, critical / target)``.
 
     Args:
         steps: Length of the warmup, in steps.
         critical: Learning rate that ``initial_lr`` found.
-        target: Learning rate at which warmup ends.
+        target: Learning rate at the end of the warmup.
 
     Returns:
         Steps, not rounded; 1 if the target is not above the critical rate.
@@ -125,13 +126,13 @@ def reach_steps(steps: int, critical: float, target: float) -> float:
 
 
 def saved_steps(steps: int, critical: float, target: float, forwards: int = 0) -> float:
-    """Return the steps that the search for the critical rate saves: ``steps critical/target - forwards/2``.
+    """Return the number of steps that an initial rate saves: ``steps critical / target - forwards / 2``.
 
     Args:
         steps: Length of the warmup, in steps.
-        critical: Learning rate that ``initial_lr`` found; all of the warmup is saved from the target on.
-        target: Learning rate at which warmup ends.
-        forwards: Evaluations that the search took; two count as a step.
+        critical: Learning rate that ``initial_lr`` found; at the target or above it saves the whole warmup.
+        target: Learning rate at the end of the warmup.
+        forwards: Evaluations in the search; two count as a step.
 
     Returns:
         Steps, not rounded; negative if the search cost more than it saved.

@@ -1,4 +1,4 @@
-"""Warmup that follows the critical learning rate upwards."""
+"""Persistent catapult: a warmup that follows the critical learning rate upwards."""
 
 from __future__ import annotations
 
@@ -11,48 +11,47 @@ from ... import _checks as check
 from ...distributed.groups import average
 from ...optim.losses import checked_loss
 from ...sharpness.line_search import Line
-from ...sharpness.loss_evaluator import Loss, LossEvaluator
+from ...sharpness.loss_evaluator import Loss
+from ...sharpness.operators import evaluator_of
 from ...sharpness.pending_step import PendingStep
-from ..states import checked_state
 from .initial_lr import search
 
 _VERSION = 1
-# attributes that a state dict must hold
+# attributes saved in a state dict
 _STATE = ("lr", "best", "forwards", "searches", "target", "start", "tolerance")
 
 
 class PersistentCatapult:
-    """Sets the learning rate of an optimizer: slightly above critical, again whenever the loss has recovered.
+    """Sets the learning rate slightly above the critical one, again whenever the loss has recovered.
 
-    The rate starts where ``fused_warmup.tuning.initial_lr`` puts it, a little too high on purpose. The loss
-    rises, the sharpness falls, and when the loss is below its lowest value at a search the rate is searched
-    for again, from where it is. It never falls, and stays at ``target`` once there. For an optimizer with
-    ``maximize`` all of this is about the negative of the loss. Call ``step`` between ``backward()`` and the
-    optimizer's ``step()``.
+    The first rate is that of ``fused_warmup.tuning.initial_lr``, slightly too high on purpose. The loss
+    rises, the sharpness falls, and once the loss is below its lowest value at earlier searches, the next
+    search begins at the current rate. The rate never falls, and ends at ``target``. With ``maximize`` this
+    applies to the negative of the loss. Call ``step`` between ``backward()`` and the optimizer's ``step()``.
 
-    A group that is added later is taken along from the next ``step`` on: its learning rate keeps the ratio
-    that the ``lr`` it is added with has to the first group's ``lr`` when the catapult was made.
+    A group that is added later follows from the next ``step`` on: its learning rate keeps the ratio of its
+    own initial ``lr`` to that of the first group when the catapult was created.
 
     Args:
         optimizer: One of this package without a schedule, or ``Adam``, ``AdamW``, ``RAdam`` or ``SGD`` of
             torch.
-        target: Learning rate of the first group at which warmup ends, > 0; the others keep their ratios to
-            it.
+        target: Learning rate of the first group at the end of the warmup, > 0; the others keep their ratios
+            to it.
         start: First rate to try, > 0.
         tolerance: As for ``initial_lr``.
-        reduce: As for ``initial_lr``; it counts for the loss given to ``step`` as well.
+        reduce: As for ``initial_lr``; applies to the loss given to ``step`` as well.
 
     Raises:
         TypeError: If the rule of the optimizer is not known, or an argument has a wrong type.
         ValueError: If an argument is out of range, or the optimizer has a schedule.
 
     Attributes:
-        lr: Learning rate of the first group now in force; 0 before the first call.
+        lr: Current learning rate of the first group; 0 before the first call.
         forwards: Evaluations of closures so far, counted as for ``initial_lr``.
         searches: Searches so far.
 
-    Source: Kalra & Barkeshli 2024, arXiv:2406.09405, algorithm 3; each search starts from the current rate,
-    which the paper leaves open.
+    Source: Kalra & Barkeshli 2024, arXiv:2406.09405, algorithm 3; the paper leaves the start of each search
+    open, ours is the current rate.
     """
 
     def __init__(
@@ -69,36 +68,37 @@ class PersistentCatapult:
         self.target = check.number(name, "target", target, self.start)
         self.tolerance = check.number(name, "tolerance", tolerance, ends="()")
         self.reduce = check.flag(name, "reduce", reduce)
-        # raises for an optimizer that nothing is known about
+        # raises for an optimizer without a known rule
         self.optimizer = PendingStep(name, optimizer, use_grad=False).optimizer
-        # learning rate of each group when it was first seen
+        # learning rate of each group at its first call
         self._given: list[float] = []
         self._take_groups()
         self.lr, self.best, self.forwards, self.searches = 0.0, math.inf, 0, 0
 
     @property
     def done(self) -> bool:
-        """Whether the target is reached."""
+        """Whether the rate has reached the target."""
         return self.lr >= self.target
 
     def step(self, loss: torch.Tensor | float, loss_fn: Loss) -> float:
-        """Set the rate for the step about to be made; waits for the device until the target is reached.
+        """Set the rate for the next step; waits for the device until the target is reached.
 
         Args:
-            loss: Loss at the parameters as they are, a number or a tensor with one element. On small batches
-                give a smoothed one, or that of a fixed batch: a low loss by luck starts a search.
-            loss_fn: Returns the loss of the batch whose gradient is in ``.grad``, the same each time.
+            loss: Loss at the current parameters, a number or a tensor with one element. For small batches
+                pass a smoothed loss or that of a fixed batch: a low loss by chance starts a search.
+            loss_fn: Returns the loss of the batch whose gradient is in ``.grad``, on the same batch each
+                time.
 
         Returns:
             The learning rate of the first group.
 
         Raises:
             TypeError: If an argument has a wrong type.
-            ValueError: If the loss has several elements, a group with a schedule was added, or groups are
-                gone.
+            ValueError: If the loss has several elements, a group with a schedule was added, or groups were
+                removed.
         """
         loss = checked_loss(type(self).__name__, "loss", loss)
-        # rates of known groups are the user's own again once the target is reached
+        # once the target is reached, the user may change the rates of known groups
         first = len(self._given) if self.done else 0
         self._take_groups()
         if not self.done:
@@ -111,7 +111,7 @@ class PersistentCatapult:
         return self.lr
 
     def _take_groups(self) -> None:
-        """Note the learning rates of groups that are new.
+        """Record the learning rates of new groups.
 
         Raises:
             ValueError: If one has a schedule, or there are fewer groups than before.
@@ -123,28 +123,23 @@ class PersistentCatapult:
             hint = "Make a new one after removing groups."
             check.fail(name, "optimizer", f"keep its {len(self._given)} groups", len(groups), hint)
         for i in range(len(self._given), len(groups)):
-            # groups of torch.optim share a tensor, whose value is that of now
+            # groups of torch.optim may share a tensor, which the catapult has written since
             shared = [j for j in range(i) if _is_shared(groups[i]["lr"], groups[j]["lr"])]
             self._given.append(self._given[shared[0]] if shared else float(groups[i]["lr"]))
 
     def _follow(self, value: float, loss_fn: Loss) -> None:
-        """Search for a rate if the loss has recovered.
-
-        Args:
-            value: The loss.
-            loss_fn: As for ``step``.
-        """
+        """Search for a rate if the loss has recovered; arguments as for ``step``."""
         value = -value if self.optimizer.param_groups[0].get("maximize") else value
         if value < self.best or not self.searches:
             self._search(loss_fn)
-            # without a rate yet the next step searches again
+            # without a rate so far the next step searches again
             self.best = value if math.isfinite(value) and self.lr > 0.0 else self.best
 
     def _search(self, loss_fn: Loss) -> None:
-        """Raise the rate to the critical one; it stays if that is lower."""
+        """Raise the rate to the critical one, unless that is lower."""
         name = type(self).__name__
         pending = PendingStep(name, self.optimizer)
-        with LossEvaluator(name, loss_fn, pending.params, pending.backend, self.reduce) as evaluator:
+        with evaluator_of(pending, loss_fn, self.reduce) as evaluator:
             line = Line(evaluator, pending)
             line.forwards = 0
             if math.isfinite(line.start):
@@ -154,23 +149,23 @@ class PersistentCatapult:
         self.searches += 1
 
     def state_dict(self) -> dict[str, Any]:
-        """Return what a resumed run needs, in plain types."""
+        """Return the state for a resumed run, in plain types."""
         state = {name: getattr(self, name) for name in _STATE}
         return {"version": _VERSION, **state, "given_lrs": list(self._given)}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take over a state; the optimizer's own state dict holds its learning rates.
+        """Load a state; the optimizer's own state dict holds its learning rates.
 
         Args:
-            state_dict: What ``state_dict`` returned.
+            state_dict: A result of ``state_dict``.
 
         Raises:
-            ValueError: If something is missing or out of range, or it is of another version; nothing is
+            ValueError: If an entry is missing or out of range, or the version is another one; nothing is
                 changed then.
         """
         name = type(self).__name__
-        checked_state(name, state_dict, _STATE, _VERSION)
-        # states of before groups could be added have none
+        check.state_dict(name, state_dict, _STATE, _VERSION)
+        # states of earlier releases have no such entry
         given = [
             check.number(name, f"state_dict['given_lrs'][{i}]", lr)
             for i, lr in enumerate(state_dict.get("given_lrs", ()))
@@ -191,7 +186,7 @@ def _is_shared(a: Any, b: Any) -> bool:
 
 
 def _set_lr(group: dict[str, Any], lr: float) -> None:
-    """Set the rate of a group; a tensor keeps its place, for captured graphs."""
+    """Set the rate of a group; a tensor is filled in place, for captured graphs."""
     if isinstance(group["lr"], torch.Tensor):
         group["lr"].fill_(lr)
     else:
