@@ -23,7 +23,7 @@ from fused_warmup.cli import console, files, group, machine
 from fused_warmup.cli import refine as refining
 from fused_warmup.cli.bench import cases as bench_cases
 from fused_warmup.cli.bench import command
-from fused_warmup.cli.train import charts, config, records, report
+from fused_warmup.cli.train import charts, config, loops, records, report
 from fused_warmup.cli.train import command as training
 from fused_warmup.cli.words import printable
 from fused_warmup.tuning.refinement import norms as reading
@@ -262,7 +262,7 @@ def test_a_pipe_gets_the_schedule_and_no_trial(tmp_path, monkeypatch, norms_file
     os.mkfifo(pipe)
     with monkeypatch.context() as patch:
         patch.setattr(Path, "open", never)
-        with files.tried("refine", "--out", pipe):
+        with files.checked_output("refine", "--out", pipe):
             pass
     reader = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)
     try:
@@ -307,7 +307,7 @@ def test_bench_prints_what_it_cannot_write(tmp_path, monkeypatch):
 
 def interrupted_after(monkeypatch, calls, error=KeyboardInterrupt):
     """Let the given call of ``train_on`` raise after its step, before it counts."""
-    real, made = training.Clock.train_on, []
+    real, made = loops.TrainingLoop.train_on, []
 
     def train_on(self, *args):
         loss = real(self, *args)
@@ -317,7 +317,7 @@ def interrupted_after(monkeypatch, calls, error=KeyboardInterrupt):
             raise error
         return loss
 
-    monkeypatch.setattr(training.Clock, "train_on", train_on)
+    monkeypatch.setattr(loops.TrainingLoop, "train_on", train_on)
 
 
 def check_kept(tmp_path, result, steps):
@@ -355,7 +355,7 @@ def test_an_interrupt_of_the_evaluation_keeps_the_training(tmp_path, monkeypatch
     def interrupt(*args):
         signal.raise_signal(signal.SIGINT)
 
-    monkeypatch.setattr(training, "evaluate", interrupt)
+    monkeypatch.setattr(loops, "evaluate", interrupt)
     result = invoke("train", *FEW, "--out", tmp_path, "--no-compare")
     assert result.exit_code == 130
     record = check_kept(tmp_path, result, 6)
@@ -439,7 +439,7 @@ def test_the_input_is_no_output(tmp_path, monkeypatch, norms_file, option, link)
     before = names(tmp_path)
     other = ["-o", "s.json"] if option == "--plot" else []
     if option == "--plot":
-        monkeypatch.setattr(refining, "picture_kind", lambda *args: "png")
+        monkeypatch.setattr(refining, "picture_format", lambda *args: "png")
     result = invoke("refine", source, option, out, *other)
     check_one_line(result, f"refine: {'--plot' if other else '--out'} must be another file than", Path(out))
     assert norms_file.read_text() == text
@@ -1016,12 +1016,12 @@ class Clock:
 def test_the_times_of_train_are_those_of_the_stages(tmp_path, monkeypatch):
     """The stage is timed alone; the step with the model but without the readings of sharpness."""
     clock = Clock()
-    monkeypatch.setattr(training, "perf_counter", clock)
-    monkeypatch.setattr(training.Ours, "step", clock.slow(training.Ours.step, [1, 2, 3, 4, 5, 8]))
-    monkeypatch.setattr(training.Theirs, "step", clock.slow(training.Theirs.step, [2, 4, 6, 8, 10, 18]))
-    monkeypatch.setattr(training.Ours, "observe", clock.slow(training.Ours.observe, [1000] * 6))
+    monkeypatch.setattr(loops, "perf_counter", clock)
+    monkeypatch.setattr(loops.FusedLoop, "step", clock.slow(loops.FusedLoop.step, [1, 2, 3, 4, 5, 8]))
+    monkeypatch.setattr(loops.TorchLoop, "step", clock.slow(loops.TorchLoop.step, [2, 4, 6, 8, 10, 18]))
+    monkeypatch.setattr(loops.FusedLoop, "measure", clock.slow(loops.FusedLoop.measure, [1000] * 6))
     # each side computes the loss once a step
-    monkeypatch.setattr(training, "loss_of", clock.slow(training.loss_of, [10.0] * 12))
+    monkeypatch.setattr(loops, "loss_of", clock.slow(loops.loss_of, [10.0] * 12))
     result = invoke("train", *FEW, "--out", tmp_path)
     assert result.exit_code == 0, result.output
     record = json.loads((tmp_path / "digits.json").read_text())
@@ -1062,14 +1062,14 @@ def test_evaluation_counts_every_example():
     """Slices of 64 and a shorter one weigh as their examples do."""
     torch.manual_seed(1)
     inputs, targets = torch.randn(100, 5), torch.randint(5, (100,))
-    found = training.evaluate(torch.nn.Identity(), training.Split(inputs, targets))
+    found = loops.evaluate(torch.nn.Identity(), loops.Split(inputs, targets))
     assert found["loss"] == pytest.approx(torch.nn.functional.cross_entropy(inputs, targets).item())
     assert found["accuracy"] == pytest.approx((inputs.argmax(1) == targets).double().mean().item())
 
 
 def test_bench_prints_peer_over_ours(monkeypatch):
     """Ours takes 2 ms, the peer 6: the ratio is 3."""
-    result = bench_cases._row(
+    result = bench_cases.row_of(
         "Adam", bench_cases.Comparison(0.002, "peer", 0.006, (2.5, 3.5), (0.002,), 0.25)
     )
     assert command.cells(result)[2:6] == ("2", "6", "3.00×", "2.50–3.50")
@@ -1224,7 +1224,7 @@ def test_other_threads_may_write():
     done = []
 
     def write():
-        with files.undisturbed():
+        with files.ignored_interrupts():
             done.append(True)
 
     thread = threading.Thread(target=write)
@@ -1233,8 +1233,8 @@ def test_other_threads_may_write():
     assert done == [True]
 
 
-def test_settings_name_the_range_of_seeds():
-    assert config.MOST_SEED == 2**64 - 1
-    torch.Generator().manual_seed(config.MOST_SEED)
+def test_the_config_has_the_range_of_seeds():
+    assert config.MAX_SEED == 2**64 - 1
+    torch.Generator().manual_seed(config.MAX_SEED)
     with pytest.raises(ValueError, match="Overflow"):
-        torch.Generator().manual_seed(config.MOST_SEED + 1)
+        torch.Generator().manual_seed(config.MAX_SEED + 1)
