@@ -246,7 +246,7 @@ def to_markdown(where: dict, comparisons: dict[str, Comparison], costs: dict[int
 
 def main() -> int:
     """Run the benchmark and write the results page."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.sharpness", description=__doc__)
     parser.add_argument("--quick", action="store_true")
     quick = parser.parse_args().quick
     seconds, cycles = (0.5, 1) if quick else (15.0, 4)

@@ -69,7 +69,7 @@ def test_train_writes_chart_telemetry_and_record(trained, model):
         rows = list(csv.DictReader(file))
     assert tuple(rows[0]) == TELEMETRY
     assert [float(row["step"]) for row in rows] == [1, 2, 3, 4, 5, 6]
-    # the rate after the warmup of 2 steps, and the loss that ours saw
+    # the rate after the warmup of 2 steps, and our losses
     assert float(rows[1]["lr"]) == pytest.approx(saved["settings"]["lr"])
     assert [float(row["loss"]) for row in rows] == pytest.approx(saved["ours"]["losses"])
     clip = [min(1.0, 1.0 / (float(row["grad_norm"]) + 1e-6)) for row in rows]
@@ -87,7 +87,7 @@ def test_train_writes_chart_telemetry_and_record(trained, model):
 def test_both_runs_agree(trained, model):
     saved = record(trained[0], model)
     ours, theirs = saved["ours"], saved["theirs"]
-    # same weights, same batches: what differs is the rounding of 6 steps
+    # same weights and batches, so the runs differ by the rounding of 6 steps only
     assert theirs["losses"] == pytest.approx(ours["losses"], abs=1e-4)
     assert theirs["averaged"]["loss"] == pytest.approx(ours["averaged"]["loss"], abs=1e-4)
     assert theirs["validation"]["loss"] == pytest.approx(ours["validation"]["loss"], abs=1e-4)
@@ -99,7 +99,7 @@ def test_both_runs_agree(trained, model):
 
 @pytest.mark.parametrize("optimizer", ["adam", "sgd", "giadam", "radam"])
 def test_sharpness_and_line_search_are_drawn(tmp_path, optimizer):
-    """And the training is the one without them, bit for bit."""
+    """The measurements do not change the training, bit for bit."""
     more = ("--sharpness", "--sharpness-every", 2, "--find-lr")
     common = ("--model", "digits", "--optimizer", optimizer, "--no-compare")
     result = train(tmp_path / "with", *common, *more)
@@ -246,7 +246,7 @@ def test_chart_shows_the_telemetry(trained):
     assert clip.lines[0].get_ydata().tolist() == columns["clip_coef"]
 
 
-def test_report_names_what_is_wrong_with_a_file(trained, tmp_path):
+def test_report_names_the_error_of_a_file(trained, tmp_path):
     out, _ = trained
     text, rows = (out / "gpt.json").read_text(), (out / "gpt.csv").read_text()
     path, table = tmp_path / "gpt.json", tmp_path / "gpt.csv"

@@ -1,4 +1,4 @@
-"""The command line: nothing is lost, no input is overwritten, no traceback reaches a user."""
+"""Robustness of the command line: results are kept, inputs are not overwritten, errors are one line."""
 
 import csv
 import errno
@@ -61,7 +61,7 @@ def never(*args, **kwargs):
 
 
 def run(**changes):
-    """What one side of a training saved; every number differs from every other."""
+    """The saved results of one loop; all numbers are different."""
     values = {
         "name": "fused_warmup AdamW",
         "train_loss": 1.2345,
@@ -142,7 +142,7 @@ def norms_file(tmp_path):
     return path
 
 
-# outputs are tried first
+# outputs are checked before the work
 
 
 def bad_places(tmp_path):
@@ -227,7 +227,7 @@ def fail(*args, **kwargs):
     raise RuntimeError("broken")
 
 
-def test_work_that_fails_leaves_what_was_there(tmp_path, monkeypatch, norms_file):
+def test_failed_work_leaves_the_files_unchanged(tmp_path, monkeypatch, norms_file):
     old, new = tmp_path / "old.json", tmp_path / "new.json"
     old.write_text("kept")
     monkeypatch.setattr(command, "run_case", fail)
@@ -256,8 +256,8 @@ def test_a_link_to_nothing_is_tried_and_stays(tmp_path, monkeypatch, norms_file)
     check_one_line(invoke("refine", norms_file, "-o", link), "--out must be a file", "No such file")
 
 
-def test_a_pipe_gets_the_schedule_and_no_trial(tmp_path, monkeypatch, norms_file):
-    """A trial would wait for a reader, and end what the reader gets."""
+def test_a_pipe_gets_the_schedule_and_is_not_opened_before(tmp_path, monkeypatch, norms_file):
+    """Opening a pipe would wait for a reader, and closing it would end the reader's data."""
     pipe = tmp_path / "pipe"
     os.mkfifo(pipe)
     with monkeypatch.context() as patch:
@@ -287,7 +287,7 @@ def test_a_disk_that_is_full_takes_nothing_else_with_it(tmp_path, monkeypatch):
     assert "optimizer stage, sum" in result.output
 
 
-def test_bench_prints_what_it_cannot_write(tmp_path, monkeypatch):
+def test_bench_prints_rows_that_it_cannot_write(tmp_path, monkeypatch):
     path = tmp_path / "folder" / "x.json"
     path.parent.mkdir()
 
@@ -337,7 +337,7 @@ def check_kept(tmp_path, result, steps):
 
 
 @pytest.mark.parametrize(("calls", "steps"), [(8, 3), (7, 3), (2, 0), (12, 5)])
-def test_an_interrupt_keeps_what_was_trained(tmp_path, monkeypatch, calls, steps):
+def test_an_interrupt_keeps_the_finished_steps(tmp_path, monkeypatch, calls, steps):
     """The two sides take turns: an odd call is ours, an even one torch's."""
     interrupted_after(monkeypatch, calls)
     result = invoke("train", *FEW, "--out", tmp_path / "out", "--sharpness", "--sharpness-every", 3)
@@ -362,7 +362,7 @@ def test_an_interrupt_of_the_evaluation_keeps_the_training(tmp_path, monkeypatch
     assert (record["theirs"], record["ours"]["validation"]) == (None, None)
 
 
-def test_an_error_keeps_what_was_trained(tmp_path, monkeypatch):
+def test_an_error_keeps_the_finished_steps(tmp_path, monkeypatch):
     interrupted_after(monkeypatch, 6, RuntimeError("no memory\nfor this"))
     result = invoke("train", *FEW, "--out", tmp_path)
     assert result.exit_code == 2
@@ -511,7 +511,7 @@ READABLE = {
 
 
 @pytest.mark.parametrize("name", READABLE)
-def test_what_is_clear_is_read(tmp_path, name):
+def test_unambiguous_files_are_read(tmp_path, name):
     path, limit = tmp_path / "norms.csv", csv.field_size_limit()
     path.write_bytes(READABLE[name])
     assert reading.read_norms("refine", path, "sgd").tolist() == NORMS
@@ -542,7 +542,7 @@ UNCLEAR = {
 
 
 @pytest.mark.parametrize("text", UNCLEAR, ids=range(len(UNCLEAR)))
-def test_what_is_not_clear_is_named(tmp_path, text):
+def test_ambiguous_files_are_named(tmp_path, text):
     path = tmp_path / "norms.csv"
     path.write_text(text)
     line, delimiter, *words = UNCLEAR[text]
@@ -568,7 +568,7 @@ def test_decimal_commas_reach_the_column_of_skipped_steps(tmp_path):
 
 
 def test_a_stream_is_read_once(tmp_path, norms_file):
-    """What cannot be read twice, like a pipe, gives schedule and chart."""
+    """An input that cannot be read twice, such as a pipe, gives schedule and chart."""
     pipe, out = tmp_path / "pipe", tmp_path / "s.json"
     os.mkfifo(pipe)
     writer = threading.Thread(target=lambda: pipe.write_bytes(norms_file.read_bytes()), daemon=True)
@@ -749,7 +749,7 @@ def test_numbers_of_train_have_ends(tmp_path, args, words):
     ids=str,
 )
 def test_numbers_of_train_up_to_their_ends(tmp_path, args):
-    """Charts and tables of what such a training gives are made, and no number is cut."""
+    """Charts and tables are made also for extreme numbers, and no number is cut."""
     result = invoke("train", *FEW, *args, "--out", tmp_path)
     assert (result.exit_code, result.stderr) == (0, ""), result.output
     check_readable(result.stdout)
@@ -837,7 +837,7 @@ WHERE = {"cpu": "A Chip", "threads": 3, "versions": {"torch": "9.8.7"}}
 
 
 def printed(charset, function, *args):
-    """What a function prints to a pipe."""
+    """Return the text that a function prints to a pipe."""
     pipe = io.TextIOWrapper(io.BytesIO(), encoding=charset, errors="strict")
     before, sys.stdout = sys.stdout, pipe
     try:
@@ -865,7 +865,7 @@ def test_the_table_of_bench_is_readable(monkeypatch, charset, columns):
         assert printable(heading, charset) in text or heading == "compared with"
 
 
-def test_ascii_stands_for_what_tables_have():
+def test_ascii_replaces_the_characters_of_tables():
     assert printable("1.5× 1–2 ≥ µs …", "ascii") == "1.5x 1-2 >= us ..."
     assert printable("1.5× µs", "latin-1") == "1.5× µs"
     assert printable("größe \udcff", "ascii") == "gr\\xf6\\xdfe \\udcff"
@@ -928,7 +928,7 @@ def test_markup_is_text(tmp_path):
     assert "backend [/]" in result.output
 
 
-# what is printed is what is so
+# printed numbers are the measured ones
 
 
 def cells(text):
@@ -994,7 +994,7 @@ def test_the_charts_show_the_record():
 
 
 class Clock:
-    """A clock for ``train``: it stands still but for what is told to take time."""
+    """A fake clock for ``train`` that only slowed functions advance."""
 
     def __init__(self):
         self.now = 100.0
@@ -1035,7 +1035,7 @@ def test_the_times_of_train_are_those_of_the_stages(tmp_path, monkeypatch):
     assert shown["share of the training time"] == ["27.7%", "44.4%", ""]
 
 
-def test_train_prints_what_it_saved(tmp_path):
+def test_train_prints_the_saved_numbers(tmp_path):
     """Loss, rate and norm of the last step in the bar; losses, difference and rate in and below the table."""
     result = invoke("train", *FEW, "--lr", 0.0125, "--weight-decay", 0, "--out", tmp_path)
     record = json.loads((tmp_path / "digits.json").read_text())
@@ -1105,7 +1105,7 @@ def test_the_numbers_of_refine(tmp_path):
     assert shown["closest polynomial"] == [text]
 
 
-# no traceback
+# errors are one line without a traceback
 
 
 @pytest.fixture
