@@ -1,1 +1,1 @@
-"""Timings against the torch code that a step replaces: ``python -m benchmarks``, or ``make bench``."""
+"""Benchmarks of the step against the torch code it replaces: ``python -m benchmarks`` or ``make bench``."""

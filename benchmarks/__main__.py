@@ -1,7 +1,6 @@
-"""Runs the benchmarks and writes ``benchmarks/results/<cpu>-<threads>t.{json,md}``."""
+"""Run the CPU benchmarks and write ``benchmarks/results/<cpu>-<threads>t.{json,md}``."""
 
 import json
-import re
 import sys
 import tempfile
 from pathlib import Path
@@ -9,32 +8,38 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
+from benchmarks.common import RESULTS, slug
 from fused_warmup.cli.bench.cases import Row
 from fused_warmup.cli.bench.command import print_table, to_json, to_markdown
 
 HERE = Path(__file__).resolve().parent
 
 
-def main(arguments: list[str]) -> int:
-    """Run pytest-benchmark and report; with pytest arguments, such as ``-k``, without writing."""
+def run_benchmarks(arguments: list[str]) -> tuple[int, list[dict]]:
+    """Run pytest-benchmark; return its exit code and the extra information of every benchmark."""
     with tempfile.TemporaryDirectory() as folder:
-        raw = Path(folder) / "raw.json"
+        report = Path(folder) / "report.json"
         files = sorted(str(path) for path in HERE.glob("bench_*.py"))
-        own = ["-q", "--benchmark-columns=median,iqr,rounds", f"--benchmark-json={raw}"]
-        code = pytest.main([*files, *own, *arguments])
+        own = ["-q", "--benchmark-columns=median,iqr,rounds", f"--benchmark-json={report}"]
+        code = int(pytest.main([*files, *own, *arguments]))
         if code:
-            return int(code)
-        info = [entry["extra_info"] for entry in json.loads(raw.read_text())["benchmarks"]]
-    rows, where = [Row(**entry["row"]) for entry in info], info[0]["machine"]
+            return code, []
+        return 0, [entry["extra_info"] for entry in json.loads(report.read_text())["benchmarks"]]
+
+
+def main(arguments: list[str]) -> int:
+    """Run the benchmarks and write the report; with pytest arguments, such as ``-k``, print it only."""
+    code, results = run_benchmarks(arguments)
+    if code:
+        return code
+    rows, where = [Row(**result["row"]) for result in results], results[0]["machine"]
     print_table(Console(), rows, where)
     if arguments:
-        # part of the rows must not replace the page that has them all
+        # a selection must not replace the page with all rows
         return 0
-    slug = re.sub(r"[^a-z0-9]+", "-", where["cpu"].lower()).strip("-")
-    results = HERE / "results"
-    results.mkdir(exist_ok=True)
+    RESULTS.mkdir(exist_ok=True)
     for suffix, text in ((".json", to_json(rows, where)), (".md", to_markdown(rows, where))):
-        path = results / f"{slug}-{where['threads']}t{suffix}"
+        path = RESULTS / f"{slug(where['cpu'])}-{where['threads']}t{suffix}"
         path.write_text(text, encoding="utf-8")
         print(path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path)
     return 0

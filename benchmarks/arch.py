@@ -1,6 +1,7 @@
-"""Prints the architecture of the first GPU as FUSED_WARMUP_CUDA_ARCHS takes it, such as 90."""
+"""Print the architecture of the first GPU in the form of FUSED_WARMUP_CUDA_ARCHS, such as 90."""
 
 import torch
 
 if __name__ == "__main__":
-    print("{}{}".format(*torch.cuda.get_device_capability(0)))
+    major, minor = torch.cuda.get_device_capability(0)
+    print(f"{major}{minor}")

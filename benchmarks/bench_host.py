@@ -1,11 +1,11 @@
-"""How much of the step is Python?"""
+"""Benchmark the Python overhead of a step."""
 
 import pytest
 from pytest_benchmark.fixture import BenchmarkFixture
 
 from fused_warmup.cli.bench.cases import HostCase, cases
 
-from .common import race
+from .common import run_interleaved
 
 CASES = [case for case in cases() if isinstance(case, HostCase)]
 
@@ -13,4 +13,4 @@ CASES = [case for case in cases() if isinstance(case, HostCase)]
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_host(benchmark: BenchmarkFixture, case: HostCase) -> None:
     benchmark.group = f"host {case.tensors} tensors"
-    race(benchmark, case, seconds=3.0)
+    run_interleaved(benchmark, case, seconds=3.0)

@@ -1,4 +1,4 @@
-"""How much faster are LAMB, AdamP and SGDP than the packages that have them, on matrices?"""
+"""Benchmark LAMB, AdamP and SGDP on matrices against the packages that have them."""
 
 import adamp
 import pytest
@@ -7,25 +7,33 @@ from pytest_benchmark.fixture import BenchmarkFixture
 from torch import nn
 
 import fused_warmup as fw
-from fused_warmup.cli.bench.cases import SHAPES, Case, Sides, Work, make_params, ours, torch_step
+from fused_warmup.cli.bench.cases import (
+    SHAPES,
+    Steps,
+    StepSpec,
+    ThroughputCase,
+    make_params,
+    ours,
+    torch_step,
+)
 from fused_warmup.cli.bench.timing import nothing
 
-from .common import race
+from .common import run_interleaved
 
-# rows of the matrices, so that AdamP has channels to look at
+# rows of the matrices; AdamP projects by channels, so it needs more than one dimension
 ROWS = {"10x2M": 2000, "300x6667": 59}
 DECAY = {"weight_decay": 0.01}
 MOMENTUM = {"lr": 0.1, "momentum": 0.9, **DECAY}
-# both parts of the update read parameter and states
-WORKS = (
-    Work(
+# 40 and 28 bytes: both passes of the update read the parameter and the states
+STEP_SPECS = (
+    StepSpec(
         "LAMB",
         ours(fw.LAMB, **DECAY),
         {"pytorch_optimizer.Lamb": torch_step(pytorch_optimizer.Lamb, **DECAY)},
         40,
         {"10x2M": 4.0, "300x6667": 10.0},
     ),
-    Work(
+    StepSpec(
         "AdamP",
         ours(fw.AdamP, **DECAY),
         {
@@ -35,7 +43,7 @@ WORKS = (
         40,
         {"10x2M": 4.0, "300x6667": 10.0},
     ),
-    Work(
+    StepSpec(
         "SGDP",
         ours(fw.SGDP, **MOMENTUM),
         {"adamp.SGDP": torch_step(adamp.SGDP, **MOMENTUM)},
@@ -45,23 +53,23 @@ WORKS = (
 )
 
 
-class MatrixCase(Case):
-    """A work on matrices of as many elements."""
+class MatrixCase(ThroughputCase):
+    """A throughput case whose tensors are matrices with the same number of elements."""
 
-    def sides(self) -> Sides:
+    def steps(self) -> Steps:
         """Allocate matrices and optimizers; return our step and the peers."""
-        params = make_params(*SHAPES[self.shape], self.work.dtype)
+        params = make_params(*SHAPES[self.shape], self.spec.dtype)
         matrices = [nn.Parameter(p.detach().view(ROWS[self.shape], -1)) for p in params]
         for matrix, param in zip(matrices, params, strict=True):
             matrix.grad = param.grad.view_as(matrix)
-        peers = {name: make(matrices) for name, make in self.work.peers.items()}
-        return self.work.ours(matrices), peers, nothing
+        peers = {name: make(matrices) for name, make in self.spec.peers.items()}
+        return self.spec.ours(matrices), peers, nothing
 
 
-CASES = [MatrixCase(work, shape) for work in WORKS for shape in work.goals]
+CASES = [MatrixCase(spec, shape) for spec in STEP_SPECS for shape in spec.goals]
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
-def test_layers(benchmark: BenchmarkFixture, case: Case) -> None:
+def test_layers(benchmark: BenchmarkFixture, case: MatrixCase) -> None:
     benchmark.group = case.shape
-    race(benchmark, case, seconds=5.0)
+    run_interleaved(benchmark, case, seconds=5.0)

@@ -1,16 +1,16 @@
-"""How much faster is the step than the torch code it replaces, and how close to the memory?"""
+"""Benchmark the step against the torch code it replaces and against the memory bandwidth."""
 
 import pytest
 from pytest_benchmark.fixture import BenchmarkFixture
 
-from fused_warmup.cli.bench.cases import Case, HostCase, cases
+from fused_warmup.cli.bench.cases import ThroughputCase, cases
 
-from .common import race
+from .common import run_interleaved
 
-CASES = [case for case in cases() if not isinstance(case, HostCase)]
+CASES = [case for case in cases() if isinstance(case, ThroughputCase)]
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
-def test_step(benchmark: BenchmarkFixture, case: Case) -> None:
+def test_step(benchmark: BenchmarkFixture, case: ThroughputCase) -> None:
     benchmark.group = case.shape
-    race(benchmark, case, seconds=5.0)
+    run_interleaved(benchmark, case, seconds=5.0)

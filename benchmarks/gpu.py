@@ -1,20 +1,21 @@
-"""Device and host time of the step on a GPU: writes ``benchmarks/results/<gpu>.{json,md}``.
+"""Measure device and host time of the step on a GPU and write ``benchmarks/results/<gpu>.{json,md}``.
 
-``make gpu`` runs it after the tests. ``--device cpu --quick`` runs the same code without a GPU and writes
-nothing: its times mean nothing either.
+``make gpu`` runs it after the tests. ``--device cpu --quick`` exercises the same code without a GPU; its times
+are meaningless, and it writes nothing.
 """
 
 from __future__ import annotations
 
 import argparse
 import gc
+import itertools
 import json
 import re
 import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -23,17 +24,17 @@ import torch
 from torch import nn
 
 import fused_warmup as fw
-from fused_warmup.cli.bench.cases import Maker, averaged, clipped, ours, torch_step
+from benchmarks.common import RESULTS, slug, table
+from fused_warmup.cli.bench.cases import StepFactory, averaged, clipped, ours, torch_step
 from fused_warmup.cli.bench.timing import Step
 from fused_warmup.cli.machine import versions
 
-RESULTS = Path(__file__).resolve().parent / "results"
 MAX_NORM, DECAY = 1.0, 0.999
 COPY_BYTES = 1 << 30
 
 
 def gpt_sizes() -> list[int]:
-    """Return the elements of the 148 tensors of a 124M GPT."""
+    """Return the sizes of the 148 tensors of a 124M GPT."""
     d = 768
     layer = [d, d, 3 * d * d, 3 * d, d * d, d, d, d, 4 * d * d, 4 * d, 4 * d * d, d]
     return [50257 * d, 1024 * d, *(layer * 12), d, d]
@@ -41,7 +42,7 @@ def gpt_sizes() -> list[int]:
 
 @dataclass(frozen=True)
 class Workload:
-    """Tensors to step on: their sizes, the dtype, and one group each or one for all."""
+    """Tensors of a benchmark: sizes, dtype, and whether each one has a parameter group of its own."""
 
     name: str
     sizes: Sequence[int]
@@ -49,7 +50,7 @@ class Workload:
     grouped: bool = False
 
     def params(self, device: str, shrink: int) -> list[nn.Parameter]:
-        """Allocate parameters and gradients."""
+        """Allocate parameters and gradients, with sizes divided by ``shrink``."""
         params = []
         for size in self.sizes:
             param = nn.Parameter(torch.randn(max(1, size // shrink), device=device).to(self.dtype))
@@ -57,8 +58,8 @@ class Workload:
             params.append(param)
         return params
 
-    def split(self, params: Sequence[nn.Parameter]) -> list[Any]:
-        """Return what an optimizer takes."""
+    def groups(self, params: Sequence[nn.Parameter]) -> list[Any]:
+        """Return the parameters, or their groups, as the first argument of an optimizer."""
         return [{"params": [p]} for p in params] if self.grouped else list(params)
 
 
@@ -71,8 +72,8 @@ WORKLOADS = (
     Workload("10,000 x 64 bf16", [64] * 10_000, torch.bfloat16),
     Workload("465 groups x 65,536", [65_536] * 465, grouped=True),
 )
+# our class, torch's class, and whether torch has a fused kernel
 OPTIMIZERS: dict[str, tuple[type[fw.FusedOptimizer], type[torch.optim.Optimizer], bool]] = {
-    # name: ours, torch's, whether torch has a fused one
     "Adam": (fw.Adam, torch.optim.Adam, True),
     "AdamW": (fw.AdamW, torch.optim.AdamW, True),
     "RAdam": (fw.RAdam, torch.optim.RAdam, False),
@@ -83,19 +84,19 @@ MODES = ("step", "clip + step", "clip + step + EMA", "captured step")
 
 @dataclass(frozen=True)
 class Row:
-    """One measured side.
+    """Times of one implementation; the fields are the keys of the JSON report.
 
     Attributes:
-        workload: Tensors.
-        optimizer: Rule.
-        mode: What was done.
-        side: Whose code.
-        device_us: Median microseconds between events around it on an idle device.
+        workload: Name of the tensors.
+        optimizer: Name of the update rule.
+        mode: Stages of the step, one of ``MODES``.
+        side: Name of the implementation.
+        device_us: Median microseconds between events around the step on an idle device.
         host_us: Median microseconds until the call returned.
-        gb_per_s: Bytes of the ledger / device time, 10^9 per second; None for peers.
-        of_copy: That / the bytes per second of a device copy.
-        ratio: Device time of the fastest peer / that of this side; None for peers or without one.
-        host_ratio: The same of host time.
+        gb_per_s: Bytes that our step must move / device time, 10^9 per second; None for peers.
+        of_copy: ``gb_per_s`` / bytes per second of a device copy; None for peers.
+        ratio: Device time of the fastest peer / device time of our step; None for peers.
+        host_ratio: Host time of the fastest peer / host time of our step; None for peers.
     """
 
     workload: str
@@ -111,7 +112,7 @@ class Row:
 
 
 def event_times(step: Step) -> tuple[float, float]:
-    """Return seconds on the device and on the host."""
+    """Return the seconds of a step on the device, between two events, and on the host."""
     begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     torch.cuda.synchronize()
     begin.record()
@@ -124,7 +125,7 @@ def event_times(step: Step) -> tuple[float, float]:
 
 
 def clock_times(step: Step) -> tuple[float, float]:
-    """Return the same seconds twice, where there are no events."""
+    """Return the seconds of a step on the CPU as both device and host time."""
     start = time.perf_counter()
     step()
     took = time.perf_counter() - start
@@ -132,7 +133,7 @@ def clock_times(step: Step) -> tuple[float, float]:
 
 
 def captured(step: Step) -> Step:
-    """Return a replay of a step that was made once."""
+    """Capture a step in a CUDA graph and return its replay."""
     graph = torch.cuda.CUDAGraph()
     torch.cuda.synchronize()
     with torch.cuda.graph(graph):
@@ -140,37 +141,44 @@ def captured(step: Step) -> Step:
     return graph.replay
 
 
-def peers(workload: Workload, optimizer: str, mode: str) -> dict[str, Maker]:
-    """Return the torch code that a user would write today, by name."""
+def peers(workload: Workload, optimizer: str, mode: str) -> dict[str, StepFactory]:
+    """Return the factories of the code that a user would write today, by name."""
     _, theirs, has_fused = OPTIMIZERS[optimizer]
     options = {"capturable": True} if mode == "captured step" and optimizer != "SGD" else {}
-    makers = {"torch foreach": torch_step(theirs, foreach=True, **options)}
+    factories = {"torch foreach": torch_step(theirs, foreach=True, **options)}
     if has_fused:
-        makers["torch fused"] = torch_step(theirs, fused=True, **options)
+        factories["torch fused"] = torch_step(theirs, fused=True, **options)
     if optimizer == "AdamW" and mode == "step":
-        makers["optimi"] = optimi
-        makers["torch compiled"] = compiled(theirs)
-    # clipping and averaging are over all groups
-    makers = {name: split(maker, workload) for name, maker in makers.items()}
+        factories["optimi"] = optimi
+        factories["torch compiled"] = compiled(theirs)
+    return {name: with_stages(factory, workload, mode) for name, factory in factories.items()}
+
+
+def with_stages(factory: StepFactory, workload: Workload, mode: str) -> StepFactory:
+    """Add clipping and averaging to a step of torch."""
+    # both take the parameters of all groups together, the step in groups
+    staged = grouped(factory, workload)
     if "clip" in mode:
-        makers = {name: clipped(maker) for name, maker in makers.items()}
-    return {name: averaged(maker) for name, maker in makers.items()} if "EMA" in mode else makers
+        staged = clipped(staged)
+    if "EMA" in mode:
+        staged = averaged(staged)
+    return staged
 
 
-def split(maker: Maker, workload: Workload) -> Maker:
-    """Give the maker the parameters in the groups of the workload."""
-    return lambda params: maker(workload.split(params))
+def grouped(factory: StepFactory, workload: Workload) -> StepFactory:
+    """Return a factory that puts the parameters into the groups of the workload."""
+    return lambda params: factory(workload.groups(params))
 
 
 def optimi(params: Sequence[nn.Parameter]) -> Step:
-    """Return a step of torch-optimi's AdamW; ImportError where it is not installed."""
+    """Return a step of torch-optimi's AdamW; raises ImportError if it is not installed."""
     from optimi import AdamW
 
     return AdamW(params, lr=1e-3, triton=True).step
 
 
-def compiled(optimizer: Callable[..., torch.optim.Optimizer]) -> Maker:
-    """Return the maker of a compiled foreach step; only worth its minutes for few tensors."""
+def compiled(optimizer: Callable[..., torch.optim.Optimizer]) -> StepFactory:
+    """Return the factory of a compiled foreach step; it raises ImportError for many tensors."""
 
     def make(params: Sequence[Any]) -> Step:
         if len(params) > 200:
@@ -181,32 +189,41 @@ def compiled(optimizer: Callable[..., torch.optim.Optimizer]) -> Maker:
     return make
 
 
-def sides(
+def all_steps(
     workload: Workload, optimizer: str, mode: str, params: Sequence[nn.Parameter], backends: Sequence[str]
 ) -> tuple[dict[str, Step], int]:
-    """Return the steps by name, ours first, and the bytes that ours must move."""
+    """Return our steps by backend and the peers' by name, and the bytes that our step must move."""
     options: dict[str, Any] = {"max_grad_norm": MAX_NORM} if "clip" in mode else {}
     if "EMA" in mode:
         options["average"] = fw.EMA(DECAY)
     steps: dict[str, Step] = {}
-    ledger = OPTIMIZERS[optimizer][0](workload.split(params), backend=backends[0], **options).traffic()
+    kind = OPTIMIZERS[optimizer][0]
+    traffic = kind(workload.groups(params), backend=backends[0], **options).traffic()
     for backend in backends:
-        steps[backend] = ours(OPTIMIZERS[optimizer][0], backend=backend, **options)(workload.split(params))
-    for name, maker in peers(workload, optimizer, mode).items():
+        steps[backend] = ours(kind, backend=backend, **options)(workload.groups(params))
+    for name, factory in peers(workload, optimizer, mode).items():
         try:
-            steps[name] = maker(params)
+            steps[name] = factory(params)
         except ImportError:
             continue
-    return steps, ledger.read + ledger.written
+    return steps, traffic.read + traffic.written
 
 
-def race(steps: dict[str, Step], times: Callable[[Step], tuple[float, float]], rounds: int) -> dict[str, Any]:
-    """Return the medians of device and host seconds of interleaved rounds, by name."""
-    found: dict[str, list[tuple[float, float]]] = {name: [] for name in steps}
+def interleaved_medians(
+    steps: dict[str, Step], times: Callable[[Step], tuple[float, float]], rounds: int
+) -> tuple[dict[str, float], dict[str, float]]:
+    """Return the median device seconds and the median host seconds of interleaved rounds, by name."""
+    device: dict[str, list[float]] = {name: [] for name in steps}
+    host: dict[str, list[float]] = {name: [] for name in steps}
     for _ in range(rounds):
         for name, step in steps.items():
-            found[name].append(times(step))
-    return {name: [statistics.median(column) for column in zip(*pairs)] for name, pairs in found.items()}  # noqa: B905
+            on_device, on_host = times(step)
+            device[name].append(on_device)
+            host[name].append(on_host)
+    return (
+        {name: statistics.median(seconds) for name, seconds in device.items()},
+        {name: statistics.median(seconds) for name, seconds in host.items()},
+    )
 
 
 def measure(
@@ -218,29 +235,36 @@ def measure(
     quick: bool,
     copy: float,
 ) -> Iterator[Row]:
-    """Race all sides on one workload."""
+    """Yield the rows of all implementations on one workload."""
     params = workload.params(device, 1000 if quick else 1)
-    steps, n_bytes = sides(workload, optimizer, mode, params, backends)
+    steps, n_bytes = all_steps(workload, optimizer, mode, params, backends)
     for step in steps.values():
         # RAdam is rectified from the sixth step on
         for _ in range(7):
             step()
     if mode == "captured step":
         steps = {name: captured(step) for name, step in steps.items()}
-    found = race(steps, event_times if device == "cuda" else clock_times, 3 if quick else 15)
-    best = [min(found[name][i] for name in steps if name not in backends) for i in range(2)]
-    for name, (on_device, on_host) in found.items():
-        row = Row(workload.name, optimizer, mode, name, on_device * 1e6, on_host * 1e6)
+    times = event_times if device == "cuda" else clock_times
+    on_device, on_host = interleaved_medians(steps, times, rounds=3 if quick else 15)
+    peer_names = [name for name in steps if name not in backends]
+    fastest_on_device = min(on_device[name] for name in peer_names)
+    fastest_on_host = min(on_host[name] for name in peer_names)
+    for name in steps:
+        row = Row(workload.name, optimizer, mode, name, on_device[name] * 1e6, on_host[name] * 1e6)
         if name in backends:
-            speed = n_bytes / on_device / 1e9
-            row = Row(
-                *list(asdict(row).values())[:6], speed, speed / copy, best[0] / on_device, best[1] / on_host
+            speed = n_bytes / on_device[name] / 1e9
+            row = replace(
+                row,
+                gb_per_s=speed,
+                of_copy=speed / copy,
+                ratio=fastest_on_device / on_device[name],
+                host_ratio=fastest_on_host / on_host[name],
             )
         yield row
 
 
 def copy_speed(device: str, times: Callable[[Step], tuple[float, float]], n_bytes: int) -> float:
-    """Return 10^9 bytes per second, read and written, of a copy on the device."""
+    """Return the speed of a copy on the device in 10^9 bytes per second, read and written."""
     a = torch.ones(n_bytes // 4, device=device)
     b = torch.empty_like(a)
     seconds = statistics.median(times(lambda: b.copy_(a))[0] for _ in range(20))
@@ -248,7 +272,7 @@ def copy_speed(device: str, times: Callable[[Step], tuple[float, float]], n_byte
 
 
 def machine(device: str, copy: float, backends: Sequence[str]) -> dict[str, Any]:
-    """Return what the figures depend on besides the code."""
+    """Describe the machine: versions, speed of a copy, backends, GPU and driver."""
     found: dict[str, Any] = {
         "versions": versions(),
         "copy_gb_per_s": round(copy, 1),
@@ -263,7 +287,7 @@ def machine(device: str, copy: float, backends: Sequence[str]) -> dict[str, Any]
 
 
 def driver() -> str:
-    """Return the version of the kernel driver, as the system knows it."""
+    """Return the version of the NVIDIA kernel driver, or ``"unknown"``."""
     try:
         text = Path("/proc/driver/nvidia/version").read_text(encoding="utf-8")
     except OSError:
@@ -272,14 +296,26 @@ def driver() -> str:
     return match.group(1) if match else "unknown"
 
 
-HEADINGS = ("work", "side", "device, µs", "host, µs", "GB/s", "of copy", "device ratio", "host ratio")
+HEADINGS = ["work", "side", "device, µs", "host, µs", "GB/s", "of copy", "device ratio", "host ratio"]
 
 
 def to_markdown(rows: Sequence[Row], where: dict[str, Any]) -> str:
-    """Return a page with every row, lost ones included."""
+    """Return the results page with every row, slower ones included."""
 
     def cell(value: float | None, form: str) -> str:
         return "" if value is None else format(value, form)
+
+    def cells(r: Row) -> list[str]:
+        return [
+            f"{r.workload}: {r.optimizer}, {r.mode}",
+            r.side,
+            cell(r.device_us, ".1f"),
+            cell(r.host_us, ".1f"),
+            cell(r.gb_per_s, ".0f"),
+            cell(r.of_copy, ".2f"),
+            cell(r.ratio, ".2f"),
+            cell(r.host_ratio, ".2f"),
+        ]
 
     named = ", ".join(f"{name} {version}" for name, version in where["versions"].items())
     return "\n".join((
@@ -289,24 +325,17 @@ def to_markdown(rows: Sequence[Row], where: dict[str, Any]) -> str:
         f"{where.get('memory_gib')} GiB; {named}.",
         f"Copy of {COPY_BYTES >> 20} MiB on the device: {where['copy_gb_per_s']} GB/s read and written.",
         "",
-        "Device: time between events around the step on an idle device. Host: until the call returned.",
-        "Medians of interleaved rounds in one process. GB/s: bytes of the ledger over device time. Ratio:",
-        "time of the fastest peer over ours, above 1 we are faster.",
+        "Device: time between events around the step on an idle device. Host: time until the call returned.",
+        "Medians of interleaved rounds in one process. GB/s: bytes that our step must move / device time.",
+        "Ratio: time of the fastest peer / time of our step; above 1 our step is faster.",
         "",
-        "| " + " | ".join(HEADINGS) + " |",
-        "|" + "---|" * len(HEADINGS),
-        *(
-            f"| {r.workload}: {r.optimizer}, {r.mode} | {r.side} | {r.device_us:.1f} | {r.host_us:.1f} | "
-            f"{cell(r.gb_per_s, '.0f')} | {cell(r.of_copy, '.2f')} | {cell(r.ratio, '.2f')} | "
-            f"{cell(r.host_ratio, '.2f')} |"
-            for r in rows
-        ),
+        *table(HEADINGS, [cells(row) for row in rows]),
         "",
     ))
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Measure everything that the options leave, and write the page if they leave all of it."""
+    """Measure the selected rows; write the results page only if all of them were selected."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu", description=__doc__)
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--quick", action="store_true", help="tensors a thousand times smaller, few rounds")
@@ -324,28 +353,31 @@ def main(arguments: Sequence[str]) -> int:
     rows: list[Row] = []
     left_out = []
     start = time.monotonic()
-    for workload in WORKLOADS:
-        for optimizer in OPTIMIZERS:
-            for mode in modes:
-                name = f"{workload.name}: {optimizer}, {mode}"
-                if options.filter not in name:
-                    continue
-                if time.monotonic() - start > options.seconds:
-                    left_out.append(name)
-                    continue
-                rows += measure(workload, optimizer, mode, options.device, backends, options.quick, copy)
-                print("\n".join(map(str, rows[-5:])), flush=True)
-                gc.collect()
+    for workload, optimizer, mode in itertools.product(WORKLOADS, OPTIMIZERS, modes):
+        name = f"{workload.name}: {optimizer}, {mode}"
+        if options.filter not in name:
+            continue
+        if time.monotonic() - start > options.seconds:
+            left_out.append(name)
+            continue
+        rows += measure(workload, optimizer, mode, options.device, backends, options.quick, copy)
+        print("\n".join(map(str, rows[-5:])), flush=True)
+        gc.collect()
     where = machine(options.device, copy, backends) | {"left_out": left_out}
     if options.device == "cuda" and not options.quick and not options.filter:
-        slug = re.sub(r"[^a-z0-9]+", "-", where["gpu"].lower()).strip("-")
-        RESULTS.mkdir(exist_ok=True)
-        page = {"machine": where, "rows": [asdict(row) for row in rows]}
-        (RESULTS / f"{slug}.json").write_text(json.dumps(page, indent=1) + "\n", encoding="utf-8")
-        (RESULTS / f"{slug}.md").write_text(to_markdown(rows, where), encoding="utf-8")
+        write_results(rows, where)
     else:
         print(to_markdown(rows, where))
     return 0
+
+
+def write_results(rows: Sequence[Row], where: dict[str, Any]) -> None:
+    """Write the results of a GPU as JSON and as a Markdown page."""
+    RESULTS.mkdir(exist_ok=True)
+    page = {"machine": where, "rows": [asdict(row) for row in rows]}
+    stem = slug(where["gpu"])
+    (RESULTS / f"{stem}.json").write_text(json.dumps(page, indent=1) + "\n", encoding="utf-8")
+    (RESULTS / f"{stem}.md").write_text(to_markdown(rows, where), encoding="utf-8")
 
 
 if __name__ == "__main__":

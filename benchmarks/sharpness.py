@@ -1,22 +1,22 @@
-"""What measuring sharpness costs: writes ``benchmarks/results/<cpu>-<threads>t-sharpness.md``.
+"""Measure the cost of sharpness readings and write ``benchmarks/results/<cpu>-<threads>t-sharpness.md``.
 
-``python -m benchmarks.sharpness`` times the vector operations of one product against the same algebra in
+``python -m benchmarks.sharpness`` times the vector operations of one Hessian product against the same algebra in
 ``torch._foreach_*``, and readings of ``SharpnessProbe`` at its defaults against the training step of the character
-GPT, in rounds that interleave. ``--quick`` makes few rounds and writes nothing.
+GPT, in interleaved rounds. ``--quick`` runs few rounds and writes nothing.
 """
 
 from __future__ import annotations
 
 import argparse
-import re
 import statistics
 import sys
-from pathlib import Path
+from dataclasses import dataclass
 
 import torch
 from torch import nn
 
 import fused_warmup as fw
+from benchmarks.common import RESULTS, slug, table
 from fused_warmup.backends import resolve
 from fused_warmup.cli.bench.timing import Comparison, interleaved, timed
 from fused_warmup.cli.machine import describe
@@ -24,19 +24,20 @@ from fused_warmup.cli.train.data import load
 from fused_warmup.cli.train.models import build
 from fused_warmup.sharpness.vectors import FusedVectors
 
-RESULTS = Path(__file__).resolve().parent / "results"
 SHAPES = {"10x2M": [2_000_000] * 10, "300x6667": [6_667] * 300}
-# products with this many basis vectors: those of the second of three products
+# basis vectors known at the second of three products
 KNOWN = 2
-# what our kernels read and write for each parameter: two perturbations, finish, two combinations
+# bytes per parameter that our kernels read and write: two perturbations, finish, two combinations
 BYTES = 16 + 16 + 32 + 16 + 20
 BATCHES = (16, 128)
+# the probe's defaults: steps between readings, readings between audits, and early readings of five products
 EVERY = 60
 CYCLE = 20
+EARLY = 4
 
 
-class Ours:
-    """One product's vector work by the kernels."""
+class FusedProduct:
+    """Vector operations of one Hessian product by our kernels."""
 
     def __init__(self, sizes: list[int]) -> None:
         params = [nn.Parameter(torch.randn(n)) for n in sizes]
@@ -58,8 +59,8 @@ class Ours:
         v.combine(w, self.one, known, -1e-9 * products, self.scale)
 
 
-class Foreach:
-    """The same algebra over lists of tensors, in the fewest passes that they have."""
+class ForeachProduct:
+    """The same operations by ``torch._foreach_*`` in as few passes as possible."""
 
     def __init__(self, sizes: list[int]) -> None:
         self.sizes = sizes
@@ -98,12 +99,12 @@ class Foreach:
         torch.stack(torch._foreach_norm(self.scaled(w))).norm()
 
 
-class ForeachInPlace(Foreach):
-    """The same without new memory, whose pages the system would fill with zeros first: one more pass instead."""
+class InPlaceProduct(ForeachProduct):
+    """The same operations without allocations: one more pass, but no page faults of fresh memory."""
 
     def __init__(self, sizes: list[int]) -> None:
         super().__init__(sizes)
-        self.w, self.way = self.draw(), self.draw()
+        self.w, self.product = self.draw(), self.draw()
 
     def difference(self) -> list[torch.Tensor]:
         torch._foreach_copy_(self.w, self.plus)
@@ -111,18 +112,49 @@ class ForeachInPlace(Foreach):
         return self.w
 
     def scaled(self, w: list[torch.Tensor]) -> list[torch.Tensor]:
-        torch._foreach_copy_(self.way, w)
-        torch._foreach_mul_(self.way, self.scale)
-        return self.way
+        torch._foreach_copy_(self.product, w)
+        torch._foreach_mul_(self.product, self.scale)
+        return self.product
 
 
-def race_vectors(sizes: list[int], seconds: float) -> Comparison:
-    peers = {"new tensors": Foreach(sizes), "in place": ForeachInPlace(sizes)}
-    return interleaved(Ours(sizes), peers, seconds=seconds)
+def compare_products(sizes: list[int], seconds: float) -> Comparison:
+    """Time the vector operations of one product on tensors of the given sizes."""
+    peers = {"new tensors": ForeachProduct(sizes), "in place": InPlaceProduct(sizes)}
+    return interleaved(FusedProduct(sizes), peers, seconds=seconds)
 
 
-def overhead(batch: int, cycles: int) -> dict[str, float]:
-    """Time readings on an eighth of a batch, between training steps."""
+@dataclass(frozen=True)
+class Cost:
+    """Cost of sharpness readings for one batch size.
+
+    Attributes:
+        step: Median seconds of a training step.
+        cold: Seconds of the first reading.
+        early: Median seconds of the next readings, of five products.
+        warm: Median seconds of a warm-started reading.
+        audit: Median seconds of an audited reading.
+    """
+
+    step: float
+    cold: float
+    early: float
+    warm: float
+    audit: float
+
+    @property
+    def first_cycle(self) -> float:
+        """Overhead of a reading in ``EVERY`` steps over the first ``CYCLE`` readings."""
+        total = self.cold + EARLY * self.early + (CYCLE - 1 - EARLY) * self.warm
+        return total / CYCLE / (EVERY * self.step)
+
+    @property
+    def later(self) -> float:
+        """Overhead over later cycles, with one audit each."""
+        return ((CYCLE - 1) * self.warm + self.audit) / CYCLE / (EVERY * self.step)
+
+
+def measure_cost(batch: int, cycles: int) -> Cost:
+    """Time readings on an eighth of a batch between training steps."""
     torch.manual_seed(0)
     data = load("gpt")
     model = build("gpt", data.classes)
@@ -130,7 +162,7 @@ def overhead(batch: int, cycles: int) -> dict[str, float]:
     probe = fw.SharpnessProbe(opt, every=1)
     order = torch.Generator().manual_seed(0)
     steps, readings = [], []
-    for _ in range(5 + CYCLE * cycles):
+    for _ in range(1 + EARLY + CYCLE * cycles):
         index = torch.randint(len(data.train.targets), (batch,), generator=order)
         x, y = data.train.inputs[index], data.train.targets[index]
 
@@ -138,76 +170,93 @@ def overhead(batch: int, cycles: int) -> dict[str, float]:
             return nn.functional.cross_entropy(model(x[:k]).flatten(0, 1), y[:k].flatten())
 
         opt.zero_grad()
-        steps.append(timed(lambda loss=loss: loss(batch).backward()))
+        backward = timed(lambda loss=loss: loss(batch).backward())
         readings.append(timed(lambda loss=loss: probe.measure(lambda: loss(batch // 8))))
-        steps[-1] += timed(opt.step)
-    step = statistics.median(steps)
-    first, early, later = readings[0], readings[1:5], readings[5:]
-    # one reading in a cycle is audited
-    audits = [t for i, t in enumerate(later) if (i + 5) % CYCLE == 0]
-    warm = [t for i, t in enumerate(later) if (i + 5) % CYCLE]
-    kinds = {
-        "cold": first,
-        **{k: statistics.median(v) for k, v in (("early", early), ("warm", warm), ("audit", audits))},
-    }
-    cycle = ((CYCLE - 1) * kinds["warm"] + kinds["audit"]) / CYCLE
-    begun = (kinds["cold"] + 4 * kinds["early"] + (CYCLE - 5) * kinds["warm"]) / CYCLE
-    return {
-        "step": step,
-        **kinds,
-        "begun": begun / (EVERY * step),
-        "later": cycle / (EVERY * step),
-    }
+        steps.append(backward + timed(opt.step))
+    warm, audits = [], []
+    for i in range(1 + EARLY, len(readings)):
+        # the probe audits one reading per cycle
+        (warm if i % CYCLE else audits).append(readings[i])
+    return Cost(
+        step=statistics.median(steps),
+        cold=readings[0],
+        early=statistics.median(readings[1 : 1 + EARLY]),
+        warm=statistics.median(warm),
+        audit=statistics.median(audits),
+    )
 
 
-def page(where: dict, races: dict[str, Comparison], costs: dict[int, dict[str, float]]) -> str:
-    """Return the page as Markdown."""
-    lines = [
+def comparison_cells(shape: str, result: Comparison) -> list[str]:
+    """Return the table row of a comparison of vector operations."""
+    low, high = result.spread
+    gb_per_s = BYTES * sum(SHAPES[shape]) / result.ours / 1e9
+    return [
+        shape,
+        f"{1e3 * result.ours:.2f}",
+        f"{gb_per_s:.0f}",
+        f"{1e3 * result.theirs:.2f}",
+        result.peer,
+        f"{result.ratio:.2f}×",
+        f"{low:.2f}–{high:.2f}",
+        "" if result.others is None else f"{result.others:.0%}",
+    ]
+
+
+def cost_cells(batch: int, cost: Cost) -> list[str]:
+    """Return the table row of the readings for one batch size."""
+    seconds = (cost.step, cost.cold, cost.early, cost.warm, cost.audit)
+    times = [f"{1e3 * x:.0f}" for x in seconds]
+    return [str(batch), *times, f"{cost.first_cycle:.2%}", f"{cost.later:.2%}"]
+
+
+def to_markdown(where: dict, comparisons: dict[str, Comparison], costs: dict[int, Cost]) -> str:
+    """Return the results page."""
+    product_headings = [
+        "tensors",
+        "ours, ms",
+        "GB/s",
+        "`torch._foreach_*`, ms",
+        "which",
+        "ratio",
+        "quartiles",
+        "others",
+    ]
+    cost_headings = ["batch", "step, ms", "cold", "early", "warm", "audited", "first 1,200 steps", "later"]
+    return "\n".join([
         f"# Cost of measuring sharpness: {where['cpu']}, {where['threads']} threads",
         "",
-        ", ".join(f"{k} {v}" for k, v in where["versions"].items()) + ".",
+        ", ".join(f"{name} {version}" for name, version in where["versions"].items()) + ".",
         "",
-        "Vector work of one central product with a pre-conditioner, two basis vectors known: perturb twice, finish",
-        "with dots, orthogonalise twice. Medians of interleaved rounds; above 1 ours is faster. Goal: 2. The peer",
-        "makes new tensors for what it has not room for, or works in place with one more pass: the faster counts.",
+        "Vector operations of one central Hessian product with a preconditioner and two known basis vectors: perturb",
+        "twice, finish with dot products, orthogonalise twice. Medians of interleaved rounds; a ratio above 1 means that",
+        "ours is faster. Goal: 2. The peer either allocates new tensors for its intermediate results or works in place",
+        "with one more pass; the faster variant counts.",
         "",
-        "| tensors | ours, ms | GB/s | `torch._foreach_*`, ms | which | ratio | quartiles | others |",
-        "|---|---|---|---|---|---|---|---|",
-    ]
-    for name, race in races.items():
-        low, high = race.spread
-        others = "" if race.others is None else f"{race.others:.0%}"
-        rate = BYTES * sum(SHAPES[name]) / race.ours / 1e9
-        lines.append(f"| {name} | {1e3 * race.ours:.2f} | {rate:.0f} | {1e3 * race.theirs:.2f} | {race.peer} | "
-                     f"{race.ratio:.2f}× | {low:.2f}–{high:.2f} | {others} |")  # fmt: skip
-    lines += [
+        *table(product_headings, [comparison_cells(shape, result) for shape, result in comparisons.items()]),
         "",
-        "Character GPT (1.06M parameters, contexts of 32), Adam with clipping: readings on an eighth of the batch,",
-        "one after each training step here, to compare their medians. Overhead at the default of one reading in",
-        f"{EVERY} steps, of the training step without it: over the first 1,200 steps, with the cold reading and the",
-        "early ones of five products, and over each 1,200 after that, with one audit. Goal: at most 2 %.",
+        "Character GPT (1.06M parameters, contexts of 32), Adam with clipping. Readings use an eighth of the batch; here",
+        "one follows each training step, to compare medians. Overhead relative to training without readings, at the",
+        f"default of one reading in {EVERY} steps: over the first 1,200 steps, with the cold reading and the early ones of",
+        "five products, and over each 1,200 steps after that, with one audit. Goal: at most 2 %.",
         "",
-        "| batch | step, ms | cold | early | warm | audited | first 1,200 steps | later |",
-        "|---|---|---|---|---|---|---|---|",
-    ]
-    for batch, c in costs.items():
-        times = " | ".join(f"{1e3 * c[k]:.0f}" for k in ("step", "cold", "early", "warm", "audit"))
-        lines.append(f"| {batch} | {times} | {c['begun']:.2%} | {c['later']:.2%} |")
-    return "\n".join(lines) + "\n"
+        *table(cost_headings, [cost_cells(batch, cost) for batch, cost in costs.items()]),
+        "",
+    ])
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__)
+    """Run the benchmark and write the results page."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.sharpness", description=__doc__)
     parser.add_argument("--quick", action="store_true")
     quick = parser.parse_args().quick
-    races = {name: race_vectors(sizes, 0.5 if quick else 15.0) for name, sizes in SHAPES.items()}
-    costs = {batch: overhead(batch, 1 if quick else 4) for batch in BATCHES}
-    text = page(describe(), races, costs)
+    seconds, cycles = (0.5, 1) if quick else (15.0, 4)
+    comparisons = {shape: compare_products(sizes, seconds) for shape, sizes in SHAPES.items()}
+    costs = {batch: measure_cost(batch, cycles) for batch in BATCHES}
+    where = describe()
+    text = to_markdown(where, comparisons, costs)
     print(text)
     if not quick:
-        where = describe()
-        slug = re.sub(r"[^a-z0-9]+", "-", where["cpu"].lower()).strip("-")
-        path = RESULTS / f"{slug}-{where['threads']}t-sharpness.md"
+        path = RESULTS / f"{slug(where['cpu'])}-{where['threads']}t-sharpness.md"
         path.write_text(text, encoding="utf-8")
     return 0
 

@@ -1,6 +1,6 @@
-"""The tick task of Sadrtdinov et al. 2024: 16 features that each tell the classes apart, on a sphere.
+"""Tick task of Sadrtdinov et al. 2024: classification with 16 features, each sufficient, and weights on a sphere.
 
-Many models train at once, as a batch of matrices, each with its own data, rate and order of the data.
+Many models train at once as a batch of matrices, each with its own data, learning rate and order of the data.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ PER_EPOCH = 32
 
 
 def draw_features(y, generator):
-    """One feature for each label, float32 of ``[n, 2]``, by rejection from the square of side 4."""
+    """Draw one feature per label, float32 of ``[n, 2]``, by rejection sampling from a square of side 4."""
     found = torch.empty(len(y), 2)
     todo = torch.arange(len(y))
     while len(todo):
@@ -30,19 +30,19 @@ def draw_features(y, generator):
 
 
 def boundary_features(n, generator):
-    """Features that say nothing about the class."""
+    """Draw features on the class boundary, which carry no information about the class."""
     first = torch.rand(n, generator=generator) * 4 - 2
     return torch.stack([first, first.abs() - 2.0 * torch.randint(2, (n,), generator=generator)], 1)
 
 
 def draw(n, generator):
-    """Inputs ``[n, 32]`` and labels 0 or 1 of ``[n]``."""
+    """Draw inputs ``[n, 32]`` and labels 0 or 1 of ``[n]``."""
     y = torch.randint(2, (n,), generator=generator)
     return torch.cat([draw_features(y, generator) for _ in range(FEATURES)], 1), y.float()
 
 
 def draw_single(k, n, generator):
-    """Inputs and labels as of ``draw`` of which feature ``k`` alone tells the class."""
+    """Draw inputs and labels in the format of ``draw`` where only feature ``k`` depends on the class."""
     y = torch.randint(2, (n,), generator=generator)
     parts = [
         draw_features(y, generator) if i == k else boundary_features(n, generator) for i in range(FEATURES)
@@ -51,10 +51,10 @@ def draw_single(k, n, generator):
 
 
 class Batch:
-    """A model 32-32-32-1 for each pair of seed and rate; rates vary fastest.
+    """Perceptrons 32-32-32-1, one for each pair of seed and rate; rates vary fastest.
 
-    Hidden layers are followed by a layer norm, so that their 2048 weights, kept at norm 1, are scale-invariant;
-    the last layer is frozen at norm 10.
+    A layer norm follows each hidden layer, so the 2048 hidden weights, kept at norm 1, are scale-invariant; the last
+    layer is frozen at norm 10.
     """
 
     def __init__(self, seeds, rates):
@@ -65,7 +65,7 @@ class Batch:
             starts.append(torch.randn(2, 32, 32, generator=generator))
             last = torch.randn(32, 1, generator=generator)
             lasts.append(10 * last / last.norm())
-            # drawn last: seeds keep their data and starts
+            # drawn last, so that the training data and initial weights of a seed do not depend on it
             held_out.append(draw(2000, generator))
         self.seeds, self.shape = list(seeds), (len(seeds), len(rates))
 
@@ -79,19 +79,20 @@ class Batch:
         self.rates = torch.tensor(list(rates) * len(seeds))
 
     def logits(self, weights, x):
+        """Return the logits ``[models, n]``."""
         h = x
         for layer in (weights[:, 0], weights[:, 1]):
             h = functional.layer_norm(h @ layer, (32,), eps=1e-7).relu()
         return (h @ self.last)[..., 0]
 
     def train(self, weights, rates, steps, seed, kept=()):
-        """Train on batches of 16; return weights, mean losses ``[epochs, models]`` and the weights after some steps."""
+        """Train on batches of 16; return weights, mean losses ``[epochs, models]`` and the weights after the steps ``kept``."""
         generators = [torch.Generator().manual_seed(1000 * seed + own) for own in self.seeds]
         models = torch.arange(len(rates))[:, None]
         losses, total, found = [], 0.0, []
         for step in range(steps):
             if step % PER_EPOCH == 0:
-                # an order for each seed, whatever else is in the batch
+                # one order per seed, independent of the other models of the batch
                 orders = torch.stack([torch.randperm(512, generator=own) for own in generators])
                 order = orders.repeat_interleave(self.shape[1], 0)
                 x, y = self.x[models, order], self.y[models, order]
@@ -112,12 +113,12 @@ class Batch:
 
     @torch.no_grad()
     def accuracy(self, weights, x=None, y=None):
-        """Accuracy on the test data, or on others, of ``[seeds, rates]``."""
+        """Return the accuracy on the test data, or on the given data, of ``[seeds, rates]``."""
         x, y = (self.x_test, self.y_test) if x is None else (x, y)
         return ((self.logits(weights, x) > 0) == (y > 0.5)).float().mean(1).view(self.shape)
 
     def single_accuracies(self, weights):
-        """Accuracy where one feature alone tells the class, of ``[16, seeds, rates]``; 1000 samples, the same for all."""
+        """Return the accuracy with each single feature, of ``[16, seeds, rates]``, on 1000 samples shared by all models."""
         generator = torch.Generator().manual_seed(0)
         found = []
         for k in range(FEATURES):
@@ -127,5 +128,5 @@ class Batch:
 
 
 def normalised(weights):
-    """Weights ``[models, 2, 32, 32]`` with the norm 1 over all layers of a model."""
+    """Scale weights ``[models, 2, 32, 32]`` to norm 1 over all layers of a model."""
     return weights / weights.flatten(1).norm(dim=1)[:, None, None, None]

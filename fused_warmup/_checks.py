@@ -1,4 +1,4 @@
-"""Checks of arguments: each returns the value or raises with owner, argument, condition and value."""
+"""Argument checks: each returns the value or raises an error with owner, argument, condition and value."""
 
 from __future__ import annotations
 
@@ -13,14 +13,15 @@ import torch
 def fail(
     owner: str, name: str, condition: str, value: object, hint: str = "", error: type[Exception] = ValueError
 ) -> NoReturn:
-    """Raise ``<owner>: <name> must <condition>, got <value>.``, and a hint where one helps."""
-    raise error(f"{owner}: {name} must {condition}, got {value!r}.{' ' + hint if hint else ''}")
+    """Raise ``<owner>: <name> must <condition>, got <value>.``, followed by an optional hint."""
+    message = f"{owner}: {name} must {condition}, got {value!r}."
+    raise error(f"{message} {hint}" if hint else message)
 
 
 def number(
     owner: str, name: str, value: Any, low: float = 0.0, high: float = math.inf, *, ends: str = "[)"
 ) -> float:
-    """Return ``value`` as a float inside the interval with the brackets ``ends``; never infinity."""
+    """Return ``value`` as a finite float in an interval with the brackets ``ends``."""
     if isinstance(value, torch.Tensor) and value.numel() == 1 and value.device.type == "cpu":
         value = value.item()
     if isinstance(value, bool) or not hasattr(value, "__float__") or isinstance(value, torch.Tensor):
@@ -53,21 +54,21 @@ def whole(owner: str, name: str, value: Any, low: int = 0, high: int = 2**62 - 1
 
 
 def flag(owner: str, name: str, value: Any) -> bool:
-    """Return ``value``, a bool or one of the integers 0 and 1."""
+    """Return ``value`` as a bool; the integers 0 and 1 are allowed."""
     if not isinstance(value, (bool, int, np.bool_, np.integer)) or value not in (0, 1):
         fail(owner, name, "be True or False", value, error=TypeError)
     return bool(value)
 
 
 def one_of(owner: str, name: str, value: Any, allowed: Collection[str]) -> str:
-    """Return ``value``, one of the allowed words."""
+    """Return ``value`` if it is one of the allowed strings."""
     if not isinstance(value, str) or value not in allowed:
         fail(owner, name, "be one of " + ", ".join(map(repr, allowed)), value)
     return value
 
 
 def betas(owner: str, value: Any) -> tuple[float, float]:
-    """Return the two coefficients of the exponential averages, each in [0, 1)."""
+    """Return the two decay rates of the exponential averages, each in [0, 1)."""
     if isinstance(value, (torch.Tensor, np.ndarray)):
         value = value.tolist()
     if isinstance(value, (str, bytes)) or not isinstance(value, Sequence) or len(value) != 2:

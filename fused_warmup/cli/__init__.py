@@ -4,20 +4,15 @@ from __future__ import annotations
 
 import sys
 
-EXTRAS = {"click", "matplotlib", "rich", "sklearn"}
-
-
-def missing(name: str | None) -> str:
-    """Return the sentence for a package that an extra brings."""
-    return f"fused-warmup: {name} is not installed; pip install 'fused-warmup[cli,plot,data]'."
+from .extras import EXTRAS, missing_extra
 
 
 def main() -> None:
-    """Run the command line; without the extra ``cli`` say how to get it."""
+    """Run the command line, or exit with installation advice if the extra ``cli`` is not installed."""
     try:
         from .group import cli
     except ModuleNotFoundError as error:
         if error.name not in EXTRAS:
             raise
-        sys.exit(missing(error.name))
+        sys.exit(missing_extra(error.name))
     cli(prog_name="fused-warmup")

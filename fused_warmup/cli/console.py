@@ -1,4 +1,4 @@
-"""How tables and lines are printed: as they are, in any encoding, and without a number cut."""
+"""Console output in any encoding, without truncated numbers."""
 
 from __future__ import annotations
 
@@ -9,20 +9,20 @@ from rich.text import Text
 
 from .words import printable
 
-_NARROWEST = 80
+_MIN_WIDTH = 80
 
 
 class PlainConsole(Console):
-    """A console that takes no text for markup, replaces what its encoding lacks, and has room for a table."""
+    """A console that ignores markup, replaces unencodable characters and is at least 80 columns wide."""
 
     def __init__(self) -> None:
         super().__init__(markup=False, emoji=False, highlight=False)
-        self.width = max(_NARROWEST, self.width)
+        self.width = max(_MIN_WIDTH, self.width)
 
     def render_str(self, text: str, **options: Any) -> Text:
-        """Return the text with what the encoding has."""
+        """Render a text with the characters that the encoding has."""
         return super().render_str(printable(text, self.encoding), **options)
 
     def write_line(self, text: str) -> None:
-        """Print a line without breaking it."""
+        """Print a line without wrapping it."""
         self.print(text, soft_wrap=True)

@@ -1,4 +1,4 @@
-"""``fused-warmup doctor``: does this installation work, and with what."""
+"""``fused-warmup doctor``: checks the installation."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from ..backends import BACKENDS, unavailable_reason
 from ..plan.traffic import Traffic
 from .console import PlainConsole
 from .machine import cpu_model, versions
-from .words import complain
+from .words import print_error
 
-NEEDED = ("reference", "cpu")
+REQUIRED_BACKENDS = ("reference", "cpu")
 OPTIMIZERS: dict[str, Callable[..., fw.FusedOptimizer]] = {
     "Adam, AdamW, GIAdam": fw.Adam,
     "Adam, amsgrad": partial(fw.Adam, amsgrad=True),
@@ -37,8 +37,8 @@ OPTIONS: dict[str, dict[str, Any]] = {
 }
 
 
-def trouble(backend: str) -> str | None:
-    """Return what is wrong with a backend for CPU tensors, or None after a step with the right result."""
+def backend_problem(backend: str) -> str | None:
+    """Return the problem of a backend with CPU tensors, or None if one step gives the right result."""
     reason = unavailable_reason(backend)
     if reason is not None:
         return reason
@@ -46,13 +46,15 @@ def trouble(backend: str) -> str | None:
     param.grad = torch.full((3,), 2.0)
     try:
         fw.SGD([param], lr=0.25, backend=backend).step()
-    except Exception as error:  # whatever goes wrong is the diagnosis
+    except Exception as error:
         return f"a step fails: {error}"
-    return None if param.tolist() == [0.5] * 3 else f"a step of 1 - 0.25 * 2 gives {param[0].item()}"
+    if param.tolist() != [0.5, 0.5, 0.5]:
+        return f"a step of 1 - 0.25 * 2 gives {param[0].item()}"
+    return None
 
 
 def instruction_sets() -> str:
-    """Return the instruction sets of the compiled kernels, and which is in use."""
+    """Return the instruction sets of the compiled kernels and the one in use, as text."""
     if unavailable_reason("cpu") is not None:
         return "none"
     from .. import _cpu
@@ -61,8 +63,8 @@ def instruction_sets() -> str:
     return f"{', '.join(names)} ({names[-1]} in use)"
 
 
-def ledgers() -> Iterator[tuple[str, str, Traffic]]:
-    """Yield optimizer, options and ledger of a step, from the plan that the step would run."""
+def traffic_of_all() -> Iterator[tuple[str, str, Traffic]]:
+    """Yield optimizer, options and the traffic of one step, computed from the step's own plan."""
     for name, optimizer in OPTIMIZERS.items():
         for label, options in OPTIONS.items():
             param = torch.ones(8)
@@ -71,11 +73,11 @@ def ledgers() -> Iterator[tuple[str, str, Traffic]]:
 
 
 def traffic_table() -> Table:
-    """Return the launches and bytes of every optimizer and option."""
+    """Return the table of launches and bytes of every optimizer and option."""
     table = Table(title="launches, and bytes per float32 parameter (cuda and triton)", title_justify="left")
     for column in ("optimizer", "options", "launches", "read", "written", "total"):
         table.add_column(column, justify="left" if column in ("optimizer", "options") else "right")
-    for name, label, t in ledgers():
+    for name, label, t in traffic_of_all():
         numbers = (t.launches, t.read / t.numel, t.written / t.numel, t.per_parameter)
         table.add_row(name, label, *(f"{x:g}" for x in numbers))
     return table
@@ -98,13 +100,15 @@ def doctor(ctx: click.Context, traffic: bool) -> None:
     table.add_row("CPU", cpu_model())
     table.add_row("threads", str(torch.get_num_threads()))
     table.add_row("instruction sets", instruction_sets())
-    found = {name: trouble(name) if name in NEEDED else unavailable_reason(name) for name in BACKENDS}
-    for name, reason in found.items():
+    broken = []
+    for name in BACKENDS:
+        reason = backend_problem(name) if name in REQUIRED_BACKENDS else unavailable_reason(name)
         table.add_row(f"backend {name}", "available" if reason is None else f"not available: {reason}")
+        if reason is not None and name in REQUIRED_BACKENDS:
+            broken.append(name)
     PlainConsole().print(table)
-    broken = [name for name in NEEDED if found[name] is not None]
     if broken:
         names = " and ".join(broken)
-        complain(f"doctor: the backends reference and cpu must work, got trouble with {names}.")
+        print_error(f"doctor: the backends reference and cpu must work, got trouble with {names}.")
         ctx.exit(1)
     click.echo("doctor: the backends reference and cpu work.")

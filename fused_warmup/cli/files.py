@@ -1,4 +1,4 @@
-"""Files that a command writes: tried before its work, and never its input."""
+"""Output files of a command: checked before its work, and never equal to its input."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from .. import _checks as check
 
 
 class PathType(click.Path):
-    """A path, as a ``Path``; a character that no system takes is an error of the user."""
+    """A click parameter type for ``Path`` that rejects NUL characters."""
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
-        """Return the value as a path."""
+        """Convert the value to a path."""
         if "\0" in str(value):
             self.fail(f"must not have the character NUL in it, got {str(value)!r}.", param, ctx)
         return super().convert(value, param, ctx)
@@ -30,22 +30,22 @@ PATH = PathType(path_type=Path)
 
 
 @contextmanager
-def tried(owner: str, option: str, path: Path | None, *others: Path | None) -> Iterator[None]:
-    """Try to write a file before the block, and leave none that the block did not write.
+def checked_output(owner: str, option: str, path: Path | None, *others: Path | None) -> Iterator[None]:
+    """Check that a file can be written before the block; remove it afterwards if the block left it empty.
 
-    What a file held stays in it until it is written.
+    An existing file keeps its contents until the block writes it.
 
     Args:
         owner: Name for messages.
-        option: Where the path comes from, for messages.
+        option: Option that gave the path, for messages.
         path: The file; None does nothing.
-        others: Input and other outputs, which it must not be.
+        others: Input and other outputs, which must be different files.
 
     Yields:
         Nothing.
 
     Raises:
-        ValueError: If it cannot be written, or is one of the others.
+        ValueError: If the file cannot be written, or is one of the others.
     """
     if path is None:
         yield
@@ -56,7 +56,7 @@ def tried(owner: str, option: str, path: Path | None, *others: Path | None) -> I
     target = Path(os.path.realpath(path))
     try:
         made = not target.exists()
-        # a pipe or a device would take the trial for its data
+        # opening a pipe or a device would block, or reach its reader
         if made or target.is_file() or target.is_dir():
             target.open("ab").close()
     except OSError as error:
@@ -70,9 +70,9 @@ def tried(owner: str, option: str, path: Path | None, *others: Path | None) -> I
 
 
 def _same(path: Path, other: Path) -> bool:
-    """Return whether two paths are one file, by whichever links."""
+    """Return whether two paths are the same file, symbolic and hard links included."""
     if os.path.realpath(path) == os.path.realpath(other):
-        # a terminal or the null device can be both
+        # a terminal or the null device may be input and output at once
         return path.is_file() or not path.exists()
     with suppress(OSError):
         return path.is_file() and os.path.samefile(path, other)
@@ -80,19 +80,19 @@ def _same(path: Path, other: Path) -> bool:
 
 
 @contextmanager
-def folder_of(owner: str, option: str, folder: Path) -> Iterator[None]:
-    """Make a folder before the block, and take it away again if the block leaves it empty.
+def created_folder(owner: str, option: str, folder: Path) -> Iterator[None]:
+    """Create a folder before the block, and remove it afterwards if it is empty.
 
     Args:
         owner: Name for messages.
-        option: Where the path comes from, for messages.
-        folder: The folder; its parents are made too.
+        option: Option that gave the path, for messages.
+        folder: The folder; its parents are created too.
 
     Yields:
         Nothing.
 
     Raises:
-        ValueError: If it cannot be made.
+        ValueError: If the folder cannot be created.
     """
     made: list[Path] = []
     try:
@@ -108,15 +108,16 @@ def folder_of(owner: str, option: str, folder: Path) -> Iterator[None]:
 
 
 def _remove_empty(folders: Sequence[Path]) -> None:
-    """Remove folders, the inner one first; one that is not empty stays, and with it those around it."""
+    """Remove the empty ones of nested folders, innermost first."""
     for folder in folders:
         with suppress(OSError):
             folder.rmdir()
 
 
 @contextmanager
-def undisturbed() -> Iterator[None]:
-    """Let no interrupt end the block: it writes what would be lost."""
+def ignored_interrupts() -> Iterator[None]:
+    """Ignore Ctrl-C while the block writes results."""
+    # signal handlers can only be set in the main thread, which also receives the interrupts
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -127,29 +128,30 @@ def undisturbed() -> Iterator[None]:
         signal.signal(signal.SIGINT, before)
 
 
-def picture_kind(owner: str, option: str, path: Path | None) -> str:
-    """Return the kind of picture that the end of a name stands for; PNG for a name without an end.
+def picture_format(owner: str, option: str, path: Path) -> str:
+    """Return the image format of a file name; PNG if it has no extension.
 
     Args:
         owner: Name for messages.
-        option: Where the path comes from, for messages.
-        path: The file, or None.
+        option: Option that gave the path, for messages.
+        path: The file.
 
     Returns:
-        The kind, as matplotlib calls it.
+        The format in matplotlib's spelling.
 
     Raises:
-        ValueError: If matplotlib writes no such pictures.
+        ValueError: If matplotlib does not support the format.
     """
     from matplotlib.backend_bases import FigureCanvasBase
 
-    kind = path.suffix.lstrip(".").lower() if path is not None else ""
-    known = sorted(FigureCanvasBase.get_supported_filetypes())
-    return check.one_of(owner, f"the end of {option}", kind or "png", known)
+    extension = path.suffix.lstrip(".").lower() or "png"
+    supported = sorted(FigureCanvasBase.get_supported_filetypes())
+    return check.one_of(owner, f"the end of {option}", extension, supported)
 
 
 def write_picture(figure: Any, path: Path, kind: str = "png", **options: Any) -> None:
-    """Write a figure; a file is only touched by one that can be drawn."""
+    """Draw a figure in memory, then write the file."""
+    # an error while drawing must not touch the file
     drawn = io.BytesIO()
     figure.savefig(drawn, format=kind, dpi=100, **options)
     path.write_bytes(drawn.getvalue())

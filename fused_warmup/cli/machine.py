@@ -1,4 +1,4 @@
-"""What a measurement must name: versions and the machine."""
+"""Versions and machine description for measurements."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ import torch
 
 from .. import __version__
 
-# with many more than this the system ends the process
-MOST_THREADS = 1024
+# far more threads would make the system end the process
+MAX_THREADS = 1024
 
 
 def versions() -> dict[str, str]:
-    """Return the versions of everything that computes."""
+    """Return the versions of this package, Python, torch and numpy."""
     return {
         "fused_warmup": __version__,
         "python": platform.python_version(),
@@ -27,7 +27,7 @@ def versions() -> dict[str, str]:
 
 
 def cpu_model(cpuinfo: Path = Path("/proc/cpuinfo")) -> str:
-    """Return the name of the processor, as well as the system knows it."""
+    """Return the model name of the processor, or ``"unknown"``."""
     try:
         for line in cpuinfo.read_text(encoding="utf-8").splitlines():
             key, _, value = line.partition(":")
@@ -39,7 +39,7 @@ def cpu_model(cpuinfo: Path = Path("/proc/cpuinfo")) -> str:
 
 
 def describe() -> dict[str, Any]:
-    """Return what timings depend on besides the code; the backend "cpu" must be built."""
+    """Describe the machine: processor, threads, instruction set and versions; needs the backend ``"cpu"``."""
     from .. import _cpu
 
     return {

@@ -1,4 +1,4 @@
-"""``fused-warmup refine``: a schedule from the gradient norms of an earlier run."""
+"""``fused-warmup refine``: refines a schedule from the gradient norms of an earlier run."""
 
 from __future__ import annotations
 
@@ -15,21 +15,21 @@ from ..schedules import Schedule
 from ..tuning.refinement.norms import read_norms
 from ..tuning.refinement.refine import ADVICE, Refinement, refinement
 from .console import PlainConsole
-from .files import PATH, picture_kind, tried, write_picture
+from .files import PATH, checked_output, picture_format, write_picture
 from .train.charts import GREY, INK, OURS, PALE, THEIRS, logarithmic, points
-from .words import complain
+from .words import print_error
 
-# a number of a schedule takes 20 bytes of JSON
-_MOST_STEPS = 10_000_000
+# a schedule takes 20 bytes of JSON per step
+_MAX_STEPS = 10_000_000
 
 
 def draw(norms: np.ndarray, found: Refinement, schedule: Schedule) -> Any:
-    """Return a figure of the norms, and below it the schedule with its fit.
+    """Draw the norms, and below them the schedule with its polynomial fit.
 
     Args:
         norms: Recorded norms, float64 of ``[steps]``.
-        found: What was refined from them.
-        schedule: What is written, the refined schedule or the fallback.
+        found: Refinement of these norms.
+        schedule: The schedule to be written: the refined one or the fallback.
 
     Returns:
         A matplotlib figure.
@@ -59,7 +59,7 @@ def draw(norms: np.ndarray, found: Refinement, schedule: Schedule) -> Any:
 
 
 def table_of(found: Refinement) -> Table:
-    """Return what is to know about a refinement."""
+    """Return a table of the diagnostics of a refinement."""
     fit = found.fit()
     table = Table(show_header=False)
     table.add_column(no_wrap=True)
@@ -100,22 +100,23 @@ def refine(
     fallback: bool,
     **options: Any,
 ) -> None:
-    """Refine a learning-rate schedule from the norms that a telemetry recorded."""
+    """Refine a learning-rate schedule from recorded gradient norms."""
     if steps is not None:
-        check.whole("refine", "--steps", steps, 2, _MOST_STEPS)
-    picture = "" if plot is None else picture_kind("refine", "--plot", plot)
+        check.whole("refine", "--steps", steps, 2, _MAX_STEPS)
+    image_format = "" if plot is None else picture_format("refine", "--plot", plot)
     with ExitStack() as outputs:
-        outputs.enter_context(tried("refine", "--out", out, norms))
-        outputs.enter_context(tried("refine", "--plot", plot, norms, out))
+        outputs.enter_context(checked_output("refine", "--out", out, norms))
+        outputs.enter_context(checked_output("refine", "--plot", plot, norms, out))
         recorded = read_norms("refine", norms, kind, column)
         found = refinement(recorded, kind, steps=steps, **options)
         schedule = found.fallback if fallback and found.trouble else found.schedule
         out.write_text(schedule.to_json() + "\n", encoding="utf-8")
         if plot is not None:
-            write_picture(draw(recorded, found, schedule), plot, picture)
+            write_picture(draw(recorded, found, schedule), plot, image_format)
     console = PlainConsole()
     console.print(table_of(found))
     if found.trouble:
-        kept = "the fallback was written" if fallback else f"{ADVICE} --fallback writes the former"
-        complain(f"refine: {' and '.join(found.trouble)}. {kept.rstrip('.')}.")
-    console.write_line(f"written: {', '.join(str(path) for path in (out, plot) if path is not None)}")
+        advice = "the fallback was written." if fallback else f"{ADVICE} --fallback writes the former."
+        print_error(f"refine: {' and '.join(found.trouble)}. {advice}")
+    written = [str(path) for path in (out, plot) if path is not None]
+    console.write_line(f"written: {', '.join(written)}")

@@ -1,4 +1,4 @@
-"""Texts and numbers as a stream can show them; nothing here needs more than click."""
+"""Formatting of texts and numbers for any output encoding; needs click only."""
 
 from __future__ import annotations
 
@@ -6,27 +6,36 @@ import sys
 
 import click
 
-# what the tables have beside ASCII
+# ASCII for the other characters of the tables
 _ASCII = str.maketrans({"×": "x", "–": "-", "≥": ">=", "µ": "u", "…": "..."})
 
 
 def printable(text: str, encoding: str) -> str:
-    """Return a text in characters that an encoding has."""
+    """Replace the characters of a text that an encoding lacks."""
     try:
         text.encode(encoding)
     except UnicodeEncodeError:
-        if len(text) > 1:
-            return "".join(printable(character, encoding) for character in text)
-        return text.translate(_ASCII).encode(encoding, "backslashreplace").decode(encoding)
+        return "".join(_printable_character(character, encoding) for character in text)
     return text
 
 
+def _printable_character(character: str, encoding: str) -> str:
+    """Return a character, or its ASCII form or escape sequence if the encoding lacks it."""
+    try:
+        character.encode(encoding)
+    except UnicodeEncodeError:
+        return character.translate(_ASCII).encode(encoding, "backslashreplace").decode(encoding)
+    return character
+
+
 def fixed(x: float, digits: int) -> str:
-    """Return a number with digits after the point, or with an exponent if it would be long."""
-    return f"{x:.{digits}{'f' if abs(x) < 1e7 else 'e'}}"
+    """Format a number with fixed decimals, or with an exponent from 1e7 on."""
+    style = "f" if abs(x) < 1e7 else "e"
+    return f"{x:.{digits}{style}}"
 
 
-def complain(text: str) -> None:
+def print_error(text: str) -> None:
     """Print one line on stderr."""
     encoding = getattr(sys.stderr, "encoding", None) or "utf-8"
-    click.echo(printable(" ".join(text.split("\n")), encoding), err=True)
+    one_line = text.replace("\n", " ")
+    click.echo(printable(one_line, encoding), err=True)

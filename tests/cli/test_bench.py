@@ -1,4 +1,4 @@
-"""The arithmetic of the benchmarks, not the times."""
+"""Arithmetic and reports of the benchmarks, with times from a fake clock."""
 
 import json
 from dataclasses import asdict
@@ -15,7 +15,7 @@ from fused_warmup.cli.bench import command, timing
 
 
 class Clock:
-    """A clock that stands still until a step moves it."""
+    """A fake clock that only steps advance."""
 
     def __init__(self):
         self.now = 0.0
@@ -63,7 +63,7 @@ def test_the_fastest_peer_counts():
 
 
 @pytest.mark.parametrize("prepared", [False, True])
-def test_rounds_interleave_and_only_what_a_step_needs_runs_between(prepared):
+def test_rounds_interleave_with_only_the_setup_between(prepared):
     clock = Clock()
     ours, theirs = clock.step("ours", 1.0), clock.step("theirs", 1.0)
     before = [clock.step("before", 1.0)] if prepared else []
@@ -76,8 +76,8 @@ def test_rounds_interleave_and_only_what_a_step_needs_runs_between(prepared):
 @pytest.mark.parametrize(("seconds", "rounds"), [(0.0, 7), (100.0, 50), (1e9, 300)])
 def test_as_many_rounds_as_fit(seconds, rounds):
     clock = Clock()
-    running = timing.Race(clock.step("ours", 1.0), {"torch": clock.step("torch", 1.0)}, clock=clock)
-    assert running.warm_up(seconds) == rounds
+    timer = timing.InterleavedTimer(clock.step("ours", 1.0), {"torch": clock.step("torch", 1.0)}, clock=clock)
+    assert timer.warm_up(seconds) == rounds
 
 
 @pytest.mark.parametrize(
@@ -107,19 +107,19 @@ def finished(peer):
     )
 
 
-@pytest.mark.parametrize(("work", "of_ceiling"), [("Adam", 4.5), ("Adam bytes/s", 1.5)])
-def test_the_ceiling_is_timed_around_the_race_or_is_the_peer(work, of_ceiling, monkeypatch):
+@pytest.mark.parametrize(("name", "of_ceiling"), [("Adam", 4.5), ("Adam bytes/s", 1.5)])
+def test_the_ceiling_is_timed_around_the_comparison_or_is_the_peer(name, of_ceiling, monkeypatch):
     monkeypatch.setattr(bench_cases, "SHAPES", {"10x2M": (2, 40)})
     asked = []
     monkeypatch.setattr(bench_cases, "stream_seconds", lambda n: asked.append(n) or [6.0 * len(asked)] * 2)
-    case = next(case for case in bench_cases.cases() if case.name == f"{work} 10x2M")
-    with case.watched():
+    case = next(case for case in bench_cases.cases() if case.name == f"{name} 10x2M")
+    with case.monitored():
         assert asked == [28 * 80]
     assert asked == [28 * 80] * 2
-    line = case.row(finished(*case.work.peers))
+    line = case.row(finished(*case.spec.peers))
     assert line.ratio == pytest.approx(1.5)
     assert line.gb_per_s == pytest.approx(28 * 80 / 2e9)
-    # the median of two passes of 6 seconds before and two of 12 after
+    # the median of two passes of 6 seconds before the comparison and two of 12 after it
     assert line.of_ceiling == pytest.approx(of_ceiling)
 
 
@@ -178,10 +178,10 @@ def test_new_gradients_have_new_addresses():
         assert param.grad.data_ptr() != address
 
 
-@pytest.mark.parametrize("work", bench_cases.WORKS, ids=lambda work: work.name)
-def test_every_work_runs(work, monkeypatch):
+@pytest.mark.parametrize("spec", bench_cases.STEP_SPECS, ids=lambda spec: spec.name)
+def test_every_spec_runs(spec, monkeypatch):
     monkeypatch.setattr(bench_cases, "SHAPES", {"10x2M": (2, 40)})
-    line = bench_cases.run_case(bench_cases.Case(work, "10x2M"), seconds=0.0)
+    line = bench_cases.run_case(bench_cases.ThroughputCase(spec, "10x2M"), seconds=0.0)
     assert line.ratio > 0
     assert line.of_ceiling > 0
 
@@ -210,7 +210,7 @@ def test_a_filter_that_matches_nothing_names_the_rows():
     "work", ["300 x 6,667: RAdam, clip + step + EMA", "465 groups x 65,536: SGD, clip + step"]
 )
 def test_gpu_benchmark_runs_without_a_gpu(work, capsys):
-    """The same code with a clock in place of events; nothing is written."""
+    """The same code runs with a clock in place of events, and writes nothing."""
     before = sorted(gpu.RESULTS.iterdir())
     assert gpu.main(["--device", "cpu", "--quick", "--filter", work]) == 0
     lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith(f"| {work} |")]
@@ -226,6 +226,6 @@ def test_gpu_benchmark_has_the_tensors_of_gpt():
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is there")
-def test_gpu_benchmark_says_that_it_needs_a_gpu(capsys):
+def test_gpu_benchmark_needs_a_gpu(capsys):
     assert gpu.main([]) == 1
     assert "must be there, got none" in capsys.readouterr().err

@@ -10,7 +10,7 @@ from click.testing import CliRunner
 from fused_warmup import cli as package
 from fused_warmup.cli import doctor, group, machine
 from fused_warmup.cli.train import command as training
-from fused_warmup.cli.train import config, data, report
+from fused_warmup.cli.train import config, data, loops, report
 from fused_warmup.plan.structs import TELEMETRY
 
 FEW = ["--steps", "6", "--batch-size", "2", "--warmup", "2"]
@@ -69,7 +69,7 @@ def test_train_writes_chart_telemetry_and_record(trained, model):
         rows = list(csv.DictReader(file))
     assert tuple(rows[0]) == TELEMETRY
     assert [float(row["step"]) for row in rows] == [1, 2, 3, 4, 5, 6]
-    # the rate after the warmup of 2 steps, and the loss that ours saw
+    # the rate after the warmup of 2 steps, and our losses
     assert float(rows[1]["lr"]) == pytest.approx(saved["settings"]["lr"])
     assert [float(row["loss"]) for row in rows] == pytest.approx(saved["ours"]["losses"])
     clip = [min(1.0, 1.0 / (float(row["grad_norm"]) + 1e-6)) for row in rows]
@@ -87,7 +87,7 @@ def test_train_writes_chart_telemetry_and_record(trained, model):
 def test_both_runs_agree(trained, model):
     saved = record(trained[0], model)
     ours, theirs = saved["ours"], saved["theirs"]
-    # same weights, same batches: what differs is the rounding of 6 steps
+    # same weights and batches, so the runs differ by the rounding of 6 steps only
     assert theirs["losses"] == pytest.approx(ours["losses"], abs=1e-4)
     assert theirs["averaged"]["loss"] == pytest.approx(ours["averaged"]["loss"], abs=1e-4)
     assert theirs["validation"]["loss"] == pytest.approx(ours["validation"]["loss"], abs=1e-4)
@@ -99,7 +99,7 @@ def test_both_runs_agree(trained, model):
 
 @pytest.mark.parametrize("optimizer", ["adam", "sgd", "giadam", "radam"])
 def test_sharpness_and_line_search_are_drawn(tmp_path, optimizer):
-    """And the training is the one without them, bit for bit."""
+    """The measurements do not change the training, bit for bit."""
     more = ("--sharpness", "--sharpness-every", 2, "--find-lr")
     common = ("--model", "digits", "--optimizer", optimizer, "--no-compare")
     result = train(tmp_path / "with", *common, *more)
@@ -162,7 +162,7 @@ def test_optimizers_and_schedules_by_name(tmp_path, optimizer, schedule):
 def test_schedules_have_their_shapes():
     def rates(schedule, warmup):
         options = {**BASE, "schedule": schedule, "warmup": warmup, "steps": 12}
-        return config.schedule_of(config.make(**options)).values(12).tolist()
+        return config.TrainConfig.from_options(**options).build_schedule().values(12).tolist()
 
     assert rates("linear", 2)[:3] == [0.5, 1.0, 1.0]
     assert rates("linear", 2)[-1] == pytest.approx(0.1)
@@ -211,10 +211,8 @@ def test_a_training_that_diverges_is_reported(tmp_path):
 
 def test_batch_norms_follow_the_averaged_weights(tmp_path, monkeypatch):
     seen = []
-    real = training.update_bn
-    monkeypatch.setattr(
-        training, "update_bn", lambda batches, model: seen.append(model) or real(batches, model)
-    )
+    real = loops.update_bn
+    monkeypatch.setattr(loops, "update_bn", lambda batches, model: seen.append(model) or real(batches, model))
     train(tmp_path, "--model", "digits")
     assert [type(model).__name__ for model in seen] == ["Sequential", "AveragedModel"]
     batch_norms = [[m for m in model.modules() if hasattr(m, "running_mean")] for model in seen]
@@ -248,7 +246,7 @@ def test_chart_shows_the_telemetry(trained):
     assert clip.lines[0].get_ydata().tolist() == columns["clip_coef"]
 
 
-def test_report_names_what_is_wrong_with_a_file(trained, tmp_path):
+def test_report_names_the_error_of_a_file(trained, tmp_path):
     out, _ = trained
     text, rows = (out / "gpt.json").read_text(), (out / "gpt.csv").read_text()
     path, table = tmp_path / "gpt.json", tmp_path / "gpt.csv"
@@ -353,7 +351,7 @@ def test_doctor_fails_when_a_step_does(monkeypatch):
     from fused_warmup.backends.reference import ReferenceBackend
 
     monkeypatch.setattr(ReferenceBackend, "step", lambda self, plan: None)
-    assert doctor.trouble("cpu") is None
+    assert doctor.backend_problem("cpu") is None
     result = invoke("doctor")
     assert result.exit_code == 1
     assert "gives 1.0" in result.output
@@ -409,7 +407,7 @@ def test_extras_are_imported_when_they_are_used():
     assert done.stdout.splitlines()[0] == "", done.stderr
     # listing the commands imports none of them
     assert done.stdout.splitlines()[-1] == "click"
-    assert (done.returncode, done.stderr.strip()) == (1, package.missing("click"))
+    assert (done.returncode, done.stderr.strip()) == (1, package.missing_extra("click"))
 
 
 def test_a_missing_extra_is_one_sentence(monkeypatch):

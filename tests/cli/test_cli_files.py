@@ -1,4 +1,4 @@
-"""The command line: nothing is lost, no input is overwritten, no traceback reaches a user."""
+"""Robustness of the command line: results are kept, inputs are not overwritten, errors are one line."""
 
 import csv
 import errno
@@ -23,7 +23,7 @@ from fused_warmup.cli import console, files, group, machine
 from fused_warmup.cli import refine as refining
 from fused_warmup.cli.bench import cases as bench_cases
 from fused_warmup.cli.bench import command
-from fused_warmup.cli.train import charts, config, records, report
+from fused_warmup.cli.train import charts, config, loops, records, report
 from fused_warmup.cli.train import command as training
 from fused_warmup.cli.words import printable
 from fused_warmup.tuning.refinement import norms as reading
@@ -61,7 +61,7 @@ def never(*args, **kwargs):
 
 
 def run(**changes):
-    """What one side of a training saved; every number differs from every other."""
+    """The saved results of one loop; all numbers are different."""
     values = {
         "name": "fused_warmup AdamW",
         "train_loss": 1.2345,
@@ -142,7 +142,7 @@ def norms_file(tmp_path):
     return path
 
 
-# outputs are tried first
+# outputs are checked before the work
 
 
 def bad_places(tmp_path):
@@ -227,7 +227,7 @@ def fail(*args, **kwargs):
     raise RuntimeError("broken")
 
 
-def test_work_that_fails_leaves_what_was_there(tmp_path, monkeypatch, norms_file):
+def test_failed_work_leaves_the_files_unchanged(tmp_path, monkeypatch, norms_file):
     old, new = tmp_path / "old.json", tmp_path / "new.json"
     old.write_text("kept")
     monkeypatch.setattr(command, "run_case", fail)
@@ -256,13 +256,13 @@ def test_a_link_to_nothing_is_tried_and_stays(tmp_path, monkeypatch, norms_file)
     check_one_line(invoke("refine", norms_file, "-o", link), "--out must be a file", "No such file")
 
 
-def test_a_pipe_gets_the_schedule_and_no_trial(tmp_path, monkeypatch, norms_file):
-    """A trial would wait for a reader, and end what the reader gets."""
+def test_a_pipe_gets_the_schedule_and_is_not_opened_before(tmp_path, monkeypatch, norms_file):
+    """Opening a pipe would wait for a reader, and closing it would end the reader's data."""
     pipe = tmp_path / "pipe"
     os.mkfifo(pipe)
     with monkeypatch.context() as patch:
         patch.setattr(Path, "open", never)
-        with files.tried("refine", "--out", pipe):
+        with files.checked_output("refine", "--out", pipe):
             pass
     reader = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)
     try:
@@ -287,7 +287,7 @@ def test_a_disk_that_is_full_takes_nothing_else_with_it(tmp_path, monkeypatch):
     assert "optimizer stage, sum" in result.output
 
 
-def test_bench_prints_what_it_cannot_write(tmp_path, monkeypatch):
+def test_bench_prints_rows_that_it_cannot_write(tmp_path, monkeypatch):
     path = tmp_path / "folder" / "x.json"
     path.parent.mkdir()
 
@@ -307,7 +307,7 @@ def test_bench_prints_what_it_cannot_write(tmp_path, monkeypatch):
 
 def interrupted_after(monkeypatch, calls, error=KeyboardInterrupt):
     """Let the given call of ``train_on`` raise after its step, before it counts."""
-    real, made = training.Clock.train_on, []
+    real, made = loops.TrainingLoop.train_on, []
 
     def train_on(self, *args):
         loss = real(self, *args)
@@ -317,7 +317,7 @@ def interrupted_after(monkeypatch, calls, error=KeyboardInterrupt):
             raise error
         return loss
 
-    monkeypatch.setattr(training.Clock, "train_on", train_on)
+    monkeypatch.setattr(loops.TrainingLoop, "train_on", train_on)
 
 
 def check_kept(tmp_path, result, steps):
@@ -337,7 +337,7 @@ def check_kept(tmp_path, result, steps):
 
 
 @pytest.mark.parametrize(("calls", "steps"), [(8, 3), (7, 3), (2, 0), (12, 5)])
-def test_an_interrupt_keeps_what_was_trained(tmp_path, monkeypatch, calls, steps):
+def test_an_interrupt_keeps_the_finished_steps(tmp_path, monkeypatch, calls, steps):
     """The two sides take turns: an odd call is ours, an even one torch's."""
     interrupted_after(monkeypatch, calls)
     result = invoke("train", *FEW, "--out", tmp_path / "out", "--sharpness", "--sharpness-every", 3)
@@ -355,14 +355,14 @@ def test_an_interrupt_of_the_evaluation_keeps_the_training(tmp_path, monkeypatch
     def interrupt(*args):
         signal.raise_signal(signal.SIGINT)
 
-    monkeypatch.setattr(training, "evaluate", interrupt)
+    monkeypatch.setattr(loops, "evaluate", interrupt)
     result = invoke("train", *FEW, "--out", tmp_path, "--no-compare")
     assert result.exit_code == 130
     record = check_kept(tmp_path, result, 6)
     assert (record["theirs"], record["ours"]["validation"]) == (None, None)
 
 
-def test_an_error_keeps_what_was_trained(tmp_path, monkeypatch):
+def test_an_error_keeps_the_finished_steps(tmp_path, monkeypatch):
     interrupted_after(monkeypatch, 6, RuntimeError("no memory\nfor this"))
     result = invoke("train", *FEW, "--out", tmp_path)
     assert result.exit_code == 2
@@ -439,7 +439,7 @@ def test_the_input_is_no_output(tmp_path, monkeypatch, norms_file, option, link)
     before = names(tmp_path)
     other = ["-o", "s.json"] if option == "--plot" else []
     if option == "--plot":
-        monkeypatch.setattr(refining, "picture_kind", lambda *args: "png")
+        monkeypatch.setattr(refining, "picture_format", lambda *args: "png")
     result = invoke("refine", source, option, out, *other)
     check_one_line(result, f"refine: {'--plot' if other else '--out'} must be another file than", Path(out))
     assert norms_file.read_text() == text
@@ -511,7 +511,7 @@ READABLE = {
 
 
 @pytest.mark.parametrize("name", READABLE)
-def test_what_is_clear_is_read(tmp_path, name):
+def test_unambiguous_files_are_read(tmp_path, name):
     path, limit = tmp_path / "norms.csv", csv.field_size_limit()
     path.write_bytes(READABLE[name])
     assert reading.read_norms("refine", path, "sgd").tolist() == NORMS
@@ -542,7 +542,7 @@ UNCLEAR = {
 
 
 @pytest.mark.parametrize("text", UNCLEAR, ids=range(len(UNCLEAR)))
-def test_what_is_not_clear_is_named(tmp_path, text):
+def test_ambiguous_files_are_named(tmp_path, text):
     path = tmp_path / "norms.csv"
     path.write_text(text)
     line, delimiter, *words = UNCLEAR[text]
@@ -568,7 +568,7 @@ def test_decimal_commas_reach_the_column_of_skipped_steps(tmp_path):
 
 
 def test_a_stream_is_read_once(tmp_path, norms_file):
-    """What cannot be read twice, like a pipe, gives schedule and chart."""
+    """An input that cannot be read twice, such as a pipe, gives schedule and chart."""
     pipe, out = tmp_path / "pipe", tmp_path / "s.json"
     os.mkfifo(pipe)
     writer = threading.Thread(target=lambda: pipe.write_bytes(norms_file.read_bytes()), daemon=True)
@@ -749,7 +749,7 @@ def test_numbers_of_train_have_ends(tmp_path, args, words):
     ids=str,
 )
 def test_numbers_of_train_up_to_their_ends(tmp_path, args):
-    """Charts and tables of what such a training gives are made, and no number is cut."""
+    """Charts and tables are made also for extreme numbers, and no number is cut."""
     result = invoke("train", *FEW, *args, "--out", tmp_path)
     assert (result.exit_code, result.stderr) == (0, ""), result.output
     check_readable(result.stdout)
@@ -837,7 +837,7 @@ WHERE = {"cpu": "A Chip", "threads": 3, "versions": {"torch": "9.8.7"}}
 
 
 def printed(charset, function, *args):
-    """What a function prints to a pipe."""
+    """Return the text that a function prints to a pipe."""
     pipe = io.TextIOWrapper(io.BytesIO(), encoding=charset, errors="strict")
     before, sys.stdout = sys.stdout, pipe
     try:
@@ -865,7 +865,7 @@ def test_the_table_of_bench_is_readable(monkeypatch, charset, columns):
         assert printable(heading, charset) in text or heading == "compared with"
 
 
-def test_ascii_stands_for_what_tables_have():
+def test_ascii_replaces_the_characters_of_tables():
     assert printable("1.5× 1–2 ≥ µs …", "ascii") == "1.5x 1-2 >= us ..."
     assert printable("1.5× µs", "latin-1") == "1.5× µs"
     assert printable("größe \udcff", "ascii") == "gr\\xf6\\xdfe \\udcff"
@@ -928,7 +928,7 @@ def test_markup_is_text(tmp_path):
     assert "backend [/]" in result.output
 
 
-# what is printed is what is so
+# printed numbers are the measured ones
 
 
 def cells(text):
@@ -994,7 +994,7 @@ def test_the_charts_show_the_record():
 
 
 class Clock:
-    """A clock for ``train``: it stands still but for what is told to take time."""
+    """A fake clock for ``train`` that only slowed functions advance."""
 
     def __init__(self):
         self.now = 100.0
@@ -1016,12 +1016,12 @@ class Clock:
 def test_the_times_of_train_are_those_of_the_stages(tmp_path, monkeypatch):
     """The stage is timed alone; the step with the model but without the readings of sharpness."""
     clock = Clock()
-    monkeypatch.setattr(training, "perf_counter", clock)
-    monkeypatch.setattr(training.Ours, "step", clock.slow(training.Ours.step, [1, 2, 3, 4, 5, 8]))
-    monkeypatch.setattr(training.Theirs, "step", clock.slow(training.Theirs.step, [2, 4, 6, 8, 10, 18]))
-    monkeypatch.setattr(training.Ours, "observe", clock.slow(training.Ours.observe, [1000] * 6))
+    monkeypatch.setattr(loops, "perf_counter", clock)
+    monkeypatch.setattr(loops.FusedLoop, "step", clock.slow(loops.FusedLoop.step, [1, 2, 3, 4, 5, 8]))
+    monkeypatch.setattr(loops.TorchLoop, "step", clock.slow(loops.TorchLoop.step, [2, 4, 6, 8, 10, 18]))
+    monkeypatch.setattr(loops.FusedLoop, "measure", clock.slow(loops.FusedLoop.measure, [1000] * 6))
     # each side computes the loss once a step
-    monkeypatch.setattr(training, "loss_of", clock.slow(training.loss_of, [10.0] * 12))
+    monkeypatch.setattr(loops, "loss_of", clock.slow(loops.loss_of, [10.0] * 12))
     result = invoke("train", *FEW, "--out", tmp_path)
     assert result.exit_code == 0, result.output
     record = json.loads((tmp_path / "digits.json").read_text())
@@ -1035,7 +1035,7 @@ def test_the_times_of_train_are_those_of_the_stages(tmp_path, monkeypatch):
     assert shown["share of the training time"] == ["27.7%", "44.4%", ""]
 
 
-def test_train_prints_what_it_saved(tmp_path):
+def test_train_prints_the_saved_numbers(tmp_path):
     """Loss, rate and norm of the last step in the bar; losses, difference and rate in and below the table."""
     result = invoke("train", *FEW, "--lr", 0.0125, "--weight-decay", 0, "--out", tmp_path)
     record = json.loads((tmp_path / "digits.json").read_text())
@@ -1062,14 +1062,14 @@ def test_evaluation_counts_every_example():
     """Slices of 64 and a shorter one weigh as their examples do."""
     torch.manual_seed(1)
     inputs, targets = torch.randn(100, 5), torch.randint(5, (100,))
-    found = training.evaluate(torch.nn.Identity(), training.Split(inputs, targets))
+    found = loops.evaluate(torch.nn.Identity(), loops.Split(inputs, targets))
     assert found["loss"] == pytest.approx(torch.nn.functional.cross_entropy(inputs, targets).item())
     assert found["accuracy"] == pytest.approx((inputs.argmax(1) == targets).double().mean().item())
 
 
 def test_bench_prints_peer_over_ours(monkeypatch):
     """Ours takes 2 ms, the peer 6: the ratio is 3."""
-    result = bench_cases._row(
+    result = bench_cases.row_of(
         "Adam", bench_cases.Comparison(0.002, "peer", 0.006, (2.5, 3.5), (0.002,), 0.25)
     )
     assert command.cells(result)[2:6] == ("2", "6", "3.00×", "2.50–3.50")
@@ -1105,7 +1105,7 @@ def test_the_numbers_of_refine(tmp_path):
     assert shown["closest polynomial"] == [text]
 
 
-# no traceback
+# errors are one line without a traceback
 
 
 @pytest.fixture
@@ -1224,7 +1224,7 @@ def test_other_threads_may_write():
     done = []
 
     def write():
-        with files.undisturbed():
+        with files.ignored_interrupts():
             done.append(True)
 
     thread = threading.Thread(target=write)
@@ -1233,8 +1233,8 @@ def test_other_threads_may_write():
     assert done == [True]
 
 
-def test_settings_name_the_range_of_seeds():
-    assert config.MOST_SEED == 2**64 - 1
-    torch.Generator().manual_seed(config.MOST_SEED)
+def test_the_config_has_the_range_of_seeds():
+    assert config.MAX_SEED == 2**64 - 1
+    torch.Generator().manual_seed(config.MAX_SEED)
     with pytest.raises(ValueError, match="Overflow"):
-        torch.Generator().manual_seed(config.MOST_SEED + 1)
+        torch.Generator().manual_seed(config.MAX_SEED + 1)

@@ -1,12 +1,13 @@
-"""What is compared: the steps of both sides, on the same parameters and gradients."""
+"""Benchmark cases: our step and its baselines on identical tensors."""
 
 from __future__ import annotations
 
-import contextlib
 import gc
 import statistics
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -18,12 +19,13 @@ import fused_warmup as fw
 
 from .timing import Comparison, Step, in_order, interleaved, nothing, stream, stream_seconds
 
-Maker = Callable[[Sequence[nn.Parameter]], Step]
-# our step, the peers by name, and what every step needs
-Sides = tuple[Step, Mapping[str, Step], Step]
+# allocates the optimizer for some parameters and returns its step
+StepFactory = Callable[[Sequence[nn.Parameter]], Step]
+# our step, the peers by name, and the untimed setup of every step
+Steps = tuple[Step, Mapping[str, Step], Step]
 
 # above this share of the machine used by other processes a ratio proves nothing
-QUIET = 0.1
+MAX_SHARE_OF_OTHERS = 0.1
 STREAM = "a.mul_(c) on as many bytes"
 
 _MAX_NORM = 1.0
@@ -45,31 +47,31 @@ def bytes_moved(states: int, *, clip: bool = False, average: bool = False, items
     return 3 * itemsize + 8 * states + itemsize * clip + 8 * average
 
 
-def ours(optimizer: type[fw.FusedOptimizer], **options: Any) -> Maker:
-    """Return the maker of a step of ours."""
+def ours(optimizer: type[fw.FusedOptimizer], **options: Any) -> StepFactory:
+    """Return the factory of a step of this package."""
     return lambda params: optimizer(list(params), **options).step
 
 
-def torch_step(optimizer: type[torch.optim.Optimizer], **options: Any) -> Maker:
-    """Return the maker of a step of ``torch.optim``."""
+def torch_step(optimizer: type[torch.optim.Optimizer], **options: Any) -> StepFactory:
+    """Return the factory of a step of ``torch.optim``."""
     return lambda params: optimizer(params, **options).step
 
 
-def clipped(maker: Maker) -> Maker:
-    """Put ``clip_grad_norm_`` before a step."""
+def clipped(factory: StepFactory) -> StepFactory:
+    """Return the factory of a step that runs ``clip_grad_norm_`` first."""
 
     def make(params: Sequence[nn.Parameter]) -> Step:
-        step = maker(params)
+        step = factory(params)
         return in_order(lambda: nn.utils.clip_grad_norm_(params, _MAX_NORM), step)
 
     return make
 
 
-def averaged(maker: Maker) -> Maker:
-    """Put the update of a moving average after a step."""
+def averaged(factory: StepFactory) -> StepFactory:
+    """Return the factory of a step that updates a moving average of the weights afterwards."""
 
     def make(params: Sequence[nn.Parameter]) -> Step:
-        step, model = maker(params), nn.ParameterList(params)
+        step, model = factory(params), nn.ParameterList(params)
         decay = get_ema_multi_avg_fn(_DECAY)  # type: ignore[no-untyped-call]
         average = AveragedModel(model, multi_avg_fn=decay)
         return in_order(step, lambda: average.update_parameters(model))
@@ -78,49 +80,49 @@ def averaged(maker: Maker) -> Maker:
 
 
 @dataclass(frozen=True)
-class Work:
-    """Something that a training step does, on our side and on that of the peers.
+class StepSpec:
+    """One optimizer stage to benchmark, such as clipping and Adam.
 
     Attributes:
-        name: What the tables call it.
-        ours: Makes our step.
-        peers: Make the steps that a user would write today, by name.
+        name: Name in the tables.
+        ours: Factory of our step.
+        peers: Factories of the steps that a user would write today, by name.
         bytes_moved: Bytes per parameter that our step must move.
-        goals: The ratio to reach for each shape; None where there is no goal.
-        dtype: Of parameters and gradients.
+        goals: Ratio to reach for each shape, or None without a goal.
+        dtype: Type of parameters and gradients.
     """
 
     name: str
-    ours: Maker
-    peers: Mapping[str, Maker]
+    ours: StepFactory
+    peers: Mapping[str, StepFactory]
     bytes_moved: int
     goals: Mapping[str, float | None]
     dtype: torch.dtype = torch.float32
 
 
-# number of tensors, elements of each
+# number of tensors, elements per tensor
 SHAPES = {"10x2M": (10, 2_000_000), "300x6667": (300, 6_667), "1000x20000": (1000, 20_000)}
 
 _ADAM = torch_step(torch.optim.Adam, fused=True)
 _EMA = fw.EMA(_DECAY)
 _NO_GOAL: dict[str, float | None] = {"10x2M": None, "300x6667": None}
 
-WORKS = (
-    Work(
+STEP_SPECS = (
+    StepSpec(
         "Adam",
         ours(fw.Adam),
         {"Adam(fused=True)": _ADAM},
         bytes_moved(2),
         {"10x2M": 1.1, "300x6667": 6.0, "1000x20000": 2.0},
     ),
-    Work(
+    StepSpec(
         "clip+Adam",
         ours(fw.Adam, max_grad_norm=_MAX_NORM),
         {"clip_grad_norm_, Adam(fused=True)": clipped(_ADAM)},
         bytes_moved(2, clip=True),
         {"10x2M": 1.45, "300x6667": 8.0},
     ),
-    Work(
+    StepSpec(
         "RAdam",
         ours(fw.RAdam),
         {
@@ -130,56 +132,56 @@ WORKS = (
         bytes_moved(2),
         {"10x2M": 3.5, "300x6667": 16.0},
     ),
-    Work(
+    StepSpec(
         "Adam bytes/s",
         ours(fw.Adam),
         {STREAM: lambda params: stream(bytes_moved(2) * _numel(params))},
         bytes_moved(2),
         {"10x2M": 1.2},
     ),
-    Work(
+    StepSpec(
         "Adam+EMA",
         ours(fw.Adam, average=_EMA),
         {"Adam(fused=True), AveragedModel": averaged(_ADAM)},
         bytes_moved(2, average=True),
         {"10x2M": 1.15, "300x6667": 7.0},
     ),
-    Work(
+    StepSpec(
         "clip+Adam+EMA",
         ours(fw.Adam, max_grad_norm=_MAX_NORM, average=_EMA),
         {"clip_grad_norm_, Adam(fused=True), AveragedModel": averaged(clipped(_ADAM))},
         bytes_moved(2, clip=True, average=True),
         {"10x2M": 1.7, "300x6667": 8.0},
     ),
-    Work(
+    StepSpec(
         "Adam, no telemetry",
         ours(fw.Adam, telemetry=False),
         {"Adam(fused=True)": _ADAM},
         bytes_moved(2),
         _NO_GOAL,
     ),
-    Work(
+    StepSpec(
         "AdamW",
         ours(fw.AdamW),
         {"AdamW(fused=True)": torch_step(torch.optim.AdamW, fused=True)},
         bytes_moved(2),
         _NO_GOAL,
     ),
-    Work(
+    StepSpec(
         "SGD momentum",
         ours(fw.SGD, momentum=0.9),
         {"SGD(momentum=0.9, fused=True)": torch_step(torch.optim.SGD, momentum=0.9, fused=True)},
         bytes_moved(1),
         _NO_GOAL,
     ),
-    Work(
+    StepSpec(
         "SGD",
         ours(fw.SGD),
         {"SGD(fused=True)": torch_step(torch.optim.SGD, fused=True)},
         bytes_moved(0),
         _NO_GOAL,
     ),
-    Work(
+    StepSpec(
         "Adam bfloat16",
         ours(fw.Adam),
         {"Adam(fused=True), states in bfloat16 too": _ADAM},
@@ -191,23 +193,24 @@ WORKS = (
 
 
 def _numel(params: Sequence[Tensor]) -> int:
+    """Return the number of elements of all parameters."""
     return sum(param.numel() for param in params)
 
 
 @dataclass(frozen=True)
 class Row:
-    """One line of the tables.
+    """One row of the tables; its fields are the keys of the JSON reports.
 
     Attributes:
-        name: The work and the shape.
-        peer: What it is compared with.
+        name: Names of the stage and the shape.
+        peer: Name of the fastest peer.
         ours_ms: Median of our step, milliseconds.
-        peer_ms: Median of the peer.
+        peer_ms: Median of the peer, milliseconds.
         ratio: ``peer_ms / ours_ms``.
         spread: Quartiles of the ratio taken round by round.
-        goal: The ratio to reach, or None.
-        gb_per_s: Bytes that our step must move / its time, 10^9 per second; None where time is not bytes.
-        ceiling: The same of ``a.mul_(c)`` on as many bytes.
+        goal: Ratio to reach, or None.
+        gb_per_s: Bytes that our step must move / its time, 10^9 per second; None for host time.
+        ceiling: Bytes per second of ``a.mul_(c)`` on as many bytes, 10^9 per second.
         host_us: Microseconds of our step outside the compiled call, or None.
         others: Share of the machine's cores that other processes used meanwhile, or None.
     """
@@ -226,75 +229,103 @@ class Row:
 
     @property
     def verdict(self) -> str:
-        """``"met"``, ``"missed"``, ``"disturbed"`` by other processes, or nothing if there is no goal."""
+        """``"met"``, ``"missed"``, ``"disturbed"`` by other processes, or ``""`` without a goal."""
         if self.goal is None:
             return ""
         # a peer with many parallel regions loses far more than we do when its threads must share their cores
-        if self.others is not None and self.others > QUIET:
+        if self.others is not None and self.others > MAX_SHARE_OF_OTHERS:
             return "disturbed"
         return "met" if self.ratio >= self.goal else "missed"
 
     @property
     def of_ceiling(self) -> float | None:
-        """Our bytes per second / those of the ceiling."""
+        """Our bytes per second / those of the ceiling, or None if unknown."""
         return self.gb_per_s / self.ceiling if self.gb_per_s and self.ceiling else None
 
 
-class Case:
-    """A work on a shape.
+class BenchmarkCase(ABC):
+    """A comparison of our step with its peers.
+
+    Attributes:
+        name: Name in the tables.
+    """
+
+    name: str
+
+    @abstractmethod
+    def steps(self) -> Steps:
+        """Allocate tensors and optimizers; return our step, the peers and the untimed setup."""
+
+    @abstractmethod
+    def monitored(self) -> AbstractContextManager[None]:
+        """Take the extra measurements that ``row`` needs while the comparison runs inside the block."""
+
+    @abstractmethod
+    def row(self, result: Comparison) -> Row:
+        """Return the table row of a comparison that ran inside ``monitored``."""
+
+
+class ThroughputCase(BenchmarkCase):
+    """Speed of one optimizer stage on tensors of one shape, in bytes per second.
 
     Args:
-        work: The work.
+        spec: The optimizer stage.
         shape: Key of ``SHAPES``.
     """
 
-    def __init__(self, work: Work, shape: str) -> None:
-        self.work, self.shape = work, shape
-        self.name = f"{work.name} {shape}"
+    def __init__(self, spec: StepSpec, shape: str) -> None:
+        self.spec, self.shape = spec, shape
+        self.name = f"{spec.name} {shape}"
+        self._stream_seconds: list[float] = []
 
-    def sides(self) -> Sides:
-        """Allocate tensors and optimizers; return our step, the peers and what every step needs."""
-        params = make_params(*SHAPES[self.shape], self.work.dtype)
-        peers = {name: make(params) for name, make in self.work.peers.items()}
-        return self.work.ours(params), peers, nothing
+    def steps(self) -> Steps:
+        """Allocate tensors and optimizers; return our step, the peers and the untimed setup."""
+        params = make_params(*SHAPES[self.shape], self.spec.dtype)
+        peers = {name: make(params) for name, make in self.spec.peers.items()}
+        return self.spec.ours(params), peers, nothing
 
-    @contextlib.contextmanager
-    def watched(self) -> Iterator[None]:
+    @contextmanager
+    def monitored(self) -> Iterator[None]:
         """Time the ceiling before and after the block."""
-        self._passes = stream_seconds(self._bytes())
+        self._stream_seconds = stream_seconds(self._bytes())
         yield
-        self._passes += stream_seconds(self._bytes())
+        self._stream_seconds += stream_seconds(self._bytes())
 
     def row(self, result: Comparison) -> Row:
-        """Return the line of a race that ran inside ``watched``."""
-        # the race itself is the better measurement of the ceiling where it is the peer
-        passing = result.theirs if result.peer == STREAM else statistics.median(self._passes)
-        ours, ceiling = (self._bytes() / seconds / 1e9 for seconds in (result.ours, passing))
-        goal = self.work.goals[self.shape]
-        return replace(_row(self.name, result), goal=goal, gb_per_s=ours, ceiling=ceiling)
+        """Return the table row of a comparison that ran inside ``monitored``."""
+        # if the ceiling is the peer, its interleaved rounds are the better measurement
+        ceiling_seconds = result.theirs if result.peer == STREAM else statistics.median(self._stream_seconds)
+        return replace(
+            row_of(self.name, result),
+            goal=self.spec.goals[self.shape],
+            gb_per_s=self._bytes() / result.ours / 1e9,
+            ceiling=self._bytes() / ceiling_seconds / 1e9,
+        )
 
     def _bytes(self) -> int:
+        """Return the bytes that our step must move."""
         count, numel = SHAPES[self.shape]
-        return self.work.bytes_moved * count * numel
+        return self.spec.bytes_moved * count * numel
 
 
-class HostCase(Case):
-    """The step of many tiny tensors, where the time is that of Python.
+class HostCase(BenchmarkCase):
+    """Python overhead: the step of many tiny tensors.
 
     Args:
         tensors: Number of tensors of 64 elements.
         groups: Number of parameter groups.
-        fresh: Every step finds newly allocated gradients, as after ``zero_grad(set_to_none=True)``.
+        fresh: Whether every step gets newly allocated gradients, as after ``zero_grad(set_to_none=True)``.
     """
 
     def __init__(self, tensors: int, groups: int, fresh: bool) -> None:
         self.tensors, self.groups, self.fresh = tensors, groups, fresh
         grads = "new gradients" if fresh else "kept gradients"
-        self.name = f"host {tensors} tensors, {groups} group{'s' * (groups > 1)}, {grads}"
-        self._inside: list[float] = []
+        plural = "s" if groups > 1 else ""
+        self.name = f"host {tensors} tensors, {groups} group{plural}, {grads}"
+        self._kernel_seconds: list[float] = []
 
-    def sides(self) -> Sides:
-        """Allocate tensors and optimizers; return our step, the peer and what renews the gradients."""
+    def steps(self) -> Steps:
+        """Allocate tensors and optimizers; return our step, the peer and the untimed setup."""
         params = make_params(self.tensors, 64, torch.float32)
         size = self.tensors // self.groups
 
@@ -302,12 +333,12 @@ class HostCase(Case):
             return [{"params": params[i : i + size]} for i in range(0, len(params), size)]
 
         peer = torch.optim.Adam(grouped(), fused=True)
-        before = (lambda: renew(params)) if self.fresh else nothing
-        return fw.Adam(grouped()).step, {"Adam(fused=True)": peer.step}, before
+        setup = (lambda: renew(params)) if self.fresh else nothing
+        return fw.Adam(grouped()).step, {"Adam(fused=True)": peer.step}, setup
 
-    @contextlib.contextmanager
-    def watched(self) -> Iterator[None]:
-        """Note the time of every compiled call inside the block."""
+    @contextmanager
+    def monitored(self) -> Iterator[None]:
+        """Record the time of every compiled call inside the block."""
         from ... import _cpu
 
         inner, clock = _cpu.step, time.perf_counter
@@ -315,7 +346,7 @@ class HostCase(Case):
         def step(isa: int, rule: int, address: int, threads: int) -> None:
             begin = clock()
             inner(isa, rule, address, threads)
-            self._inside.append(clock() - begin)
+            self._kernel_seconds.append(clock() - begin)
 
         _cpu.step = step
         try:
@@ -324,14 +355,14 @@ class HostCase(Case):
             _cpu.step = inner
 
     def row(self, result: Comparison) -> Row:
-        """Return the line of a race that ran inside ``watched``."""
-        inside = self._inside[-len(result.rounds) :]
-        host = statistics.median(a - b for a, b in zip(result.rounds, inside, strict=True))
-        return replace(_row(self.name, result), host_us=host * 1e6)
+        """Return the table row of a comparison that ran inside ``monitored``."""
+        kernels = self._kernel_seconds[-len(result.rounds) :]
+        outside = [whole - inside for whole, inside in zip(result.rounds, kernels, strict=True)]
+        return replace(row_of(self.name, result), host_us=statistics.median(outside) * 1e6)
 
 
 def make_params(count: int, numel: int, dtype: torch.dtype) -> list[nn.Parameter]:
-    """Return parameters with gradients, the same at every call."""
+    """Return parameters with gradients; the values are the same at every call."""
     generator = torch.Generator().manual_seed(0)
     params = [nn.Parameter(torch.randn(numel, generator=generator).to(dtype)) for _ in range(count)]
     for param in params:
@@ -346,23 +377,33 @@ def renew(params: Sequence[nn.Parameter]) -> None:
         param.grad = grad
 
 
-def _row(name: str, result: Comparison) -> Row:
-    times = result.ours * 1e3, result.theirs * 1e3
-    return Row(name, result.peer, *times, result.ratio, result.spread, others=result.others)
+def row_of(name: str, result: Comparison) -> Row:
+    """Return the row of a comparison, in milliseconds."""
+    return Row(
+        name,
+        result.peer,
+        ours_ms=result.ours * 1e3,
+        peer_ms=result.theirs * 1e3,
+        ratio=result.ratio,
+        spread=result.spread,
+        others=result.others,
+    )
 
 
-def cases(pattern: str = "") -> list[Case]:
-    """Return the cases whose name contains a text, in any case of letters."""
-    hosts = ((300, 1), (1000, 1), (300, 10), (300, 300))
-    every = [Case(work, shape) for work in WORKS for shape in work.goals]
-    every += [HostCase(tensors, groups, fresh) for tensors, groups in hosts for fresh in (False, True)]
+def cases(pattern: str = "") -> list[BenchmarkCase]:
+    """Return the cases whose name contains a text; upper and lower case are the same."""
+    every: list[BenchmarkCase] = []
+    for spec in STEP_SPECS:
+        every += [ThroughputCase(spec, shape) for shape in spec.goals]
+    for tensors, groups in ((300, 1), (1000, 1), (300, 10), (300, 300)):
+        every += [HostCase(tensors, groups, fresh) for fresh in (False, True)]
     return [case for case in every if pattern.lower() in case.name.lower()]
 
 
-def run_case(case: Case, seconds: float) -> Row:
-    """Run a case; its tensors are gone when it returns."""
-    with case.watched():
-        result = interleaved(*case.sides(), seconds=seconds)
-    # optimizers hold cycles
+def run_case(case: BenchmarkCase, seconds: float) -> Row:
+    """Run a case and free its tensors."""
+    with case.monitored():
+        result = interleaved(*case.steps(), seconds=seconds)
+    # optimizers are in reference cycles
     gc.collect()
     return case.row(result)

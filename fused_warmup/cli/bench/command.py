@@ -1,7 +1,7 @@
-"""``fused-warmup bench``: our step against the torch code it replaces, and the reports of the timings.
+"""``fused-warmup bench``: times the step against the torch code it replaces, and reports the timings.
 
-Every figure is a ratio within one process: both sides work on the same parameters and gradients with the same
-number of threads, in rounds that interleave.
+Every ratio is measured within one process: both sides use the same parameters, gradients and number of
+threads, in interleaved rounds.
 """
 
 from __future__ import annotations
@@ -22,18 +22,19 @@ from rich.table import Table
 import fused_warmup as fw
 
 from ..console import PlainConsole
-from ..files import PATH, tried, undisturbed
-from ..machine import MOST_THREADS, describe
-from .cases import QUIET, Case, Row, cases, run_case
+from ..files import PATH, checked_output, ignored_interrupts
+from ..machine import MAX_THREADS, describe
+from .cases import MAX_SHARE_OF_OTHERS, BenchmarkCase, Row, cases, run_case
 
 
 def to_json(rows: Sequence[Row], where: Mapping[str, Any]) -> str:
-    """Return machine and rows as JSON, one row a line."""
+    """Return machine and rows as JSON, one row per line."""
     lines = [json.dumps({**_rounded(asdict(row)), "verdict": row.verdict}) for row in rows]
     return '{"machine": ' + json.dumps(where) + ',\n"rows": [\n' + ",\n".join(lines) + "\n]}\n"
 
 
 def _rounded(value: Any) -> Any:
+    """Round the floats of a nested value to four significant digits."""
     if isinstance(value, dict):
         return {key: _rounded(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
@@ -75,25 +76,34 @@ def cells(row: Row) -> tuple[str, ...]:
     )
 
 
+# how to read the columns
+EXPLANATION = (
+    "Ratio: median time of the peer / median time of our step; above 1 our step is faster. Both sides",
+    "step on the same tensors in one process, in interleaved rounds with nothing in between, so small",
+    "tensors stay in the caches. Only rows with new gradients allocate these before each step, untimed.",
+    "Quartiles: of the ratio taken round by round. GB/s: bytes that our step must move / its time. Of",
+    "ceiling: this rate / the rate of `a.mul_(c)` on as many bytes, timed before and after the comparison,",
+    "or within it if it is the peer. Host: time of our step outside the compiled call, 64 elements per",
+    f"tensor. Others: share of the cores used by other processes; above {MAX_SHARE_OF_OTHERS:.0%} a goal",
+    "counts as neither met nor missed.",
+)
+
+
 def to_markdown(rows: Sequence[Row], where: Mapping[str, Any]) -> str:
-    """Return a page with every row, lost ones included."""
+    """Return the results page with every row, slower ones included."""
     versions = ", ".join(f"{name} {version}" for name, version in where["versions"].items())
-    words = ("met", "missed", "disturbed")
-    verdicts = {word: [row.name for row in rows if row.verdict == word] for word in words}
+    goals = []
+    for verdict in ("met", "missed", "disturbed"):
+        names = [row.name for row in rows if row.verdict == verdict]
+        goals.append(f"- Goals {verdict}: {len(names)}. {', '.join(names)}")
     return "\n".join((
         f"# {where['cpu']}, {where['threads']} threads",
         "",
         f"{where['cores']} cores, {where['instruction_set']} kernels; {versions}.",
         "",
-        "Ratio: median time of the peer / median time of ours, above 1 we are faster. Both step on the same",
-        "tensors in one process; rounds interleave and nothing runs between the steps, so what fits the",
-        "caches stays there; only rows of new gradients make these before each step, untimed. Quartiles: of",
-        "the ratio taken round by round. GB/s: bytes that our step must move / its time. Of ceiling: that /",
-        "the same of `a.mul_(c)` on as many bytes, timed before and after the race, or in it as the peer.",
-        "Host: our step outside the compiled call, 64 elements per tensor. Others: share of the cores that",
-        f"other processes used; above {QUIET:.0%} a goal is neither met nor missed.",
+        *EXPLANATION,
         "",
-        *(f"- Goals {word}: {len(names)}. {', '.join(names)}" for word, names in verdicts.items()),
+        *goals,
         "",
         "| " + " | ".join(HEADINGS) + " |",
         "|" + "---|" * len(HEADINGS),
@@ -103,7 +113,7 @@ def to_markdown(rows: Sequence[Row], where: Mapping[str, Any]) -> str:
 
 
 def print_table(console: Console, rows: Sequence[Row], where: Mapping[str, Any]) -> None:
-    """Print the rows, each on two lines or more, so that no number is cut at 80 columns."""
+    """Print the rows on two lines each, so that no number is cut at 80 columns."""
     table = Table(box=box.SIMPLE_HEAD, leading=1, pad_edge=False, collapse_padding=True)
     table.title = f"{where['cpu']}, {where['threads']} threads, torch {where['versions']['torch']}"
     for i, heading in enumerate(_paired(HEADINGS)):
@@ -114,13 +124,13 @@ def print_table(console: Console, rows: Sequence[Row], where: Mapping[str, Any])
 
 
 def _paired(texts: Sequence[str]) -> list[str]:
-    """Return every second text below the one before it."""
+    """Put every second text below the one before it."""
     return [f"{upper}\n{lower}" for upper, lower in zip(texts[::2], texts[1::2], strict=True)]
 
 
-def _measure(chosen: Sequence[Case], seconds: float, rows: list[Row]) -> None:
-    """Run cases and append their rows."""
-    # of the spinners this one is ASCII
+def _measure(chosen: Sequence[BenchmarkCase], seconds: float, rows: list[Row]) -> None:
+    """Run the cases and append their rows."""
+    # the one spinner in ASCII
     with Console().status("", spinner="line") as status:
         for case in chosen:
             status.update(case.name)
@@ -131,7 +141,7 @@ def _measure(chosen: Sequence[Case], seconds: float, rows: list[Row]) -> None:
 @click.option("--quick", is_flag=True, help="A few rounds of everything: rough ratios in seconds.")
 @click.option("--filter", "pattern", default="", metavar="TEXT", help="Only rows whose name contains TEXT.")
 @click.option("--json", "path", type=PATH, help="Write the rows here.")
-@click.option("--threads", type=click.IntRange(1, MOST_THREADS), help="Threads of both sides.")
+@click.option("--threads", type=click.IntRange(1, MAX_THREADS), help="Threads of both sides.")
 def bench(quick: bool, pattern: str, path: Path | None, threads: int | None) -> None:
     """Compare our step with the torch code it replaces, on this machine."""
     if "cpu" not in fw.available_backends():
@@ -143,19 +153,19 @@ def bench(quick: bool, pattern: str, path: Path | None, threads: int | None) -> 
         names = ", ".join(case.name for case in cases())
         raise click.BadParameter(f"must occur in the name of a row, got {pattern!r}. Rows: {names}.")
     rows: list[Row] = []
-    with tried("bench", "--json", path):
+    with checked_output("bench", "--json", path):
         try:
             _measure(chosen, 0.2 if quick else 4.0, rows)
         finally:
             if rows:
-                _leave(rows, path)
+                _save_and_print(rows, path)
 
 
-def _leave(rows: Sequence[Row], path: Path | None) -> None:
-    """Write and print what was measured: all, or the rows before an interrupt or an error."""
+def _save_and_print(rows: Sequence[Row], path: Path | None) -> None:
+    """Write and print the rows measured so far, also after an interrupt or an error."""
     where = describe()
-    with undisturbed(), ExitStack() as left:
-        # the last one goes first, and none is left out because of another
-        left.callback(print_table, PlainConsole(), rows, where)
+    with ignored_interrupts(), ExitStack() as outputs:
+        # callbacks run last in, first out, and all of them even if one raises
+        outputs.callback(print_table, PlainConsole(), rows, where)
         if path is not None:
-            left.callback(path.write_text, to_json(rows, where), encoding="utf-8")
+            outputs.callback(path.write_text, to_json(rows, where), encoding="utf-8")

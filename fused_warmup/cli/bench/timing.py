@@ -1,4 +1,4 @@
-"""How steps are timed: repetitions that interleave, within one process."""
+"""Interleaved timing of several steps within one process."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ Step = Callable[[], object]
 Clock = Callable[[], float]
 
 # RAdam is rectified from the sixth step on
-_WARM_UP = 6
-_ROUNDS = (7, 300)
-_PASSES = 5
+_WARM_UP_ROUNDS = 6
+_MIN_ROUNDS, _MAX_ROUNDS = 7, 300
+_STREAM_PASSES = 5
 
 
 def nothing() -> None:
@@ -26,7 +26,7 @@ def nothing() -> None:
 
 
 def in_order(*steps: Step) -> Step:
-    """Return the step that makes the given ones."""
+    """Return a step that runs the given steps one after the other."""
 
     def run() -> None:
         for step in steps:
@@ -44,7 +44,7 @@ def timed(function: Step, clock: Clock = time.perf_counter) -> float:
 
 @dataclass(frozen=True)
 class Comparison:
-    """What one race gave.
+    """Result of one interleaved comparison.
 
     Attributes:
         ours: Median seconds of our step.
@@ -68,59 +68,62 @@ class Comparison:
         return self.theirs / self.ours
 
 
-class Race:
-    """Interleaved repetitions of our step and its peers.
+# torch.utils.benchmark.Timer times each statement in a block of its own; without interleaved rounds the ratio
+# would depend on how the clock speed drifts from block to block
+class InterleavedTimer:
+    """Times our step and its peers in turn, so that all see the same state of the machine.
 
     Args:
         ours: Our step.
-        peers: Steps to compare with, by name; the fastest counts.
-        before: What every step needs; it is not timed.
+        peers: Steps to compare with, by name; the fastest one counts.
+        setup: Untimed preparation that every step needs.
         clock: Seconds from an arbitrary origin.
     """
 
     def __init__(
-        self, ours: Step, peers: Mapping[str, Step], before: Step = nothing, clock: Clock = time.perf_counter
+        self, ours: Step, peers: Mapping[str, Step], setup: Step = nothing, clock: Clock = time.perf_counter
     ) -> None:
-        self.ours, self._peers, self._before, self._clock = ours, peers, before, clock
+        self.ours, self._peers, self._setup, self._clock = ours, peers, setup, clock
         self._times: dict[str, list[float]] = {name: [] for name in peers}
-        self._usage = _usage()
+        self._usage = _cpu_usage()
 
-    def before_ours(self) -> None:
-        """Make all of a round but our own step."""
+    def run_peers(self) -> None:
+        """Run and time every peer once, then the untimed setup of our step."""
         for name, peer in self._peers.items():
-            self._before()
+            self._setup()
             self._times[name].append(timed(peer, self._clock))
-        self._before()
+        self._setup()
 
     def warm_up(self, seconds: float) -> int:
-        """Make the rounds that do not count.
+        """Run a few rounds that do not count.
 
         Args:
-            seconds: How long the race may take.
+            seconds: Time budget of the whole comparison.
 
         Returns:
-            The number of rounds that fit.
+            The number of rounds that fit into the budget.
         """
-        took = [timed(in_order(self.before_ours, self.ours), self._clock) for _ in range(_WARM_UP)]
+        one_round = in_order(self.run_peers, self.ours)
+        durations = [timed(one_round, self._clock) for _ in range(_WARM_UP_ROUNDS)]
         for times in self._times.values():
             times.clear()
-        self._usage = _usage()
-        low, high = _ROUNDS
-        return max(low, min(high, int(seconds / max(statistics.median(took), 1e-9))))
+        self._usage = _cpu_usage()
+        fitting = int(seconds / max(statistics.median(durations), 1e-9))
+        return max(_MIN_ROUNDS, min(_MAX_ROUNDS, fitting))
 
-    def result(self, ours: Sequence[float]) -> Comparison:
-        """Compare.
+    def compare(self, ours: Sequence[float]) -> Comparison:
+        """Compare our times with those of the fastest peer.
 
         Args:
             ours: Seconds of our step in every round since the warm-up.
 
         Returns:
-            The comparison with the fastest peer.
+            Medians and the quartiles of the ratio.
         """
-        others = _others(self._usage, _usage())
+        others = _share_of_others(self._usage, _cpu_usage())
         medians = {name: statistics.median(times) for name, times in self._times.items()}
         peer = min(medians, key=medians.__getitem__)
-        ratios = [b / a for a, b in zip(ours, self._times[peer], strict=True)]
+        ratios = [theirs / own for own, theirs in zip(ours, self._times[peer], strict=True)]
         low, _, high = statistics.quantiles(ratios, n=4, method="inclusive")
         return Comparison(statistics.median(ours), peer, medians[peer], (low, high), tuple(ours), others)
 
@@ -128,57 +131,61 @@ class Race:
 def interleaved(
     ours: Step,
     peers: Mapping[str, Step],
-    before: Step = nothing,
+    setup: Step = nothing,
     *,
     seconds: float,
     clock: Clock = time.perf_counter,
 ) -> Comparison:
-    """Compare our step with its peers, warmed up, in rounds that interleave.
+    """Compare our step with its peers in interleaved rounds after a warm-up.
 
     Args:
         ours: Our step.
         peers: Steps to compare with, by name.
-        before: What every step needs; it is not timed.
-        seconds: How long it may take.
+        setup: Untimed preparation that every step needs.
+        seconds: Time budget.
         clock: Seconds from an arbitrary origin.
 
     Returns:
         Medians, and quartiles of the ratio to the fastest peer.
     """
-    race = Race(ours, peers, before, clock)
+    timer = InterleavedTimer(ours, peers, setup, clock)
     times = []
-    for _ in range(race.warm_up(seconds)):
-        race.before_ours()
+    for _ in range(timer.warm_up(seconds)):
+        timer.run_peers()
         times.append(timed(ours, clock))
-    return race.result(times)
+    return timer.compare(times)
 
 
 def stream(n_bytes: int) -> Step:
-    """Return the ceiling: a pass that reads and writes ``n_bytes`` in total."""
+    """Return a streaming pass, the memory-bandwidth ceiling, that reads and writes ``n_bytes`` in total."""
     a = torch.ones(n_bytes // 8)
     # a factor of 1 keeps the values normal for ever; the memory traffic is the same
     return lambda: a.mul_(1.0)
 
 
 def stream_seconds(n_bytes: int) -> list[float]:
-    """Return the times of a few passes of ``stream``, after one that does not count."""
+    """Return the times of a few passes of ``stream`` after one untimed pass."""
     run = stream(n_bytes)
     run()
-    return [timed(run) for _ in range(_PASSES)]
+    return [timed(run) for _ in range(_STREAM_PASSES)]
 
 
-def _usage() -> tuple[float, float, float] | None:
-    """Return seconds of all cores, busy ones among them, and those of this process; None where unknown."""
+def _cpu_usage() -> tuple[float, float, float] | None:
+    """Return seconds of all cores, the busy ones of these, and those of this process; None if unknown."""
     with contextlib.suppress(OSError, ValueError, AttributeError):
-        ticks = [int(word) for word in Path("/proc/stat").read_text().split("\n", 1)[0].split()[1:9]]
+        first_line = Path("/proc/stat").read_text().split("\n", 1)[0]
+        ticks = [int(word) for word in first_line.split()[1:9]]
         per_second = os.sysconf("SC_CLK_TCK")
-        return sum(ticks) / per_second, (sum(ticks) - ticks[3] - ticks[4]) / per_second, time.process_time()
+        idle, waiting_for_disk = ticks[3], ticks[4]
+        busy = sum(ticks) - idle - waiting_for_disk
+        return sum(ticks) / per_second, busy / per_second, time.process_time()
     return None
 
 
-def _others(
+def _share_of_others(
     before: tuple[float, float, float] | None, after: tuple[float, float, float] | None
 ) -> float | None:
+    """Return the share of all cores that other processes used between two readings; None if unknown."""
     if before is None or after is None or after[0] <= before[0]:
         return None
     cores, busy, own = (b - a for a, b in zip(before, after, strict=True))

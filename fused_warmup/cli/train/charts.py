@@ -1,4 +1,4 @@
-"""What the charts of a training share, and those of its sharpness and of its first step."""
+"""Charts of the sharpness and of the first step of a training, and the style of all charts."""
 
 from __future__ import annotations
 
@@ -7,11 +7,12 @@ from collections.abc import Iterable
 from typing import Any
 
 INK, OURS, PALE, THEIRS, GREY = "#1f2430", "#2a6fbb", "#9cc3ea", "#c8501e", "#9aa3ad"
-_FARTHEST = 1e100
+# matplotlib's axes overflow not far beyond
+_LARGEST_DRAWN = 1e100
 
 
 def title_of(record: dict[str, Any]) -> str:
-    """Return one line about what was trained."""
+    """Return the title of a training: model, size, steps, batch size, learning rate and schedule."""
     s = record["settings"]
     return (
         f"{s['model']}, {record['parameters']:,} parameters, {s['steps']} steps of {s['batch_size']}, "
@@ -20,7 +21,7 @@ def title_of(record: dict[str, Any]) -> str:
 
 
 def logarithmic(panel: Any, values: list[float]) -> None:
-    """Make the axis logarithmic, with plain numbers as labels, if there is anything above 0."""
+    """Make the y axis logarithmic, with plain numbers as labels, unless all values are <= 0."""
     from matplotlib.ticker import LogLocator, NullFormatter
 
     positive = [x for x in values if 0 < x < math.inf]
@@ -34,7 +35,7 @@ def logarithmic(panel: Any, values: list[float]) -> None:
 
 
 def dress(panels: Any, warmup: int) -> None:
-    """Give all panels the same quiet frame, and show where the warmup ends."""
+    """Apply the common style to all panels and mark the end of the warmup."""
     for panel in panels:
         panel.spines[["top", "right"]].set_visible(False)
         panel.grid(axis="y", color=GREY, alpha=0.25, lw=0.6)
@@ -49,17 +50,17 @@ def dress(panels: Any, warmup: int) -> None:
 
 
 def number(x: float | None) -> float:
-    """Return a number of the record; JSON has no NaN, it says null."""
+    """Return a number of the record, NaN for null."""
     return math.nan if x is None else float(x)
 
 
 def points(values: Iterable[float | None]) -> list[float]:
-    """Return numbers of the record for a chart, without those beyond what its axes can compute with."""
-    return [x if abs(x) < _FARTHEST else math.nan for x in map(number, values)]
+    """Return numbers of the record for a chart, with NaN for null and for numbers too large to draw."""
+    return [x if abs(x) < _LARGEST_DRAWN else math.nan for x in map(number, values)]
 
 
 def describe_search(found: dict[str, Any]) -> str:
-    """Return one line about a line search."""
+    """Return the one-line result of the search along the first step."""
     critical, initial = number(found["critical"]), number(found["initial"])
     return (
         f"first step: critical learning rate {critical:.3g} ({found['critical_forwards']} forward passes), "
@@ -68,7 +69,7 @@ def describe_search(found: dict[str, Any]) -> str:
 
 
 def draw_search(record: dict[str, Any]) -> Any:
-    """Return a figure of the loss along the first step.
+    """Draw the loss along the first step.
 
     Args:
         record: A record of a training with ``--find-lr``.
@@ -85,18 +86,19 @@ def draw_search(record: dict[str, Any]) -> Any:
     panel.plot(points(found["rates"]), losses, color=OURS, lw=1.8, marker="o", ms=3)
     [start] = points([found["start"]])
     panel.axhline(start, color=PALE, lw=1.2, label="loss before the step")
-    marks = {
-        "critical learning rate": ("critical", THEIRS, "-"),
-        "initial rate of a warmup": ("initial", OURS, ":"),
-    }
-    for label, (key, color, style) in marks.items():
+    marks = (
+        ("critical learning rate", "critical", THEIRS, "-"),
+        ("initial rate of a warmup", "initial", OURS, ":"),
+    )
+    for label, key, color, style in marks:
         [rate] = points([found[key]])
         if math.isfinite(rate):
             panel.axvline(rate, color=color, lw=1.2, ls=style, label=f"{label} {rate:.2g}")
     panel.set_xscale("log")
     if math.isfinite(start):
-        # far beyond the critical rate the loss says nothing
-        panel.set_ylim(min(x for x in [*losses, start] if math.isfinite(x)) * 0.98, 2.0 * start)
+        # far beyond the critical rate the loss grows without bound and would flatten the rest of the curve
+        lowest = min(x for x in [*losses, start] if math.isfinite(x))
+        panel.set_ylim(0.98 * lowest, 2.0 * start)
     panel.set(xlabel="learning rate of the first step", ylabel="training loss after it")
     panel.legend(frameon=False, loc="upper left")
     dress([panel], 0)
@@ -105,7 +107,7 @@ def draw_search(record: dict[str, Any]) -> Any:
 
 
 def draw_edge(record: dict[str, Any]) -> Any:
-    """Return a figure of the loss, and of sharpness against the threshold that moves with the learning rate.
+    """Draw the loss, and the sharpness with the stability threshold of the current learning rate.
 
     Args:
         record: A record of a training with ``--sharpness``.

@@ -1,7 +1,8 @@
-"""Data that any machine has: the text of Python's own library, and scikit-learn's digits."""
+"""Training data without downloads: the source text of Python's library and scikit-learn's digits."""
 
 from __future__ import annotations
 
+import math
 import sysconfig
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +17,7 @@ _VALIDATION_WINDOWS = 512
 
 @dataclass(frozen=True)
 class Split:
-    """Examples with their targets, both with the same first dimension."""
+    """Examples and their targets; the first dimensions are equal."""
 
     inputs: Tensor
     targets: Tensor
@@ -24,13 +25,13 @@ class Split:
 
 @dataclass(frozen=True)
 class Data:
-    """What a model trains on.
+    """Data set of a model.
 
     Attributes:
-        train: Examples to draw batches from.
-        validation: Examples that no batch holds.
-        classes: Number of classes of a target.
-        source: One line about the origin.
+        train: Examples for training.
+        validation: Held-out examples.
+        classes: Number of target classes.
+        source: Origin of the data, one line.
     """
 
     train: Split
@@ -40,57 +41,59 @@ class Data:
 
 
 def load(model: str) -> Data:
-    """Return the data of a model.
+    """Load the data of a model.
 
     Args:
         model: ``"gpt"`` or ``"digits"``.
 
     Returns:
-        The same data at every call in one installation.
+        The data; the same at every call in one installation.
 
     Raises:
-        ValueError: If the Python library is not there as source files.
+        ValueError: If the Python library is not installed as source files.
     """
     return text() if model == "gpt" else digits()
 
 
 def text(root: Path | None = None, context: int = CONTEXT, limit: int = _TEXT_BYTES) -> Data:
-    """Return windows of characters from the ``.py`` files of Python's library, in order of their names.
+    """Load windows of characters from the ``.py`` files of Python's library, sorted by name.
 
     Args:
-        root: Folder of the files; None takes the library of the running Python.
-        context: Characters that the model sees.
+        root: Folder of the files; None means the library of the running Python.
+        context: Characters per window.
         limit: Number of characters after which no further file is read.
 
     Returns:
-        Windows of ``context`` characters, with the same windows one character later as targets; every tenth
-        file is for validation.
+        Windows of ``context`` characters; the targets are the same windows shifted by one character. Every
+        tenth file is for validation.
 
     Raises:
         ValueError: If there is too little text.
     """
     root = root or Path(sysconfig.get_path("stdlib"))
-    parts: tuple[list[str], list[str]] = ([], [])
+    train_files: list[str] = []
+    validation_files: list[str] = []
     count = total = 0
     for path in sorted(root.glob("*.py")):
-        # generated at build time: another text on every machine
+        # generated at build time, so its text differs between machines
         if path.name.startswith("_sysconfigdata"):
             continue
         source = path.read_text(encoding="utf-8", errors="replace").encode("ascii", "replace").decode()
-        parts[count % 10 == 9].append(source)
-        count, total = count + 1, total + len(source)
+        (validation_files if count % 10 == 9 else train_files).append(source)
+        count += 1
+        total += len(source)
         if total >= limit:
             break
-    train, validation = ("".join(part) for part in parts)
+    train, validation = "".join(train_files), "".join(validation_files)
     if min(len(train), len(validation)) < 10 * context:
         raise ValueError(f"train: {root} must hold the sources of Python's library, got {count} files.")
     characters = sorted(set(train + validation))
     index = {character: i for i, character in enumerate(characters)}
     tokens, held_out = (torch.tensor([index[c] for c in part]) for part in (train, validation))
-    # windows are views: the text is in memory once
+    # windows are views, so the text is in memory once
     windows = tokens.unfold(0, context + 1, 1)
     checks = held_out.unfold(0, context + 1, context)
-    checks = checks[:: -(-len(checks) // _VALIDATION_WINDOWS)]
+    checks = checks[:: math.ceil(len(checks) / _VALIDATION_WINDOWS)]
     return Data(
         Split(windows[:, :-1], windows[:, 1:]),
         Split(checks[:, :-1], checks[:, 1:]),
@@ -100,7 +103,7 @@ def text(root: Path | None = None, context: int = CONTEXT, limit: int = _TEXT_BY
 
 
 def digits() -> Data:
-    """Return scikit-learn's 1,797 images of handwritten digits, every fifth one for validation.
+    """Load scikit-learn's 1,797 images of handwritten digits; every fifth one is for validation.
 
     Returns:
         Float32 images of shape ``[n, 1, 8, 8]`` in [0, 1] and int64 labels.
@@ -110,7 +113,7 @@ def digits() -> Data:
     raw = load_digits()
     images = torch.tensor(raw.images, dtype=torch.float32).unsqueeze(1) / 16
     labels = torch.tensor(raw.target, dtype=torch.int64)
-    # neighbours in the file come from the same writer; a shuffle mixes the writers
+    # neighbours in the file come from the same writer, so shuffle before the split
     order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))
     held_out, kept = order[::5], order[torch.arange(len(order)) % 5 != 0]
     return Data(

@@ -1,4 +1,4 @@
-"""The edge of stability of a training: what ``train --sharpness`` and ``train --find-lr`` measure."""
+"""Measurements for ``train --sharpness`` and ``train --find-lr``."""
 
 from __future__ import annotations
 
@@ -16,19 +16,23 @@ from ...sharpness.pending_step import PendingStep
 
 Closure = Callable[[], Tensor]
 
-# points of the line search, and how far they reach around the critical rate
+# number of points of the line, and the factors by which it extends below and above the critical rate
 _POINTS, _BELOW, _ABOVE = 33, 100.0, 10.0
 
 
-class EdgeWatch:
-    """Measures sharpness, pre-conditioned sharpness and the threshold now and then, and keeps the numbers.
+class SharpnessRecorder:
+    """Records sharpness, preconditioned sharpness and the stability threshold every few steps.
 
-    Each measurement is cold, some 50 gradients in all, because the chart is of small batches that share
-    little from one step to the next. ``SharpnessProbe`` is what costs next to nothing.
+    Each measurement starts from a random vector and takes some 50 gradients, because the small batches of the
+    chart share little from one step to the next. In a real training use ``SharpnessProbe``, which is
+    warm-started and far cheaper.
 
     Args:
         opt: The optimizer, with the gradients of the batch in ``.grad`` at each call of ``measure``.
         every: Steps from one measurement to the next.
+
+    Attributes:
+        rows: One dictionary per measurement, with the keys of the saved record.
     """
 
     def __init__(self, opt: fw.FusedOptimizer, every: int) -> None:
@@ -38,7 +42,7 @@ class EdgeWatch:
         self.rows: list[dict[str, float]] = []
 
     def measure(self, loss_fn: Closure) -> None:
-        """Measure before the step about to be made, if it is time to."""
+        """Measure before the next optimizer step, on every ``every``-th call."""
         self._step += 1
         if (self._step - 1) % self._every:
             return
@@ -53,24 +57,25 @@ class EdgeWatch:
         })
 
 
-def search(opt: fw.FusedOptimizer, loss_fn: Closure, target: float) -> dict[str, Any]:
-    """Return the losses along the step about to be made, with its critical and its initial learning rate.
+def search_first_step(opt: fw.FusedOptimizer, loss_fn: Closure, target: float) -> dict[str, Any]:
+    """Return the losses along the next step, its critical learning rate and the initial rate for a warmup.
 
     Args:
         opt: The optimizer, with the gradients of the batch in ``.grad``.
         loss_fn: Returns the loss of the same batch.
-        target: Learning rate at which warmup ends.
+        target: Learning rate at the end of the warmup.
 
     Returns:
-        Plain types: ``rates`` and ``losses`` of the line, ``start`` its loss at rate 0, ``critical`` and
-        ``initial``, NaN where there is none, and the ``forwards`` that each search took.
+        Plain types: ``rates`` and ``losses`` of the line, the loss ``start`` at rate 0, the rates
+        ``critical`` and ``initial`` (NaN if there is none), and the forward passes of each search.
     """
     critical = fw.sharpness.critical_lr(loss_fn, opt)
     start = min(1e-4, target)
     initial = fw.tuning.initial_lr(loss_fn, opt, start=start, target=target)
     middle = critical.value if math.isfinite(critical.value) else target
-    reach = _BELOW * _ABOVE
-    rates = [middle / _BELOW * reach ** (i / (_POINTS - 1)) for i in range(_POINTS)]
+    # not numpy.geomspace, which warns for rates beyond the largest float
+    factors = [(_BELOW * _ABOVE) ** (i / (_POINTS - 1)) for i in range(_POINTS)]
+    rates = [middle / _BELOW * factor for factor in factors]
     pending = PendingStep("search", opt)
     with LossEvaluator("search", loss_fn, pending.params, pending.backend) as evaluator:
         line = Line(evaluator, pending)

@@ -1,4 +1,4 @@
-"""The two small models of the demonstration, in plain torch.nn."""
+"""The two small models of ``fused-warmup train``: a character-level GPT and a convolutional network."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from .data import CONTEXT
 
 
 class Block(nn.Module):
-    """Attention and a perceptron, each after a norm and added to the stream."""
+    """A pre-norm transformer block: attention and a perceptron with residual connections."""
 
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()
@@ -20,7 +20,7 @@ class Block(nn.Module):
         self.up, self.down = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return the stream ``[batch, time, width]`` after this block."""
+        """Return the residual stream ``[batch, time, width]`` after this block."""
         q, k, v = self.qkv(self.norm1(x)).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
         y = functional.scaled_dot_product_attention(q, k, v, is_causal=True)
         x = x + self.out(y.transpose(1, 2).flatten(2))
@@ -29,13 +29,13 @@ class Block(nn.Module):
 
 
 class GPT(nn.Module):
-    """A decoder with learned positions.
+    """A decoder-only transformer with learned positions.
 
     Args:
         vocabulary: Number of characters.
-        context: Largest number of characters in a row.
-        width: Width of the stream.
-        heads: Attention heads of a block.
+        context: Largest number of characters of a sequence.
+        width: Width of the residual stream.
+        heads: Attention heads per block.
         layers: Number of blocks.
     """
 
@@ -48,10 +48,11 @@ class GPT(nn.Module):
         self.norm, self.head = nn.LayerNorm(width), nn.Linear(width, vocabulary, bias=False)
         for name, param in self.named_parameters():
             if param.dim() > 1:
-                # what adds to the stream starts smaller, so that the sum over the layers has unit scale
-                adds = name.endswith(("out.weight", "down.weight"))
-                nn.init.normal_(param, std=(width * (2 * layers if adds else 1)) ** -0.5)
-        # logits near 0: the first loss is the logarithm of the vocabulary
+                # projections into the residual stream start smaller: their sum over layers has unit scale
+                residual = name.endswith(("out.weight", "down.weight"))
+                fan_in = width * (2 * layers if residual else 1)
+                nn.init.normal_(param, std=fan_in**-0.5)
+        # logits near 0, so that the first loss is the logarithm of the vocabulary size
         nn.init.normal_(self.head.weight, std=0.02)
 
     def forward(self, tokens: Tensor) -> Tensor:
@@ -62,24 +63,29 @@ class GPT(nn.Module):
 
 
 def digits_net(classes: int) -> nn.Module:
-    """Return a convolutional network with batch norms for images of shape ``[n, 1, 8, 8]``."""
+    """Build a convolutional network with batch norms for images of shape ``[n, 1, 8, 8]``."""
 
     def layer(inputs: int, outputs: int) -> list[nn.Module]:
         convolution = nn.Conv2d(inputs, outputs, 3, padding=1, bias=False)
         return [convolution, nn.BatchNorm2d(outputs), nn.ReLU()]
 
     return nn.Sequential(
-        *layer(1, 32), *layer(32, 32), nn.MaxPool2d(2), *layer(32, 64), nn.MaxPool2d(2), nn.Flatten(),
+        *layer(1, 32),
+        *layer(32, 32),
+        nn.MaxPool2d(2),
+        *layer(32, 64),
+        nn.MaxPool2d(2),
+        nn.Flatten(),
         nn.Linear(256, classes),
-    )  # fmt: skip
+    )
 
 
 def build(model: str, classes: int) -> nn.Module:
-    """Return a new model, drawn from torch's default generator.
+    """Build a model; its weights are drawn from torch's default generator.
 
     Args:
         model: ``"gpt"`` or ``"digits"``.
-        classes: Characters, or digits.
+        classes: Number of characters or of digits.
 
     Returns:
         The model, in training mode.

@@ -1,4 +1,4 @@
-"""What a training saves, and whether a file is that."""
+"""File format of a saved training: reading and validation."""
 
 from __future__ import annotations
 
@@ -22,51 +22,51 @@ COLUMNS = ("lr", "grad_norm", "clip_coef")
 
 
 class ForeignError(ValueError):
-    """Raised for a file that no training wrote."""
+    """Raised for a file that is not a saved training."""
 
 
 @dataclass(frozen=True)
-class Kind:
-    """What an entry must be.
+class Condition:
+    """A condition on an entry.
 
     Attributes:
-        words: The condition, for messages.
-        test: Whether a value meets it.
+        text: The condition as text, for messages.
+        holds: Returns whether a value meets it.
     """
 
-    words: str
-    test: Callable[[Any], bool]
+    text: str
+    holds: Callable[[Any], bool]
 
 
 @dataclass(frozen=True)
-class Maybe:
+class OptionalEntry:
     """An entry that may be null or missing.
 
     Attributes:
-        shape: What it is otherwise.
+        shape: Shape of the entry if it is present.
     """
 
     shape: Any
 
 
 def _is_number(value: Any) -> bool:
-    """Return whether a value is a number that a float can hold."""
+    """Return whether a value is a float, or an integer in the range of floats."""
     return isinstance(value, float) or (type(value) is int and abs(value) < 2**1023)
 
 
-TEXT = Kind("be a printable text", lambda x: isinstance(x, str) and x.isprintable())
-COUNT = Kind("be an integer >= 0", lambda x: type(x) is int and 0 <= x < 2**63)
-SOME = Kind("be an integer >= 1", lambda x: type(x) is int and 1 <= x < 2**63)
-NUMBER = Kind("be a finite number", lambda x: _is_number(x) and math.isfinite(x))
-SECONDS = Kind("be a number of seconds > 0", lambda x: _is_number(x) and 0 < x < math.inf)
-# null stands for what JSON cannot say
-LOSS = Kind("be a number or null", lambda x: x is None or _is_number(x))
+TEXT = Condition("be a printable text", lambda x: isinstance(x, str) and x.isprintable())
+COUNT = Condition("be an integer >= 0", lambda x: type(x) is int and 0 <= x < 2**63)
+POSITIVE = Condition("be an integer >= 1", lambda x: type(x) is int and 1 <= x < 2**63)
+NUMBER = Condition("be a finite number", lambda x: _is_number(x) and math.isfinite(x))
+SECONDS = Condition("be a number of seconds > 0", lambda x: _is_number(x) and 0 < x < math.inf)
+# JSON has no NaN and no infinities; null stands for them
+LOSS = Condition("be a number or null", lambda x: x is None or _is_number(x))
 
 _RUN = {
     "name": TEXT,
     "train_loss": LOSS,
-    "validation": Maybe({"loss": LOSS, "accuracy": NUMBER}),
-    "averaged": Maybe({"loss": LOSS, "accuracy": NUMBER}),
+    "validation": OptionalEntry({"loss": LOSS, "accuracy": NUMBER}),
+    "averaged": OptionalEntry({"loss": LOSS, "accuracy": NUMBER}),
     "stage_seconds": SECONDS,
     "stage_median": SECONDS,
     "step_seconds": SECONDS,
@@ -77,36 +77,40 @@ _SETTINGS = {
     "optimizer": TEXT,
     "schedule": TEXT,
     "lr": NUMBER,
-    "steps": SOME,
+    "steps": POSITIVE,
     "warmup": COUNT,
-    "batch_size": SOME,
+    "batch_size": POSITIVE,
     "max_grad_norm": NUMBER,
 }
-_EDGE = {"step": SOME, "sharpness": LOSS, "preconditioned": LOSS, "threshold": LOSS}
+_EDGE = {"step": POSITIVE, "sharpness": LOSS, "preconditioned": LOSS, "threshold": LOSS}
 _SEARCH = {
     "rates": [LOSS],
     "losses": [LOSS],
-    **dict.fromkeys(("start", "critical", "initial"), LOSS),
-    **dict.fromkeys(("critical_forwards", "initial_forwards"), COUNT),
+    "start": LOSS,
+    "critical": LOSS,
+    "critical_forwards": COUNT,
+    "initial": LOSS,
+    "initial_forwards": COUNT,
     "target": NUMBER,
 }
+# a dictionary describes an object, a list an array of equal entries
 SHAPE = {
     "settings": _SETTINGS,
     "note": TEXT,
     "parameters": COUNT,
     "backend": TEXT,
     "ours": _RUN,
-    "theirs": Maybe(_RUN),
+    "theirs": OptionalEntry(_RUN),
     "max_loss_difference": LOSS,
-    "edge": Maybe([_EDGE]),
-    "search": Maybe(_SEARCH),
+    "edge": OptionalEntry([_EDGE]),
+    "search": OptionalEntry(_SEARCH),
     "versions": {"torch": TEXT},
-    "machine": {"cpu": TEXT, "threads": SOME},
+    "machine": {"cpu": TEXT, "threads": POSITIVE},
 }
 
 
 def read(path: Path) -> tuple[Record, Columns]:
-    """Return what a training saved.
+    """Read and validate a saved training.
 
     Args:
         path: The file ``<model>.json``; the telemetry is ``<model>.csv`` beside it.
@@ -115,18 +119,17 @@ def read(path: Path) -> tuple[Record, Columns]:
         The record, and the columns of the telemetry by name.
 
     Raises:
-        ForeignError: If the file is of another kind.
-        ValueError: If a file is cut short, an entry is not what a training writes, or the two files do not
-            belong together.
+        ForeignError: If the file is not a saved training.
+        ValueError: If a file is truncated, an entry is invalid, or the two files do not belong together.
         OSError: If a file cannot be read.
     """
     try:
         record = json.loads(path.read_bytes())
     except (ValueError, RecursionError) as error:
         raise ForeignError(f"report: {path} must be complete JSON, got: {error}.") from None
-    kind = (record.get("format"), record.get("version")) if isinstance(record, dict) else record
-    if kind != (FORMAT, VERSION):
-        raise ForeignError(f"report: {path} must be of {(FORMAT, VERSION)}, got {reprlib.repr(kind)}.")
+    found = (record.get("format"), record.get("version")) if isinstance(record, dict) else record
+    if found != (FORMAT, VERSION):
+        raise ForeignError(f"report: {path} must be of {(FORMAT, VERSION)}, got {reprlib.repr(found)}.")
     _require(path, record, SHAPE, "")
     for name, got, length in _lengths(record):
         if got != length:
@@ -140,7 +143,7 @@ def read(path: Path) -> tuple[Record, Columns]:
 
 
 def _lengths(record: Record) -> Iterator[tuple[str, int, int]]:
-    """Yield the name of each list that must be as long as another, its length and that of the other."""
+    """Yield name, length and required length of each list that must be as long as another one."""
     if record["theirs"] is not None:
         yield "theirs.losses", len(record["theirs"]["losses"]), len(record["ours"]["losses"])
     if record["search"] is not None:
@@ -148,29 +151,29 @@ def _lengths(record: Record) -> Iterator[tuple[str, int, int]]:
 
 
 def _require(path: Path, value: Any, shape: Any, name: str) -> None:
-    """Raise for the first entry that is not of its shape; what may be missing becomes None."""
-    if isinstance(shape, Maybe):
+    """Raise for the first invalid entry; set missing optional entries to None."""
+    if isinstance(shape, OptionalEntry):
         if value is not None:
             _require(path, value, shape.shape, name)
     elif isinstance(shape, dict):
         if not isinstance(value, dict):
-            _misfit(path, name, "be an object", value)
+            _fail(path, name, "be an object", value)
         for key, part in shape.items():
             inner = f"{name}.{key}" if name else key
-            if isinstance(part, Maybe):
+            if isinstance(part, OptionalEntry):
                 value.setdefault(key)
             if key not in value:
                 raise ValueError(f"report: {path} must be complete, got no {inner}.")
             _require(path, value[key], part, inner)
     elif isinstance(shape, list):
         if not isinstance(value, list) or not value:
-            _misfit(path, name, "be a list with entries", value)
+            _fail(path, name, "be a list with entries", value)
         for i, item in enumerate(value):
             _require(path, item, shape[0], f"{name}[{i}]")
-    elif not shape.test(value):
-        _misfit(path, name, shape.words, value)
+    elif not shape.holds(value):
+        _fail(path, name, shape.text, value)
 
 
-def _misfit(path: Path, name: str, condition: str, value: Any) -> NoReturn:
-    """Raise for an entry, by its name."""
+def _fail(path: Path, name: str, condition: str, value: Any) -> NoReturn:
+    """Raise for an invalid entry."""
     raise ValueError(f"report: {name} of {path} must {condition}, got {reprlib.repr(value)}.")

@@ -1,4 +1,4 @@
-"""``fused-warmup report``: the chart and the table of a training, from the files that it wrote."""
+"""``fused-warmup report``: redraws chart and table of a saved training."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ import click
 from rich.table import Table
 
 from ..console import PlainConsole
-from ..files import PATH, tried, write_picture
-from ..group import OneLineError, sentence_of
-from ..words import complain, fixed
+from ..errors import OneLineError, error_message
+from ..files import PATH, checked_output, write_picture
+from ..words import fixed, print_error
 from .charts import (
     INK,
     OURS,
@@ -34,37 +34,37 @@ from .records import Columns, ForeignError, Record, read
 # returns a matplotlib figure
 Draw = Callable[[], Any]
 
-# charts of what only some trainings measured, by the entry of the record
-MORE = {"edge": draw_edge, "search": draw_search}
+# charts of optional measurements, by the entry of the record
+EXTRA_CHARTS = {"edge": draw_edge, "search": draw_search}
 
 
-def charts(record: Record, columns: Columns, path: Path) -> dict[Path, Draw]:
-    """Return what draws each chart of a training, by the file that it belongs into.
+def charts_of(record: Record, columns: Columns, path: Path) -> dict[Path, Draw]:
+    """Return the drawing function of every chart of a training, by output file.
 
     Args:
-        record: What ``read`` returned first.
-        columns: What ``read`` returned second.
+        record: Record of the training.
+        columns: Columns of its telemetry.
         path: The file ``<model>.json``.
 
     Returns:
         Functions that return a matplotlib figure.
     """
-    more = {name: make for name, make in MORE.items() if record[name] is not None}
-    return {
-        path.with_suffix(".png"): partial(draw, record, columns),
-        **{path.with_name(f"{path.stem}-{name}.png"): partial(make, record) for name, make in more.items()},
-    }
+    drawings: dict[Path, Draw] = {path.with_suffix(".png"): partial(draw, record, columns)}
+    for name, make in EXTRA_CHARTS.items():
+        if record[name] is not None:
+            drawings[path.with_name(f"{path.stem}-{name}.png")] = partial(make, record)
+    return drawings
 
 
 def draw_all(drawings: dict[Path, Draw]) -> None:
     """Draw and write charts.
 
     Args:
-        drawings: What ``charts`` returned.
+        drawings: Drawing functions by output file, as ``charts_of`` returns them.
 
     Raises:
-        ValueError: If one cannot be drawn.
-        OSError: If one cannot be written.
+        ValueError: If a chart cannot be drawn.
+        OSError: If a chart cannot be written.
     """
     for path, make in drawings.items():
         try:
@@ -78,7 +78,7 @@ def draw_all(drawings: dict[Path, Draw]) -> None:
 
 
 def print_table(record: Record, console: PlainConsole) -> None:
-    """Print the table of a training, and what is to be said below it."""
+    """Print the table of a training and its caption."""
     console.print(table_of(record))
     for line in caption(record):
         console.print(line)
@@ -89,24 +89,25 @@ def present(path: Path, console: PlainConsole) -> None:
 
     Args:
         path: The file ``<model>.json``.
-        console: Where to print.
+        console: Console for the table.
 
     Raises:
-        ValueError: If a file is cut short or of another kind.
+        ValueError: If a file is truncated or is not a saved training.
         OSError: If a file cannot be read or written.
     """
     record, columns = read(path)
-    drawings = charts(record, columns, path)
+    drawings = charts_of(record, columns, path)
     with ExitStack() as outputs:
         for picture in drawings:
-            outputs.enter_context(tried("report", "the chart", picture, path, path.with_suffix(".csv")))
+            table = path.with_suffix(".csv")
+            outputs.enter_context(checked_output("report", "the chart", picture, path, table))
         draw_all(drawings)
     print_table(record, console)
     console.write_line(f"written: {', '.join(map(str, drawings))}")
 
 
 def table_of(record: Record) -> Table:
-    """Return the numbers of both runs, and torch's time over ours."""
+    """Return a table of the results of both runs and of the ratio of their times."""
     runs = [run for run in (record["ours"], record["theirs"]) if run is not None]
     table = Table(title=title_of(record), title_justify="left", title_style="bold")
     table.add_column("", no_wrap=True)
@@ -123,9 +124,11 @@ def table_of(record: Record) -> Table:
             add(f"validation loss{label}", [_fixed(run[key]["loss"]) for run in runs])
             add(f"accuracy{label}", [f"{fixed(100 * run[key]['accuracy'], 1)}%" for run in runs])
     table.add_section()
-    for key, label in (("stage_seconds", "optimizer stage, sum"), ("stage_median", "median per step")):
+    for key, label, scale, unit in (
+        ("stage_seconds", "optimizer stage, sum", 1.0, "s"),
+        ("stage_median", "median per step", 1e3, "ms"),
+    ):
         ratio = fixed(runs[1][key] / runs[0][key], 2) if len(runs) > 1 else ""
-        scale, unit = (1, "s") if key == "stage_seconds" else (1e3, "ms")
         add(label, [f"{fixed(scale * run[key], 3)} {unit}" for run in runs], ratio)
     shares = [100 * run["stage_seconds"] / run["step_seconds"] for run in runs]
     add("share of the training time", [f"{fixed(share, 1)}%" for share in shares])
@@ -133,7 +136,7 @@ def table_of(record: Record) -> Table:
 
 
 def caption(record: Record) -> list[str]:
-    """Return the lines below the table."""
+    """Return the lines printed below the table."""
     versions, machine = record["versions"], record["machine"]
     lines = [record["note"] + "."] if record["note"] else []
     if record["theirs"] is not None:
@@ -141,17 +144,17 @@ def caption(record: Record) -> list[str]:
         lines.append(f"largest difference of the training losses: {difference:.2e}")
     if record["search"] is not None:
         lines.append(describe_search(record["search"]))
-    threads = f"{machine['threads']} thread{'s' if machine['threads'] > 1 else ''}"
+    threads = "1 thread" if machine["threads"] == 1 else f"{machine['threads']} threads"
     lines.append(f"{machine['cpu']}, {threads}, torch {versions['torch']}, backend {record['backend']}")
     return lines
 
 
 def draw(record: Record, columns: Columns) -> Any:
-    """Return a figure of losses, learning rate, gradient norm and clip coefficient over the steps.
+    """Draw losses, learning rate, gradient norm and clip coefficient over the steps.
 
     Args:
-        record: What ``read`` returned first.
-        columns: What ``read`` returned second.
+        record: Record of the training.
+        columns: Columns of its telemetry.
 
     Returns:
         A matplotlib figure.
@@ -184,15 +187,15 @@ def draw(record: Record, columns: Columns) -> Any:
 
 
 def _draw_losses(panel: Any, steps: range, ours: dict[str, Any], theirs: dict[str, Any] | None) -> None:
-    """Draw the losses of one run or both, on a logarithmic axis if they fall far."""
+    """Draw the losses of one run or both, on a logarithmic axis if they fall by a factor of 50."""
     losses = points(ours["losses"])
-    # ours is the wide pale line, so that theirs shows on top of it where the two agree
+    # a thin line over a wide pale one keeps both visible where the losses agree
     pale = {"color": PALE, "lw": 3.4} if theirs is not None else {"color": OURS, "lw": 1.6}
     panel.plot(steps, losses, label=ours["name"], **pale)
     if theirs is not None:
         thin = {"color": THEIRS, "lw": 0.9}
         panel.plot(steps, points(theirs["losses"]), label=theirs["name"], **thin)
-    # false for NaN, too
+    # False for NaN, too
     if 0 < 50 * min(losses) < losses[0]:
         logarithmic(panel, losses)
     panel.legend(frameon=False, loc="upper right")
@@ -200,27 +203,27 @@ def _draw_losses(panel: Any, steps: range, ours: dict[str, Any], theirs: dict[st
 
 
 def _fixed(x: float | None) -> str:
-    """Return a loss as text."""
+    """Format a loss with four decimals."""
     return fixed(number(x), 4)
 
 
 def _records(path: Path) -> list[Path]:
-    """Return the records that an argument stands for: a file, or all that a folder holds."""
+    """Return the JSON files of an argument: the file itself, or all files of a folder."""
     if path.is_dir():
-        inside = [file for file in sorted(path.glob("*.json")) if file.is_file()]
+        files = [file for file in sorted(path.glob("*.json")) if file.is_file()]
     else:
-        inside = [
-            file for file in (path, path.with_suffix(".json")) if file.suffix == ".json" and file.is_file()
-        ]
-    if not inside:
+        # another file of the training, such as its chart, stands for the record beside it
+        record = path if path.suffix == ".json" else path.with_suffix(".json")
+        files = [record] if record.is_file() else []
+    if not files:
         raise ValueError(f"report: PATH must be a saved .json or a folder with some, got '{path}'.")
-    return inside[: None if path.is_dir() else 1]
+    return files
 
 
 def _present_all(path: Path, console: PlainConsole) -> list[str]:
-    """Present what an argument stands for, and return a sentence for each file where that fails.
+    """Present the records of an argument and return a message for each one that fails.
 
-    A file of another kind is passed over in a folder that holds a record.
+    Foreign files are skipped with a note if the folder also holds a record.
     """
     failed, foreign = [], []
     records = _records(path)
@@ -230,11 +233,11 @@ def _present_all(path: Path, console: PlainConsole) -> list[str]:
         except ForeignError as error:
             foreign.append(str(error))
         except (ValueError, OSError) as error:
-            failed.append(sentence_of("report", error))
+            failed.append(error_message("report", error))
     if len(foreign) == len(records):
         return foreign
-    for sentence in foreign:
-        complain(f"{sentence} It is passed over.")
+    for message in foreign:
+        print_error(f"{message} It is passed over.")
     return failed
 
 
@@ -244,13 +247,13 @@ def report(paths: tuple[Path, ...]) -> None:
     """Redraw the chart and the table of saved trainings: .json files, or folders that hold them."""
     console = PlainConsole()
     failed = []
-    # what can be shown is shown, whatever is wrong with the others
+    # an error of one path does not stop the others
     for path in paths:
         try:
             failed += _present_all(path, console)
         except (ValueError, OSError) as error:
-            failed.append(sentence_of("report", error))
-    for sentence in failed[:-1]:
-        complain(sentence)
+            failed.append(error_message("report", error))
+    for message in failed[:-1]:
+        print_error(message)
     if failed:
         raise OneLineError(failed[-1])
