@@ -199,7 +199,8 @@ class Session:
             found_inf: Whether it found a gradient that is not finite, or None.
             every: Give all parameters a state, also those without a gradient.
         """
-        settings = self.max_grad_norm, self.nonfinite, self.average
+        # True equals 1.0 and is no norm
+        settings = self.max_grad_norm, type(self.max_grad_norm), self.nonfinite, self.average
         if settings != self._checked:
             self.check_settings()
             self._checked = settings

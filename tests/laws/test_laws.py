@@ -162,7 +162,8 @@ def test_step_never_waits():
 def test_measuring_never_waits():
     """Step counts are read once, in ``pending_step.py``; searches for a rate go step by step on the host."""
     paths = [
-        PACKAGE / "sharpness" / f"{name}.py" for name in ("hvp", "lanczos", "vectors", "probe", "operators", "measure")
+        PACKAGE / "sharpness" / f"{name}.py"
+        for name in ("hvp", "lanczos", "vectors", "probe", "operators", "measure")
     ]
     assert relative(paths, r"\.item\(|\.cpu\(|synchronize|\.tolist\(|float\((?!\")", PACKAGE) == []
 
