@@ -107,7 +107,7 @@ def cpu_lines(target: Path) -> list[str]:
     ]
     objects = ["bindings.o"]
     for isa, flags in ISA_FLAGS.items():
-        for name in ("kernels", "vectors", "preconditioner"):
+        for name in ("step", "vectors", "preconditioner"):
             objects.append(f"{name}_{isa}.o")
             lines.append(f"build {objects[-1]}: cxx {escaped(ROOT / f'csrc/cpu/{name}.cpp')}")
             lines.append(f"  isa = -DFW_ISA={isa} {flags}")

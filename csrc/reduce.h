@@ -37,7 +37,7 @@ FW_HOST_DEVICE Partial combine_all(const Partial* partials, int64_t count) {
 }
 
 // the squares of the parameters on a sphere, chunk by chunk
-FW_HOST_DEVICE double combine_squares(const Step& step, const Sphere& sphere) {
+FW_HOST_DEVICE double combine_sum_sq(const Step& step, const Sphere& sphere) {
   const double* squares = at<double>(step.squares) + sphere.first_chunk;
   double total = 0.0;
   for (int64_t i = 0; i < sphere.n_chunks; ++i) total += squares[i];

@@ -7,7 +7,7 @@
 #include "../dlpack.h"
 #include "../rules.h"
 #include "../vectors.h"
-#include "kernels.h"
+#include "step.h"
 
 namespace py = pybind11;
 
@@ -17,10 +17,10 @@ namespace {
 struct Compiled {
   const fw::Kernels* kernels;
   const fw::VectorFunction* vectors;
-  const fw::ResponseFunction* const* responses;
+  const fw::PreconditionerFunction* const* preconditioners;
 };
 
-#define FW_COMPILED(isa) {&fw::kernels_##isa, &fw::vectors_##isa, &fw::responses_##isa},
+#define FW_COMPILED(isa) {&fw::kernels_##isa, &fw::vectors_##isa, &fw::preconditioners_##isa},
 const Compiled kAll[] = {FW_COMPILED(baseline)
 #if defined(FW_X86_64)
                              FW_COMPILED(avx2) FW_COMPILED(avx512)
@@ -85,8 +85,8 @@ void preconditioner(int isa, int rule, std::uintptr_t step, std::uintptr_t addre
   FW_CHECK(step != 0 && address != 0, "addresses must be those of a Step and a PreconditionerOp");
   FW_CHECK(threads > 0, "threads must be at least 1");
   py::gil_scoped_release release;
-  (*kAll[isa].responses)[rule](*fw::at<const fw::Step>(step), *fw::at<const fw::PreconditionerOp>(address),
-                               threads);
+  (*kAll[isa].preconditioners)[rule](*fw::at<const fw::Step>(step),
+                                     *fw::at<const fw::PreconditionerOp>(address), threads);
 }
 
 // offset and size of every field of every shared struct, and the size of the struct under the empty name

@@ -1,10 +1,10 @@
 // The pre-conditioner of the step about to be made, on the CPU, in one parallel region over the chunks of all
-// tensors. Compiled once per instruction set, like kernels.cpp. No mathematics here: rules.h and
+// tensors. Compiled once per instruction set, like step.cpp. No mathematics here: rules.h and
 // preconditioner.h have it. SPDX-License-Identifier: Apache-2.0
 #include "../preconditioner.h"
 
 #include "blocks.h"
-#include "kernels.h"
+#include "step.h"
 
 namespace fw {
 namespace {
@@ -81,12 +81,12 @@ void run(const Step& step, const PreconditionerOp& call, int threads) {
 }
 
 #define FW_ENTRY(Rule) run<Rule>,
-const ResponseFunction kResponses[] = {FW_PRECONDITIONED(FW_ENTRY)};
+const PreconditionerFunction kPreconditioners[] = {FW_PRECONDITIONED(FW_ENTRY)};
 #undef FW_ENTRY
 
 }  // namespace
 
-extern const ResponseFunction* const FW_JOIN(responses_, FW_ISA);
-const ResponseFunction* const FW_JOIN(responses_, FW_ISA) = kResponses;
+extern const PreconditionerFunction* const FW_JOIN(preconditioners_, FW_ISA);
+const PreconditionerFunction* const FW_JOIN(preconditioners_, FW_ISA) = kPreconditioners;
 
 }  // namespace fw

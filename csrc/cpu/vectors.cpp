@@ -1,5 +1,5 @@
 // The vector operations of a sharpness measurement on the CPU, in one parallel region over the chunks of all
-// tensors. Compiled once per instruction set, like kernels.cpp, with internal linkage for the same reason.
+// tensors. Compiled once per instruction set, like step.cpp, with internal linkage for the same reason.
 // No mathematics here: vectors.h has it.
 // SPDX-License-Identifier: Apache-2.0
 #include "../vectors.h"
@@ -11,7 +11,7 @@
 #include <type_traits>
 
 #include "blocks.h"
-#include "kernels.h"
+#include "step.h"
 
 namespace fw {
 namespace {
