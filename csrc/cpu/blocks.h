@@ -8,9 +8,6 @@
 // not inlined, because gcc loses __restrict when it inlines the loop into its caller
 #define FW_LEAF __attribute__((noinline))
 
-#define FW_JOIN_(a, b) a##b
-#define FW_JOIN(a, b) FW_JOIN_(a, b)
-
 namespace fw {
 namespace {
 

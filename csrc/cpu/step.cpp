@@ -142,8 +142,6 @@ const StepFunction kSteps[] = {FW_RULES(FW_ENTRY)};
   (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("fma") &&       \
    __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") && \
    __builtin_cpu_supports("avx512vl"))
-#define FW_TEXT_(a) #a
-#define FW_TEXT(a) FW_TEXT_(a)
 
 bool supported() { return FW_JOIN(FW_IS_, FW_ISA)(); }
 

@@ -17,7 +17,7 @@ PACKAGE = ROOT / "fused_warmup"
 CSRC = ROOT / "csrc"
 TRITON = PACKAGE / "backends" / "triton"
 PYTHON = sorted(PACKAGE.rglob("*.py"))
-CPP = sorted(path for path in CSRC.rglob("*") if path.suffix in (".h", ".cpp", ".cu"))
+CPP = sorted(path for path in CSRC.rglob("*") if path.suffix in (".h", ".cpp", ".cu", ".cuh"))
 
 
 def relative(paths, pattern, root):
