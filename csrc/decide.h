@@ -24,9 +24,7 @@ FW_HOST_DEVICE StepDecision decide(const Step& step, const Partial& total) {
   if (step.measure) note_norms(decision, total);
   bool found_inf = step.found_inf && *at<float>(step.found_inf) != 0.0f;
   decision.skipped = found_inf || (step.skip_nonfinite && total.nonfinite > 0);
-  double ratio = step.clip ? step.max_grad_norm / (decision.grad_norm + 1e-6) : 1.0;
-  // a NaN ratio stays, as in torch.nn.utils.clip_grad_norm_
-  decision.clip_coef = ratio >= 1.0 ? 1.0 : ratio;
+  decision.clip_coef = step.clip ? clip_coefficient(decision.grad_norm, step.max_grad_norm) : 1.0;
   return decision;
 }
 
@@ -93,11 +91,7 @@ FW_HOST_DEVICE Scalars scalars_of(const Step& step, const StepDecision& decision
     effective_lr = sphere_rate(effective_lr, *at<double>(sphere->norm), Rule::lr_norm_power(h, updates));
   Scalars s = common_scalars(h, rates, decision.clip_coef * decision.unscale);
   Rule::scalars(h, effective_lr, updates, s);
-  if (updates == 1 && !r.initialized && h.init == kInitGrad) s.exp_avg_sq_from_grad = h.init_scale;
-  if (updates == 1 && !r.initialized && h.init == kInitRandom) {
-    double norm = decision.grad_norm * decision.clip_coef;
-    s.exp_avg_sq_scale = h.init_scale * norm * norm / step.init_norm_sq;
-  }
+  start_exp_avg_sq(h, updates, r.initialized, decision.grad_norm * decision.clip_coef, step.init_norm_sq, s);
   return s;
 }
 

@@ -77,6 +77,23 @@ FW_HOST_DEVICE Scalars common_scalars(const Hyper& h, const Rates& rates, double
   return s;
 }
 
+// The factor that gradients are multiplied by so that their norm is at most max_grad_norm. A NaN norm gives
+// NaN, as in torch.nn.utils.clip_grad_norm_.
+FW_HOST_DEVICE double clip_coefficient(double grad_norm, double max_grad_norm) {
+  double ratio = max_grad_norm / (grad_norm + 1e-6);
+  return ratio >= 1.0 ? 1.0 : ratio;
+}
+
+// The second moment before the first update of a row: init_scale * g^2, or a random state scaled so that its
+// sum is init_scale times the squared norm of all clipped gradients (Kalra & Barkeshli).
+FW_HOST_DEVICE void start_exp_avg_sq(const Hyper& h, int64_t step, bool initialized, double grad_norm,
+                                     double init_norm_sq, Scalars& s) {
+  bool first = step == 1 && !initialized;
+  if (first && h.init == kInitGrad) s.exp_avg_sq_from_grad = h.init_scale;
+  if (first && h.init == kInitRandom)
+    s.exp_avg_sq_scale = h.init_scale * grad_norm * grad_norm / init_norm_sq;
+}
+
 struct Adam {
   static constexpr int kSums = 0;
   static constexpr int kMinStates = 2;
@@ -343,6 +360,22 @@ struct SGDP : Projection {
     return s.nesterov > C(0) ? multiply_add(s.momentum, momentum_buffer, grad) : momentum_buffer;
   }
 };
+
+// What an update is projected in: every channel on its own if all of them are scale-invariant, else the whole
+// layer if that is, else nothing. channels_invariant may be false for a layer of one channel.
+enum View : int32_t { kNoView = 0, kChannelView = 1, kLayerView = 2 };
+FW_HOST_DEVICE View projection_view(bool projects, bool channels_invariant, bool layer_invariant) {
+  View view = layer_invariant ? kLayerView : kNoView;
+  view = channels_invariant ? kChannelView : view;
+  return projects ? view : kNoView;
+}
+
+// the projection coefficient of one channel, from the sums over it or over its layer
+template <class Rule>
+FW_HOST_DEVICE double coef_in_view(View view, const Hyper& h, const double* channel, const double* layer) {
+  double coef = view == kLayerView ? Rule::projection_coef(h, layer) : 0.0;
+  return view == kChannelView ? Rule::projection_coef(h, channel) : coef;
+}
 
 // the learning rate that turns weights of some norm as far as lr turns weights of norm 1
 FW_HOST_DEVICE double sphere_rate(double lr, double norm, int exponent) {

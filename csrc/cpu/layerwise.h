@@ -238,23 +238,21 @@ void reduce_layer(const Step& step, int64_t index) {
   const Row& row = at<Row>(step.rows)[index];
   const Hyper& h = at<Hyper>(step.hypers)[row.group];
   const int64_t channels = row.numel / row.channel_size;
-  const bool projects = Rule::kProjects && row.projects;
   double layer[Rule::kSums] = {};
-  bool by_channel = projects;
+  bool channels_invariant = true;
   for (int64_t i = 0; i < channels; ++i) {
     double channel[Rule::kSums] = {};
     combine_channel(channel, step, row, i);
-    by_channel = by_channel && Rule::scale_invariant(h, channel, row.channel_size);
+    channels_invariant = channels_invariant && Rule::scale_invariant(h, channel, row.channel_size);
     combine(layer, channel);
   }
-  const bool by_layer = projects && !by_channel && Rule::scale_invariant(h, layer, row.numel);
-  Rule::layer_scalars(h, layer, by_channel || by_layer, at<Scalars>(step.scalars)[index]);
+  const View view = projection_view(Rule::kProjects && row.projects, channels_invariant,
+                                    Rule::scale_invariant(h, layer, row.numel));
+  Rule::layer_scalars(h, layer, view != kNoView, at<Scalars>(step.scalars)[index]);
   for (int64_t i = 0; i < channels && Rule::kProjects; ++i) {
     double channel[Rule::kSums] = {};
-    if (by_channel) combine_channel(channel, step, row, i);
-    set_projection_coef(
-        step, row, i,
-        by_channel ? Rule::projection_coef(h, channel) : (by_layer ? Rule::projection_coef(h, layer) : 0.0));
+    if (view == kChannelView) combine_channel(channel, step, row, i);
+    set_projection_coef(step, row, i, coef_in_view<Rule>(view, h, channel, layer));
   }
 }
 

@@ -189,8 +189,8 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerProcessorOfSums)
   }
 }
 
-// What the sums over a row and its channels say. The channels are looked at before the row as a whole; of a
-// single one, both say the same.
+// Turns the sums of one tensor into its scalars and projection coefficients. A single channel is not tested
+// on its own, because its sums are those of the layer.
 template <class Rule>
 FW_DEVICE void reduce_layer(const Step& step, int64_t index) {
   constexpr int kSums = Rule::kSums;
@@ -198,7 +198,7 @@ FW_DEVICE void reduce_layer(const Step& step, int64_t index) {
   const Hyper& h = at<Hyper>(step.hypers)[row.group];
   const int64_t channels = row.numel / row.channel_size, pieces = channels * pieces_of_channel(row);
   const double* sums = at<double>(step.sums) + row.first_piece * kSums;
-  // the last counts channels that have something along the gradient
+  // the last element counts the channels that are not scale-invariant
   double found[kSums + 1] = {}, layer[kSums];
   if (channels == 1)
 #pragma unroll 4
@@ -213,20 +213,18 @@ FW_DEVICE void reduce_layer(const Step& step, int64_t index) {
     }
   share_block_sum(found);
   for (int k = 0; k < kSums; ++k) layer[k] = found[k];
-  const bool projects = Rule::kProjects && row.projects;
-  const bool by_channel = projects && channels > 1 && found[kSums] == 0.0;
-  const bool by_layer = projects && !by_channel && Rule::scale_invariant(h, layer, row.numel);
-  if (threadIdx.x == 0)
-    Rule::layer_scalars(h, layer, by_channel || by_layer, at<Scalars>(step.scalars)[index]);
+  const View view = projection_view(Rule::kProjects && row.projects, channels > 1 && found[kSums] == 0.0,
+                                    Rule::scale_invariant(h, layer, row.numel));
+  if (threadIdx.x == 0) Rule::layer_scalars(h, layer, view != kNoView, at<Scalars>(step.scalars)[index]);
   if constexpr (Rule::kProjects) {
-    const double projection_coef = by_layer ? Rule::projection_coef(h, layer) : 0.0;
-    for (int64_t i = threadIdx.x; i < pieces && !by_channel; i += kThreads)
-      at<double>(step.projection_coefs)[row.first_piece + i] = projection_coef;
-    for (int64_t i = threadIdx.x; i < channels && by_channel; i += kThreads) {
+    for (int64_t i = threadIdx.x; i < channels && view == kChannelView; i += kThreads) {
       double channel[kSums] = {};
       combine_channel(channel, step, row, i);
-      set_projection_coef(step, row, i, Rule::projection_coef(h, channel));
+      set_projection_coef(step, row, i, coef_in_view<Rule>(view, h, channel, layer));
     }
+    const double shared = coef_in_view<Rule>(view, h, layer, layer);
+    for (int64_t i = threadIdx.x; i < pieces && view != kChannelView; i += kThreads)
+      at<double>(step.projection_coefs)[row.first_piece + i] = shared;
   }
 }
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from ...plan.structs import INIT_KINDS
 from .memory import (
     Counters,
     Hyper,
@@ -27,11 +26,8 @@ from .memory import (
     store_struct,
 )
 from .reduce import combine_all
-from .rules import common_scalars, sphere_rate
+from .rules import clip_coefficient, common_scalars, sphere_rate, start_exp_avg_sq
 from .schedules import average_weight, is_averaged, multiplier
-
-INIT_GRAD = tl.constexpr(INIT_KINDS["grad"])
-INIT_RANDOM = tl.constexpr(INIT_KINDS["random"])
 
 
 @triton.jit
@@ -43,13 +39,11 @@ def decide(step, t, part):
     measured = step.measure != 0
     grad_norm = tl.where(measured, tl.sqrt(part.l2_sq) * unscale, float("nan"))
     skipped = (found_inf != 0.0) | ((step.skip_nonfinite != 0) & (part.nonfinite > 0))
-    # a NaN ratio stays, as in torch.nn.utils.clip_grad_norm_
-    ratio = tl.where(step.clip != 0, step.max_grad_norm / (grad_norm + 1e-6), 1.0)
     return StepDecision(
         t=t,
         grad_norm=grad_norm,
         grad_norm_l1=tl.where(measured, part.l1 * unscale, float("nan")),
-        clip_coef=tl.where(ratio >= 1.0, 1.0, ratio),
+        clip_coef=tl.where(step.clip != 0, clip_coefficient(grad_norm, step.max_grad_norm), 1.0),
         unscale=unscale,
         skipped=skipped.to(tl.int32),
     )
@@ -107,14 +101,8 @@ def scalars_of_rows(step, decision, row, h, rates, effective_lr, updates, SCALAR
     """What the update of a number needs, of one row or a block of them."""
     s = common_scalars(h, rates, decision.clip_coef * decision.unscale)
     s = SCALARS(h, effective_lr, updates, s)
-    fresh = (updates == 1) & (row.initialized == 0)
-    norm = decision.grad_norm * decision.clip_coef
-    start_sq = h.init_scale * norm * norm / step.init_norm_sq
-    return Scalars(
-        s,
-        exp_avg_sq_from_grad=tl.where(fresh & (h.init == INIT_GRAD), h.init_scale, 0.0),
-        exp_avg_sq_scale=tl.where(fresh & (h.init == INIT_RANDOM), start_sq, 1.0),
-    )
+    clipped_norm = decision.grad_norm * decision.clip_coef
+    return start_exp_avg_sq(h, updates, row.initialized, clipped_norm, step.init_norm_sq, s)
 
 
 @triton.jit

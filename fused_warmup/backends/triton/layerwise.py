@@ -46,7 +46,7 @@ from .reduce import (
     tile_places,
     zero_sums,
 )
-from .rules import average_update
+from .rules import CHANNEL_VIEW, NO_VIEW, average_update, coef_in_view, projection_view
 from .sphere import finish_spheres, is_on_sphere, store_sum_sq
 
 
@@ -160,7 +160,10 @@ def reduce_layer(
     PROJECTS: tl.constexpr,
     LANES: tl.constexpr,
 ):
-    """What the sums over a row and its channels say; of a single channel, both say the same."""
+    """Turn the sums of one tensor into its scalars and projection coefficients.
+
+    A single channel is not tested on its own, because its sums are those of the layer.
+    """
     lanes = tl.arange(0, LANES)
     h = load_struct(step.hypers, row.group, Hyper)
     each = tl.cdiv(row.channel_size, PIECE)
@@ -175,30 +178,30 @@ def reduce_layer(
         for start in range(0, channels, LANES):
             channel = start + lanes
             sums = channel_sums(step, row, channel, channel < channels, each, LANES, N_SUMS)
-            along = (channel < channels) & (SCALE_INVARIANT(h, sums, row.channel_size) == 0)
-            failed = tl.where(along, 1, failed)
+            radial = (channel < channels) & (SCALE_INVARIANT(h, sums, row.channel_size) == 0)
+            failed = tl.where(radial, 1, failed)
             parts = add_sums(parts, sums)
     layer = ()
     for k in tl.static_range(N_SUMS):
         layer = layer + (tl.sum(parts[k]),)
-    projects = PROJECTS & (row.projects != 0)
-    by_channel = projects & (channels > 1) & (tl.sum(failed) == 0)
-    by_layer = projects & (by_channel == 0) & SCALE_INVARIANT(h, layer, row.numel)
+    view = projection_view(
+        PROJECTS & (row.projects != 0),
+        (channels > 1) & (tl.sum(failed) == 0),
+        SCALE_INVARIANT(h, layer, row.numel),
+    )
     s = load_struct(step.scalars, i, Scalars)
     # other threads may still read what one of them is about to write
     tl.debug_barrier()
-    store_struct(step.scalars, i, LAYER_SCALARS(h, layer, by_channel | by_layer, s), Scalars)
+    store_struct(step.scalars, i, LAYER_SCALARS(h, layer, view != NO_VIEW, s), Scalars)
     if PROJECTS:
         for start in range(0, channels * each, LANES):
             piece = start + lanes
             known = piece < channels * each
-            looked_at = tl.where(by_channel, each, 0)
             sums = zero_sums(LANES, N_SUMS)
-            for j in range(0, looked_at):
+            for j in range(0, tl.where(view == CHANNEL_VIEW, each, 0)):
                 place = row.first_piece + piece // each * each + j
                 sums = add_sums(sums, load_sums(step, place, known, N_SUMS))
-            projection_coef = tl.where(by_layer, PROJECTION_COEF(h, layer), 0.0)
-            projection_coef = tl.where(by_channel, PROJECTION_COEF(h, sums), projection_coef)
+            projection_coef = coef_in_view(view, h, sums, layer, PROJECTION_COEF)
             out = (step.projection_coefs + (row.first_piece + piece) * 8).to(tl.pointer_type(tl.float64))
             tl.store(out, projection_coef, known)
 
