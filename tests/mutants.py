@@ -358,8 +358,8 @@ CPP_FAULTS: dict[tuple[str, str], list[tuple[str, ...]]] = {
         ("decision.grad_norm_l1 = total.l1 * decision.unscale", "decision.grad_norm_l1 = total.l1"),
     ],
     ("dlpack.h", f"{GAPS} dtype_and_back"): [
-        ("t.dtype_bits != form.dtype_bits ||", ""),
-        ("t.dtype_code != form.dtype_code ||", ""),
+        ("t.dtype_bits != signature.dtype_bits ||", ""),
+        ("t.dtype_code != signature.dtype_code ||", ""),
     ],
 }  # fmt: skip
 
