@@ -107,7 +107,7 @@ def cpu_lines(target: Path) -> list[str]:
     ]
     objects = ["bindings.o"]
     for isa, flags in ISA_FLAGS.items():
-        for name in ("kernels", "vectors", "preconditioner"):
+        for name in ("step", "vectors", "preconditioner"):
             objects.append(f"{name}_{isa}.o")
             lines.append(f"build {objects[-1]}: cxx {escaped(ROOT / f'csrc/cpu/{name}.cpp')}")
             lines.append(f"  isa = -DFW_ISA={isa} {flags}")
@@ -142,8 +142,8 @@ def cuda_lines(target: Path, nvcc: str) -> list[str]:
         objects.append(f"{name}.o")
         lines.append(f"build {objects[-1]}: nvcc {escaped(ROOT / f'csrc/cuda/{name}.cu')}")
     for rule in RULES:
-        objects.append(f"kernels_{rule}.o")
-        lines.append(f"build {objects[-1]}: nvcc {escaped(ROOT / 'csrc/cuda/kernels.cu')}")
+        objects.append(f"step_{rule}.o")
+        lines.append(f"build {objects[-1]}: nvcc {escaped(ROOT / 'csrc/cuda/step.cu')}")
         lines.append(f"  optimizer = {rule}")
     return [*lines, f"build {escaped(target)}: link {' '.join(objects)}"]
 

@@ -1,6 +1,6 @@
 // The decide stage, between measure and update, once for the CPU and CUDA: clipping, the non-finite policy,
 // counters, learning rates, the scalars of every row, and the telemetry row. All of it in double.
-// reference/backend.py states the same in the same order.
+// backends/reference.py has the same statements in the same order.
 // SPDX-License-Identifier: Apache-2.0
 #pragma once
 #include "reduce.h"
@@ -9,24 +9,24 @@
 
 namespace fw {
 
-// the norms of gradients that came multiplied by 1 / unscale
-FW_HOST_DEVICE void note_norms(StepDecision& decision, const Partial& total) {
+// the norms of the unscaled gradients, from sums over the gradients as they came
+FW_HOST_DEVICE void set_norms(StepDecision& decision, const Partial& total) {
   decision.grad_norm = sqrt(total.l2_sq) * decision.unscale;
   decision.grad_norm_l1 = total.l1 * decision.unscale;
 }
 
-// t is the number of updates made before this one: the index that schedules are evaluated at
+// t counts the updates made before this one, and is the step that schedules are evaluated at
 FW_HOST_DEVICE StepDecision decide(const Step& step, const Partial& total) {
   StepDecision decision = {};
   decision.t = at<Counters>(step.counters)->step;
   decision.unscale = step.grad_scale ? 1.0 / static_cast<double>(*at<float>(step.grad_scale)) : 1.0;
-  decision.rect = decision.grad_norm = decision.grad_norm_l1 = NAN;
-  if (step.measure) note_norms(decision, total);
+  decision.rect = NAN;
+  decision.grad_norm = NAN;
+  decision.grad_norm_l1 = NAN;
+  if (step.measure) set_norms(decision, total);
   bool found_inf = step.found_inf && *at<float>(step.found_inf) != 0.0f;
   decision.skipped = found_inf || (step.skip_nonfinite && total.nonfinite > 0);
-  double ratio = step.clip ? step.max_grad_norm / (decision.grad_norm + 1e-6) : 1.0;
-  // a NaN ratio stays, as in torch.nn.utils.clip_grad_norm_
-  decision.clip_coef = ratio >= 1.0 ? 1.0 : ratio;
+  decision.clip_coef = step.clip ? clip_coefficient(decision.grad_norm, step.max_grad_norm) : 1.0;
   return decision;
 }
 
@@ -45,7 +45,7 @@ FW_HOST_DEVICE void set_rates(const Step& step, const StepDecision& decision, in
   at<Rates>(step.rates)[group] = rates_of(step, decision, group);
 }
 
-// updates that a row has had
+// number of updates of a row
 FW_HOST_DEVICE int64_t updates_of(const Row& row) { return at<RowCounters>(row.counters)->step; }
 
 FW_HOST_DEVICE void count_update(const Row& row) {
@@ -54,12 +54,12 @@ FW_HOST_DEVICE void count_update(const Row& row) {
   *at<float>(row.step_float) = static_cast<float>(counters.step);
 }
 
-// of every row that keeps an average, whether or not it has a gradient
+// for every row that has an average, with or without a gradient
 FW_HOST_DEVICE void count_average(const Step& step, const StepDecision& decision, const Row& row) {
   if (!row.average) return;
   RowCounters& counters = *at<RowCounters>(row.counters);
   bool due = is_averaged(step.average_kind, step.average_start, step.average_every, decision.t + 1);
-  counters.n_averaged += due;
+  if (due) counters.n_averaged += 1;
   counters.average_weight =
       due ? average_weight(step.average_kind, step.average_decay, counters.n_averaged) : 0.0;
 }
@@ -68,20 +68,20 @@ FW_HOST_DEVICE double average_weight_of(const Row& row) {
   return at<RowCounters>(row.counters)->average_weight;
 }
 
-// rows of one group at one step share their scalars, so a serial caller need not compute them again
+// whether two rows have the same scalars, so that they need not be computed twice
 FW_HOST_DEVICE bool same_scalars(const Step& step, int64_t row, int64_t other) {
   const Row &a = at<Row>(step.rows)[row], &b = at<Row>(step.rows)[other];
   return a.group == b.group && a.initialized == b.initialized && updates_of(a) == updates_of(b);
 }
 
-// the sphere of a group, or null
+// the sphere of a group, or null if it has none
 FW_HOST_DEVICE Sphere* sphere_of(const Step& step, int64_t group) {
   if (!step.spheres) return nullptr;
   Sphere* sphere = at<Sphere>(step.spheres) + group;
   return sphere->norm ? sphere : nullptr;
 }
 
-// what update number `updates` of a row needs
+// the scalars of update number `updates` of a row
 template <class Rule>
 FW_HOST_DEVICE Scalars scalars_of(const Step& step, const StepDecision& decision, const Rates& rates,
                                   int64_t row, int64_t updates) {
@@ -93,11 +93,7 @@ FW_HOST_DEVICE Scalars scalars_of(const Step& step, const StepDecision& decision
     effective_lr = sphere_rate(effective_lr, *at<double>(sphere->norm), Rule::lr_norm_power(h, updates));
   Scalars s = common_scalars(h, rates, decision.clip_coef * decision.unscale);
   Rule::scalars(h, effective_lr, updates, s);
-  if (updates == 1 && !r.initialized && h.init == kInitGrad) s.exp_avg_sq_from_grad = h.init_scale;
-  if (updates == 1 && !r.initialized && h.init == kInitRandom) {
-    double norm = decision.grad_norm * decision.clip_coef;
-    s.exp_avg_sq_scale = h.init_scale * norm * norm / step.init_norm_sq;
-  }
+  start_exp_avg_sq(h, updates, r.initialized, decision.grad_norm * decision.clip_coef, step.init_norm_sq, s);
   return s;
 }
 
@@ -108,7 +104,7 @@ FW_HOST_DEVICE void set_scalars(const Step& step, const StepDecision& decision, 
   at<Scalars>(step.scalars)[row] = scalars_of<Rule>(step, decision, rates, row, updates_of(r));
 }
 
-// how much of the parameter leaves the update in one channel, for all pieces of it
+// writes the projection coefficient of one channel for all of its pieces
 FW_HOST_DEVICE void set_projection_coef(const Step& step, const Row& row, int64_t channel,
                                         double projection_coef) {
   const int64_t each = pieces_of_channel(row);
@@ -116,16 +112,15 @@ FW_HOST_DEVICE void set_projection_coef(const Step& step, const Row& row, int64_
   for (int64_t i = 0; i < each; ++i) projection_coefs[i] = projection_coef;
 }
 
-// from the squares of all parameters of a group to what brings them to its sphere, where they are from then
-// on
-FW_HOST_DEVICE void set_factor(Sphere& sphere, double squares) {
+// sets the rescale factor of a sphere group from the sum of squares of its parameters, and the stored norm
+FW_HOST_DEVICE void set_factor(Sphere& sphere, double sum_sq) {
   double& norm = *at<double>(sphere.norm);
   const double radius = sphere.radius > 0.0 ? sphere.radius : norm;
-  sphere.factor = sphere_factor(radius, squares);
+  sphere.factor = sphere_factor(radius, sum_sq);
   norm = radius;
 }
 
-// the telemetry row of this step, and the counts of the next
+// writes the telemetry row of this step, and advances the counters
 FW_HOST_DEVICE void record(const Step& step, const StepDecision& decision) {
   Counters& counters = *at<Counters>(step.counters);
   PendingScalars& pending_scalars = *at<PendingScalars>(step.pending_scalars);
@@ -142,16 +137,17 @@ FW_HOST_DEVICE void record(const Step& step, const StepDecision& decision) {
     line.loss = pending_scalars.loss;
     line.sharpness = pending_scalars.sharpness;
   }
-  pending_scalars.loss = pending_scalars.sharpness = NAN;
+  pending_scalars.loss = NAN;
+  pending_scalars.sharpness = NAN;
   counters.calls += 1;
 }
 
-// whether the update adds up the norms, because nothing measured them before and somebody wants to know
+// whether the update sums the norms: there was no measure stage, and telemetry is on
 FW_HOST_DEVICE bool accumulates(const Step& step) { return !step.measure && step.telemetry_capacity > 0; }
 
-// the norms that the update added up, into the row that record() wrote
+// writes the norms that the update has summed into the row that record() wrote
 FW_HOST_DEVICE void record_norms(const Step& step, StepDecision& decision, const Partial& total) {
-  note_norms(decision, total);
+  set_norms(decision, total);
   int64_t last = at<Counters>(step.counters)->calls - 1;
   Telemetry& line = at<Telemetry>(step.telemetry)[last % step.telemetry_capacity];
   line.grad_norm = decision.grad_norm;

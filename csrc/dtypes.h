@@ -1,5 +1,5 @@
 // Sixteen-bit storage types: widening to float, and rounding to nearest, ties to even, as torch does.
-// Integer arithmetic without branches, so that one text vectorises on every instruction set with the same
+// Integer arithmetic without branches, so that one source vectorises on every instruction set with the same
 // bits. SPDX-License-Identifier: Apache-2.0
 #pragma once
 #include "platform.h"

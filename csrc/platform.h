@@ -1,4 +1,5 @@
-// Host/device markers and fixed-width aliases, for every header that g++ and nvcc both read.
+// Host/device markers, fixed-width integers and elementary functions, for every header that g++ and nvcc both
+// read.
 // SPDX-License-Identifier: Apache-2.0
 #pragma once
 #include <cmath>
@@ -12,6 +13,11 @@
 #define FW_HOST_DEVICE __attribute__((always_inline)) inline
 #endif
 
+#define FW_JOIN_(a, b) a##b
+#define FW_JOIN(a, b) FW_JOIN_(a, b)
+#define FW_TEXT_(a) #a
+#define FW_TEXT(a) FW_TEXT_(a)
+
 namespace fw {
 using std::int32_t;
 using std::int64_t;
@@ -19,8 +25,7 @@ using std::uint16_t;
 using std::uint32_t;
 using std::uint64_t;
 
-// A pointer that is known to be one to global memory: the device has an instruction for that, and a slower
-// one for any memory.
+// tells nvcc that a pointer is one to global memory, so that it emits ld.global instead of a generic load
 template <class T>
 FW_HOST_DEVICE T* global(T* pointer) {
 #if defined(__CUDA_ARCH__)
@@ -35,14 +40,14 @@ FW_HOST_DEVICE double root(double x) { return sqrt(x); }
 FW_HOST_DEVICE float magnitude(float x) { return fabsf(x); }
 FW_HOST_DEVICE double magnitude(double x) { return fabs(x); }
 
-// cos(pi x): the device's own needs no memory for the reduction of large arguments
+// cos(pi x); cospi() of the device needs no local memory for the reduction of large arguments
 #if defined(__CUDA_ARCH__)
 FW_HOST_DEVICE double cos_of_pi(double x) { return cospi(x); }
 #else
 FW_HOST_DEVICE double cos_of_pi(double x) { return cos(3.141592653589793 * x); }
 #endif
 
-// in the type of sums
+// converts to the type of sums
 FW_HOST_DEVICE double widened(float x) { return x; }
 FW_HOST_DEVICE double widened(double x) { return x; }
 

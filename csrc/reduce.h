@@ -1,13 +1,13 @@
-// Norms of the gradients: the statement per element, and the combination of chunk sums in a fixed order.
-// Sums end in double, so no finite float32 gradient overflows them; no float atomics anywhere.
-// SPDX-License-Identifier: Apache-2.0
+// Norms of the gradients and sums over channels: the statement per element, and the combination of partial
+// sums in a fixed order, without float atomics. Totals are in double, which no finite float32 gradient
+// overflows. SPDX-License-Identifier: Apache-2.0
 #pragma once
 #include "table.h"
 
 namespace fw {
 
-// the squares decide about clipping and are summed in double; magnitudes are only reported, so that a short
-// run of them may be summed in the type of the arithmetic
+// squares are summed in double because clipping depends on them; magnitudes are only reported, so a short run
+// of them may be summed in the type of the arithmetic
 template <class S, class V>
 FW_HOST_DEVICE void accumulate_l2(S& l2_sq, V grad) {
   S x = widened(grad);
@@ -21,7 +21,7 @@ FW_HOST_DEVICE void accumulate_l1(C& l1, C grad) {
 
 template <class C>
 FW_HOST_DEVICE bool is_nonfinite(C x) {
-  return !(x - x == C(0));
+  return !(magnitude(x) < C(INFINITY));
 }
 
 FW_HOST_DEVICE void combine(Partial& total, const Partial& part) {
@@ -36,24 +36,24 @@ FW_HOST_DEVICE Partial combine_all(const Partial* partials, int64_t count) {
   return total;
 }
 
-// the squares of the parameters on a sphere, chunk by chunk
-FW_HOST_DEVICE double combine_squares(const Step& step, const Sphere& sphere) {
-  const double* squares = at<double>(step.squares) + sphere.first_chunk;
+// the sum of squares of all parameters of a group on a sphere, from the sums over its chunks
+FW_HOST_DEVICE double combine_sum_sq(const Step& step, const Sphere& sphere) {
+  const double* sum_sq = at<double>(step.squares) + sphere.first_chunk;
   double total = 0.0;
-  for (int64_t i = 0; i < sphere.n_chunks; ++i) total += squares[i];
+  for (int64_t i = 0; i < sphere.n_chunks; ++i) total += sum_sq[i];
   return total;
 }
 
-// Sums over channels: each is cut into pieces of kPiece elements, whose sums are added up in order.
+// Sums over channels: a channel is cut into pieces of kPiece elements, whose sums are added in order.
 
 FW_HOST_DEVICE int64_t pieces_of_channel(const Row& row) { return (row.channel_size + kPiece - 1) / kPiece; }
 
-// a piece from the start of its chunk on
+// a piece of a channel, counted from the start of its chunk
 struct Piece {
   int32_t begin, count;
 };
 
-// the pieces of a chunk, which holds whole channels or a part of one
+// the pieces of a chunk, which consists of whole channels or a part of one
 struct Pieces {
   int64_t first;
   int32_t count, of_channel, channel_size, elements;

@@ -1,25 +1,25 @@
-// Every update rule, once for the CPU and CUDA. reference/rules.py states the same in the same order.
-// A rule has scalars(), run once per row and step in double, and update(), run per element. A rule that must
-// know sums over a layer (kSums of them) makes its update in two parts: update_moments() moves the states,
-// direction() is the update that they mean, accumulate() what is summed; layer_scalars() and
-// projection_coef() turn the sums into what apply() moves the parameter by. lr_norm_power() says with what
-// power of the norm of scale-invariant weights the learning rate must grow for the same rotation. Adam:
-// Kingma & Ba 2015. Gradient initialisation: Kalra & Barkeshli 2024, arXiv:2406.09405. RAdam: Liu et al.
-// 2020, arXiv:1908.03265. SGD: heavy ball without dampening of the first step, as torch. LAMB: You et al.
-// 2020, arXiv:1904.00962. AdamP and SGDP: Heo et al. 2021, arXiv:2006.08217. SPDX-License-Identifier:
-// Apache-2.0
+// Every update rule, once for the CPU and CUDA; reference/rules.py has the same statements in the same order.
+// An element-wise rule has scalars(), evaluated once per row and step in double, and update(), evaluated per
+// element. A rule that needs kSums sums over a layer updates in stages instead: update_moments() and
+// direction() per element, with accumulate() for the sums; layer_scalars() and projection_coef() from the
+// sums; apply() per element. lr_norm_power() is the power of the norm of scale-invariant weights that the
+// learning rate must grow with to keep the angle of a step.
+// Adam: Kingma & Ba 2015. Gradient initialisation: Kalra & Barkeshli 2024, arXiv:2406.09405.
+// RAdam: Liu et al. 2020, arXiv:1908.03265. SGD: heavy ball; as in torch, the first step is not dampened.
+// LAMB: You et al. 2020, arXiv:1904.00962. AdamP and SGDP: Heo et al. 2021, arXiv:2006.08217.
+// SPDX-License-Identifier: Apache-2.0
 #pragma once
 #include "table.h"
 
 // the names that the bindings and the launchers iterate over
 #define FW_RULES(X) X(Adam) X(RAdam) X(SGD) X(LAMB) X(AdamP) X(SGDP)
-// those whose step is a diagonal times the first moment, so that sharpness can be measured against it
+// the rules whose step is a diagonal times the first moment: the diagonal preconditions the sharpness
 #define FW_PRECONDITIONED(X) X(Adam) X(RAdam) X(SGD)
 
 namespace fw {
 
-// the scalars of one row, rounded once to the type of the arithmetic; the rules compare them as numbers,
-// because gcc does not vectorise a choice by a bool that is the same for all elements
+// the scalars of one row, rounded once to the type of the arithmetic; flags are numbers too, because gcc does
+// not vectorise a choice by a bool that is the same for all elements
 template <class C>
 struct ScalarsOf {
 #define FW_MEMBER(type, name) C name;
@@ -38,32 +38,32 @@ FW_HOST_DEVICE double bias_correction(double beta, int64_t step) {
   return beta > 0.0 ? -expm1(static_cast<double>(step) * log(beta)) : 1.0;
 }
 
-// length of the simple moving average with the centre of mass of the exponential one (eq. 4 of RAdam)
+// length of the simple moving average that has the centre of mass of the exponential one (eq. 4 of RAdam)
 FW_HOST_DEVICE double sma_length(double beta2, int64_t step) {
   double bias_correction2 = bias_correction(beta2, step);
   double rho_inf = 2.0 / (1.0 - beta2) - 1.0;
   return rho_inf - 2.0 * static_cast<double>(step) * (1.0 - bias_correction2) / bias_correction2;
 }
 
-// ratio of the standard deviations of the adaptive rate, now and in the long run (eq. 5 of RAdam)
+// ratio r_t of the standard deviations of the adaptive rate, in the limit and at this step (eq. 5 of RAdam)
 FW_HOST_DEVICE double rectification(double beta2, double rho) {
   double rho_inf = 2.0 / (1.0 - beta2) - 1.0;
   return sqrt((rho - 4.0) * (rho - 2.0) * rho_inf / ((rho_inf - 4.0) * (rho_inf - 2.0) * rho));
 }
 
-// The weight 1 - beta of a new value in a moment, as lerp() takes it: minus 1 if above one half. That is
-// -beta, exactly, where 1 - beta may round to 1.
+// The weight of a new value in a moment for lerp(): 1 - beta, or that minus 1 if it is above one half. The
+// latter is -beta exactly, where 1 - beta may round to 1.
 FW_HOST_DEVICE double lerp_weight(double beta) { return beta < 0.5 ? -beta : 1.0 - beta; }
 
-// Linear interpolation: start + weight * (end - start), or end + weight * (end - start) for a weight that is
-// given minus 1. A difference, so that rounding the weight leaves no drift, and added to the end that counts
-// for more, so that nothing cancels.
+// Linear interpolation: start + weight * (end - start) for a positive weight, end + weight * (end - start)
+// for a weight given minus 1. The form with a difference leaves no drift when the weight is rounded, and
+// adding it to the end with the larger weight avoids cancellation.
 template <class C>
 FW_HOST_DEVICE C lerp(C start, C end, C weight) {
   return multiply_add(weight, end - start, weight > C(0) ? start : end);
 }
 
-// what every rule shares: the order is clip, sign, then coupled or decoupled decay
+// the scalars that all rules share: clipping, then sign, then coupled or decoupled decay
 FW_HOST_DEVICE Scalars common_scalars(const Hyper& h, const Rates& rates, double clip_coef) {
   Scalars s = {};
   s.grad_scale = h.maximize ? -clip_coef : clip_coef;
@@ -75,6 +75,23 @@ FW_HOST_DEVICE Scalars common_scalars(const Hyper& h, const Rates& rates, double
   s.rect = 1.0;
   s.exp_avg_sq_scale = 1.0;
   return s;
+}
+
+// The factor that gradients are multiplied by so that their norm is at most max_grad_norm. A NaN norm gives
+// NaN, as in torch.nn.utils.clip_grad_norm_.
+FW_HOST_DEVICE double clip_coefficient(double grad_norm, double max_grad_norm) {
+  double ratio = max_grad_norm / (grad_norm + 1e-6);
+  return ratio >= 1.0 ? 1.0 : ratio;
+}
+
+// The second moment before the first update of a row: init_scale * g^2, or a random state scaled so that its
+// sum is init_scale times the squared norm of all clipped gradients (Kalra & Barkeshli).
+FW_HOST_DEVICE void start_exp_avg_sq(const Hyper& h, int64_t step, bool initialized, double grad_norm,
+                                     double init_norm_sq, Scalars& s) {
+  bool first = step == 1 && !initialized;
+  if (first && h.init == kInitGrad) s.exp_avg_sq_from_grad = h.init_scale;
+  if (first && h.init == kInitRandom)
+    s.exp_avg_sq_scale = h.init_scale * grad_norm * grad_norm / init_norm_sq;
 }
 
 struct Adam {
@@ -93,12 +110,13 @@ struct Adam {
   FW_HOST_DEVICE static void update(C& param, C grad, C* state, const ScalarsOf<C>& s) {
     C exp_avg = state[0], exp_avg_sq = state[1];
     grad = multiply_add(s.weight_decay, param, grad * s.grad_scale);
-    // v_0 = g_0^2 before the first step, or the prepared state scaled (eq. 6 of Kalra & Barkeshli)
+    // at the first step, v_0 = g_0^2 or the scaled initial state (eq. 6 of Kalra & Barkeshli)
     exp_avg_sq = s.exp_avg_sq_from_grad > C(0) ? s.exp_avg_sq_from_grad * (grad * grad)
                                                : s.exp_avg_sq_scale * exp_avg_sq;
     exp_avg = lerp(exp_avg, grad, s.exp_avg_weight);
     exp_avg_sq = lerp(exp_avg_sq, grad * grad, s.exp_avg_sq_weight);
-    state[0] = exp_avg, state[1] = exp_avg_sq;
+    state[0] = exp_avg;
+    state[1] = exp_avg_sq;
     if constexpr (kStates == 3) {
       // the negated comparison keeps a NaN of exp_avg_sq, as torch.maximum does
       C max_exp_avg_sq = state[2];
@@ -116,7 +134,7 @@ struct RAdam {
   static constexpr int kMinStates = 2;
   static constexpr int kMaxStates = 2;
 
-  // momentum alone shrinks as the gradient does
+  // an unrectified step shrinks with the gradient, as that of SGD does
   FW_HOST_DEVICE static int lr_norm_power(const Hyper& h, int64_t step) {
     return sma_length(h.beta2, step) > h.rho_threshold ? 1 : 2;
   }
@@ -139,7 +157,8 @@ struct RAdam {
     grad = multiply_add(s.weight_decay, param, grad * s.grad_scale);
     exp_avg = lerp(exp_avg, grad, s.exp_avg_weight);
     exp_avg_sq = lerp(exp_avg_sq, grad * grad, s.exp_avg_sq_weight);
-    state[0] = exp_avg, state[1] = exp_avg_sq;
+    state[0] = exp_avg;
+    state[1] = exp_avg_sq;
     C denom = s.rect > C(0) ? root(exp_avg_sq) + s.eps : C(1);
     param = param - multiply_add(s.decoupled_decay, param, s.step_size * exp_avg / denom);
   }
@@ -171,7 +190,7 @@ struct SGD {
   }
 };
 
-// x inside an interval; NaN stays
+// x clamped to an interval; NaN stays
 FW_HOST_DEVICE double bounded(double x, double low, double high) {
   x = x < low ? low : x;
   return x > high ? high : x;
@@ -183,20 +202,20 @@ struct LAMB {
   static constexpr int kSums = 2;
   static constexpr bool kProjects = false;
 
-  // the trust ratio has the norm in it
+  // the trust ratio already scales the step with the parameter norm
   FW_HOST_DEVICE static int lr_norm_power(const Hyper& h, int64_t) { return h.adapts ? 0 : 1; }
 
   FW_HOST_DEVICE static void scalars(const Hyper& h, double effective_lr, int64_t step, Scalars& s) {
     s.step_size = effective_lr;
     s.inv_bias_correction1 = h.bias_correction ? 1.0 / bias_correction(h.beta1, step) : 1.0;
     s.denom_scale = h.bias_correction ? 1.0 / sqrt(bias_correction(h.beta2, step)) : 1.0;
-    // 1 for an average
+    // 1 if the first moment is an average, 1 / (1 - beta1) if it is a sum
     s.grad_weight = h.grad_averaging ? 1.0 : 1.0 / (1.0 - h.beta1);
     s.update_decay = h.decays_update ? s.weight_decay : 0.0;
     s.weight_decay = h.decays_update ? 0.0 : s.weight_decay;
   }
 
-  // whether the direction needs the gradient besides the states
+  // whether direction() needs the gradient in addition to the states
   FW_HOST_DEVICE static bool needs_grad(const Hyper&, int32_t) { return false; }
 
   template <int kStates, class C>
@@ -212,7 +231,7 @@ struct LAMB {
     return multiply_add(s.update_decay, param, s.inv_bias_correction1 * state[0] / denom);
   }
 
-  // of one element, or of as many as there are in an S
+  // adds one element, or as many as an S holds
   template <class S, class V, class C>
   FW_HOST_DEVICE static void accumulate(S (&sums)[kSums], V param, V, V update, const ScalarsOf<C>&) {
     S p = widened(param), u = widened(update);
@@ -223,7 +242,7 @@ struct LAMB {
   FW_HOST_DEVICE static bool scale_invariant(const Hyper&, const double*, int64_t) { return false; }
   FW_HOST_DEVICE static double projection_coef(const Hyper&, const double*) { return 0.0; }
 
-  // the trust ratio: 1 where a norm is 0, which then trains as Adam does
+  // the trust ratio is 1 where a norm is 0: such a layer is trained as by Adam
   FW_HOST_DEVICE static void layer_scalars(const Hyper& h, const double* sums, bool, Scalars& s) {
     double param_norm = sqrt(sums[0]);
     double update_norm = sqrt(sums[1]);
@@ -238,7 +257,7 @@ struct LAMB {
   }
 };
 
-// takes the part along the parameter out of the update where the loss does not feel its scale
+// removes the radial component of the update of scale-invariant weights
 struct Projection {
   static constexpr int kSums = 4;
   static constexpr bool kProjects = true;
@@ -253,7 +272,7 @@ struct Projection {
     sums[3] = multiply_add(u, p, sums[3]);
   }
 
-  // whether gradient and parameter are as good as orthogonal; not so for NaN
+  // whether the cosine of gradient and parameter is below delta / sqrt(size); false for NaN
   FW_HOST_DEVICE static bool scale_invariant(const Hyper& h, const double* sums, int64_t size) {
     double grad_norm = sqrt(sums[0]);
     double param_norm = sqrt(sums[1]);
@@ -262,13 +281,13 @@ struct Projection {
     return magnitude(sums[2]) * sqrt(static_cast<double>(size)) < h.delta * norms;
   }
 
-  // <n, u> / norm for the direction n = param / norm
+  // <n, u> / norm with n = param / norm
   FW_HOST_DEVICE static double projection_coef(const Hyper& h, const double* sums) {
     double norm = sqrt(sums[1]) + h.eps;
     return sums[3] / (norm * norm);
   }
 
-  // little decay where the scale does not matter
+  // scale-invariant weights decay by a fraction only
   FW_HOST_DEVICE static void layer_scalars(const Hyper& h, const double*, bool projected, Scalars& s) {
     s.decoupled_decay = s.decoupled_decay * (projected ? h.wd_ratio : 1.0);
   }
@@ -344,16 +363,32 @@ struct SGDP : Projection {
   }
 };
 
-// the learning rate that turns weights of some norm as far as lr turns weights of norm 1
+// What an update is projected in: every channel on its own if all of them are scale-invariant, else the whole
+// layer if that is, else nothing. channels_invariant may be false for a layer of one channel.
+enum View : int32_t { kNoView = 0, kChannelView = 1, kLayerView = 2 };
+FW_HOST_DEVICE View projection_view(bool projects, bool channels_invariant, bool layer_invariant) {
+  View view = layer_invariant ? kLayerView : kNoView;
+  view = channels_invariant ? kChannelView : view;
+  return projects ? view : kNoView;
+}
+
+// the projection coefficient of one channel, from the sums over it or over its layer
+template <class Rule>
+FW_HOST_DEVICE double coef_in_view(View view, const Hyper& h, const double* channel, const double* layer) {
+  double coef = view == kLayerView ? Rule::projection_coef(h, layer) : 0.0;
+  return view == kChannelView ? Rule::projection_coef(h, channel) : coef;
+}
+
+// the learning rate that rotates weights of a given norm as far as lr rotates weights of norm 1
 FW_HOST_DEVICE double sphere_rate(double lr, double norm, int exponent) {
   double rate = exponent > 0 ? lr * norm : lr;
   return exponent > 1 ? rate * norm : rate;
 }
 
-// what brings parameters of a group back to their sphere; 1 where no factor could
-FW_HOST_DEVICE double sphere_factor(double radius, double squares) {
-  bool defined = squares > 0.0 && squares < INFINITY;
-  return defined ? radius / sqrt(squares) : 1.0;
+// the factor that rescales a group to its sphere; 1 if its norm is 0 or not finite
+FW_HOST_DEVICE double sphere_factor(double radius, double sum_sq) {
+  bool defined = sum_sq > 0.0 && sum_sq < INFINITY;
+  return defined ? radius / sqrt(sum_sq) : 1.0;
 }
 
 template <class C>
@@ -361,22 +396,26 @@ FW_HOST_DEVICE C rescale(C param, C factor) {
   return param * factor;
 }
 
-// weight averaging; weight 1 gives the parameter itself
+// moves the average towards the parameter; weight 1 copies the parameter
 template <class C>
 FW_HOST_DEVICE void average_update(C& average, C param, C weight) {
   average = lerp(average, param, weight < C(0.5) ? weight : weight - C(1));
 }
 
-// What a first moment of ones would do to a parameter at rate 1: one over the pre-conditioner of this step,
-// whose gradient is in the second moment. A rule without second moments has none.
+// Diagonal of the inverse preconditioner 1 / P of this step, with its gradient in the second moment: the
+// update that a first moment of all ones would produce at learning rate 1. It is 1 for a rule without second
+// moment.
 template <class Rule, int kStates, class C>
 FW_HOST_DEVICE C inverse_preconditioner(C param, C grad, C* state, const ScalarsOf<C>& s) {
   if constexpr (Rule::kMinStates < 2) return C(1);
   Rule::template update<kStates>(param, grad, state, s);
   ScalarsOf<C> frozen = s;
-  frozen.weight_decay = frozen.decoupled_decay = frozen.exp_avg_sq_from_grad = C(0);
-  // far below the last digit, so that the moments stay
-  frozen.exp_avg_weight = frozen.exp_avg_sq_weight = C(1e-30);
+  frozen.weight_decay = C(0);
+  frozen.decoupled_decay = C(0);
+  // far below the last digit, so that the moments do not change
+  frozen.exp_avg_weight = C(1e-30);
+  frozen.exp_avg_sq_weight = C(1e-30);
+  frozen.exp_avg_sq_from_grad = C(0);
   frozen.exp_avg_sq_scale = C(1);
   state[0] = C(1);
   C moved = C(0);

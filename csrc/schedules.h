@@ -1,12 +1,12 @@
-// Every schedule, evaluated from the int64 count of steps made, once for the CPU and CUDA.
-// reference/schedules.py states the same in the same order.
+// Every schedule as a function of the number of steps made, once for the CPU and CUDA; reference/schedules.py
+// has the same statements in the same order.
 // SPDX-License-Identifier: Apache-2.0
 #pragma once
 #include "table.h"
 
 namespace fw {
 
-// multiplier of one segment at its own step t, 0 <= t; the end value is held when the segment is over
+// multiplier of one segment at its own step t >= 0; after the segment its end value is kept
 FW_HOST_DEVICE double segment_value(const Segment& segment, const double* values, int64_t t) {
   double start = segment.start, end = segment.end, shape = segment.shape;
   if (segment.kind == kInverseSqrt) return start / sqrt(1.0 + static_cast<double>(t) / shape);
@@ -38,12 +38,12 @@ FW_HOST_DEVICE double multiplier(const Segment* segments, int32_t count, const d
   return segment_value(segments[i], values, t - segments[i].begin);
 }
 
-// whether update number `step` is averaged
+// whether update number `step` enters the average
 FW_HOST_DEVICE bool is_averaged(int32_t kind, int64_t start, int64_t every, int64_t step) {
   return kind != kAverageNone && step >= start && (step - start) % every == 0;
 }
 
-// weight of a parameter in its average, as value number `n_averaged` of it
+// weight of the parameter in its average, which it enters as value number `n_averaged`
 FW_HOST_DEVICE double average_weight(int32_t kind, double decay, int64_t n_averaged) {
   if (kind == kAverageSwa) return 1.0 / static_cast<double>(n_averaged);
   return n_averaged == 1 ? 1.0 : 1.0 - decay;

@@ -1,14 +1,14 @@
 // The plain structs that Python and the kernels share; fused_warmup/plan/structs.py has the same fields in
-// the same order. Every struct is a list of (type, name), from which come the struct and the layout that the
-// bindings report and the tests compare with numpy. Fields must leave no padding. Addresses travel as uint64.
-// SPDX-License-Identifier: Apache-2.0
+// the same order. Each struct is a list of (type, name), which generates the struct and the layout that the
+// bindings report and the tests compare with numpy. Fields must leave no padding. Addresses are stored as
+// uint64. SPDX-License-Identifier: Apache-2.0
 #pragma once
 #include "platform.h"
 
 namespace fw {
 
 constexpr int kMaxStates = 3;
-// elements of a channel that are summed at a time
+// elements of a piece: a channel is summed piece by piece
 constexpr int kPiece = 2048;
 
 enum DType : int32_t { kFloat32 = 0, kFloat64 = 1, kBFloat16 = 2, kFloat16 = 3 };
@@ -25,9 +25,9 @@ enum SegmentKind : int32_t {
   kTable = 7
 };
 
-// one tensor; states and average are float32, or float64 beside a float64 parameter. Its channels follow one
-// another in memory, and so do their pieces of kPiece elements, the first of which is first_piece. step_float
-// is where its updates are counted once more as a float, as torch keeps them in a state dict.
+// One tensor. States and average are float32, or float64 for a float64 parameter. Its channels are contiguous
+// and follow one another; first_piece is the index of the first of their pieces. step_float is the address of
+// a second step count, a float as in torch's state dicts.
 #define FW_ROW(X)          \
   X(uint64_t, param)       \
   X(uint64_t, state0)      \
@@ -46,13 +46,13 @@ enum SegmentKind : int32_t {
   X(int64_t, first_piece)  \
   X(uint64_t, step_float)
 
-// a part of one row, small enough for 32-bit arithmetic inside it: whole channels, or a part of one
+// part of one row, small enough for 32-bit indices: whole channels, or a part of one channel
 #define FW_CHUNK(X)  \
   X(int64_t, offset) \
   X(int32_t, count)  \
   X(int32_t, row)
 
-// one parameter group; rates are per step, before schedules
+// the hyper-parameters of one parameter group, before schedules
 #define FW_HYPER(X)            \
   X(double, lr)                \
   X(double, weight_decay)      \
@@ -83,7 +83,7 @@ enum SegmentKind : int32_t {
   X(int32_t, decay_segments)   \
   X(int32_t, reserved)
 
-// a stretch of a schedule: begin and steps count optimizer steps, steps = 0 has no end
+// one segment of a schedule: begin and steps count optimizer steps; steps is 0 for a segment without end
 #define FW_SEGMENT(X) \
   X(int64_t, begin)   \
   X(int64_t, steps)   \
@@ -93,12 +93,12 @@ enum SegmentKind : int32_t {
   X(int32_t, kind)    \
   X(int32_t, first_value)
 
-// what the schedules give one group at this step
+// learning rate and weight decay of one group at this step, after schedules
 #define FW_RATES(X) \
   X(double, lr)     \
   X(double, weight_decay)
 
-// what one row's update needs, computed once per step in double
+// the scalars of one row's update, computed once per step in double
 #define FW_SCALARS(X)             \
   X(double, grad_scale)           \
   X(double, weight_decay)         \
@@ -118,8 +118,8 @@ enum SegmentKind : int32_t {
   X(double, grad_weight)          \
   X(double, update_decay)
 
-// the sphere that the parameters of one group are kept on, and the chunks that they have; norm is the address
-// of the norm that they have before a step, 0 for a group without a sphere, and radius is 0 where it is that
+// The sphere of one group, and its range of chunks. norm: address of the group norm before the step, 0 if the
+// group is not on a sphere. radius: target norm, 0 to keep the current norm.
 #define FW_SPHERE(X)      \
   X(uint64_t, norm)       \
   X(double, radius)       \
@@ -133,19 +133,19 @@ enum SegmentKind : int32_t {
   X(double, l2_sq)    \
   X(int64_t, nonfinite)
 
-// int64 counts that live on the device: updates made, calls of step()
+// counters of the optimizer on the device: updates made, and calls of step()
 #define FW_COUNTERS(X) \
   X(int64_t, step)     \
   X(int64_t, calls)
 
-// what one row counts on the device: updates made and values in its average, and the weight of the parameter
-// in it at this step
+// counters of one row on the device: updates made, values in its average, and the weight of the parameter in
+// the average at this step
 #define FW_ROW_COUNTERS(X) \
   X(int64_t, step)         \
   X(int64_t, n_averaged)   \
   X(double, average_weight)
 
-// what the host may leave for the next telemetry row; NaN when it left nothing
+// values recorded by the host for the next telemetry row; NaN if none
 #define FW_PENDING_SCALARS(X) \
   X(double, loss)             \
   X(double, sharpness)
@@ -161,7 +161,7 @@ enum SegmentKind : int32_t {
   X(double, loss)         \
   X(double, sharpness)
 
-// what the decide stage finds out for all rows of one step; the update reads it
+// the result of the decide stage for all rows of one step
 #define FW_STEP_DECISION(X) \
   X(int64_t, t)             \
   X(double, grad_norm)      \
@@ -172,7 +172,8 @@ enum SegmentKind : int32_t {
   X(int32_t, skipped)       \
   X(int32_t, finished_blocks)
 
-// one call of step(): addresses of the columns, their lengths, and the settings of the optimizer
+// one call of step(): addresses of the columns, their lengths, and the settings of the optimizer; squares is
+// the sum of squares of each chunk of a group on a sphere
 #define FW_STEP(X)               \
   X(uint64_t, rows)              \
   X(uint64_t, grads)             \
@@ -207,8 +208,8 @@ enum SegmentKind : int32_t {
   X(uint64_t, spheres)           \
   X(uint64_t, squares)
 
-// one tensor of a sharpness measurement: its values, where they are kept meanwhile, the gradients at both
-// ends of a difference (0 for none), and where its piece of every vector begins
+// one tensor of a sharpness measurement: the parameter, a copy of its values, the gradients at both ends of a
+// difference (0 for none), and the offset of its elements in every vector
 #define FW_TENSOR_SLICE(X) \
   X(uint64_t, param)       \
   X(uint64_t, snapshot)    \
@@ -218,7 +219,7 @@ enum SegmentKind : int32_t {
   X(int32_t, dtype)        \
   X(int32_t, reserved)
 
-// one operation on the vectors of a measurement, see vectors.h; factors and sums are doubles on the device
+// one operation on the vectors of a sharpness measurement, see vectors.h; factors and sums are double
 #define FW_VECTOR_OP(X) \
   X(uint64_t, slices)   \
   X(uint64_t, chunks)   \
@@ -236,8 +237,8 @@ enum SegmentKind : int32_t {
   X(int32_t, fresh)     \
   X(int32_t, narrow)
 
-// the pre-conditioner of the step about to be made, see preconditioner.h: per row of the step where its piece
-// of the vectors begins, or -1, and the threshold of its learning rate times an eigenvalue
+// The preconditioner of the next step, see preconditioner.h. Per row of the step: the offset of its elements
+// in the vectors, or -1, and its stability threshold, the product of learning rate and eigenvalue.
 #define FW_PRECONDITIONER_OP(X) \
   X(uint64_t, offsets)          \
   X(uint64_t, thresholds)       \

@@ -1,11 +1,11 @@
-// The vectors of a sharpness measurement: the statement per element of its three operations, once for the CPU
-// and CUDA. fused_warmup/sharpness/vectors.py states the same in plain PyTorch.
+// The vector operations of a sharpness measurement: the statements per element, once for the CPU and CUDA.
+// fused_warmup/sharpness/vectors.py has the same in plain PyTorch.
 //   perturb   param = snapshot + size * scale * v                   v: the last basis vector; factors: size
-//   finish    out = scale * (plus - minus), param = snapshot        factors: size that perturb had
+//   finish    out = scale * (plus - minus), param = snapshot        factors: size, as for perturb
 //   combine   out = keep * out + sum of coefficient * basis vector  factors: keep, coefficients
-// finish and combine add up the products of out with every basis vector, and two more sums: of combine the
-// squares of out and of scale * out; of finish, where parameters are rounded, how far they moved, squared,
-// and that times the difference of gradients. SPDX-License-Identifier: Apache-2.0
+// finish and combine also sum the product of out with every basis vector, and two more numbers: combine the
+// squares of out and of scale * out; finish, for rounded parameters, the squared distance between both ends
+// and its product with the difference of the gradients. SPDX-License-Identifier: Apache-2.0
 #pragma once
 #include "dtypes.h"
 #include "table.h"
@@ -14,7 +14,7 @@ namespace fw {
 
 enum Operation : int32_t { kPerturb = 0, kFinish = 1, kCombine = 2, kOperations = 3 };
 
-// sums besides the products with basis vectors
+// number of sums besides the products with basis vectors
 constexpr int kExtraSums = 2;
 
 FW_HOST_DEVICE int64_t sum_count(const VectorOp& call) { return call.n_basis + kExtraSums; }
@@ -35,7 +35,7 @@ FW_HOST_DEVICE P stored(C value) {
   return out;
 }
 
-// how far a rounded parameter went from one end to the other
+// distance of a rounded parameter between the two ends of a difference
 template <class P, class C>
 FW_HOST_DEVICE C moved(P value, C size, C scale, C v) {
   C from = static_cast<C>(widen(value));

@@ -28,7 +28,7 @@ def compile_all(folder: Path, extra: str) -> Path:
     cxx = [os.environ.get("CXX", "g++"), *FLAGS.split(), *extra.split()]
     common = ["-include", str(ROOT / "tests" / "cuda_on_host.h"), "-x", "c++", "-c"]
     includes = [f"-I{path}" for path in (pybind11.get_include(), sysconfig.get_paths()["include"])]
-    sources = {f"kernels_{rule}.o": ("kernels.cu", [f"-DFW_RULE={rule}"]) for rule in _cpu.rules()}
+    sources = {f"step_{rule}.o": ("step.cu", [f"-DFW_RULE={rule}"]) for rule in _cpu.rules()}
     sources |= {f"{name}.o": (f"{name}.cu", []) for name in ("vectors", "preconditioner")}
     sources["bindings.o"] = ("bindings.cpp", includes)
     # a sanitizer that is loaded into tests need not watch the compiler

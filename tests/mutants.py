@@ -242,11 +242,11 @@ FAULTS: dict[tuple[str, str], list[tuple[str, ...]]] = {
         ("((step - start) % every == 0)", "(step % every == 0)", "interpreted.py -k weights_of"),
         ("1.0 / n.to", "1.0 / (n + 1).to", "interpreted.py -k weights_of"),
     ],
-    ("backends/triton/step.py", "interpreted.py -k scaled_gradients"): [
+    ("backends/triton/decide.py", "interpreted.py -k scaled_gradients"): [
         ("part.l1 * decision.unscale", "part.l1"),
         ("decision.grad_norm * decision.clip_coef", "decision.grad_norm", "interpreted.py -k second_moments"),
     ],
-    ("backends/triton/layerwise.py", "interpreted.py -k 'rows_of_every'"): [
+    ("backends/triton/reduce.py", "interpreted.py -k 'rows_of_every'"): [
         ("(part % GRAIN == 0)", "True"),
         ("& (chunk.offset % GRAIN == 0)", "", "interpreted.py -k odd_channels"),
     ],
@@ -356,8 +356,8 @@ CPP_FAULTS: dict[tuple[str, str], list[tuple[str, ...]]] = {
         ("decision.grad_norm_l1 = total.l1 * decision.unscale", "decision.grad_norm_l1 = total.l1"),
     ],
     ("dlpack.h", f"{GAPS} dtype_and_back"): [
-        ("t.dtype_bits != form.dtype_bits ||", ""),
-        ("t.dtype_code != form.dtype_code ||", ""),
+        ("t.dtype_bits != signature.dtype_bits ||", ""),
+        ("t.dtype_code != signature.dtype_code ||", ""),
     ],
 }  # fmt: skip
 

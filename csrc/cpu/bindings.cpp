@@ -1,26 +1,26 @@
-// Python module fused_warmup._cpu: the step, which takes an address and runs without the GIL, and the checks
-// that the addresses in the table are still those of the tensors.
-// SPDX-License-Identifier: Apache-2.0
+// Python module fused_warmup._cpu: the step, which takes the address of a Step and runs without the GIL, and
+// the checks that the addresses in the table are still those of the tensors. SPDX-License-Identifier:
+// Apache-2.0
 #include <pybind11/pybind11.h>
 
 #include "../check.h"
 #include "../dlpack.h"
 #include "../rules.h"
 #include "../vectors.h"
-#include "kernels.h"
+#include "step.h"
 
 namespace py = pybind11;
 
 namespace {
 
-// what is compiled once per instruction set
+// the kernels of one instruction set
 struct Compiled {
   const fw::Kernels* kernels;
   const fw::VectorFunction* vectors;
-  const fw::ResponseFunction* const* responses;
+  const fw::PreconditionerFunction* const* preconditioners;
 };
 
-#define FW_COMPILED(isa) {&fw::kernels_##isa, &fw::vectors_##isa, &fw::responses_##isa},
+#define FW_COMPILED(isa) {&fw::kernels_##isa, &fw::vectors_##isa, &fw::preconditioners_##isa},
 const Compiled kAll[] = {FW_COMPILED(baseline)
 #if defined(FW_X86_64)
                              FW_COMPILED(avx2) FW_COMPILED(avx512)
@@ -85,8 +85,8 @@ void preconditioner(int isa, int rule, std::uintptr_t step, std::uintptr_t addre
   FW_CHECK(step != 0 && address != 0, "addresses must be those of a Step and a PreconditionerOp");
   FW_CHECK(threads > 0, "threads must be at least 1");
   py::gil_scoped_release release;
-  (*kAll[isa].responses)[rule](*fw::at<const fw::Step>(step), *fw::at<const fw::PreconditionerOp>(address),
-                               threads);
+  (*kAll[isa].preconditioners)[rule](*fw::at<const fw::Step>(step),
+                                     *fw::at<const fw::PreconditionerOp>(address), threads);
 }
 
 // offset and size of every field of every shared struct, and the size of the struct under the empty name
@@ -107,7 +107,7 @@ py::dict layout() {
   return structs;
 }
 
-// Whether the groups hold the very parameters they held: the same lists of the same objects.
+// whether every group still has the same parameters, compared as objects
 bool groups_unchanged(py::list groups, py::list members) {
   if (groups.size() != members.size()) return false;
   for (size_t i = 0; i < members.size(); ++i) {
@@ -119,7 +119,7 @@ bool groups_unchanged(py::list groups, py::list members) {
   return true;
 }
 
-// Whether dictionary i still holds object i under name i.
+// whether dictionary i still holds object i under name i
 bool states_unchanged(py::list dicts, py::list names, py::list objects) {
   FW_CHECK(dicts.size() == objects.size() && names.size() == objects.size(),
            "the lists must be equally long");
@@ -131,7 +131,7 @@ bool states_unchanged(py::list dicts, py::list names, py::list objects) {
   return true;
 }
 
-// The forms of some tensors, and where tensors of those forms lie now.
+// the signatures of a list of tensors, and the current addresses of tensors with those signatures
 class TensorSignatures {
  public:
   TensorSignatures(py::handle tensor_type, py::list tensors) : tensor_type_(tensor_type.ptr()) {
@@ -144,25 +144,25 @@ class TensorSignatures {
     for (py::handle tensor : tensors) {
       fw::DlTensor head;
       if (exchange_->describe(tensor.ptr(), &head) != 0) throw py::error_already_set();
-      forms_.add(head);
+      signatures_.add(head);
       types_.push_back(reinterpret_cast<PyObject*>(Py_TYPE(tensor.ptr())));
     }
   }
 
-  // Writes the address of every tensor, or of its gradient: 0 for None and 1 for an empty one. Returns the
-  // positions of those that are of another type or form, whose address is 0. Gradients are kept alive until
+  // Writes the address of every tensor, or of its gradient: 0 for None and 1 for an empty tensor. Returns the
+  // positions of the tensors of another type or signature, whose address is 0. Gradients are kept alive until
   // release(), because another thread may replace them while a step reads them without the GIL.
   py::list read(py::list tensors, std::uintptr_t out, bool grads) {
-    FW_CHECK(tensors.size() == forms_.size(), "tensors must be as many as the forms");
+    FW_CHECK(tensors.size() == signatures_.size(), "tensors must be as many as the signatures");
     uint64_t* addresses = fw::at<uint64_t>(out);
     py::list odd;
     release();
-    for (size_t i = 0; i < forms_.size(); ++i) {
+    for (size_t i = 0; i < signatures_.size(); ++i) {
       PyObject* tensor = PyList_GET_ITEM(tensors.ptr(), i);
       if (grads) {
         tensor = PyObject_GetAttr(tensor, grad_name_.ptr());
         if (!tensor) throw py::error_already_set();
-        kept_.push_back(tensor);
+        held_.push_back(tensor);
       }
       addresses[i] = tensor == Py_None ? 0 : address_of(tensor, i);
       if (addresses[i] == 0 && tensor != Py_None) odd.append(i);
@@ -171,18 +171,18 @@ class TensorSignatures {
   }
 
   void release() {
-    // freeing a tensor may run Python code that comes back here
-    std::vector<PyObject*> kept;
-    kept.swap(kept_);
-    for (PyObject* tensor : kept) Py_DECREF(tensor);
-    kept.clear();
-    if (kept_.empty()) kept_.swap(kept);
+    // freeing a tensor may run Python code that calls this again
+    std::vector<PyObject*> held;
+    held.swap(held_);
+    for (PyObject* tensor : held) Py_DECREF(tensor);
+    held.clear();
+    if (held_.empty()) held_.swap(held);
   }
   ~TensorSignatures() { release(); }
   TensorSignatures(const TensorSignatures&) = delete;
 
  private:
-  // 0 for a tensor of another type or form, a null address included
+  // 0 for a tensor of another type or signature, or with a null address
   uint64_t address_of(PyObject* tensor, size_t i) const {
     PyObject* type = reinterpret_cast<PyObject*>(Py_TYPE(tensor));
     if (type != tensor_type_ && type != types_[i]) return 0;
@@ -191,16 +191,16 @@ class TensorSignatures {
       PyErr_Clear();
       return 0;
     }
-    return forms_.address(i, t);
+    return signatures_.address(i, t);
   }
 
   // types outlive their instances, which the plan holds
   PyObject* tensor_type_;
   py::str grad_name_{"grad"};
   fw::DlExchange* exchange_ = nullptr;
-  fw::FormList forms_;
+  fw::SignatureList signatures_;
   std::vector<PyObject*> types_;
-  std::vector<PyObject*> kept_;
+  std::vector<PyObject*> held_;
 };
 
 }  // namespace

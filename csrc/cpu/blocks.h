@@ -1,24 +1,28 @@
-// Columns in blocks that stay in the first-level cache, in the type of the arithmetic: for the kernels of the
-// CPU, which are compiled once per instruction set and therefore share nothing that has a linkage.
+// Blocks of a tensor, small enough for the first-level cache, in the type of the arithmetic. Everything here
+// has internal linkage, because the CPU kernels are compiled once per instruction set.
 // SPDX-License-Identifier: Apache-2.0
 #pragma once
 #include "../dtypes.h"
 #include "../table.h"
 
-// a leaf of its own keeps what __restrict says, which inlining into the chunk loop would lose
+// not inlined, because gcc loses __restrict when it inlines the loop into its caller
 #define FW_LEAF __attribute__((noinline))
-
-#define FW_JOIN_(a, b) a##b
-#define FW_JOIN(a, b) FW_JOIN_(a, b)
 
 namespace fw {
 namespace {
 
-// elements that pass through a rule at a time: a gradient block read for its norm is still in the first-level
-// cache when the update reads it, and so is a parameter block when its average does. Short, so that adding
-// norms, which asks little of the memory, and updating, which asks much, overlap in the processor.
+// Elements that a rule takes at a time. A gradient block read for its norm is still in the first-level cache
+// when the update reads it, and so is a parameter block when its average does. Blocks are short, so that the
+// processor overlaps the sums of one block, which need little memory bandwidth, with the update of another.
 constexpr int kBlock = 256;
+// independent sums of a reduction, which fix its order
 constexpr int kLanes = 16;
+
+// elements of the block that begins `done` elements into a chunk
+inline int block_size(const Chunk& chunk, int32_t done) {
+  const int32_t left = chunk.count - done;
+  return left < kBlock ? left : kBlock;
+}
 
 template <class T, class C>
 void load_as(const T* __restrict from, C* __restrict to, int count) {
@@ -44,6 +48,27 @@ C* load(uint64_t column, int32_t dtype, int64_t offset, int count, C* scratch) {
       load_as(at<Float16>(column) + offset, scratch, count);
       return scratch;
   }
+}
+
+template <class T>
+void narrow_all(const float* __restrict from, T* __restrict to, int count) {
+  for (int i = 0; i < count; ++i) narrow(from[i], to[i]);
+}
+
+// writes a widened block back; a column that was updated in place is already up to date
+inline void store(float* block, uint64_t column, int32_t dtype, int64_t offset, int count) {
+  if (dtype == kBFloat16) narrow_all(block, at<BFloat16>(column) + offset, count);
+  if (dtype == kFloat16) narrow_all(block, at<Float16>(column) + offset, count);
+}
+inline void store(double*, uint64_t, int32_t, int64_t, int) {}
+
+// calls visitor.run with the number of states of a row and the type of its arithmetic as template arguments
+template <class Rule, int kStates, class Visitor>
+Partial with_states(const Row& row, const Visitor& visitor) {
+  if constexpr (kStates < Rule::kMaxStates)
+    if (row.n_states > kStates) return with_states<Rule, kStates + 1>(row, visitor);
+  if (row.dtype == kFloat64) return visitor.template run<kStates, double>();
+  return visitor.template run<kStates, float>();
 }
 
 }  // namespace

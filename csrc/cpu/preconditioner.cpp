@@ -1,10 +1,10 @@
-// The pre-conditioner of the step about to be made, on the CPU, in one parallel region over the chunks of all
-// tensors. Compiled once per instruction set, like kernels.cpp. No mathematics here: rules.h and
-// preconditioner.h have it. SPDX-License-Identifier: Apache-2.0
+// The preconditioner of the next step on the CPU, in one parallel region over the chunks of all tensors.
+// Compiled once per instruction set, as step.cpp is. No mathematics here: rules.h and preconditioner.h have
+// it. SPDX-License-Identifier: Apache-2.0
 #include "../preconditioner.h"
 
 #include "blocks.h"
-#include "kernels.h"
+#include "step.h"
 
 namespace fw {
 namespace {
@@ -25,29 +25,29 @@ FW_LEAF void preconditioner_block(const C* __restrict param, const C* __restrict
 }
 
 template <class C, class V>
-FW_LEAF void scale_block(const C* __restrict preconditioner, C fold, V* __restrict out, int count) {
-  for (int i = 0; i < count; ++i) out[i] = static_cast<V>(scale_of(preconditioner[i], fold));
+FW_LEAF void scale_block(const C* __restrict inverse, C factor, V* __restrict out, int count) {
+  for (int i = 0; i < count; ++i) out[i] = static_cast<V>(scale_of(inverse[i], factor));
 }
 
 template <class Rule, int kStates, class C, class V>
 void preconditioner_chunk(const Step& step, const PreconditionerOp& call, const StepDecision& decision,
                           const Chunk& chunk) {
   const Row& row = at<Row>(step.rows)[chunk.row];
-  const uint64_t grads = at<uint64_t>(step.grads)[chunk.row];
-  const ScalarsOf<C> scalars(scalars_ahead<Rule>(step, decision, chunk.row));
-  const C fold = static_cast<C>(fold_of(step, call, decision, chunk.row));
+  const uint64_t grad_address = at<uint64_t>(step.grads)[chunk.row];
+  const ScalarsOf<C> scalars(next_scalars<Rule>(step, decision, chunk.row));
+  const C factor = static_cast<C>(lr_over_threshold(step, call, decision, chunk.row));
   const int64_t place = at<int64_t>(call.offsets)[chunk.row] + chunk.offset;
   alignas(64) C param_scratch[kBlock], grad_scratch[kBlock], out[kBlock];
   for (int32_t done = 0; done < chunk.count; done += kBlock) {
     const int64_t offset = chunk.offset + done;
-    const int count = chunk.count - done < kBlock ? chunk.count - done : kBlock;
+    const int count = block_size(chunk, done);
     const C* param = load<C>(row.param, row.dtype, offset, count, param_scratch);
-    const C* grad = load<C>(grads, row.grad_dtype, offset, count, grad_scratch);
+    const C* grad = load<C>(grad_address, row.grad_dtype, offset, count, grad_scratch);
     preconditioner_block<Rule, kStates, C>(param, grad, at<C>(row.state0) + offset,
                                            at<C>(row.state1) + offset, at<C>(row.state2) + offset, out, count,
                                            scalars);
     if (call.scale) scale_block(out, C(1), at<V>(call.scale) + place + done, count);
-    if (call.scaled) scale_block(out, fold, at<V>(call.scaled) + place + done, count);
+    if (call.scaled) scale_block(out, factor, at<V>(call.scaled) + place + done, count);
   }
 }
 
@@ -63,7 +63,7 @@ void with_states(const Step& step, const PreconditionerOp& call, const StepDecis
 template <class Rule>
 void run(const Step& step, const PreconditionerOp& call, int threads) {
   const Chunk* chunks = at<Chunk>(step.chunks);
-  const StepDecision decision = decision_ahead(step, call);
+  const StepDecision decision = next_decision(step, call);
   for (int64_t group = 0; group < step.n_groups; ++group)
     at<Rates>(call.rates)[group] = rates_of(step, decision, group);
 #pragma omp parallel for num_threads(threads) schedule(dynamic, 1)
@@ -81,12 +81,12 @@ void run(const Step& step, const PreconditionerOp& call, int threads) {
 }
 
 #define FW_ENTRY(Rule) run<Rule>,
-const ResponseFunction kResponses[] = {FW_PRECONDITIONED(FW_ENTRY)};
+const PreconditionerFunction kPreconditioners[] = {FW_PRECONDITIONED(FW_ENTRY)};
 #undef FW_ENTRY
 
 }  // namespace
 
-extern const ResponseFunction* const FW_JOIN(responses_, FW_ISA);
-const ResponseFunction* const FW_JOIN(responses_, FW_ISA) = kResponses;
+extern const PreconditionerFunction* const FW_JOIN(preconditioners_, FW_ISA);
+const PreconditionerFunction* const FW_JOIN(preconditioners_, FW_ISA) = kPreconditioners;
 
 }  // namespace fw

@@ -1,5 +1,5 @@
 // The vector operations of a sharpness measurement on the CPU, in one parallel region over the chunks of all
-// tensors. Compiled once per instruction set, like kernels.cpp, with internal linkage for the same reason.
+// tensors. Compiled once per instruction set and with internal linkage, as step.cpp is.
 // No mathematics here: vectors.h has it.
 // SPDX-License-Identifier: Apache-2.0
 #include "../vectors.h"
@@ -11,20 +11,20 @@
 #include <type_traits>
 
 #include "blocks.h"
-#include "kernels.h"
+#include "step.h"
 
 namespace fw {
 namespace {
 
-// elements that are worked on at a time: a lane of a sum adds 16 of them in the type of the vectors, whose
-// elements are no better, before it goes on in double
+// elements that a loop takes at a time: each lane of a sum adds 16 of them in the type of the vectors, which
+// is as accurate as they are, before the sum continues in double
 constexpr int kRun = 256;
-// basis vectors that one loop takes, those of a warm measurement; any more take loops of their own
+// basis vectors that one loop takes, as many as a warm start has; any more take loops of their own
 constexpr int kHeld = 4;
 constexpr int64_t kLine = 64;
-// Vectors longer than this, in bytes, are written past the caches, which spares reading the lines that are
-// written whole: perturb has four columns of this length, which a last-level cache of 32 MiB does not hold,
-// so that what it wrote first would be gone before anybody reads it.
+// Vectors longer than this, in bytes, are written past the caches, which avoids reading cache lines that are
+// written whole. perturb has four columns of this length; a last-level cache of 32 MiB does not hold them, so
+// the lines written first would be evicted before they are read.
 constexpr int64_t kCached = 8 << 20;
 
 #if defined(FW_X86_64)
@@ -41,14 +41,14 @@ void line_past_caches(char* to, const char* from) {
                      _mm_loadu_si128(reinterpret_cast<const Wide*>(from + i)));
 #endif
 }
-// before another thread may read
+// orders the stores past the caches before the reads of other threads
 void finish_past_caches() { _mm_sfence(); }
 #else
 void line_past_caches(char* to, const char* from) { memcpy(to, from, kLine); }
 void finish_past_caches() {}
 #endif
 
-// memcpy past the caches; the lines that are not written whole go through them
+// memcpy past the caches, except for cache lines that are not written whole
 FW_LEAF void copy_past_caches(void* to, const void* from, int64_t bytes) {
   char* out = static_cast<char*>(to);
   const char* in = static_cast<const char*>(from);
@@ -67,29 +67,29 @@ void copy(T* to, const T* from, int count, bool past_caches) {
     memcpy(to, from, count * sizeof(T));
 }
 
-// the columns of one chunk from its start on; null where there is none
+// pointers to the parameter and the vectors from the start of a chunk on; null for a vector that is not given
 template <class C>
-struct Streams {
-  const TensorSlice& span;
+struct ChunkPointers {
+  const TensorSlice& tensor;
   int64_t first;
   int32_t count;
   const C* basis;
   C* out;
   const C* scale;
 
-  Streams(const VectorOp& call, const Chunk& chunk)
-      : span(at<TensorSlice>(call.slices)[chunk.row]),
+  ChunkPointers(const VectorOp& call, const Chunk& chunk)
+      : tensor(at<TensorSlice>(call.slices)[chunk.row]),
         first(chunk.offset),
         count(chunk.count),
-        basis(call.basis ? at<C>(call.basis) + span.offset + chunk.offset : nullptr),
-        out(call.out ? at<C>(call.out) + span.offset + chunk.offset : nullptr),
-        scale(call.scale ? at<C>(call.scale) + span.offset + chunk.offset : nullptr) {}
+        basis(call.basis ? at<C>(call.basis) + tensor.offset + chunk.offset : nullptr),
+        out(call.out ? at<C>(call.out) + tensor.offset + chunk.offset : nullptr),
+        scale(call.scale ? at<C>(call.scale) + tensor.offset + chunk.offset : nullptr) {}
 
   int block(int32_t done) const { return count - done < kRun ? count - done : kRun; }
 };
 
-// Adds to kSums sums over a block in one loop; the lanes fix the order. body(i, lane) adds element i to
-// lane[0], lane[kLanes] and so on.
+// Adds to kSums sums over a block in one loop; the lanes fix the order of the sums. body(i, lane) adds
+// element i to lane[0], lane[kLanes] and so on.
 template <int kSums, class C, class Body>
 FW_HOST_DEVICE void add_up(double* __restrict sums, int count, Body body) {
   C lanes[kSums * kLanes] = {};
@@ -115,7 +115,7 @@ FW_LEAF void add_dot(double* sum, const C* __restrict a, const C* __restrict b, 
   add_up<1, C>(sum, count, [=](int i, C* lane) { add_product(*lane, a[i], b[i]); });
 }
 
-// finish, and its products with kBasis vectors
+// finish, with the products of its result with kBasis vectors
 template <int kBasis, bool kScaled, class C>
 FW_LEAF void finish_block(double* sums, C* __restrict out, const C* __restrict plus,
                           const C* __restrict minus, const C* __restrict scale, const C* __restrict basis,
@@ -128,7 +128,7 @@ FW_LEAF void finish_block(double* sums, C* __restrict out, const C* __restrict p
   });
 }
 
-// combine with kBasis vectors, its products with them and the squares
+// combine of kBasis vectors, with the products of its result with them and the sums of squares
 template <int kBasis, bool kScaled, class C>
 FW_LEAF void combine_block(double* sums, C* __restrict out, C keep, const double* factors,
                            const C* __restrict scale, const C* __restrict basis, int64_t stride, int count) {
@@ -180,15 +180,15 @@ FW_LEAF void start_block(C* __restrict out, C keep, bool fresh, int count) {
   for (int i = 0; i < count; ++i) out[i] = fresh ? C(0) : keep * out[i];
 }
 
-// a block of a gradient, zeros where there is none
+// a block of a gradient; zeros if there is no gradient
 template <class C>
-const C* load_gradient(uint64_t column, const TensorSlice& span, int64_t offset, int count, C* scratch) {
-  if (column) return load<C>(column, span.dtype, offset, count, scratch);
+const C* load_gradient(uint64_t column, const TensorSlice& tensor, int64_t offset, int count, C* scratch) {
+  if (column) return load<C>(column, tensor.dtype, offset, count, scratch);
   for (int i = 0; i < count; ++i) scratch[i] = C(0);
   return scratch;
 }
 
-// calls body with the number of vectors that one loop takes, and whether there is a scale, as constants
+// calls body with the number of basis vectors and the presence of a scale as compile-time constants
 template <int kBasis = 0, class Body>
 FW_HOST_DEVICE void with_constants(int held, bool scaled, Body body) {
   if constexpr (kBasis < kHeld)
@@ -203,10 +203,10 @@ FW_HOST_DEVICE void with_constants(int held, bool scaled, Body body) {
 template <class P, class C>
 struct Chunks {
   static void perturb(const VectorOp& call, const Chunk& chunk, double*, bool past_caches) {
-    const Streams<C> s(call, chunk);
+    const ChunkPointers<C> s(call, chunk);
     const C size = static_cast<C>(*at<double>(call.factors));
-    P* param = at<P>(s.span.param) + s.first;
-    const P* values = at<P>(s.span.snapshot) + s.first;
+    P* param = at<P>(s.tensor.param) + s.first;
+    const P* values = at<P>(s.tensor.snapshot) + s.first;
     if (!past_caches) return perturb_block(param, values, s.scale, s.basis, size, s.count);
     alignas(64) P scratch[kRun];
     for (int32_t done = 0; done < s.count; done += kRun) {
@@ -217,18 +217,18 @@ struct Chunks {
   }
 
   static void finish(const VectorOp& call, const Chunk& chunk, double* sums, bool past_caches) {
-    const Streams<C> s(call, chunk);
+    const ChunkPointers<C> s(call, chunk);
     const C size = static_cast<C>(*at<double>(call.factors));
     const int held = call.n_basis < kHeld ? call.n_basis : kHeld, before = call.n_basis - held;
-    P* param = at<P>(s.span.param) + s.first;
-    const P* values = at<P>(s.span.snapshot) + s.first;
+    P* param = at<P>(s.tensor.param) + s.first;
+    const P* values = at<P>(s.tensor.snapshot) + s.first;
     alignas(64) C plus_scratch[kRun], minus_scratch[kRun], out_scratch[kRun];
     for (int32_t done = 0; done < s.count; done += kRun) {
       const int count = s.block(done);
       const C *scale = s.scale ? s.scale + done : nullptr, *basis = s.basis + done;
       C* out = past_caches ? out_scratch : s.out + done;
-      const C* plus = load_gradient(s.span.plus, s.span, s.first + done, count, plus_scratch);
-      const C* minus = load_gradient(s.span.minus, s.span, s.first + done, count, minus_scratch);
+      const C* plus = load_gradient(s.tensor.plus, s.tensor, s.first + done, count, plus_scratch);
+      const C* minus = load_gradient(s.tensor.minus, s.tensor, s.first + done, count, minus_scratch);
       if (call.narrow) {
         alignas(64) C way[kRun];
         difference_block(out, plus, minus, count);
@@ -247,7 +247,7 @@ struct Chunks {
   }
 
   static void combine(const VectorOp& call, const Chunk& chunk, double* sums, bool) {
-    const Streams<C> s(call, chunk);
+    const ChunkPointers<C> s(call, chunk);
     const double* factors = at<double>(call.factors);
     const int held = call.n_basis < kHeld ? call.n_basis : kHeld, before = call.n_basis - held;
     for (int32_t done = 0; done < s.count; done += kRun) {
@@ -280,7 +280,7 @@ ChunkFunction operation_on(int operation) {
 
 template <class C>
 ChunkFunction function_of(int operation, int32_t dtype) {
-  // rows of float64 have vectors of float64
+  // float64 tensors have float64 vectors
   if constexpr (sizeof(C) == sizeof(double))
     if (dtype == kFloat64) return operation_on<double, C>(operation);
   if (dtype == kBFloat16) return operation_on<BFloat16, C>(operation);

@@ -1,6 +1,6 @@
-// Neighbouring numbers of a column in one register, for sums in double. The compiler would load as many
-// floats as a register holds and convert it by halves, which took 1.7 times as long as converting on the way
-// from memory (Zen 3). SPDX-License-Identifier: Apache-2.0
+// Neighbouring numbers of a column in one register, for sums in double. The compiler would load a full
+// register of floats and convert it by halves, which took 1.7 times as long as converting while loading (Zen
+// 3). SPDX-License-Identifier: Apache-2.0
 #pragma once
 #include "../platform.h"
 
@@ -45,7 +45,7 @@ FW_HOST_DEVICE Wide<double> operator+(Wide<double> a, Wide<double> b) { return {
 FW_HOST_DEVICE Wide<double> widened(Wide<double> x) { return x; }
 FW_HOST_DEVICE Wide<double> widened(Wide<float> x) {
 #if defined(__AVX512F__)
-  // without a mask gcc warns of the register that the intrinsic leaves undefined
+  // the form without a mask makes gcc warn of an uninitialised register
   return {_mm512_maskz_cvtps_pd(0xff, x.numbers)};
 #elif defined(__AVX__)
   return {_mm256_cvtps_pd(x.numbers)};

@@ -1,5 +1,5 @@
-// Python module fused_warmup._cuda: the step, which takes addresses and a stream and returns when it is
-// queued. SPDX-License-Identifier: Apache-2.0
+// Python module fused_warmup._cuda: the step, which takes addresses and a stream and returns once its kernels
+// are queued. SPDX-License-Identifier: Apache-2.0
 #include <pybind11/pybind11.h>
 
 #include "../check.h"
@@ -57,7 +57,7 @@ void step(int rule, std::uintptr_t address, std::uintptr_t grads, int64_t n_grad
 
 void vectors(int operation, std::uintptr_t address, int device, std::uintptr_t stream, int64_t max_blocks) {
   FW_CHECK(operation >= 0 && operation < fw::kOperations, "operation must be one of vectors.h");
-  FW_CHECK(address != 0, "address must be that of an VectorOp");
+  FW_CHECK(address != 0, "address must be that of a VectorOp");
   FW_CHECK(device >= 0 && max_blocks >= 0, "device and max_blocks must be at least 0");
   const fw::VectorOp& call = *fw::at<const fw::VectorOp>(address);
   const fw::Launch how{device, fw::at<void>(stream), call.doubles != 0, nullptr, 0, max_blocks};

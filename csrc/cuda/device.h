@@ -1,5 +1,5 @@
-// What all CUDA kernels share: accesses of 16 bytes, blocks of one size, launches on a stream. Included once
-// per translation unit. SPDX-License-Identifier: Apache-2.0
+// Shared by all CUDA kernels: accesses of 16 bytes, sums over a block of one size, launches on a stream.
+// Included once per translation unit. SPDX-License-Identifier: Apache-2.0
 #pragma once
 #include "../check.h"
 #include "../dtypes.h"
@@ -13,7 +13,7 @@ constexpr int kThreads = 128;
 constexpr int kWarp = 32;
 constexpr int kVectorBytes = 16;
 
-// the type of the arithmetic beside a stored one, and the elements that a thread takes at a time
+// the type that parameters of type T are updated in
 template <class T>
 struct Arithmetic {
   using type = float;
@@ -22,10 +22,11 @@ template <>
 struct Arithmetic<double> {
   using type = double;
 };
+// elements that a thread takes at a time
 template <class T>
 constexpr int kPack = kVectorBytes / sizeof(T);
 
-// N elements in accesses of 16 bytes where they fill them
+// N elements, in accesses of 16 bytes if they are a multiple of that
 template <int N, class T>
 FW_DEVICE void load(const T* from, T (&to)[N]) {
   if constexpr (N * sizeof(T) % kVectorBytes == 0) {
@@ -55,6 +56,42 @@ FW_DEVICE void widen_all(const T* from, C (&to)[N]) {
   for (int i = 0; i < N; ++i) to[i] = static_cast<C>(widen(from[i]));
 }
 
+// the sums over `width` neighbouring threads of a warp, in the first of them
+template <int N>
+FW_DEVICE void group_sum(double (&sums)[N], int32_t width) {
+#pragma unroll 1
+  for (int32_t distance = width / 2; distance > 0; distance /= 2)
+    for (int k = 0; k < N; ++k) sums[k] += __shfl_down_sync(~0u, sums[k], distance);
+}
+
+// the sums over a block, in all of its threads
+template <int N>
+FW_DEVICE void share_block_sum(double (&sums)[N]) {
+  __shared__ double of_warp[kThreads / kWarp][N];
+  group_sum(sums, kWarp);
+  // other threads may still read the previous sums
+  __syncthreads();
+  for (int k = 0; k < N; ++k)
+    if (threadIdx.x % kWarp == 0) of_warp[threadIdx.x / kWarp][k] = sums[k];
+  __syncthreads();
+  for (int k = 0; k < N; ++k) {
+    sums[k] = 0.0;
+    for (int warp = 0; warp < kThreads / kWarp; ++warp) sums[k] += of_warp[warp][k];
+  }
+}
+
+// true in all threads of the last block to finish, which sees the writes of all others
+FW_DEVICE bool arrives_last(int* finished_blocks) {
+  __shared__ bool last;
+  if (threadIdx.x == 0) {
+    __threadfence();
+    last = atomicAdd(finished_blocks, 1) + 1 == static_cast<int>(gridDim.x);
+    __threadfence();
+  }
+  __syncthreads();
+  return last;
+}
+
 // the host side
 
 class OnDevice {
@@ -74,7 +111,7 @@ class OnDevice {
   bool changed_ = false;
 };
 
-// blocks of a kernel that the current device runs at a time; asking loads the kernel
+// blocks of a kernel that the current device runs at a time; the query loads the kernel
 template <class Kernel>
 int64_t resident_blocks(Kernel kernel, int device) {
   int processors = 0, blocks = 0;
@@ -94,7 +131,8 @@ void launch(void (*kernel)(Parameters...), int64_t blocks, int threads, void* st
   FW_CUDA_CHECK(cudaGetLastError());
 }
 
-int64_t grid(int64_t resident, int64_t max_blocks, int64_t n_chunks) {
+// blocks to launch for so many chunks; max_blocks bounds them, 0 for as many as run at a time
+inline int64_t grid(int64_t resident, int64_t max_blocks, int64_t n_chunks) {
   if (max_blocks > 0) resident = max_blocks;
   if (resident > n_chunks) resident = n_chunks;
   return resident > 0 ? resident : 1;

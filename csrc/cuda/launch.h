@@ -1,11 +1,11 @@
-// The CUDA backend as the bindings see it: one entry per rule, each compiled on its own.
+// What the bindings call: one entry per rule, each compiled on its own.
 // SPDX-License-Identifier: Apache-2.0
 #pragma once
 #include "../rules.h"
 
 namespace fw {
 
-// gradient addresses that fit into the arguments of one launch; more must be in the column already
+// gradient pointers that fit into the arguments of one launch; more must be in the column already
 constexpr int64_t kMaxInlinePointers = 4064;
 
 struct Launch {
@@ -19,7 +19,7 @@ struct Launch {
 
 struct CudaKernels {
   const char* rule;
-  // loads what a step of this rule launches, which a stream under capture could not
+  // loads the kernels of this rule, which cannot be done while a stream is captured
   void (*prepare)(int device, bool doubles);
   void (*step)(const Launch&, const Step&);
 };
@@ -30,7 +30,7 @@ FW_RULES(FW_DECLARE)
 
 // queues one of the operations of vectors.h
 void run_vectors(const Launch&, const VectorOp&, int operation);
-// queues the pre-conditioner of a rule of FW_PRECONDITIONED
+// queues the preconditioner of a rule of FW_PRECONDITIONED
 void run_preconditioner(const Launch&, int rule, const Step&, const PreconditionerOp&);
 
 }  // namespace fw

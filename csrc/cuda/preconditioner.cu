@@ -1,6 +1,6 @@
-// The pre-conditioner of the step about to be made, one launch. Compiled once, for all rules that have one:
-// each block finds the scalars of the rows that it meets, so that nothing of the step is touched. No
-// mathematics here: rules.h and preconditioner.h have it. SPDX-License-Identifier: Apache-2.0
+// The preconditioner of the next step, one launch. Compiled once for all rules that have one. Each block
+// computes the scalars of its rows itself, so that the table of the step is only read. No mathematics here:
+// rules.h and preconditioner.h have it. SPDX-License-Identifier: Apache-2.0
 #include "../preconditioner.h"
 #include "device.h"
 #include "launch.h"
@@ -10,9 +10,10 @@ namespace {
 
 constexpr int kBlocksPerProcessor = 4;
 
-// the columns of one chunk from its start on; null where there is none
+// pointers to the tensors of a row and the results from the start of a chunk on; null for one that is not
+// given
 template <class P, class G, class V>
-struct Streams {
+struct ChunkPointers {
   using C = typename Arithmetic<P>::type;
   const P* param;
   const G* grad;
@@ -21,33 +22,34 @@ struct Streams {
   int32_t count;
   bool aligned;
 
-  FW_DEVICE Streams(const Row& row, uint64_t grads, const PreconditionerOp& call, const Chunk& chunk,
-                    int64_t place)
+  FW_DEVICE ChunkPointers(const Row& row, uint64_t grad_address, const PreconditionerOp& call,
+                          const Chunk& chunk, int64_t place)
       : param(at<const P>(row.param) + chunk.offset),
-        grad(at<const G>(grads) + chunk.offset),
+        grad(at<const G>(grad_address) + chunk.offset),
         state0(row.state0 ? at<const C>(row.state0) + chunk.offset : nullptr),
         state1(row.state1 ? at<const C>(row.state1) + chunk.offset : nullptr),
         state2(row.state2 ? at<const C>(row.state2) + chunk.offset : nullptr),
         scale(call.scale ? at<V>(call.scale) + place : nullptr),
         scaled(call.scaled ? at<V>(call.scaled) + place : nullptr),
         count(chunk.count) {
-    uint64_t addresses = row.param | grads | row.state0 | row.state1 | row.state2 | call.scale | call.scaled;
+    uint64_t addresses =
+        row.param | grad_address | row.state0 | row.state1 | row.state2 | call.scale | call.scaled;
     // chunks begin at multiples of 16 bytes of their row
     aligned = (addresses | static_cast<uint64_t>(place) * sizeof(V)) % kVectorBytes == 0;
   }
 };
 
 template <int N, class C, class V>
-FW_DEVICE void store_scales(const C (&responses)[N], C fold, V* to) {
+FW_DEVICE void store_scales(const C (&inverse)[N], C factor, V* to) {
   V out[N];
-  for (int k = 0; k < N; ++k) out[k] = static_cast<V>(scale_of(responses[k], fold));
+  for (int k = 0; k < N; ++k) out[k] = static_cast<V>(scale_of(inverse[k], factor));
   store(out, to);
 }
 
 template <class Rule, int kStates, int N, class P, class G, class V, class C>
-FW_DEVICE void preconditioner_part(const Streams<P, G, V>& s, int32_t i, const P* param, const G* grad,
-                                   const ScalarsOf<C>& scalars, C fold) {
-  C state0[N], state1[N], state2[N], responses[N];
+FW_DEVICE void preconditioner_part(const ChunkPointers<P, G, V>& s, int32_t i, const P* param, const G* grad,
+                                   const ScalarsOf<C>& scalars, C factor) {
+  C state0[N], state1[N], state2[N], inverse[N];
   if constexpr (kStates > 0) load(s.state0 + i, state0);
   if constexpr (kStates > 1) load(s.state1 + i, state1);
   if constexpr (kStates > 2) load(s.state2 + i, state2);
@@ -57,15 +59,15 @@ FW_DEVICE void preconditioner_part(const Streams<P, G, V>& s, int32_t i, const P
     if constexpr (kStates > 1) state[1] = state1[k];
     if constexpr (kStates > 2) state[2] = state2[k];
     const C g = static_cast<C>(widen(grad[k]));
-    responses[k] = inverse_preconditioner<Rule, kStates>(static_cast<C>(widen(param[k])), g, state, scalars);
+    inverse[k] = inverse_preconditioner<Rule, kStates>(static_cast<C>(widen(param[k])), g, state, scalars);
   }
-  if (s.scale) store_scales(responses, C(1), s.scale + i);
-  if (s.scaled) store_scales(responses, fold, s.scaled + i);
+  if (s.scale) store_scales(inverse, C(1), s.scale + i);
+  if (s.scaled) store_scales(inverse, factor, s.scaled + i);
 }
 
 template <class Rule, int kStates, int N, class P, class G, class V, class C>
-FW_DEVICE void preconditioner_pack(const Streams<P, G, V>& s, int32_t i, const ScalarsOf<C>& scalars,
-                                   C fold) {
+FW_DEVICE void preconditioner_pack(const ChunkPointers<P, G, V>& s, int32_t i, const ScalarsOf<C>& scalars,
+                                   C factor) {
   constexpr int kPart = N < kPack<C> ? N : kPack<C>;
   P param[N];
   G grad[N];
@@ -73,66 +75,69 @@ FW_DEVICE void preconditioner_pack(const Streams<P, G, V>& s, int32_t i, const S
   load(s.grad + i, grad);
 #pragma unroll
   for (int k = 0; k < N; k += kPart)
-    preconditioner_part<Rule, kStates, kPart>(s, i + k, param + k, grad + k, scalars, fold);
+    preconditioner_part<Rule, kStates, kPart>(s, i + k, param + k, grad + k, scalars, factor);
 }
 
-// what a chunk needs beside its columns
-struct RowAhead {
+// the scalars of one row, and the factor from its preconditioned sharpness to the edge ratio
+struct RowScalars {
   Scalars scalars;
-  double fold;
+  double factor;
 };
 
 template <class Rule, class P, class G, class V, int kStates>
-FW_DEVICE void with_states(const Streams<P, G, V>& s, int32_t n_states, const RowAhead& ahead) {
+FW_DEVICE void with_states(const ChunkPointers<P, G, V>& s, int32_t n_states, const RowScalars& row_scalars) {
   if constexpr (kStates < Rule::kMaxStates)
-    if (n_states > kStates) return with_states<Rule, P, G, V, kStates + 1>(s, n_states, ahead);
+    if (n_states > kStates) return with_states<Rule, P, G, V, kStates + 1>(s, n_states, row_scalars);
   using C = typename Arithmetic<P>::type;
-  const ScalarsOf<C> scalars(ahead.scalars);
-  const C fold = static_cast<C>(ahead.fold);
+  const ScalarsOf<C> scalars(row_scalars.scalars);
+  const C factor = static_cast<C>(row_scalars.factor);
 #pragma unroll 1
   for (int32_t i = threadIdx.x * kPack<P>; i < s.count; i += kThreads * kPack<P>) {
     if (s.aligned && i + kPack<P> <= s.count) {
-      preconditioner_pack<Rule, kStates, kPack<P>>(s, i, scalars, fold);
+      preconditioner_pack<Rule, kStates, kPack<P>>(s, i, scalars, factor);
     } else {
 #pragma unroll 1
       for (int32_t k = i; k < i + kPack<P> && k < s.count; ++k)
-        preconditioner_pack<Rule, kStates, 1>(s, k, scalars, fold);
+        preconditioner_pack<Rule, kStates, 1>(s, k, scalars, factor);
     }
   }
 }
 
 template <class Rule, class P, class V>
-FW_DEVICE void visit_grad(const Row& row, uint64_t grads, const PreconditionerOp& call, const Chunk& chunk,
-                          int64_t place, const RowAhead& ahead) {
+FW_DEVICE void visit_grad(const Row& row, uint64_t grad_address, const PreconditionerOp& call,
+                          const Chunk& chunk, int64_t place, const RowScalars& row_scalars) {
   constexpr int kMin = Rule::kMinStates;
   // a gradient has the type of its parameter, or is float32
   if (row.grad_dtype == row.dtype)
-    return with_states<Rule, P, P, V, kMin>(Streams<P, P, V>(row, grads, call, chunk, place), row.n_states,
-                                            ahead);
-  with_states<Rule, P, float, V, kMin>(Streams<P, float, V>(row, grads, call, chunk, place), row.n_states,
-                                       ahead);
+    return with_states<Rule, P, P, V, kMin>(ChunkPointers<P, P, V>(row, grad_address, call, chunk, place),
+                                            row.n_states, row_scalars);
+  with_states<Rule, P, float, V, kMin>(ChunkPointers<P, float, V>(row, grad_address, call, chunk, place),
+                                       row.n_states, row_scalars);
 }
 
 template <class Rule, class V>
 FW_DEVICE void visit(const Step& step, const PreconditionerOp& call, const Chunk& chunk,
-                     const RowAhead& ahead) {
+                     const RowScalars& row_scalars) {
   const Row& row = at<Row>(step.rows)[chunk.row];
-  const uint64_t grads = at<uint64_t>(step.grads)[chunk.row];
+  const uint64_t grad_address = at<uint64_t>(step.grads)[chunk.row];
   const int64_t place = at<int64_t>(call.offsets)[chunk.row] + chunk.offset;
-  // rows of float64 have vectors of float64
+  // float64 rows have float64 vectors
   if constexpr (sizeof(V) == sizeof(double))
-    if (row.dtype == kFloat64) return visit_grad<Rule, double, V>(row, grads, call, chunk, place, ahead);
-  if (row.dtype == kBFloat16) return visit_grad<Rule, BFloat16, V>(row, grads, call, chunk, place, ahead);
-  if (row.dtype == kFloat16) return visit_grad<Rule, Float16, V>(row, grads, call, chunk, place, ahead);
-  visit_grad<Rule, float, V>(row, grads, call, chunk, place, ahead);
+    if (row.dtype == kFloat64)
+      return visit_grad<Rule, double, V>(row, grad_address, call, chunk, place, row_scalars);
+  if (row.dtype == kBFloat16)
+    return visit_grad<Rule, BFloat16, V>(row, grad_address, call, chunk, place, row_scalars);
+  if (row.dtype == kFloat16)
+    return visit_grad<Rule, Float16, V>(row, grad_address, call, chunk, place, row_scalars);
+  visit_grad<Rule, float, V>(row, grad_address, call, chunk, place, row_scalars);
 }
 
 template <class Rule, class V>
 __global__ void __launch_bounds__(kThreads, kBlocksPerProcessor)
     preconditioner_kernel(const __grid_constant__ Step step, const __grid_constant__ PreconditionerOp call) {
   __shared__ StepDecision decision;
-  __shared__ RowAhead ahead;
-  if (threadIdx.x == 0) decision = decision_ahead(step, call);
+  __shared__ RowScalars row_scalars;
+  if (threadIdx.x == 0) decision = next_decision(step, call);
   __syncthreads();
   if (blockIdx.x == 0)
     for (int64_t group = threadIdx.x; group < step.n_groups; group += kThreads)
@@ -140,20 +145,20 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerProcessor)
   for (int64_t i = blockIdx.x; i < step.n_chunks; i += gridDim.x) {
     const Chunk chunk = at<Chunk>(step.chunks)[i];
     if (at<int64_t>(call.offsets)[chunk.row] < 0) continue;
-    // the scalars of the chunk before may still be read
+    // other threads may still read the scalars of the previous chunk
     __syncthreads();
     if (threadIdx.x == 0) {
-      ahead.scalars = scalars_ahead<Rule>(step, decision, chunk.row);
-      ahead.fold = fold_of(step, call, decision, chunk.row);
+      row_scalars.scalars = next_scalars<Rule>(step, decision, chunk.row);
+      row_scalars.factor = lr_over_threshold(step, call, decision, chunk.row);
     }
     __syncthreads();
-    visit<Rule, V>(step, call, chunk, ahead);
+    visit<Rule, V>(step, call, chunk, row_scalars);
   }
 }
 
 template <class Rule, class V>
 void launch_rule(const Launch& how, const Step& step, const PreconditionerOp& call) {
-  // once per measurement: what the device runs at a time is asked each time
+  // not cached, because it is asked once per measurement
   const int64_t resident = resident_blocks(preconditioner_kernel<Rule, V>, how.device);
   launch(preconditioner_kernel<Rule, V>, grid(resident, how.max_blocks, step.n_chunks), kThreads, how.stream,
          step, call);
@@ -161,19 +166,22 @@ void launch_rule(const Launch& how, const Step& step, const PreconditionerOp& ca
 
 template <class Rule>
 void run(const Launch& how, const Step& step, const PreconditionerOp& call) {
-  call.doubles ? launch_rule<Rule, double>(how, step, call) : launch_rule<Rule, float>(how, step, call);
+  if (call.doubles)
+    launch_rule<Rule, double>(how, step, call);
+  else
+    launch_rule<Rule, float>(how, step, call);
 }
 
 #define FW_ENTRY(Rule) run<Rule>,
-constexpr void (*kResponses[])(const Launch&, const Step&,
-                               const PreconditionerOp&) = {FW_PRECONDITIONED(FW_ENTRY)};
+constexpr void (*kPreconditioners[])(const Launch&, const Step&,
+                                     const PreconditionerOp&) = {FW_PRECONDITIONED(FW_ENTRY)};
 #undef FW_ENTRY
 
 }  // namespace
 
 void run_preconditioner(const Launch& how, int rule, const Step& step, const PreconditionerOp& call) {
   const OnDevice guard(how.device);
-  kResponses[rule](how, step, call);
+  kPreconditioners[rule](how, step, call);
 }
 
 }  // namespace fw

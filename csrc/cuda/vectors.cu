@@ -11,10 +11,10 @@
 namespace fw {
 namespace {
 
-// basis vectors that a thread holds while it makes a vector: those of a warm measurement
+// basis vectors that a thread holds in registers, as many as a warm start has
 constexpr int kHeld = 4;
 
-// one thread's share of the sums of a chunk
+// one thread's part of the sums over a chunk
 struct Sums {
   double products[kHeld] = {}, extra[kExtraSums] = {};
 };
@@ -23,7 +23,7 @@ struct Sums {
 FW_DEVICE double block_sum(double part) {
   __shared__ double of_warp[kThreads / kWarp];
   for (int distance = kWarp / 2; distance > 0; distance /= 2) part += __shfl_down_sync(~0u, part, distance);
-  // the sums before may still be read
+  // other threads may still read the previous sums
   __syncthreads();
   if (threadIdx.x % kWarp == 0) of_warp[threadIdx.x / kWarp] = part;
   __syncthreads();
@@ -33,14 +33,15 @@ FW_DEVICE double block_sum(double part) {
   return total;
 }
 
-FW_DEVICE void keep_sum(double part, double* place) {
+FW_DEVICE void store_sum(double part, double* place) {
   const double total = block_sum(part);
   if (threadIdx.x == 0) *place = total;
 }
 
-// the columns of one chunk from its start on; null where there is none
+// pointers to the parameter, gradients and vectors from the start of a chunk on; null for one that is not
+// given
 template <class P, class C>
-struct Streams {
+struct ChunkPointers {
   P* param;
   const P *value, *plus, *minus;
   const C *basis, *scale;
@@ -49,28 +50,30 @@ struct Streams {
   int32_t count, n_basis;
   bool aligned;
 
-  FW_DEVICE Streams(const VectorOp& call, const Chunk& chunk) {
-    const TensorSlice& span = at<TensorSlice>(call.slices)[chunk.row];
-    const int64_t place = span.offset + chunk.offset;
-    param = at<P>(span.param) + chunk.offset;
-    value = at<const P>(span.snapshot) + chunk.offset;
-    plus = span.plus ? at<const P>(span.plus) + chunk.offset : nullptr;
-    minus = span.minus ? at<const P>(span.minus) + chunk.offset : nullptr;
+  FW_DEVICE ChunkPointers(const VectorOp& call, const Chunk& chunk) {
+    const TensorSlice& tensor = at<TensorSlice>(call.slices)[chunk.row];
+    const int64_t place = tensor.offset + chunk.offset;
+    param = at<P>(tensor.param) + chunk.offset;
+    value = at<const P>(tensor.snapshot) + chunk.offset;
+    plus = tensor.plus ? at<const P>(tensor.plus) + chunk.offset : nullptr;
+    minus = tensor.minus ? at<const P>(tensor.minus) + chunk.offset : nullptr;
     basis = call.basis ? at<const C>(call.basis) + place : nullptr;
     scale = call.scale ? at<const C>(call.scale) + place : nullptr;
     out = call.out ? at<C>(call.out) + place : nullptr;
-    stride = call.stride, count = chunk.count, n_basis = call.n_basis;
+    stride = call.stride;
+    count = chunk.count;
+    n_basis = call.n_basis;
     // chunks begin at multiples of 16 bytes of their tensor
     uint64_t addresses =
-        span.param | span.snapshot | span.plus | span.minus | call.basis | call.scale | call.out;
-    uint64_t bytes = static_cast<uint64_t>(span.offset | (n_basis > 1 ? stride : 0)) * sizeof(C);
+        tensor.param | tensor.snapshot | tensor.plus | tensor.minus | call.basis | call.scale | call.out;
+    uint64_t bytes = static_cast<uint64_t>(tensor.offset | (n_basis > 1 ? stride : 0)) * sizeof(C);
     aligned = (addresses | bytes) % kVectorBytes == 0;
   }
 };
 
-// elements from i on of the first basis vectors; all loads come before the first result is needed
+// loads N elements from i on of the first basis vectors; all loads come before the first result is needed
 template <int N, class P, class C>
-FW_DEVICE void load_held(const Streams<P, C>& s, int32_t i, C (&held)[kHeld][N]) {
+FW_DEVICE void load_held(const ChunkPointers<P, C>& s, int32_t i, C (&held)[kHeld][N]) {
 #pragma unroll
   for (int b = 0; b < kHeld; ++b)
     if (b < s.n_basis) load(s.basis + b * s.stride + i, held[b]);
@@ -85,7 +88,7 @@ FW_DEVICE void add_products(Sums& sums, const C (&held)[kHeld][N], const C (&out
 }
 
 template <int N, class P, class C>
-FW_DEVICE void load_scale(const Streams<P, C>& s, int32_t i, C (&scale)[N]) {
+FW_DEVICE void load_scale(const ChunkPointers<P, C>& s, int32_t i, C (&scale)[N]) {
   if (s.scale) {
     load(s.scale + i, scale);
   } else {
@@ -102,7 +105,7 @@ FW_DEVICE void load_gradient(const P* grad, int32_t i, P (&to)[N]) {
   }
 }
 
-// elements of a vector that a thread works on at a time, of the pack of a parameter
+// elements of a vector that a thread takes at a time, of a pack of N elements of a parameter
 template <int N, class C>
 constexpr int kRun = N < kPack<C> ? N : kPack<C>;
 
@@ -111,7 +114,7 @@ struct Perturb {
   static constexpr int kBlocksPerProcessor = 4;
 
   template <int N, class P, class C>
-  FW_DEVICE static void run(const Streams<P, C>& s, const VectorOp& call, int32_t i, Sums&) {
+  FW_DEVICE static void run(const ChunkPointers<P, C>& s, const VectorOp& call, int32_t i, Sums&) {
     constexpr int kPart = kRun<N, C>;
     P value[N];
     load(s.value + i, value);
@@ -130,11 +133,11 @@ struct Perturb {
 
 struct Finish {
   static constexpr bool kSums = true;
-  // values, gradients and vectors at once: more registers than a fourth block would leave
+  // values, gradients and vectors are live at once and need more registers than a fourth block would leave
   static constexpr int kBlocksPerProcessor = 3;
 
   template <int N, class P, class C>
-  FW_DEVICE static void run(const Streams<P, C>& s, const VectorOp& call, int32_t i, Sums& sums) {
+  FW_DEVICE static void run(const ChunkPointers<P, C>& s, const VectorOp& call, int32_t i, Sums& sums) {
     constexpr int kPart = kRun<N, C>;
     P value[N], plus[N], minus[N];
     load(s.value + i, value);
@@ -156,8 +159,8 @@ struct Finish {
   }
 
   template <int N, class P, class C>
-  FW_DEVICE static void add_moved(const Streams<P, C>& s, const VectorOp& call, int32_t i, const P* value,
-                                  const C (&scale)[N], const C (&difference)[N], Sums& sums) {
+  FW_DEVICE static void add_moved(const ChunkPointers<P, C>& s, const VectorOp& call, int32_t i,
+                                  const P* value, const C (&scale)[N], const C (&difference)[N], Sums& sums) {
     const C size = static_cast<C>(*at<double>(call.factors));
     C last[N];
     load(s.basis + (s.n_basis - 1) * s.stride + i, last);
@@ -174,13 +177,13 @@ struct Combine {
   static constexpr int kBlocksPerProcessor = 4;
 
   template <int N, class P, class C>
-  FW_DEVICE static void run(const Streams<P, C>& s, const VectorOp& call, int32_t i, Sums& sums) {
+  FW_DEVICE static void run(const ChunkPointers<P, C>& s, const VectorOp& call, int32_t i, Sums& sums) {
 #pragma unroll 1
     for (int part = 0; part < N; part += kRun<N, C>) run_part<kRun<N, C>>(s, call, i + part, sums);
   }
 
   template <int N, class P, class C>
-  FW_DEVICE static void run_part(const Streams<P, C>& s, const VectorOp& call, int32_t i, Sums& sums) {
+  FW_DEVICE static void run_part(const ChunkPointers<P, C>& s, const VectorOp& call, int32_t i, Sums& sums) {
     const double* factors = at<double>(call.factors);
     C out[N] = {}, held[kHeld][N];
     if (!call.fresh) load(s.out + i, out);
@@ -206,10 +209,10 @@ struct Combine {
   }
 };
 
-// products with some of the basis vectors that a thread does not hold, of what this same thread has written
+// the products of out, which the same thread has written, with further basis vectors
 struct Products {
   template <int N, class P, class C>
-  FW_DEVICE static void run(const Streams<P, C>& s, const VectorOp&, int32_t i, Sums& sums) {
+  FW_DEVICE static void run(const ChunkPointers<P, C>& s, const VectorOp&, int32_t i, Sums& sums) {
     constexpr int kPart = kRun<N, C>;
 #pragma unroll 1
     for (int part = 0; part < N; part += kPart) {
@@ -222,7 +225,7 @@ struct Products {
 };
 
 template <class Part, class P, class C>
-FW_DEVICE Sums walk(const Streams<P, C>& s, const VectorOp& call) {
+FW_DEVICE Sums walk(const ChunkPointers<P, C>& s, const VectorOp& call) {
   Sums sums;
 #pragma unroll 1
   for (int32_t i = threadIdx.x * kPack<P>; i < s.count; i += kThreads * kPack<P>) {
@@ -236,22 +239,23 @@ FW_DEVICE Sums walk(const Streams<P, C>& s, const VectorOp& call) {
   return sums;
 }
 
-FW_DEVICE void keep_products(const Sums& sums, int32_t n_basis, double* place) {
+FW_DEVICE void store_products(const Sums& sums, int32_t n_basis, double* place) {
 #pragma unroll
   for (int b = 0; b < kHeld; ++b)
-    if (b < n_basis) keep_sum(sums.products[b], place + b);
+    if (b < n_basis) store_sum(sums.products[b], place + b);
 }
 
 template <class Part, class P, class C>
 FW_DEVICE void run_chunk(const VectorOp& call, const Chunk& chunk, double* place) {
-  Streams<P, C> s(call, chunk);
+  ChunkPointers<P, C> s(call, chunk);
   const Sums sums = walk<Part>(s, call);
   if constexpr (Part::kSums) {
-    keep_products(sums, s.n_basis, place);
-    for (int k = 0; k < kExtraSums; ++k) keep_sum(sums.extra[k], place + call.n_basis + k);
+    store_products(sums, s.n_basis, place);
+    for (int k = 0; k < kExtraSums; ++k) store_sum(sums.extra[k], place + call.n_basis + k);
     for (int32_t done = kHeld; done < call.n_basis; done += kHeld) {
-      s.basis += kHeld * s.stride, s.n_basis -= kHeld;
-      keep_products(walk<Products>(s, call), s.n_basis, place + done);
+      s.basis += kHeld * s.stride;
+      s.n_basis -= kHeld;
+      store_products(walk<Products>(s, call), s.n_basis, place + done);
     }
   }
 }
@@ -259,7 +263,7 @@ FW_DEVICE void run_chunk(const VectorOp& call, const Chunk& chunk, double* place
 template <class Part, class C>
 FW_DEVICE void visit(const VectorOp& call, const Chunk& chunk, double* place) {
   const int32_t dtype = at<TensorSlice>(call.slices)[chunk.row].dtype;
-  // tensors of float64 have vectors of float64
+  // float64 tensors have float64 vectors
   if constexpr (sizeof(C) == sizeof(double))
     if (dtype == kFloat64) return run_chunk<Part, double, C>(call, chunk, place);
   if (dtype == kBFloat16) return run_chunk<Part, BFloat16, C>(call, chunk, place);
@@ -267,24 +271,17 @@ FW_DEVICE void visit(const VectorOp& call, const Chunk& chunk, double* place) {
   return run_chunk<Part, float, C>(call, chunk, place);
 }
 
-// the last block to arrive adds up the chunks
+// the last block to finish adds up the sums of all chunks
 FW_DEVICE void finish_sums(const VectorOp& call) {
-  __shared__ bool last;
   int* finished = at<int>(call.finished);
-  if (threadIdx.x == 0) {
-    __threadfence();
-    last = atomicAdd(finished, 1) + 1 == static_cast<int>(gridDim.x);
-    __threadfence();
-  }
-  __syncthreads();
-  if (!last) return;
+  if (!arrives_last(finished)) return;
   const double* partials = at<double>(call.partials);
   const int64_t width = sum_count(call);
   for (int64_t k = 0; k < width; ++k) {
     double part = 0.0;
-    // other blocks wrote them, so the cache of this processor must not be asked
+    // written by other blocks: bypass L1
     for (int64_t i = threadIdx.x; i < call.n_chunks; i += kThreads) part += __ldcg(partials + i * width + k);
-    keep_sum(part, at<double>(call.sums) + k);
+    store_sum(part, at<double>(call.sums) + k);
   }
   if (threadIdx.x == 0) *finished = 0;
 }
@@ -316,7 +313,10 @@ void launch_part(const Launch& how, const VectorOp& call) {
 
 template <class Part>
 void launch_doubles(const Launch& how, const VectorOp& call) {
-  call.doubles ? launch_part<Part, double>(how, call) : launch_part<Part, float>(how, call);
+  if (call.doubles)
+    launch_part<Part, double>(how, call);
+  else
+    launch_part<Part, float>(how, call);
 }
 
 }  // namespace

@@ -14,14 +14,19 @@ from torch import Tensor
 
 from ..reference.rules import (
     LAYER_RULES,
+    NO_VIEW,
     RULES,
     LayerRule,
     Scalars,
     average_update,
+    clip_coefficient,
+    coef_in_view,
     common_scalars,
+    projection_view,
     rescale,
     sphere_factor,
     sphere_rate,
+    start_exp_avg_sq,
 )
 from ..reference.schedules import average_weight, is_averaged, multiplier
 
@@ -63,8 +68,7 @@ class ReferenceBackend:
             grad_norm = grad_norm_l1 = math.nan
         clip_coef = 1.0
         if settings.max_grad_norm is not None:
-            ratio = settings.max_grad_norm / (grad_norm + 1e-6)
-            clip_coef = 1.0 if ratio >= 1.0 else ratio
+            clip_coef = clip_coefficient(grad_norm, settings.max_grad_norm)
 
         for rates, h in zip(plan.groups.rates, plan.groups.hypers, strict=True):
             rates[0] = h.lr * multiplier(h.schedule.segments if h.schedule else (), t)
@@ -81,11 +85,7 @@ class ReferenceBackend:
                 )
             s = common_scalars(h, effective_lr, weight_decay, clip_coef * unscale)
             rule.scalars(h, effective_lr, step, s)
-            if step == 1 and not row.initialized and h.init == "grad":
-                s.exp_avg_sq_from_grad = h.init_scale
-            if step == 1 and not row.initialized and h.init == "random":
-                norm = grad_norm * clip_coef
-                s.exp_avg_sq_scale = h.init_scale * norm * norm / settings.init_norm_sq
+            start_exp_avg_sq(h, step, row.initialized, grad_norm * clip_coef, settings.init_norm_sq, s)
             rect = s.rect if math.isnan(rect) else rect
             arithmetic = torch.float64 if row.work.dtype == torch.float64 else torch.float32
             param, grad = row.work.to(arithmetic), grad.to(arithmetic)
@@ -163,20 +163,19 @@ def _reduce_layer(rule: type[LayerRule], param: Tensor, sums: Tensor, h: Any, s:
     Returns:
         Float64 that broadcasts to the parameter.
     """
-    layer, size = sums.sum(0).tolist(), param.numel()
-    projection_coef = torch.zeros(len(sums), dtype=torch.float64, device=param.device)
-    by_channel = by_layer = False
-    if rule.projects and param.dim() > 1:
-        by_channel = all(rule.scale_invariant(h, c, size // len(sums)) for c in sums.tolist())
-        by_layer = not by_channel and rule.scale_invariant(h, layer, size)
-    if by_channel:
-        projection_coef.copy_(
-            torch.tensor([rule.projection_coef(h, c) for c in sums.tolist()], dtype=torch.float64)
-        )
-    if by_layer:
-        projection_coef.fill_(rule.projection_coef(h, layer))
-    rule.layer_scalars(h, layer, by_channel or by_layer, s)
-    return projection_coef.reshape(-1, *[1] * (param.dim() - 1)) if param.dim() > 1 else projection_coef.sum()
+    channels, layer, size = sums.tolist(), sums.sum(0).tolist(), param.numel()
+    view = projection_view(
+        rule.projects and param.dim() > 1,
+        all(rule.scale_invariant(h, channel, size // len(channels)) for channel in channels),
+        rule.scale_invariant(h, layer, size),
+    )
+    rule.layer_scalars(h, layer, view != NO_VIEW, s)
+    coefs = torch.tensor(
+        [coef_in_view(rule, view, h, channel, layer) for channel in channels],
+        dtype=torch.float64,
+        device=param.device,
+    )
+    return coefs.reshape(-1, *[1] * (param.dim() - 1)) if param.dim() > 1 else coefs.sum()
 
 
 def _norms(grads: list[Tensor]) -> tuple[float, float]:

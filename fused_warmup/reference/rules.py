@@ -127,6 +127,40 @@ def common_scalars(h: Hyper, effective_lr: float, weight_decay: float, clip_coef
     return s
 
 
+def clip_coefficient(grad_norm: float, max_grad_norm: float) -> float:
+    """Return the factor that gradients are multiplied by so that their norm is at most ``max_grad_norm``.
+
+    A NaN norm gives NaN, as in ``torch.nn.utils.clip_grad_norm_``.
+    """
+    ratio = max_grad_norm / (grad_norm + 1e-6)
+    return 1.0 if ratio >= 1.0 else ratio
+
+
+def start_exp_avg_sq(
+    h: Hyper, step: int, initialized: bool, grad_norm: float, init_norm_sq: float, s: Scalars
+) -> None:
+    """Set the second moment before the first update of a parameter.
+
+    Either ``init_scale * g**2``, or a random state scaled so that its sum is ``init_scale`` times the squared
+    norm of all clipped gradients.
+
+    Args:
+        h: Hyper-parameters.
+        step: Number of the update, from 1.
+        initialized: Whether the state has been set before.
+        grad_norm: L2 norm of all gradients after clipping.
+        init_norm_sq: Sum of the random state over all parameters.
+        s: Scalars to change.
+
+    Source: Kalra & Barkeshli 2024, arXiv:2406.09405.
+    """
+    first = step == 1 and not initialized
+    if first and h.init == "grad":
+        s.exp_avg_sq_from_grad = h.init_scale
+    if first and h.init == "random":
+        s.exp_avg_sq_scale = h.init_scale * grad_norm * grad_norm / init_norm_sq
+
+
 class Rule(Protocol):
     """An update rule: scalars once per step, update per element."""
 
@@ -540,6 +574,28 @@ class SGDP(Projection):
         if len(state) == 1:
             momentum_buffer = state[0]
         return grad + s.momentum * momentum_buffer if s.nesterov > 0.0 else momentum_buffer
+
+
+NO_VIEW, CHANNEL_VIEW, LAYER_VIEW = range(3)
+
+
+def projection_view(projects: bool, channels_invariant: bool, layer_invariant: bool) -> int:
+    """Return the view that an update is projected in.
+
+    Every channel on its own if all of them are scale-invariant, else the whole layer if that is, else nothing.
+    ``channels_invariant`` may be False for a layer of one channel.
+    """
+    view = LAYER_VIEW if layer_invariant else NO_VIEW
+    view = CHANNEL_VIEW if channels_invariant else view
+    return view if projects else NO_VIEW
+
+
+def coef_in_view(
+    rule: type[LayerRule], view: int, h: Hyper, channel: Sequence[float], layer: Sequence[float]
+) -> float:
+    """Return the projection coefficient of one channel, from the sums over it or over its layer."""
+    coef = rule.projection_coef(h, layer) if view == LAYER_VIEW else 0.0
+    return rule.projection_coef(h, channel) if view == CHANNEL_VIEW else coef
 
 
 def sphere_rate(lr: float, norm: float, exponent: int) -> float:

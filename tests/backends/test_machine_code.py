@@ -25,7 +25,7 @@ LIMITS = {"measure": 65536 // 1280, "decide": 65536 // 512, "update": 65536 // 6
 LIMITS |= dict.fromkeys(("rescale", "rescale of doubles"), 65536 // 640)
 VECTOR_PARTS = ("Perturb", "Finish", "Combine")
 LIMITS |= dict.fromkeys((*VECTOR_PARTS, "preconditioner"), 65536 // 512) | {"Finish": 65536 // 384}
-LIMITS |= dict.fromkeys(("propose", "propose of doubles", "settle"), 65536 // 512)
+LIMITS |= dict.fromkeys(("stage1", "stage1 of doubles", "reduce_layers"), 65536 // 512)
 
 
 def find_tool(name):
@@ -61,11 +61,10 @@ def kernel_of(symbol):
     """The stage and the rule that a mangled name stands for; the operation on vectors."""
     if match := re.search(rf"vector_kernel.*({'|'.join(VECTOR_PARTS)})", symbol):
         return match.group(1), None
-    stage = re.search(r"(measure|decide|propose|settle|update|rescale|preconditioner)_kernel", symbol).group(
-        1
-    )
+    stages = "measure|decide|stage1|reduce_layers|update|rescale|preconditioner"
+    stage = re.search(rf"({stages})_kernel", symbol).group(1)
     rule = re.search(rf"\d({'|'.join(RULES)})(?=E)", symbol)
-    doubles = stage in ("propose", "update", "rescale") and "Lb1E" in symbol
+    doubles = stage in ("stage1", "update", "rescale") and "Lb1E" in symbol
     return f"{stage} of doubles" if doubles else stage, rule and rule.group(1)
 
 
@@ -103,7 +102,7 @@ def test_every_device_has_every_kernel(resources):
             counts[kernel_of(symbol)] += 1
         variants = {"decide": 2, "update": 1, "update of doubles": 1}
         wanted = {(stage, rule): n for stage, n in variants.items() for rule in RULES}
-        wanted |= {(s, rule): 1 for s in ("propose", "propose of doubles", "settle") for rule in LAYER_RULES}
+        wanted |= {(s, rule): 1 for s in ("stage1", "stage1 of doubles", "reduce_layers") for rule in LAYER_RULES}
         rescales = dict.fromkeys([("rescale", None), ("rescale of doubles", None)], len(RULES))
         # vectors of float32 and of float64
         vectors = {(part, None): 2 for part in VECTOR_PARTS}
@@ -132,7 +131,7 @@ def test_no_local_memory(code):
 def test_memory_is_known_to_be_global(code):
     """A load from anywhere must first find out where it is."""
     for symbol, body in code.items():
-        if kernel_of(symbol)[0] not in ("decide", "settle"):
+        if kernel_of(symbol)[0] not in ("decide", "reduce_layers"):
             assert not [op for op in body if re.match(r"(LD|ST)\.", op)], symbol
 
 
@@ -155,7 +154,7 @@ def test_vectors_of_16_bytes(code):
             # of each type of parameters: values, vector and scale; the gradients and basis; or the basis
             assert loads >= (3 * 3 if stage != "Combine" else 3 * 5), (symbol, loads)
             assert stores >= 3, (symbol, stores)
-        elif stage.startswith("propose"):
+        elif stage.startswith("stage1"):
             # parameter, gradient and states in, states out, of four kinds and of two beside float32 gradients
             assert loads >= sum((1 + 1 + n) + 2 * (1 + 1 + 2 * n) + 2 * (1 + 2 + 2 * n) for n in states[rule])
             assert stores >= sum(n + 4 * 2 * n for n in states[rule])

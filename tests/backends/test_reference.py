@@ -57,7 +57,7 @@ def test_radam_golden_table():
             float(row["sqrt_1_minus_beta2_pow_t"]), rel=1e-12
         )
         if rho > 5.0:
-            h = fw.table.Hyper(lr=1.0, beta1=0.9, beta2=beta2, rho_threshold=5.0)
+            h = rules.Hyper(lr=1.0, beta1=0.9, beta2=beta2, rho_threshold=5.0)
             s = rules.common_scalars(h, 1.0, 0.0, 1.0)
             rules.RAdam.scalars(h, 1.0, t, s)
             assert s.step_size == pytest.approx(float(row["adaptive_step_factor_beta1_0.9"]), rel=1e-11)

@@ -22,12 +22,10 @@ from triton.backends.nvidia.compiler import get_ptxas  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 
 from fused_warmup.backends.triton import launch, layerwise, preconditioner, vectors  # noqa: E402
-from fused_warmup.backends.triton.step import (  # noqa: E402
-    decide_kernel,
-    measure_kernel,
-    rescale_kernel,
-    update_kernel,
-)
+from fused_warmup.backends.triton.decide import decide_kernel  # noqa: E402
+from fused_warmup.backends.triton.measure import measure_kernel  # noqa: E402
+from fused_warmup.backends.triton.sphere import rescale_kernel  # noqa: E402
+from fused_warmup.backends.triton.step import update_kernel  # noqa: E402
 
 F32, F64, BF16, F16 = (DTYPES[d] for d in (torch.float32, torch.float64, torch.bfloat16, torch.float16))
 SIZES = {F32: 4, F64: 8, BF16: 2, F16: 2}

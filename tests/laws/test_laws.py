@@ -17,7 +17,7 @@ PACKAGE = ROOT / "fused_warmup"
 CSRC = ROOT / "csrc"
 TRITON = PACKAGE / "backends" / "triton"
 PYTHON = sorted(PACKAGE.rglob("*.py"))
-CPP = sorted(path for path in CSRC.rglob("*") if path.suffix in (".h", ".cpp", ".cu"))
+CPP = sorted(path for path in CSRC.rglob("*") if path.suffix in (".h", ".cpp", ".cu", ".cuh"))
 
 
 def relative(paths, pattern, root):
@@ -32,11 +32,17 @@ def test_update_mathematics_stands_in_rules_only():
     # platform.h has the cosine that each machine does best
     assert relative(CPP, r"\b(cos|cospi|pow)\(", CSRC) == ["platform.h", "schedules.h"]
     assert relative(PYTHON, r"math\.(cos|pow)\(", PACKAGE) == ["reference/schedules.py"]
-    assert relative(PYTHON, r"tl\.cos\(|power\(", PACKAGE) == ["backends/triton/schedules.py"]
+    assert relative(PYTHON, r"tl\.cos\(|\bpower\(", PACKAGE) == ["backends/triton/schedules.py"]
     # the norms are the only roots outside the rules and schedules; vectors.py has products of its own
     words = r"tl\.(fma|exp|log|sqrt_rn|div_rn)\("
     names = [f"backends/triton/{name}.py" for name in ("rules", "schedules", "vectors")]
     assert relative(PYTHON, words, PACKAGE) == names
+    # the clip formula, the start of a second moment and the choice of a view
+    words = r"norm \+ 1e-6|init_scale \* |(?i:projection_coef)\(h, "
+    backends = sorted((PACKAGE / "backends").rglob("*.py"))
+    assert relative(backends, words, PACKAGE) == ["backends/triton/rules.py"]
+    assert relative([Path(rules.__file__)], words, PACKAGE) == ["reference/rules.py"]
+    assert relative(CPP, words, CSRC) == ["rules.h"]
 
 
 def test_rules_and_schedules_have_the_same_names_in_the_same_order():

@@ -16,10 +16,13 @@ from ...plan.plan import Plan
 from ...plan.structs import DTYPES
 from ...plan.vector_tables import OPERATIONS, PreconditionerTable, VectorTable
 from ...reference import rules as reference
+from .decide import decide_kernel
 from .layerwise import reduce_layers_kernel, stage1_kernel, stage2_kernel
+from .measure import measure_kernel
 from .preconditioner import preconditioner_kernel
 from .rules import LAYER_RULES, RULES
-from .step import decide_kernel, measure_kernel, rescale_kernel, update_kernel
+from .sphere import rescale_kernel
+from .step import update_kernel
 from .vectors import vector_kernel
 
 # elements that a program takes at a time: eight a thread, 16 bytes of bfloat16 and twice that of float32
@@ -53,7 +56,7 @@ def decide_constants(rule: str, *, spheres: bool = False) -> dict[str, Any]:
     made = RULES.get(rule) or LAYER_RULES[rule]
     return {
         "SCALARS": made.scalars,
-        "SPHERE_EXPONENT": made.lr_norm_power,
+        "LR_NORM_POWER": made.lr_norm_power,
         "SPHERES": spheres,
         "LANES": LANES,
         # the only program: it may have all registers
@@ -114,7 +117,7 @@ def reduce_layers_constants(rule: str, *, accumulate: bool) -> dict[str, Any]:
     """Return constants and options of ``reduce_layers_kernel``, see ``update_constants``."""
     made, truth = LAYER_RULES[rule], reference.LAYER_RULES[rule]
     return {
-        "INVARIANT": made.scale_invariant,
+        "SCALE_INVARIANT": made.scale_invariant,
         "PROJECTION_COEF": made.projection_coef,
         "LAYER_SCALARS": made.layer_scalars,
         "N_SUMS": truth.n_sums,
@@ -132,7 +135,7 @@ def stage2_constants(rule: str, kinds: Kinds, *, average: bool, spheres: bool = 
     return {
         "DIRECTION": made.direction,
         "APPLY": made.apply,
-        "LOOKS_BACK": made.needs_grad,
+        "NEEDS_GRAD": made.needs_grad,
         "PROJECTS": reference.LAYER_RULES[rule].projects,
         "KINDS": kinds,
         "AVERAGE": average,
@@ -170,7 +173,7 @@ def _registers(kinds: Kinds, accumulate: bool) -> int:
 
 
 def vector_constants(operation: str, dtypes: tuple[int, ...], doubles: bool) -> dict[str, Any]:
-    """Return constants and options of ``vector_kernel`` for ``VectorTable.dtypes`` and ``VectorTable.doubles``."""
+    """Return constants and options of ``vector_kernel``, see ``VectorTable``."""
     # 16 bytes of the narrowest parameter for each thread
     narrow = any(code in (DTYPES[torch.bfloat16], DTYPES[torch.float16]) for code in dtypes)
     return {
@@ -186,7 +189,7 @@ def vector_constants(operation: str, dtypes: tuple[int, ...], doubles: bool) -> 
 
 
 def preconditioner_constants(rule: str, kinds: Kinds, doubles: bool) -> dict[str, Any]:
-    """Return constants and options of ``preconditioner_kernel``, see ``Plan.kinds`` and ``PreconditionerTable``."""
+    """Return constants and options of ``preconditioner_kernel``, see ``PreconditionerTable``."""
     return {
         "SCALARS": RULES[rule].scalars,
         "UPDATE": RULES[rule].update,

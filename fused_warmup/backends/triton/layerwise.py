@@ -1,7 +1,7 @@
-"""The stages of rules that need sums over layers, as Triton kernels: propose, settle, apply.
+"""The stages of a rule that needs sums over layers: stage1, reduce and stage2.
 
-A channel is cut into pieces, whose sums are taken in tiles of some pieces by some columns, and added up in
-order. No mathematics here: the rules have it, and ``csrc/reduce.h`` says what a piece is.
+A channel is cut into pieces, see ``csrc/reduce.h``, whose sums are taken in tiles of several pieces by
+several columns and then added in order. No mathematics here: the rules have it.
 """
 
 from __future__ import annotations
@@ -9,9 +9,9 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from ...plan.chunks import PIECE as _PIECE
+from .decide import average_weight_of, record_norms
+from .measure import measure_chunk
 from .memory import (
-    VECTOR,
     Chunk,
     Hyper,
     Row,
@@ -19,84 +19,35 @@ from .memory import (
     Step,
     StepDecision,
     arithmetic,
+    arrives_last,
+    field,
+    grad_of,
     item_size,
     load_struct,
     load_tile,
     narrow,
+    scalars_of,
     state_dtype,
     store_struct,
     store_tile,
     widen,
 )
-from .rules import average_update
-from .step import (
-    arrives_last,
-    average_weight_of,
+from .reduce import (
+    PIECE,
+    add_products,
+    add_sums,
+    channel_part,
+    channel_sums,
     combine_all,
-    finish_spheres,
-    grad_of,
-    is_on_sphere,
-    keep_squares,
-    measure_chunk,
-    record_norms,
-    scalars_of,
+    count_pieces,
+    first_piece,
+    is_aligned,
+    load_sums,
+    tile_places,
+    zero_sums,
 )
-
-PIECE = tl.constexpr(_PIECE)
-# elements that fill a vector of any kind
-GRAIN = tl.constexpr(8)
-
-
-@triton.jit
-def first_piece(row, chunk):
-    """Number of the first piece of a chunk."""
-    each = tl.cdiv(row.channel_size, PIECE)
-    channel = chunk.offset // row.channel_size
-    return row.first_piece + channel * each + (chunk.offset - channel * row.channel_size) // PIECE
-
-
-@triton.jit
-def channel_part(row, chunk):
-    """Elements of a channel that are in one chunk."""
-    return tl.minimum(row.channel_size, chunk.count.to(tl.int64)).to(tl.int32)
-
-
-@triton.jit
-def count_pieces(chunk, part):
-    """Number of the pieces of a chunk that has parts of channels of one length."""
-    return chunk.count // part * tl.cdiv(part, PIECE)
-
-
-@triton.jit
-def tile_places(i, column, part, count, COLUMNS: tl.constexpr, ALIGNED: tl.constexpr):
-    """Where elements of some pieces stand in their chunk, and which of them there are."""
-    of_channel = tl.cdiv(part, PIECE)
-    channel = i // of_channel
-    skipped = (i - channel * of_channel) * PIECE
-    begin = channel * part + skipped
-    length = tl.where(i < count, tl.minimum(part - skipped, PIECE), 0)
-    if ALIGNED:
-        begin = tl.multiple_of(begin, GRAIN)
-        length = tl.multiple_of(length, GRAIN)
-    columns = column + tl.arange(0, COLUMNS)
-    return begin[:, None] + columns[None, :], columns[None, :] < length[:, None]
-
-
-@triton.jit
-def is_aligned(addresses, chunk, part):
-    """Whether all pieces of a chunk may be read in vectors."""
-    return (addresses % VECTOR == 0) & (chunk.offset % GRAIN == 0) & (part % GRAIN == 0)
-
-
-@triton.jit
-def add_products(sums, products, mask):
-    """Add to each sum what a tile has; four neighbours are in one thread."""
-    added = ()
-    for k in tl.static_range(len(sums)):
-        x = tl.where(mask, products[k], 0.0)
-        fours = tl.reshape(x, (x.shape[0], x.shape[1] // 4, 4))
-        added = added + (sums[k] + tl.sum(fours, axis=2),)
-    return added
+from .rules import CHANNEL_VIEW, NO_VIEW, average_update, coef_in_view, projection_view
+from .sphere import finish_spheres, is_on_sphere, store_sum_sq
 
 
 @triton.jit
@@ -198,60 +149,26 @@ def stage1_kernel(
 
 
 @triton.jit
-def load_sums(step, piece, known, N_SUMS: tl.constexpr):
-    """The sums of some pieces; zeros where none is known."""
-    sums = ()
-    for k in tl.static_range(N_SUMS):
-        at = (step.sums + (piece * N_SUMS + k) * 8).to(tl.pointer_type(tl.float64))
-        sums = sums + (tl.load(at, known, 0.0),)
-    return sums
-
-
-@triton.jit
-def add_sums(a, b):
-    """Sums of two parts."""
-    added = ()
-    for k in tl.static_range(len(a)):
-        added = added + (a[k] + b[k],)
-    return added
-
-
-@triton.jit
-def no_layer(LANES: tl.constexpr, N_SUMS: tl.constexpr):
-    """Sums of nothing."""
-    sums = ()
-    for _ in tl.static_range(N_SUMS):
-        sums = sums + (tl.zeros((LANES,), tl.float64),)
-    return sums
-
-
-@triton.jit
-def channel_sums(step, row, channel, known, each, LANES: tl.constexpr, N_SUMS: tl.constexpr):
-    """The sums over some channels of ``each`` pieces."""
-    sums = no_layer(LANES, N_SUMS)
-    for j in range(0, each):
-        sums = add_sums(sums, load_sums(step, row.first_piece + channel * each + j, known, N_SUMS))
-    return sums
-
-
-@triton.jit
 def reduce_layer(
     step,
     i,
     row,
-    INVARIANT: tl.constexpr,
+    SCALE_INVARIANT: tl.constexpr,
     PROJECTION_COEF: tl.constexpr,
     LAYER_SCALARS: tl.constexpr,
     N_SUMS: tl.constexpr,
     PROJECTS: tl.constexpr,
     LANES: tl.constexpr,
 ):
-    """What the sums over a row and its channels say; of a single channel, both say the same."""
+    """Turn the sums of one tensor into its scalars and projection coefficients.
+
+    A single channel is not tested on its own, because its sums are those of the layer.
+    """
     lanes = tl.arange(0, LANES)
     h = load_struct(step.hypers, row.group, Hyper)
     each = tl.cdiv(row.channel_size, PIECE)
     channels = row.numel // row.channel_size
-    parts = no_layer(LANES, N_SUMS)
+    parts = zero_sums(LANES, N_SUMS)
     failed = tl.zeros((LANES,), tl.int32)
     if channels == 1:
         for start in range(0, each, LANES):
@@ -261,30 +178,30 @@ def reduce_layer(
         for start in range(0, channels, LANES):
             channel = start + lanes
             sums = channel_sums(step, row, channel, channel < channels, each, LANES, N_SUMS)
-            along = (channel < channels) & (INVARIANT(h, sums, row.channel_size) == 0)
-            failed = tl.where(along, 1, failed)
+            radial = (channel < channels) & (SCALE_INVARIANT(h, sums, row.channel_size) == 0)
+            failed = tl.where(radial, 1, failed)
             parts = add_sums(parts, sums)
     layer = ()
     for k in tl.static_range(N_SUMS):
         layer = layer + (tl.sum(parts[k]),)
-    projects = PROJECTS & (row.projects != 0)
-    by_channel = projects & (channels > 1) & (tl.sum(failed) == 0)
-    by_layer = projects & (by_channel == 0) & INVARIANT(h, layer, row.numel)
+    view = projection_view(
+        PROJECTS & (row.projects != 0),
+        (channels > 1) & (tl.sum(failed) == 0),
+        SCALE_INVARIANT(h, layer, row.numel),
+    )
     s = load_struct(step.scalars, i, Scalars)
     # other threads may still read what one of them is about to write
     tl.debug_barrier()
-    store_struct(step.scalars, i, LAYER_SCALARS(h, layer, by_channel | by_layer, s), Scalars)
+    store_struct(step.scalars, i, LAYER_SCALARS(h, layer, view != NO_VIEW, s), Scalars)
     if PROJECTS:
         for start in range(0, channels * each, LANES):
             piece = start + lanes
             known = piece < channels * each
-            looked_at = tl.where(by_channel, each, 0)
-            sums = no_layer(LANES, N_SUMS)
-            for j in range(0, looked_at):
+            sums = zero_sums(LANES, N_SUMS)
+            for j in range(0, tl.where(view == CHANNEL_VIEW, each, 0)):
                 place = row.first_piece + piece // each * each + j
                 sums = add_sums(sums, load_sums(step, place, known, N_SUMS))
-            projection_coef = tl.where(by_layer, PROJECTION_COEF(h, layer), 0.0)
-            projection_coef = tl.where(by_channel, PROJECTION_COEF(h, sums), projection_coef)
+            projection_coef = coef_in_view(view, h, sums, layer, PROJECTION_COEF)
             out = (step.projection_coefs + (row.first_piece + piece) * 8).to(tl.pointer_type(tl.float64))
             tl.store(out, projection_coef, known)
 
@@ -292,7 +209,7 @@ def reduce_layer(
 @triton.jit
 def reduce_layers_kernel(
     step,
-    INVARIANT: tl.constexpr,
+    SCALE_INVARIANT: tl.constexpr,
     PROJECTION_COEF: tl.constexpr,
     LAYER_SCALARS: tl.constexpr,
     N_SUMS: tl.constexpr,
@@ -307,14 +224,16 @@ def reduce_layers_kernel(
         for i in range(tl.program_id(0), step.n_rows, tl.num_programs(0)):
             row = load_struct(step.rows, i, Row)
             if (tl.load(grad_of(step, i)) != 0) & (row.numel > 0):
-                reduce_layer(step, i, row, INVARIANT, PROJECTION_COEF, LAYER_SCALARS, N_SUMS, PROJECTS, LANES)
+                reduce_layer(
+                    step, i, row, SCALE_INVARIANT, PROJECTION_COEF, LAYER_SCALARS, N_SUMS, PROJECTS, LANES
+                )
         if ACCUMULATE:
             if tl.program_id(0) == 0:
                 record_norms(step, decision, combine_all(step.partials, step.n_chunks, LANES))
 
 
 @triton.jit
-def apply_tiles(
+def stage2_tiles(
     step,
     row,
     grad,
@@ -335,7 +254,7 @@ def apply_tiles(
     COLUMNS: tl.constexpr,
     ALIGNED: tl.constexpr,
 ):
-    """Find the update of a chunk again, move and average the parameter; returns the squares of what it is."""
+    """Find the update of a chunk again, move and average the parameter; returns the sum_sq of what it is."""
     C: tl.constexpr = arithmetic(DTYPE)
     STATE_DTYPE: tl.constexpr = state_dtype(DTYPE)
     states = (row.state0, row.state1, row.state2)
@@ -344,7 +263,7 @@ def apply_tiles(
     part = channel_part(row, chunk)
     count = count_pieces(chunk, part)
     first = first_piece(row, chunk)
-    squares = (tl.zeros((PIECES, COLUMNS // 4), tl.float64),)
+    sum_sq = (tl.zeros((PIECES, COLUMNS // 4), tl.float64),)
     for start in range(0, count, PIECES):
         i = start + tl.arange(0, PIECES)
         projection_coef = tl.zeros((PIECES,), tl.float64)
@@ -371,14 +290,14 @@ def apply_tiles(
             if SPHERES:
                 if on_sphere:
                     x = param.to(tl.float64)
-                    squares = add_products(squares, (x * x,), mask)
+                    sum_sq = add_products(sum_sq, (x * x,), mask)
             if AVERAGE:
                 if weight > 0.0:
                     at = row.average + chunk.offset * item_size(STATE_DTYPE)
                     average = load_tile(at, places, mask, STATE_DTYPE, C, ALIGNED)
                     average = average_update(average, param, weight)
                     store_tile(at, places, mask, average, STATE_DTYPE, ALIGNED)
-    return tl.sum(squares[0])
+    return tl.sum(sum_sq[0])
 
 
 @triton.jit
@@ -386,7 +305,7 @@ def stage2_kernel(
     step,
     DIRECTION: tl.constexpr,
     APPLY: tl.constexpr,
-    LOOKS_BACK: tl.constexpr,
+    NEEDS_GRAD: tl.constexpr,
     PROJECTS: tl.constexpr,
     KINDS: tl.constexpr,
     AVERAGE: tl.constexpr,
@@ -406,11 +325,11 @@ def stage2_kernel(
             row = load_struct(step.rows, chunk.row, Row)
             grad = tl.load(grad_of(step, chunk.row))
             s = load_struct(step.scalars, chunk.row, Scalars)
-            needs_grad = LOOKS_BACK(load_struct(step.hypers, row.group, Hyper), row.n_states)
+            needs_grad = NEEDS_GRAD(load_struct(step.hypers, row.group, Hyper), row.n_states)
             addresses = row.param | grad | row.state0 | row.state1 | row.average
             aligned = is_aligned(addresses, chunk, channel_part(row, chunk))
             weight = average_weight_of(row)
-            squares = tl.full((), 0.0, tl.float64)
+            sum_sq = tl.full((), 0.0, tl.float64)
             wanted = grad != 0
             on_sphere = False
             if SPHERES:
@@ -424,20 +343,20 @@ def stage2_kernel(
                 kind = (row.dtype == KINDS[k][0]) & (row.grad_dtype == KINDS[k][1])
                 if wanted & kind & (row.n_states == KINDS[k][2]):
                     if aligned:
-                        squares = apply_tiles(
+                        sum_sq = stage2_tiles(
                             step, row, grad, chunk, s, weight, on_sphere, needs_grad,
                             DIRECTION, APPLY, PROJECTS, KINDS[k][0], KINDS[k][1], KINDS[k][2],
                             AVERAGE, SPHERES, PIECES, COLUMNS, True,
                         )  # fmt: skip
                     else:
-                        squares = apply_tiles(
+                        sum_sq = stage2_tiles(
                             step, row, grad, chunk, s, weight, on_sphere, needs_grad,
                             DIRECTION, APPLY, PROJECTS, KINDS[k][0], KINDS[k][1], KINDS[k][2],
                             AVERAGE, SPHERES, ODD_PIECES, ODD_COLUMNS, False,
                         )  # fmt: skip
             if SPHERES:
                 if on_sphere:
-                    keep_squares(step, step.n_chunks - 1 - n, squares)
+                    store_sum_sq(step, step.n_chunks - 1 - n, sum_sq)
         if SPHERES:
-            if arrives_last(step):
+            if arrives_last(field(step.decision, 0, StepDecision, "finished_blocks")):
                 finish_spheres(step, LANES)

@@ -204,3 +204,26 @@ def narrow(x, DTYPE: tl.constexpr):
         return tl.where(x == x, rounded, 0x7FC0).to(tl.uint16)
     else:
         return x.to(storage(DTYPE))
+
+
+@triton.jit
+def grad_of(step, row):
+    """Addresses of gradients."""
+    return (step.grads + row * 8).to(tl.pointer_type(tl.int64))
+
+
+@triton.jit
+def scalars_of(s, C: tl.constexpr):
+    """The scalars of one row, rounded once to the type of the arithmetic."""
+    rounded = ()
+    for i in tl.static_range(len(s)):
+        rounded = rounded + (s[i].to(C),)
+    return Scalars(*rounded)
+
+
+@triton.jit
+def arrives_last(finished):
+    """Whether this program is the last to arrive, which sees what all threads of all of them wrote."""
+    tl.debug_barrier()
+    arrived = tl.atomic_add(finished, 1)
+    return arrived == tl.num_programs(0) - 1

@@ -1,10 +1,11 @@
-"""The pre-conditioner of the step about to be made, one launch: the statements of ``csrc/preconditioner.h``."""
+"""The preconditioner of the next step, one launch: the statements of ``csrc/preconditioner.h``."""
 
 from __future__ import annotations
 
 import triton
 import triton.language as tl
 
+from .decide import decide, scalars_of_rows, set_rates, updates_of
 from .memory import (
     VECTOR,
     Chunk,
@@ -17,14 +18,15 @@ from .memory import (
     Scalars,
     Step,
     arithmetic,
+    grad_of,
     item_size,
     load_block,
     load_struct,
+    scalars_of,
     state_dtype,
     store_block,
 )
 from .rules import inverse_preconditioner, root
-from .step import decide, grad_of, scalars_of, scalars_of_rows, set_rates, updates_of
 
 
 @triton.jit

@@ -16,7 +16,15 @@ from typing import Any
 import triton
 import triton.language as tl
 
+from ...plan.structs import INIT_KINDS
+from ...reference import rules as reference
 from .memory import Scalars
+
+INIT_GRAD = tl.constexpr(INIT_KINDS["grad"])
+INIT_RANDOM = tl.constexpr(INIT_KINDS["random"])
+NO_VIEW = tl.constexpr(reference.NO_VIEW)
+CHANNEL_VIEW = tl.constexpr(reference.CHANNEL_VIEW)
+LAYER_VIEW = tl.constexpr(reference.LAYER_VIEW)
 
 
 @triton.jit
@@ -94,6 +102,29 @@ def common_scalars(h, rates, clip_coef):
         eps=h.eps,
         rect=1.0,
         exp_avg_sq_scale=1.0,
+    )
+
+
+@triton.jit
+def clip_coefficient(grad_norm, max_grad_norm):
+    """The factor that gradients are multiplied by so that their norm is at most ``max_grad_norm``.
+
+    A NaN norm gives NaN, as in ``torch.nn.utils.clip_grad_norm_``.
+    """
+    ratio = max_grad_norm / (grad_norm + 1e-6)
+    return tl.where(ratio >= 1.0, 1.0, ratio)
+
+
+@triton.jit
+def start_exp_avg_sq(h, step, initialized, grad_norm, init_norm_sq, s):
+    """Set the second moment before the first update of a row, see ``reference/rules.py``."""
+    first = (step == 1) & (initialized == 0)
+    return Scalars(
+        s,
+        exp_avg_sq_from_grad=tl.where(first & (h.init == INIT_GRAD), h.init_scale, 0.0),
+        exp_avg_sq_scale=tl.where(
+            first & (h.init == INIT_RANDOM), h.init_scale * grad_norm * grad_norm / init_norm_sq, 1.0
+        ),
     )
 
 
@@ -445,6 +476,21 @@ class SGDP(Projection):
         if len(state) == 1:
             momentum_buffer = state[0]
         return tl.where(s.nesterov > 0.0, tl.fma(s.momentum, momentum_buffer, grad), momentum_buffer)
+
+
+@triton.jit
+def projection_view(projects, channels_invariant, layer_invariant):
+    """The view that an update is projected in, see ``reference/rules.py``."""
+    view = tl.where(layer_invariant, LAYER_VIEW, NO_VIEW)
+    view = tl.where(channels_invariant, CHANNEL_VIEW, view)
+    return tl.where(projects, view, NO_VIEW)
+
+
+@triton.jit
+def coef_in_view(view, h, channel, layer, PROJECTION_COEF: tl.constexpr):
+    """The projection coefficients of channels, from the sums over them or over their layer."""
+    coef = tl.where(view == LAYER_VIEW, PROJECTION_COEF(h, layer), 0.0)
+    return tl.where(view == CHANNEL_VIEW, PROJECTION_COEF(h, channel), coef)
 
 
 @triton.jit

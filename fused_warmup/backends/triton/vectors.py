@@ -13,6 +13,7 @@ from .memory import (
     TensorSlice,
     VectorOp,
     arithmetic,
+    arrives_last,
     item_size,
     load_block,
     load_struct,
@@ -20,6 +21,7 @@ from .memory import (
     store_block,
     widen,
 )
+from .reduce import sum_fours
 
 PERTURB = tl.constexpr(OPERATIONS.index("perturb"))
 FINISH = tl.constexpr(OPERATIONS.index("finish"))
@@ -60,15 +62,9 @@ def moved(value, size, scale, v, DTYPE: tl.constexpr, C: tl.constexpr):
 
 
 @triton.jit
-def in_fours(x):
-    """Sums of four neighbours: they are in one thread, which therefore need not wait for others."""
-    return tl.sum(tl.reshape(x, (x.shape[0] // 4, 4)), axis=1)
-
-
-@triton.jit
 def product_sum(sums, a, b):
     """Add the products of two blocks, in double precision."""
-    return sums + in_fours(a.to(tl.float64) * b.to(tl.float64))
+    return sums + sum_fours(a.to(tl.float64) * b.to(tl.float64))
 
 
 @triton.jit
@@ -259,9 +255,7 @@ def vector_kernel(
                 )
                 keep_sums(line, sums, done, call.n_basis)
     if OPERATION != PERTURB:
-        tl.debug_barrier()
-        finished = tl.atomic_add(call.finished.to(tl.pointer_type(tl.int32)), 1)
-        if finished == tl.num_programs(0) - 1:
+        if arrives_last(call.finished.to(tl.pointer_type(tl.int32))):
             for k in range(0, width):
                 tl.store(
                     (call.sums + k * 8).to(tl.pointer_type(tl.float64)), sum_chunks(call, k, width, LANES)

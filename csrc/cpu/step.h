@@ -1,4 +1,4 @@
-// The CPU backend as the bindings see it: one entry per rule, compiled once per instruction set.
+// What the bindings call: one function per rule, compiled once per instruction set.
 // SPDX-License-Identifier: Apache-2.0
 #pragma once
 #include "../table.h"
@@ -16,13 +16,13 @@ struct Kernels {
 // one of the operations of vectors.h
 using VectorFunction = void (*)(const VectorOp&, int operation, int threads);
 
-using ResponseFunction = void (*)(const Step&, const PreconditionerOp&, int threads);
+using PreconditionerFunction = void (*)(const Step&, const PreconditionerOp&, int threads);
 
-// responses in the order of FW_PRECONDITIONED
+// preconditioners in the order of FW_PRECONDITIONED
 #define FW_DECLARE(isa)                      \
   extern const Kernels kernels_##isa;        \
   extern const VectorFunction vectors_##isa; \
-  extern const ResponseFunction* const responses_##isa;
+  extern const PreconditionerFunction* const preconditioners_##isa;
 FW_DECLARE(baseline)
 #if defined(FW_X86_64)
 FW_DECLARE(avx2)

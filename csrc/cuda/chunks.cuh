@@ -1,0 +1,100 @@
+// Shared by the kernels of a step: launch bounds, gradient pointers in kernel arguments, the pointers to the
+// data of one chunk, and the dispatch on its types.
+// SPDX-License-Identifier: Apache-2.0
+#pragma once
+#include "../table.h"
+#include "device.h"
+#include "launch.h"
+
+namespace fw {
+namespace {
+
+// Five blocks of 128 threads leave each thread 96 registers, enough for eight 16-bit elements with two
+// states. Each of the 640 threads has at least 64 bytes in flight, which saturates the memory, and a small
+// tensor occupies only a fifth of a multiprocessor.
+constexpr int kBlocksPerProcessor = 5;
+// float64 needs more registers for as many bytes
+constexpr int kBlocksPerProcessorOfDoubles = 4;
+// sums in double beside the states need more registers too
+constexpr int kBlocksPerProcessorOfSums = 4;
+// the decide stage is one block, whose arithmetic is in double and takes up to 80 registers
+constexpr int kDecideThreads = 512;
+
+// gradient pointers passed by value to the first kernel of a step; count is 0 when the column has them
+// already
+template <int kSize>
+struct GradPointers {
+  int64_t count;
+  uint64_t grads[kSize];
+};
+constexpr int kFewPointers = 480;
+// launches with more than 4 KiB of arguments cost more; 32,764 bytes is CUDA's limit
+static_assert(sizeof(Step) + sizeof(GradPointers<kFewPointers>) <= 4096, "small arguments");
+static_assert(sizeof(Step) + sizeof(GradPointers<kMaxInlinePointers>) <= 32764, "arguments of a kernel");
+
+template <int kSize>
+FW_DEVICE uint64_t grad_of(const Step& step, const GradPointers<kSize>& pointers, int64_t row) {
+  return pointers.count ? pointers.grads[row] : at<uint64_t>(step.grads)[row];
+}
+
+// persists the gradient pointers for later kernels; no kernel reads the column while it is written
+template <int kSize>
+FW_DEVICE void save_grad_pointers(const Step& step, const GradPointers<kSize>& pointers) {
+  int64_t first = int64_t(blockIdx.x) * blockDim.x + threadIdx.x;
+  for (int64_t row = first; row < pointers.count; row += int64_t(gridDim.x) * blockDim.x)
+    at<uint64_t>(step.grads)[row] = pointers.grads[row];
+}
+
+template <class T>
+FW_DEVICE T* column(uint64_t address, int64_t offset) {
+  return address ? at<T>(address) + offset : nullptr;
+}
+
+// pointers to the tensors of one row from the start of a chunk on; null for a tensor that the row does not
+// have
+template <class P, class G>
+struct ChunkPointers {
+  using C = typename Arithmetic<P>::type;
+  P* param;
+  const G* grad;
+  C *state0, *state1, *state2, *average;
+  int32_t count;
+  bool aligned;
+
+  FW_DEVICE ChunkPointers(const Row& row, uint64_t grad_address, const Chunk& chunk)
+      : param(column<P>(row.param, chunk.offset)),
+        grad(column<const G>(grad_address, chunk.offset)),
+        state0(column<C>(row.state0, chunk.offset)),
+        state1(column<C>(row.state1, chunk.offset)),
+        state2(column<C>(row.state2, chunk.offset)),
+        average(column<C>(row.average, chunk.offset)),
+        count(chunk.count) {
+    // chunks begin at multiples of 16 bytes of their row, except those of channels of odd lengths
+    uint64_t addresses = row.param | grad_address | row.state0 | row.state1 | row.state2 | row.average;
+    aligned = addresses % kVectorBytes == 0 && chunk.offset % kPack<P> == 0;
+  }
+
+  // whether the pack at i may be accessed as vectors; otherwise its elements are taken singly, up to end(i)
+  FW_DEVICE bool whole(int32_t i) const { return aligned && i + kPack<P> <= count; }
+  FW_DEVICE int32_t end(int32_t i) const { return i + kPack<P> < count ? i + kPack<P> : count; }
+};
+
+// a gradient has the type of its parameter, or is float32
+template <class P, class Visitor>
+FW_DEVICE auto visit_grad(const Visitor& visitor, const Row& row, uint64_t grad_address, const Chunk& chunk) {
+  if (row.grad_dtype == row.dtype) return visitor.template run<P, P>(row, grad_address, chunk);
+  return visitor.template run<P, float>(row, grad_address, chunk);
+}
+
+// calls visitor.run with the types of the parameter and the gradient of a row
+template <bool kDoubles, class Visitor>
+FW_DEVICE auto visit(const Visitor& visitor, const Row& row, uint64_t grad_address, const Chunk& chunk) {
+  if constexpr (kDoubles)
+    if (row.dtype == kFloat64) return visit_grad<double>(visitor, row, grad_address, chunk);
+  if (row.dtype == kBFloat16) return visit_grad<BFloat16>(visitor, row, grad_address, chunk);
+  if (row.dtype == kFloat16) return visit_grad<Float16>(visitor, row, grad_address, chunk);
+  return visitor.template run<float, float>(row, grad_address, chunk);
+}
+
+}  // namespace
+}  // namespace fw

@@ -1,0 +1,242 @@
+// The stages of a rule that needs sums over layers: stage1 updates the moments and sums over pieces of
+// channels, reduce turns the sums of a layer into its scalars and projection coefficients, stage2 updates the
+// parameter. No mathematics here: rules.h and reduce.h have it. SPDX-License-Identifier: Apache-2.0
+#pragma once
+#include "../decide.h"
+#include "chunks.cuh"
+#include "measure.cuh"
+#include "sphere.cuh"
+
+namespace fw {
+namespace {
+
+// Splits the threads of a block into groups, each of which takes one piece of a channel. A group has as many
+// threads as the piece has packs, but at most a warp. All threads of the block make every call of visit, so
+// that they may exchange sums inside it; a group without a piece gets an empty one.
+template <class P, class G>
+struct ThreadGroup {
+  int32_t width, lane, group, groups;
+
+  FW_DEVICE explicit ThreadGroup(const Pieces& pieces) : width(1) {
+    const int32_t most = pieces.channel_size < kPiece ? pieces.channel_size : kPiece;
+    while (width < kWarp && width * kPack<P> < most) width *= 2;
+    lane = threadIdx.x % width;
+    group = threadIdx.x / width;
+    groups = kThreads / width;
+  }
+
+  // calls visit with the number of a piece and the pointers to its data
+  template <class Visit>
+  FW_DEVICE void visit(const Pieces& pieces, const Row& row, uint64_t grad_address, const Chunk& chunk,
+                       const Visit& visit) const {
+#pragma unroll 1
+    for (int32_t first = 0; first < pieces.count; first += groups) {
+      const int32_t i = first + group;
+      const Piece piece = i < pieces.count ? pieces[i] : Piece{0, 0};
+      visit(i, ChunkPointers<P, G>(row, grad_address,
+                                   Chunk{chunk.offset + piece.begin, piece.count, chunk.row}));
+    }
+  }
+
+  // calls pack(i) for the whole pack at element i, and element(i) for each element of an incomplete one
+  template <class Pack, class Element>
+  FW_DEVICE void share(const ChunkPointers<P, G>& s, const Pack& pack, const Element& element) const {
+#pragma unroll 1
+    for (int32_t i = lane * kPack<P>; i < s.count; i += width * kPack<P>) {
+      if (s.whole(i)) {
+        pack(i);
+      } else {
+#pragma unroll 1
+        for (int32_t k = i; k < s.end(i); ++k) element(k);
+      }
+    }
+  }
+};
+
+// updates the moments, and sums over the direction of the update
+template <class Rule, int kStates, int N, class P, class G, class C>
+FW_DEVICE void stage1_pack(const ChunkPointers<P, G>& s, int32_t i, const ScalarsOf<C>& scalars,
+                           double (&sums)[Rule::kSums]) {
+  C state0[N], state1[N];
+  G raw_grad[N];
+  P raw_param[N];
+  load(s.grad + i, raw_grad);
+  load(s.param + i, raw_param);
+  if constexpr (kStates > 0) load(s.state0 + i, state0);
+  if constexpr (kStates > 1) load(s.state1 + i, state1);
+  for (int k = 0; k < N; ++k) {
+    const C param = static_cast<C>(widen(raw_param[k])), grad = static_cast<C>(widen(raw_grad[k]));
+    C state[kMaxStates] = {};
+    if constexpr (kStates > 0) state[0] = state0[k];
+    if constexpr (kStates > 1) state[1] = state1[k];
+    Rule::template update_moments<kStates>(param, grad, state, scalars);
+    const C update = Rule::template direction<kStates>(param, grad, state, scalars);
+    Rule::accumulate(sums, param, grad, update, scalars);
+    if constexpr (kStates > 0) state0[k] = state[0];
+    if constexpr (kStates > 1) state1[k] = state[1];
+  }
+  if constexpr (kStates > 0) store(state0, s.state0 + i);
+  if constexpr (kStates > 1) store(state1, s.state1 + i);
+}
+
+// recomputes the direction from the updated moments, and updates the parameter
+template <class Rule, int kStates, int N, class P, class G, class C>
+FW_DEVICE void stage2_pack(const ChunkPointers<P, G>& s, int32_t i, const ScalarsOf<C>& scalars,
+                           C projection_coef, C weight, bool needs_grad, SumSq& sum_sq) {
+  C state0[N], state1[N];
+  G raw_grad[N] = {};
+  P param[N];
+  if (needs_grad) load(s.grad + i, raw_grad);
+  load(s.param + i, param);
+  if constexpr (kStates > 0) load(s.state0 + i, state0);
+  if constexpr (kStates > 1) load(s.state1 + i, state1);
+  for (int k = 0; k < N; ++k) {
+    C value = static_cast<C>(widen(param[k])), state[kMaxStates] = {};
+    const C grad = static_cast<C>(widen(raw_grad[k]));
+    if constexpr (kStates > 0) state[0] = state0[k];
+    if constexpr (kStates > 1) state[1] = state1[k];
+    Rule::apply(value, Rule::template direction<kStates>(value, grad, state, scalars), projection_coef,
+                scalars);
+    narrow(value, param[k]);
+  }
+  store(param, s.param + i);
+  sum_sq.add(param);
+  if (s.average) average_part<N>(s.average + i, param, weight);
+}
+
+template <class Rule, int kStates, class P, class G>
+FW_DEVICE void stage1_chunk(const Step& step, const Row& row, uint64_t grad_address, const Chunk& chunk) {
+  using C = typename ChunkPointers<P, G>::C;
+  const ScalarsOf<C> scalars(at<Scalars>(step.scalars)[chunk.row]);
+  const Pieces pieces(row, chunk);
+  const ThreadGroup<P, G> threads(pieces);
+  threads.visit(pieces, row, grad_address, chunk, [&](int32_t piece, const ChunkPointers<P, G>& s) {
+    double sums[Rule::kSums] = {};
+    threads.share(
+        s, [&](int32_t i) { stage1_pack<Rule, kStates, kPack<P>>(s, i, scalars, sums); },
+        [&](int32_t i) { stage1_pack<Rule, kStates, 1>(s, i, scalars, sums); });
+    group_sum(sums, threads.width);
+    double* out = at<double>(step.sums) + (pieces.first + piece) * Rule::kSums;
+    for (int k = 0; k < Rule::kSums; ++k)
+      if (threads.lane == 0 && s.count > 0) out[k] = sums[k];
+  });
+}
+
+template <class Rule, int kStates, class P, class G>
+FW_DEVICE void stage2_chunk(const Step& step, const Row& row, uint64_t grad_address, const Chunk& chunk,
+                            SumSq& sum_sq) {
+  using C = typename ChunkPointers<P, G>::C;
+  const ScalarsOf<C> scalars(at<Scalars>(step.scalars)[chunk.row]);
+  const C weight = static_cast<C>(average_weight_of(row));
+  const bool needs_grad = Rule::needs_grad(at<Hyper>(step.hypers)[row.group], row.n_states);
+  const Pieces pieces(row, chunk);
+  const ThreadGroup<P, G> threads(pieces);
+  threads.visit(pieces, row, grad_address, chunk, [&](int32_t piece, ChunkPointers<P, G> s) {
+    if (!(weight > C(0)) || sum_sq.wanted) s.average = nullptr;
+    C projection_coef = C(0);
+    if (Rule::kProjects && s.count > 0)
+      projection_coef = static_cast<C>(at<double>(step.projection_coefs)[pieces.first + piece]);
+    threads.share(
+        s,
+        [&](int32_t i) {
+          stage2_pack<Rule, kStates, kPack<P>>(s, i, scalars, projection_coef, weight, needs_grad, sum_sq);
+        },
+        [&](int32_t i) {
+          stage2_pack<Rule, kStates, 1>(s, i, scalars, projection_coef, weight, needs_grad, sum_sq);
+        });
+  });
+}
+
+template <class Rule, int kStates, class P, class G>
+FW_DEVICE void stage2_states(const Step& step, const Row& row, uint64_t grad_address, const Chunk& chunk,
+                             SumSq& sum_sq) {
+  if constexpr (kStates < Rule::kMaxStates)
+    if (row.n_states > kStates)
+      return stage2_states<Rule, kStates + 1, P, G>(step, row, grad_address, chunk, sum_sq);
+  stage2_chunk<Rule, kStates, P, G>(step, row, grad_address, chunk, sum_sq);
+}
+
+template <class Rule>
+struct Stage1 {
+  const Step& step;
+
+  template <class P, class G>
+  FW_DEVICE NormSum run(const Row& row, uint64_t grad_address, const Chunk& chunk) const {
+    if (!grad_address) return NormSum{};
+    with_states<Rule::kMinStates, P, G>(row, grad_address, chunk);
+    // a second read, from the cache: in the order of the measure stage the norms have the same bits
+    return accumulates(step) ? measure_chunk<P, G>(row, grad_address, chunk) : NormSum{};
+  }
+
+  template <int kStates, class P, class G>
+  FW_DEVICE void with_states(const Row& row, uint64_t grad_address, const Chunk& chunk) const {
+    if constexpr (kStates < Rule::kMaxStates)
+      if (row.n_states > kStates) return with_states<kStates + 1, P, G>(row, grad_address, chunk);
+    stage1_chunk<Rule, kStates, P, G>(step, row, grad_address, chunk);
+  }
+};
+
+template <class Rule, bool kDoubles>
+__global__ void __launch_bounds__(kThreads, kBlocksPerProcessorOfSums)
+    stage1_kernel(const __grid_constant__ Step step) {
+  if (at<StepDecision>(step.decision)->skipped) return;
+  for (int64_t i = blockIdx.x; i < step.n_chunks; i += gridDim.x) {
+    const Chunk chunk = at<Chunk>(step.chunks)[i];
+    const uint64_t grad_address = at<uint64_t>(step.grads)[chunk.row];
+    const NormSum sum =
+        visit<kDoubles>(Stage1<Rule>{step}, at<Row>(step.rows)[chunk.row], grad_address, chunk);
+    if (accumulates(step)) store_chunk_sum(step, i, sum);
+  }
+}
+
+// Turns the sums of one tensor into its scalars and projection coefficients. A single channel is not tested
+// on its own, because its sums are those of the layer.
+template <class Rule>
+FW_DEVICE void reduce_layer(const Step& step, int64_t index) {
+  constexpr int kSums = Rule::kSums;
+  const Row& row = at<Row>(step.rows)[index];
+  const Hyper& h = at<Hyper>(step.hypers)[row.group];
+  const int64_t channels = row.numel / row.channel_size, pieces = channels * pieces_of_channel(row);
+  const double* sums = at<double>(step.sums) + row.first_piece * kSums;
+  // the last element counts the channels that are not scale-invariant
+  double found[kSums + 1] = {}, layer[kSums];
+  if (channels == 1)
+#pragma unroll 4
+    for (int64_t i = threadIdx.x; i < pieces; i += kThreads)
+      for (int k = 0; k < kSums; ++k) found[k] += sums[i * kSums + k];
+  else
+    for (int64_t i = threadIdx.x; i < channels; i += kThreads) {
+      double channel[kSums] = {};
+      combine_channel(channel, step, row, i);
+      found[kSums] += Rule::scale_invariant(h, channel, row.channel_size) ? 0.0 : 1.0;
+      for (int k = 0; k < kSums; ++k) found[k] += channel[k];
+    }
+  share_block_sum(found);
+  for (int k = 0; k < kSums; ++k) layer[k] = found[k];
+  const View view = projection_view(Rule::kProjects && row.projects, channels > 1 && found[kSums] == 0.0,
+                                    Rule::scale_invariant(h, layer, row.numel));
+  if (threadIdx.x == 0) Rule::layer_scalars(h, layer, view != kNoView, at<Scalars>(step.scalars)[index]);
+  if constexpr (Rule::kProjects) {
+    for (int64_t i = threadIdx.x; i < channels && view == kChannelView; i += kThreads) {
+      double channel[kSums] = {};
+      combine_channel(channel, step, row, i);
+      set_projection_coef(step, row, i, coef_in_view<Rule>(view, h, channel, layer));
+    }
+    const double shared = coef_in_view<Rule>(view, h, layer, layer);
+    for (int64_t i = threadIdx.x; i < pieces && view != kChannelView; i += kThreads)
+      at<double>(step.projection_coefs)[row.first_piece + i] = shared;
+  }
+}
+
+template <class Rule>
+__global__ void __launch_bounds__(kThreads, kBlocksPerProcessorOfSums)
+    reduce_layers_kernel(const __grid_constant__ Step step) {
+  StepDecision& decision = *at<StepDecision>(step.decision);
+  if (decision.skipped) return;
+  for (int64_t row = blockIdx.x; row < step.n_rows; row += gridDim.x)
+    if (at<uint64_t>(step.grads)[row] && at<Row>(step.rows)[row].numel > 0) reduce_layer<Rule>(step, row);
+  if (blockIdx.x == 0 && accumulates(step)) finish_norms(step, decision);
+}
+
+}  // namespace
+}  // namespace fw

@@ -1,0 +1,136 @@
+// The measure stage: L1 norm, squared L2 norm and non-finite count of the gradients, chunk by chunk. The
+// order of every sum depends on the table alone, so that any grid gives the same bits. No mathematics here:
+// reduce.h has it. SPDX-License-Identifier: Apache-2.0
+#pragma once
+#include "../decide.h"
+#include "chunks.cuh"
+
+namespace fw {
+namespace {
+
+// one thread's part of the sums over a chunk
+struct NormSum {
+  double l1 = 0.0, l2_sq = 0.0;
+  int32_t nonfinite = 0;
+
+  template <int N, class C>
+  FW_DEVICE void add(const C (&grad)[N]) {
+    C sum = 0;
+    for (int i = 0; i < N; ++i) accumulate_l1(sum, grad[i]);
+    for (int i = 0; i < N; ++i) accumulate_l2(l2_sq, grad[i]);
+    if (!is_nonfinite(sum)) {
+      l1 += static_cast<double>(sum);
+      return;
+    }
+    // an element is not finite, or the sum overflowed
+    for (int i = 0; i < N; ++i) {
+      nonfinite += is_nonfinite(grad[i]);
+      accumulate_l1(l1, static_cast<double>(grad[i]));
+    }
+  }
+};
+
+// the sum over the first kThreads threads of a block, in thread 0
+FW_DEVICE Partial block_sum(const Partial& part) {
+  __shared__ Partial of_warp[kDecideThreads / kWarp];
+  Partial total = part;
+  for (int distance = kWarp / 2; distance > 0; distance /= 2) {
+    Partial other;
+    other.l1 = __shfl_down_sync(~0u, total.l1, distance);
+    other.l2_sq = __shfl_down_sync(~0u, total.l2_sq, distance);
+    other.nonfinite = __shfl_down_sync(~0u, total.nonfinite, distance);
+    combine(total, other);
+  }
+  // other threads may still read the sums of the previous chunk
+  __syncthreads();
+  if (threadIdx.x % kWarp == 0) of_warp[threadIdx.x / kWarp] = total;
+  __syncthreads();
+  return threadIdx.x == 0 ? combine_all(of_warp, kThreads / kWarp) : total;
+}
+
+// the sum over all chunks, in thread 0
+FW_DEVICE Partial sum_chunks(const Step& step) {
+  const Partial* partials = at<Partial>(step.partials);
+  Partial total = {};
+  if (threadIdx.x < kThreads) {
+#pragma unroll 4
+    for (int64_t i = threadIdx.x; i < step.n_chunks; i += kThreads) {
+      // written by other blocks: bypass L1
+      Partial part;
+      part.l1 = __ldcg(&partials[i].l1);
+      part.l2_sq = __ldcg(&partials[i].l2_sq);
+      part.nonfinite = __ldcg(&partials[i].nonfinite);
+      combine(total, part);
+    }
+  }
+  return block_sum(total);
+}
+
+FW_DEVICE void store_chunk_sum(const Step& step, int64_t chunk, const NormSum& sum) {
+  Partial total = block_sum(Partial{sum.l1, sum.l2_sq, sum.nonfinite});
+  if (threadIdx.x == 0) at<Partial>(step.partials)[chunk] = total;
+}
+
+// adds a pack in runs of the length that a thread updates at a time
+template <class C, int N, class G>
+FW_DEVICE void add_pack(NormSum& sum, const G (&raw)[N]) {
+  static_assert(N % kPack<C> == 0, "whole runs");
+  for (int i = 0; i < N; i += kPack<C>) {
+    C grad[kPack<C>];
+    widen_all(raw + i, grad);
+    sum.add(grad);
+  }
+}
+
+// adds an incomplete or unaligned pack as if zeros followed it, so that alignment changes no bit
+template <class P, class G>
+FW_DEVICE void add_partial_pack(NormSum& sum, const ChunkPointers<P, G>& s, int32_t begin) {
+  G grad[kPack<P>] = {};
+  for (int i = 0; i < kPack<P>; ++i)
+    if (begin + i < s.count) grad[i] = *global(s.grad + begin + i);
+  add_pack<typename ChunkPointers<P, G>::C>(sum, grad);
+}
+
+template <class P, class G>
+FW_DEVICE NormSum measure_chunk(const Row& row, uint64_t grad_address, const Chunk& chunk) {
+  const ChunkPointers<P, G> s(row, grad_address, chunk);
+  NormSum sum;
+#pragma unroll 2
+  for (int32_t i = threadIdx.x * kPack<P>; i < s.count; i += kThreads * kPack<P>) {
+    if (s.whole(i)) {
+      G grad[kPack<P>];
+      load(s.grad + i, grad);
+      add_pack<typename ChunkPointers<P, G>::C>(sum, grad);
+    } else {
+      add_partial_pack(sum, s, i);
+    }
+  }
+  return sum;
+}
+
+// records the norms that an update has summed, by one block
+FW_DEVICE void finish_norms(const Step& step, StepDecision& decision) {
+  const Partial total = sum_chunks(step);
+  if (threadIdx.x == 0) record_norms(step, decision, total);
+}
+
+struct Measure {
+  template <class P, class G>
+  FW_DEVICE NormSum run(const Row& row, uint64_t grad_address, const Chunk& chunk) const {
+    return grad_address ? measure_chunk<P, G>(row, grad_address, chunk) : NormSum{};
+  }
+};
+
+template <int kSize>
+__global__ void __launch_bounds__(kThreads, kBlocksPerProcessor)
+    measure_kernel(const __grid_constant__ Step step, const __grid_constant__ GradPointers<kSize> pointers) {
+  save_grad_pointers(step, pointers);
+  for (int64_t i = blockIdx.x; i < step.n_chunks; i += gridDim.x) {
+    const Chunk chunk = at<Chunk>(step.chunks)[i];
+    const uint64_t grad_address = grad_of(step, pointers, chunk.row);
+    store_chunk_sum(step, i, visit<true>(Measure{}, at<Row>(step.rows)[chunk.row], grad_address, chunk));
+  }
+}
+
+}  // namespace
+}  // namespace fw

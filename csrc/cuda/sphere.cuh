@@ -1,0 +1,94 @@
+// What follows the update of a pack: the weight average, or for a group on a sphere the sum of squares of its
+// parameters, from which rescale_kernel() brings the group back and averages it.
+// No mathematics here: rules.h and decide.h have it.
+// SPDX-License-Identifier: Apache-2.0
+#pragma once
+#include "../decide.h"
+#include "measure.cuh"
+
+namespace fw {
+namespace {
+
+// one thread's part of the sum of squares of the parameters in a chunk, as they are stored
+struct SumSq {
+  double sum_sq = 0.0;
+  bool wanted;
+
+  template <class P, int N>
+  FW_DEVICE void add(const P (&param)[N]) {
+    if (!wanted) return;
+    using C = typename Arithmetic<P>::type;
+    for (int i = 0; i < N; ++i) accumulate_l2(sum_sq, static_cast<C>(widen(param[i])));
+  }
+};
+
+// averages the parameter as it is stored
+template <int N, class P, class C>
+FW_DEVICE void average_part(C* column, const P* param, C weight) {
+  C average[N];
+  load(column, average);
+  for (int k = 0; k < N; ++k) average_update(average[k], static_cast<C>(widen(param[k])), weight);
+  store(average, column);
+}
+
+// the factors of all groups on a sphere, by one block
+FW_DEVICE void finish_spheres(const Step& step) {
+  for (int64_t group = 0; group < step.n_groups; ++group) {
+    Sphere* sphere = sphere_of(step, group);
+    if (!sphere) continue;
+    const double* sum_sq = at<double>(step.squares) + sphere->first_chunk;
+    double total[1] = {};
+    // written by other blocks: bypass L1
+    for (int64_t i = threadIdx.x; i < sphere->n_chunks; i += kThreads) total[0] += __ldcg(sum_sq + i);
+    share_block_sum(total);
+    if (threadIdx.x == 0) set_factor(*sphere, total[0]);
+  }
+}
+
+// the second pass over a chunk of a group on a sphere, with or without a gradient
+struct Rescale {
+  double factor, average_weight;
+
+  template <class P, class G>
+  FW_DEVICE NormSum run(const Row& row, uint64_t, const Chunk& chunk) const {
+    using C = typename Arithmetic<P>::type;
+    ChunkPointers<P, P> s(row, row.param, chunk);
+    if (!(average_weight > 0.0)) s.average = nullptr;
+#pragma unroll 1
+    for (int32_t i = threadIdx.x * kPack<P>; i < s.count; i += kThreads * kPack<P>) {
+      if (s.whole(i)) {
+        rescale_pack<kPack<P>, P, C>(s, i);
+      } else {
+#pragma unroll 1
+        for (int32_t k = i; k < s.end(i); ++k) rescale_pack<1, P, C>(s, k);
+      }
+    }
+    return NormSum{};
+  }
+
+  template <int N, class P, class C>
+  FW_DEVICE void rescale_pack(const ChunkPointers<P, P>& s, int32_t i) const {
+    P param[N];
+    load(s.param + i, param);
+    for (int k = 0; k < N; ++k)
+      narrow(rescale(static_cast<C>(widen(param[k])), static_cast<C>(factor)), param[k]);
+    store(param, s.param + i);
+    if (s.average) average_part<N>(s.average + i, param, static_cast<C>(average_weight));
+  }
+};
+
+template <bool kDoubles>
+__global__ void __launch_bounds__(kThreads, kBlocksPerProcessor)
+    rescale_kernel(const __grid_constant__ Step step) {
+  const StepDecision& decision = *at<StepDecision>(step.decision);
+  if (decision.skipped) return;
+  for (int64_t i = blockIdx.x; i < step.n_chunks; i += gridDim.x) {
+    const Chunk chunk = at<Chunk>(step.chunks)[i];
+    const Row& row = at<Row>(step.rows)[chunk.row];
+    const Sphere* sphere = sphere_of(step, row.group);
+    if (sphere) visit<kDoubles>(Rescale{sphere->factor, average_weight_of(row)}, row, row.param, chunk);
+  }
+}
+
+}  // namespace
+}  // namespace fw

@@ -1,0 +1,235 @@
+// The CUDA step in two launches, or three when the norms must be known beforehand: measure, decide, update.
+// A rule that needs sums over layers takes two more between decide and update: stage1 and reduce. Groups on a
+// sphere take one at the end: rescale. Compiled once per rule, which FW_RULE names. This file has the update
+// and the launches; measure.cuh, decide.cuh, layerwise.cuh and sphere.cuh have the other kernels.
+// No mathematics here: rules.h, schedules.h, reduce.h and decide.h have it.
+// SPDX-License-Identifier: Apache-2.0
+#include <mutex>
+#include <vector>
+
+#include "../decide.h"
+#include "chunks.cuh"
+#include "decide.cuh"
+#include "layerwise.cuh"
+#include "measure.cuh"
+#include "sphere.cuh"
+
+namespace fw {
+namespace {
+
+// updates N elements from i on; all loads come before the first result is needed
+template <class Rule, int kStates, int N, class P, class G, class C>
+FW_DEVICE void update_part(const ChunkPointers<P, G>& s, int32_t i, const ScalarsOf<C>& scalars, P* param,
+                           const G* raw_grad, bool accumulate, NormSum& sum) {
+  C state0[N], state1[N], state2[N], grad[N];
+  if constexpr (kStates > 0) load(s.state0 + i, state0);
+  if constexpr (kStates > 1) load(s.state1 + i, state1);
+  if constexpr (kStates > 2) load(s.state2 + i, state2);
+  widen_all(raw_grad, grad);
+  if constexpr (N > 1)
+    if (accumulate) add_pack<C>(sum, grad);
+  for (int k = 0; k < N; ++k) {
+    C value = static_cast<C>(widen(param[k])), state[kMaxStates] = {};
+    if constexpr (kStates > 0) state[0] = state0[k];
+    if constexpr (kStates > 1) state[1] = state1[k];
+    if constexpr (kStates > 2) state[2] = state2[k];
+    Rule::template update<kStates>(value, grad[k], state, scalars);
+    narrow(value, param[k]);
+    if constexpr (kStates > 0) state0[k] = state[0];
+    if constexpr (kStates > 1) state1[k] = state[1];
+    if constexpr (kStates > 2) state2[k] = state[2];
+  }
+  if constexpr (kStates > 0) store(state0, s.state0 + i);
+  if constexpr (kStates > 1) store(state1, s.state1 + i);
+  if constexpr (kStates > 2) store(state2, s.state2 + i);
+}
+
+template <class Rule, int kStates, int N, class P, class G, class C>
+FW_DEVICE void update_pack(const ChunkPointers<P, G>& s, int32_t i, const ScalarsOf<C>& scalars, C weight,
+                           bool accumulate, NormSum& sum, SumSq& sum_sq) {
+  constexpr int kPart = kStates == 3 && N > kPack<C> ? kPack<C> : N;
+  G grad[N];
+  P param[N];
+  load(s.grad + i, grad);
+  load(s.param + i, param);
+  for (int k = 0; k < N; k += kPart)
+    update_part<Rule, kStates, kPart>(s, i + k, scalars, param + k, grad + k, accumulate, sum);
+  store(param, s.param + i);
+  sum_sq.add(param);
+  if (s.average)
+    for (int k = 0; k < N; k += kPart) average_part<kPart>(s.average + i + k, param + k, weight);
+}
+
+template <class Rule, int kStates, class P, class G>
+FW_DEVICE NormSum update_states(const ChunkPointers<P, G>& s, const Scalars& row_scalars,
+                                double average_weight, bool accumulate, SumSq& sum_sq) {
+  using C = typename ChunkPointers<P, G>::C;
+  const ScalarsOf<C> scalars(row_scalars);
+  const C weight = static_cast<C>(average_weight);
+  NormSum sum;
+#pragma unroll 1
+  for (int32_t i = threadIdx.x * kPack<P>; i < s.count; i += kThreads * kPack<P>) {
+    if (s.whole(i)) {
+      update_pack<Rule, kStates, kPack<P>>(s, i, scalars, weight, accumulate, sum, sum_sq);
+    } else {
+      if (accumulate) add_partial_pack(sum, s, i);
+#pragma unroll 1
+      for (int32_t k = i; k < s.end(i); ++k)
+        update_pack<Rule, kStates, 1>(s, k, scalars, weight, false, sum, sum_sq);
+    }
+  }
+  return sum;
+}
+
+// the average of a row without a gradient
+template <class P, class G>
+FW_DEVICE void average_chunk(const ChunkPointers<P, G>& s, double average_weight) {
+  using C = typename ChunkPointers<P, G>::C;
+  const C weight = static_cast<C>(average_weight);
+#pragma unroll 1
+  for (int32_t i = threadIdx.x; i < s.count; i += kThreads)
+    average_part<1>(s.average + i, global(s.param + i), weight);
+}
+
+template <class Rule>
+struct Update {
+  const Step& step;
+  SumSq& sum_sq;
+
+  template <class P, class G>
+  FW_DEVICE NormSum run(const Row& row, uint64_t grad_address, const Chunk& chunk) const {
+    ChunkPointers<P, G> s(row, grad_address, chunk);
+    // parameters of a group on a sphere are averaged later, in rescale_kernel()
+    if (!s.average || !(average_weight_of(row) > 0.0) || sum_sq.wanted) s.average = nullptr;
+    if constexpr (Rule::kSums == 0) {
+      if (s.grad) return with_states<Rule::kMinStates>(s, row, chunk.row);
+    } else if (s.grad) {
+      stage2_states<Rule, Rule::kMinStates, P, G>(step, row, grad_address, chunk, sum_sq);
+      return NormSum{};
+    }
+    if (sum_sq.wanted) sum_sq.sum_sq = measure_chunk<P, P>(row, row.param, chunk).l2_sq;
+    if (s.average) average_chunk(s, average_weight_of(row));
+    return NormSum{};
+  }
+
+  template <int kStates, class P, class G>
+  FW_DEVICE NormSum with_states(const ChunkPointers<P, G>& s, const Row& row, int32_t index) const {
+    if constexpr (kStates < Rule::kMaxStates)
+      if (row.n_states > kStates) return with_states<kStates + 1>(s, row, index);
+    return update_states<Rule, kStates>(s, at<Scalars>(step.scalars)[index], average_weight_of(row),
+                                        accumulates(step), sum_sq);
+  }
+};
+
+template <class Rule, bool kDoubles>
+__global__ void __launch_bounds__(kThreads, kDoubles ? kBlocksPerProcessorOfDoubles : kBlocksPerProcessor)
+    update_kernel(const __grid_constant__ Step step) {
+  StepDecision& decision = *at<StepDecision>(step.decision);
+  if (decision.skipped) return;
+  // last chunk first: the gradients measured last are still in the cache
+  for (int64_t i = step.n_chunks - 1 - blockIdx.x; i >= 0; i -= gridDim.x) {
+    const Chunk chunk = at<Chunk>(step.chunks)[i];
+    const uint64_t grad_address = at<uint64_t>(step.grads)[chunk.row];
+    const Row& row = at<Row>(step.rows)[chunk.row];
+    SumSq sum_sq{0.0, sphere_of(step, row.group) != nullptr};
+    const NormSum sum = visit<kDoubles>(Update<Rule>{step, sum_sq}, row, grad_address, chunk);
+    if (Rule::kSums == 0 && accumulates(step)) store_chunk_sum(step, i, sum);
+    if (!sum_sq.wanted) continue;
+    double total[1] = {sum_sq.sum_sq};
+    share_block_sum(total);
+    if (threadIdx.x == 0) at<double>(step.squares)[i] = total[0];
+  }
+  const bool norms = Rule::kSums == 0 && accumulates(step);
+  if (!(norms || step.spheres) || !arrives_last(&decision.finished_blocks)) return;
+  if (norms) finish_norms(step, decision);
+  if (step.spheres) finish_spheres(step);
+}
+
+// the host side
+
+struct Grids {
+  int64_t measure = 0, stage1 = 0, reduce = 0, update = 0, rescale = 0;
+};
+
+// grid sizes on the current device; the first call loads the kernels
+template <class Rule, bool kDoubles>
+Grids grids_on(int device) {
+  static std::mutex mutex;
+  static std::vector<Grids> known;
+  std::lock_guard<std::mutex> lock(mutex);
+  if (known.size() <= static_cast<size_t>(device)) known.resize(device + 1);
+  Grids& grids = known[device];
+  if (grids.update == 0) {
+    resident_blocks(measure_kernel<kMaxInlinePointers>, device);
+    resident_blocks(decide_kernel<Rule, kFewPointers>, device);
+    resident_blocks(decide_kernel<Rule, kMaxInlinePointers>, device);
+    grids.measure = resident_blocks(measure_kernel<kFewPointers>, device);
+    if constexpr (Rule::kSums > 0) {
+      grids.stage1 = resident_blocks(stage1_kernel<Rule, kDoubles>, device);
+      grids.reduce = resident_blocks(reduce_layers_kernel<Rule>, device);
+    }
+    grids.rescale = resident_blocks(rescale_kernel<kDoubles>, device);
+    grids.update = resident_blocks(update_kernel<Rule, kDoubles>, device);
+  }
+  return grids;
+}
+
+template <class Rule, bool kDoubles, int kSize>
+void launch_all(const Launch& how, const Step& step) {
+  const Grids grids = grids_on<Rule, kDoubles>(how.device);
+  GradPointers<kSize> pointers;
+  pointers.count = how.n_grads;
+  memcpy(pointers.grads, how.grads, how.n_grads * sizeof(uint64_t));
+  if (step.measure) {
+    launch(measure_kernel<kSize>, grid(grids.measure, how.max_blocks, step.n_chunks), kThreads, how.stream,
+           step, pointers);
+    GradPointers<kFewPointers> none;
+    none.count = 0;
+    launch(decide_kernel<Rule, kFewPointers>, 1, kDecideThreads, how.stream, step, none);
+  } else {
+    launch(decide_kernel<Rule, kSize>, 1, kDecideThreads, how.stream, step, pointers);
+  }
+  if constexpr (Rule::kSums > 0) {
+    launch(stage1_kernel<Rule, kDoubles>, grid(grids.stage1, how.max_blocks, step.n_chunks), kThreads,
+           how.stream, step);
+    launch(reduce_layers_kernel<Rule>, grid(grids.reduce, how.max_blocks, step.n_rows), kThreads, how.stream,
+           step);
+  }
+  launch(update_kernel<Rule, kDoubles>, grid(grids.update, how.max_blocks, step.n_chunks), kThreads,
+         how.stream, step);
+  if (step.spheres)
+    launch(rescale_kernel<kDoubles>, grid(grids.rescale, how.max_blocks, step.n_chunks), kThreads, how.stream,
+           step);
+}
+
+template <class Rule, bool kDoubles>
+void run_sized(const Launch& how, const Step& step) {
+  if (how.n_grads > kFewPointers)
+    launch_all<Rule, kDoubles, kMaxInlinePointers>(how, step);
+  else
+    launch_all<Rule, kDoubles, kFewPointers>(how, step);
+}
+
+template <class Rule>
+void run(const Launch& how, const Step& step) {
+  const OnDevice guard(how.device);
+  if (how.doubles)
+    run_sized<Rule, true>(how, step);
+  else
+    run_sized<Rule, false>(how, step);
+}
+
+template <class Rule>
+void prepare(int device, bool doubles) {
+  const OnDevice guard(device);
+  if (doubles)
+    grids_on<Rule, true>(device);
+  else
+    grids_on<Rule, false>(device);
+}
+
+}  // namespace
+
+const CudaKernels FW_JOIN(cuda_, FW_RULE) = {FW_TEXT(FW_RULE), prepare<FW_RULE>, run<FW_RULE>};
+
+}  // namespace fw

@@ -1,0 +1,201 @@
+"""The decide stage, by one program: clipping, counters, learning rates, scalars and telemetry.
+
+The statements of ``csrc/decide.h``. No mathematics here: the rules and schedules have it.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from .memory import (
+    Counters,
+    Hyper,
+    PendingScalars,
+    Rates,
+    Row,
+    RowCounters,
+    Scalars,
+    Sphere,
+    Step,
+    StepDecision,
+    Telemetry,
+    field,
+    grad_of,
+    load_struct,
+    store_struct,
+)
+from .reduce import combine_all
+from .rules import clip_coefficient, common_scalars, sphere_rate, start_exp_avg_sq
+from .schedules import average_weight, is_averaged, multiplier
+
+
+@triton.jit
+def decide(step, t, part):
+    """What holds for all rows; t is the number of updates made before this one."""
+    grad_scale = tl.load(step.grad_scale.to(tl.pointer_type(tl.float32)), step.grad_scale != 0, 1.0)
+    found_inf = tl.load(step.found_inf.to(tl.pointer_type(tl.float32)), step.found_inf != 0, 0.0)
+    unscale = 1.0 / grad_scale.to(tl.float64)
+    measured = step.measure != 0
+    grad_norm = tl.where(measured, tl.sqrt(part.l2_sq) * unscale, float("nan"))
+    skipped = (found_inf != 0.0) | ((step.skip_nonfinite != 0) & (part.nonfinite > 0))
+    return StepDecision(
+        t=t,
+        grad_norm=grad_norm,
+        grad_norm_l1=tl.where(measured, part.l1 * unscale, float("nan")),
+        clip_coef=tl.where(step.clip != 0, clip_coefficient(grad_norm, step.max_grad_norm), 1.0),
+        unscale=unscale,
+        skipped=skipped.to(tl.int32),
+    )
+
+
+@triton.jit
+def set_rates(step, t, LANES: tl.constexpr):
+    """What the schedules give every group."""
+    for start in range(0, step.n_groups, LANES):
+        group = start + tl.arange(0, LANES)
+        known = group < step.n_groups
+        h = load_struct(step.hypers, group, Hyper, known)
+        lr = h.lr * multiplier(step.segments, h.lr_segment, h.lr_segments, step.table_values, t)
+        weight_decay = h.weight_decay * multiplier(
+            step.segments, h.decay_segment, h.decay_segments, step.table_values, t
+        )
+        rates = Rates(lr=lr, weight_decay=weight_decay)
+        store_struct(step.rates, group, rates, Rates, known)
+
+
+@triton.jit
+def updates_of(row):
+    """Updates that a row has had."""
+    return tl.load(field(row.counters, 0, RowCounters, "step"))
+
+
+@triton.jit
+def count_average(step, decision, row, known):
+    """Count one more value in the average of every row that keeps one, whether or not it has a gradient."""
+    kept = known & (row.average != 0)
+    due = is_averaged(step.average_kind, step.average_start, step.average_every, decision.t + 1)
+    n_averaged = tl.load(field(row.counters, 0, RowCounters, "n_averaged"), kept, 0) + due.to(tl.int64)
+    weight = tl.where(due, average_weight(step.average_kind, step.average_decay, n_averaged), 0.0)
+    tl.store(field(row.counters, 0, RowCounters, "n_averaged"), n_averaged, kept)
+    tl.store(field(row.counters, 0, RowCounters, "average_weight"), weight, kept)
+
+
+@triton.jit
+def average_weight_of(row):
+    """Weight of a row in its average at this step."""
+    return tl.load(field(row.counters, 0, RowCounters, "average_weight"))
+
+
+@triton.jit
+def sphere_rates(step, group, lr, exponent, active):
+    """Learning rates of rows as their rule takes them."""
+    sphere = load_struct(step.spheres, group, Sphere, active)
+    there = active & (sphere.norm != 0)
+    norm = tl.load(sphere.norm.to(tl.pointer_type(tl.float64)), there, 1.0)
+    return tl.where(there, sphere_rate(lr, norm, exponent), lr)
+
+
+@triton.jit
+def scalars_of_rows(step, decision, row, h, rates, effective_lr, updates, SCALARS: tl.constexpr):
+    """What the update of a number needs, of one row or a block of them."""
+    s = common_scalars(h, rates, decision.clip_coef * decision.unscale)
+    s = SCALARS(h, effective_lr, updates, s)
+    clipped_norm = decision.grad_norm * decision.clip_coef
+    return start_exp_avg_sq(h, updates, row.initialized, clipped_norm, step.init_norm_sq, s)
+
+
+@triton.jit
+def set_scalars(
+    step,
+    decision,
+    SCALARS: tl.constexpr,
+    LR_NORM_POWER: tl.constexpr,
+    SPHERES: tl.constexpr,
+    LANES: tl.constexpr,
+):
+    """Count the update of every row that has a gradient, and prepare it; returns the first rectification."""
+    first = decision.grad_norm * float("nan")
+    for start in range(0, step.n_rows, LANES):
+        i = start + tl.arange(0, LANES)
+        known = i < step.n_rows
+        active = known & (tl.load(grad_of(step, i), known, 0) != 0)
+        row = load_struct(step.rows, i, Row, known)
+        count_average(step, decision, row, known)
+        counter = field(row.counters, 0, RowCounters, "step")
+        updates = tl.load(counter, active, 0) + 1
+        tl.store(counter, updates, active)
+        tl.store(row.step_float.to(tl.pointer_type(tl.float32)), updates.to(tl.float32), active)
+        h = load_struct(step.hypers, row.group, Hyper, active)
+        rates = load_struct(step.rates, row.group, Rates, active)
+        effective_lr = rates.lr
+        if SPHERES:
+            effective_lr = sphere_rates(step, row.group, effective_lr, LR_NORM_POWER(h, updates), active)
+        s = scalars_of_rows(step, decision, row, h, rates, effective_lr, updates, SCALARS)
+        store_struct(step.scalars, i, s, Scalars, active)
+        leader = tl.min(tl.where(active, i, step.n_rows))
+        rect = tl.sum(tl.where(i == leader, s.rect, 0.0))
+        first = tl.where((first != first) & (leader < step.n_rows), rect, first)
+    return first
+
+
+@triton.jit
+def record(step, decision):
+    """The telemetry row of this step, and the counts of the next."""
+    counters = load_struct(step.counters, 0, Counters)
+    pending_scalars = load_struct(step.pending_scalars, 0, PendingScalars)
+    # other threads may still read what one of them is about to write
+    tl.debug_barrier()
+    made = tl.where(decision.skipped != 0, decision.t, decision.t + 1)
+    if step.telemetry_capacity > 0:
+        line = Telemetry(
+            step=made,
+            lr=load_struct(step.rates, 0, Rates).lr,
+            grad_norm=decision.grad_norm,
+            grad_norm_l1=decision.grad_norm_l1,
+            clip_coef=decision.clip_coef,
+            rect=decision.rect,
+            skipped=decision.skipped,
+            loss=pending_scalars.loss,
+            sharpness=pending_scalars.sharpness,
+        )
+        place = counters.calls % step.telemetry_capacity
+        store_struct(step.telemetry, place, line, Telemetry)
+    store_struct(
+        step.pending_scalars, 0, PendingScalars(loss=float("nan"), sharpness=float("nan")), PendingScalars
+    )
+    store_struct(step.counters, 0, Counters(step=made, calls=counters.calls + 1), Counters)
+
+
+@triton.jit
+def record_norms(step, decision, part):
+    """The norms that the update added up, into the row that decide wrote."""
+    last = load_struct(step.counters, 0, Counters).calls - 1
+    line = last % step.telemetry_capacity
+    tl.store(field(step.telemetry, line, Telemetry, "grad_norm"), tl.sqrt(part.l2_sq) * decision.unscale)
+    tl.store(field(step.telemetry, line, Telemetry, "grad_norm_l1"), part.l1 * decision.unscale)
+
+
+@triton.jit
+def decide_kernel(
+    step,
+    SCALARS: tl.constexpr,
+    LR_NORM_POWER: tl.constexpr,
+    SPHERES: tl.constexpr,
+    LANES: tl.constexpr,
+):
+    """Clipping, policy, rates, scalars, telemetry and counters, by one program."""
+    step = load_struct(step.to(tl.int64), 0, Step)
+    count = tl.where(step.measure != 0, step.n_chunks, 0)
+    decision = decide(
+        step, load_struct(step.counters, 0, Counters).step, combine_all(step.partials, count, LANES)
+    )
+    set_rates(step, decision.t, LANES)
+    # the rates of a group are read by other threads than wrote them
+    tl.debug_barrier()
+    rect = decision.grad_norm * float("nan")
+    if decision.skipped == 0:
+        rect = set_scalars(step, decision, SCALARS, LR_NORM_POWER, SPHERES, LANES)
+    decision = StepDecision(decision, rect=rect)
+    store_struct(step.decision, 0, decision, StepDecision)
+    record(step, decision)

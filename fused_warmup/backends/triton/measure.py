@@ -1,0 +1,63 @@
+"""The measure stage: L1 norm, squared L2 norm and non-finite count of the gradients, chunk by chunk.
+
+No mathematics here: ``reduce.py`` has it.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from .memory import (
+    VECTOR,
+    Chunk,
+    Partial,
+    Row,
+    Step,
+    arithmetic,
+    grad_of,
+    item_size,
+    load_block,
+    load_struct,
+    store_struct,
+)
+from .reduce import accumulate, combine, total, zero_norms, zero_part
+
+
+@triton.jit
+def measure_blocks(part, address, first, last, DTYPE: tl.constexpr, BLOCK: tl.constexpr, WHOLE: tl.constexpr):
+    """Add the elements from first to last of a chunk, in whole and aligned blocks or others."""
+    lanes = tl.arange(0, BLOCK)
+    sums = zero_norms(BLOCK // 4)
+    for done in range(first, last, BLOCK):
+        here = address + done * item_size(DTYPE)
+        sums = accumulate(sums, load_block(here, lanes, lanes < last - done, DTYPE, arithmetic(DTYPE), WHOLE))
+    return combine(part, total(sums))
+
+
+@triton.jit
+def measure_chunk(
+    step, i, chunk, row, grad, GRAD_DTYPES: tl.constexpr, BLOCK: tl.constexpr, TAIL: tl.constexpr
+):
+    """Sums of one chunk of gradients."""
+    # chunks of channels of odd lengths do not begin where vectors do
+    aligned = (grad % VECTOR == 0) & (chunk.offset % VECTOR == 0)
+    whole = tl.where(aligned, chunk.count // BLOCK * BLOCK, 0)
+    part = zero_part()
+    for k in tl.static_range(len(GRAD_DTYPES)):
+        if (grad != 0) & (row.grad_dtype == GRAD_DTYPES[k]):
+            here = grad + chunk.offset * item_size(GRAD_DTYPES[k])
+            part = measure_blocks(part, here, 0, whole, GRAD_DTYPES[k], BLOCK, True)
+            part = measure_blocks(part, here, whole, chunk.count, GRAD_DTYPES[k], TAIL, False)
+    store_struct(step.partials, i, part, Partial)
+
+
+@triton.jit
+def measure_kernel(step, GRAD_DTYPES: tl.constexpr, BLOCK: tl.constexpr, TAIL: tl.constexpr):
+    """Sums of every chunk of gradients."""
+    step = load_struct(step.to(tl.int64), 0, Step)
+    for i in range(tl.program_id(0), step.n_chunks, tl.num_programs(0)):
+        chunk = load_struct(step.chunks, i, Chunk)
+        row = load_struct(step.rows, chunk.row, Row)
+        grad = tl.load(grad_of(step, chunk.row))
+        measure_chunk(step, i, chunk, row, grad, GRAD_DTYPES, BLOCK, TAIL)

@@ -1,0 +1,155 @@
+"""Norms of the gradients and sums over channels; the statements of ``csrc/reduce.h``."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from ...plan.chunks import PIECE as _PIECE
+from .memory import VECTOR, Partial, load_struct
+
+PIECE = tl.constexpr(_PIECE)
+# elements that fill a vector of any kind
+GRAIN = tl.constexpr(8)
+
+
+@triton.jit
+def zero_norms(LANES: tl.constexpr):
+    """Sums of nothing."""
+    zero = tl.zeros((LANES,), tl.float64)
+    return Partial(l1=zero, l2_sq=zero, nonfinite=tl.zeros((LANES,), tl.int64))
+
+
+@triton.jit
+def zero_part():
+    """The partial sum of nothing."""
+    zero = tl.full((), 0.0, tl.float64)
+    return Partial(l1=zero, l2_sq=zero, nonfinite=tl.full((), 0, tl.int64))
+
+
+@triton.jit
+def sum_fours(x):
+    """Sums of four neighbours: they are in one thread, which therefore need not wait for others."""
+    return tl.sum(tl.reshape(x, (x.shape[0] // 4, 4)), axis=1)
+
+
+@triton.jit
+def accumulate(sums, grad):
+    """Add a block of gradients."""
+    x = grad.to(tl.float64)
+    return Partial(
+        l1=sums.l1 + sum_fours(tl.abs(x)),
+        l2_sq=sums.l2_sq + sum_fours(x * x),
+        nonfinite=sums.nonfinite + sum_fours(tl.where(tl.abs(x) < float("inf"), 0, 1)),
+    )
+
+
+@triton.jit
+def combine(a, b):
+    """Sum of two partial sums."""
+    return Partial(l1=a.l1 + b.l1, l2_sq=a.l2_sq + b.l2_sq, nonfinite=a.nonfinite + b.nonfinite)
+
+
+@triton.jit
+def total(sums):
+    """One sum of many."""
+    return Partial(l1=tl.sum(sums.l1), l2_sq=tl.sum(sums.l2_sq), nonfinite=tl.sum(sums.nonfinite))
+
+
+@triton.jit
+def combine_all(partials, count, LANES: tl.constexpr):
+    """Sum of the partial sums, in an order that depends on their number only."""
+    sums = zero_norms(LANES)
+    for start in range(0, count, LANES):
+        i = start + tl.arange(0, LANES)
+        sums = combine(sums, load_struct(partials, i, Partial, i < count))
+    return total(sums)
+
+
+@triton.jit
+def first_piece(row, chunk):
+    """Number of the first piece of a chunk."""
+    each = tl.cdiv(row.channel_size, PIECE)
+    channel = chunk.offset // row.channel_size
+    return row.first_piece + channel * each + (chunk.offset - channel * row.channel_size) // PIECE
+
+
+@triton.jit
+def channel_part(row, chunk):
+    """Elements of a channel that are in one chunk."""
+    return tl.minimum(row.channel_size, chunk.count.to(tl.int64)).to(tl.int32)
+
+
+@triton.jit
+def count_pieces(chunk, part):
+    """Number of the pieces of a chunk that has parts of channels of one length."""
+    return chunk.count // part * tl.cdiv(part, PIECE)
+
+
+@triton.jit
+def tile_places(i, column, part, count, COLUMNS: tl.constexpr, ALIGNED: tl.constexpr):
+    """Where elements of some pieces stand in their chunk, and which of them there are."""
+    of_channel = tl.cdiv(part, PIECE)
+    channel = i // of_channel
+    skipped = (i - channel * of_channel) * PIECE
+    begin = channel * part + skipped
+    length = tl.where(i < count, tl.minimum(part - skipped, PIECE), 0)
+    if ALIGNED:
+        begin = tl.multiple_of(begin, GRAIN)
+        length = tl.multiple_of(length, GRAIN)
+    columns = column + tl.arange(0, COLUMNS)
+    return begin[:, None] + columns[None, :], columns[None, :] < length[:, None]
+
+
+@triton.jit
+def is_aligned(addresses, chunk, part):
+    """Whether all pieces of a chunk may be read in vectors."""
+    return (addresses % VECTOR == 0) & (chunk.offset % GRAIN == 0) & (part % GRAIN == 0)
+
+
+@triton.jit
+def add_products(sums, products, mask):
+    """Add to each sum what a tile has; four neighbours are in one thread."""
+    added = ()
+    for k in tl.static_range(len(sums)):
+        x = tl.where(mask, products[k], 0.0)
+        fours = tl.reshape(x, (x.shape[0], x.shape[1] // 4, 4))
+        added = added + (sums[k] + tl.sum(fours, axis=2),)
+    return added
+
+
+@triton.jit
+def load_sums(step, piece, known, N_SUMS: tl.constexpr):
+    """The sums of some pieces; zeros where none is known."""
+    sums = ()
+    for k in tl.static_range(N_SUMS):
+        at = (step.sums + (piece * N_SUMS + k) * 8).to(tl.pointer_type(tl.float64))
+        sums = sums + (tl.load(at, known, 0.0),)
+    return sums
+
+
+@triton.jit
+def add_sums(a, b):
+    """Sums of two parts."""
+    added = ()
+    for k in tl.static_range(len(a)):
+        added = added + (a[k] + b[k],)
+    return added
+
+
+@triton.jit
+def zero_sums(LANES: tl.constexpr, N_SUMS: tl.constexpr):
+    """Sums of nothing."""
+    sums = ()
+    for _ in tl.static_range(N_SUMS):
+        sums = sums + (tl.zeros((LANES,), tl.float64),)
+    return sums
+
+
+@triton.jit
+def channel_sums(step, row, channel, known, each, LANES: tl.constexpr, N_SUMS: tl.constexpr):
+    """The sums over some channels of ``each`` pieces."""
+    sums = zero_sums(LANES, N_SUMS)
+    for j in range(0, each):
+        sums = add_sums(sums, load_sums(step, row.first_piece + channel * each + j, known, N_SUMS))
+    return sums

@@ -1,0 +1,119 @@
+"""Groups on a sphere: the sums of squares of their parameters, and the pass that rescales and averages them.
+
+No mathematics here: the rules have it.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from .decide import average_weight_of
+from .memory import (
+    VECTOR,
+    Chunk,
+    Row,
+    Sphere,
+    Step,
+    StepDecision,
+    arithmetic,
+    field,
+    item_size,
+    load_block,
+    load_struct,
+    narrow,
+    state_dtype,
+    store_block,
+    widen,
+)
+from .rules import average_update, rescale, sphere_factor
+
+
+@triton.jit
+def is_on_sphere(step, group):
+    """Whether a group is kept on a sphere; there are some."""
+    return tl.load(field(step.spheres, group, Sphere, "norm")) != 0
+
+
+@triton.jit
+def store_sum_sq(step, i, sum_sq):
+    """The sum_sq of the parameters of one chunk."""
+    tl.store((step.squares + i * 8).to(tl.pointer_type(tl.float64)), sum_sq)
+
+
+@triton.jit
+def finish_spheres(step, LANES: tl.constexpr):
+    """From the sum_sq of every group on a sphere to what brings it there."""
+    for group in range(0, step.n_groups):
+        sphere = load_struct(step.spheres, group, Sphere)
+        if sphere.norm != 0:
+            sum_sq = tl.zeros((LANES,), tl.float64)
+            for start in range(0, sphere.n_chunks, LANES):
+                i = start + tl.arange(0, LANES)
+                at = (step.squares + (sphere.first_chunk + i) * 8).to(tl.pointer_type(tl.float64))
+                sum_sq += tl.load(at, i < sphere.n_chunks, 0.0, cache_modifier=".cg")
+            held = sphere.norm.to(tl.pointer_type(tl.float64))
+            norm = tl.load(held)
+            # other threads may still read what one of them is about to write
+            tl.debug_barrier()
+            radius = tl.where(sphere.radius > 0.0, sphere.radius, norm)
+            factor = sphere_factor(radius, tl.sum(sum_sq))
+            tl.store(field(step.spheres, group, Sphere, "factor"), factor)
+            tl.store(held, radius)
+
+
+@triton.jit
+def rescale_blocks(
+    row,
+    chunk,
+    factor,
+    weight,
+    first,
+    last,
+    DTYPE: tl.constexpr,
+    AVERAGE: tl.constexpr,
+    BLOCK: tl.constexpr,
+    WHOLE: tl.constexpr,
+):
+    """Rescale and average some blocks of a chunk, whole and aligned ones or others."""
+    C: tl.constexpr = arithmetic(DTYPE)
+    STATE_DTYPE: tl.constexpr = state_dtype(DTYPE)
+    lanes = tl.arange(0, BLOCK)
+    for done in range(first, last, BLOCK):
+        mask = lanes < last - done
+        here = row.param + (chunk.offset + done) * item_size(DTYPE)
+        param = load_block(here, lanes, mask, DTYPE, C, WHOLE)
+        stored = narrow(rescale(param, factor), DTYPE)
+        store_block(here, lanes, mask, stored, DTYPE, WHOLE)
+        if AVERAGE:
+            if weight > 0.0:
+                at = row.average + (chunk.offset + done) * item_size(STATE_DTYPE)
+                average = load_block(at, lanes, mask, STATE_DTYPE, C, WHOLE)
+                average = average_update(average, widen(stored, DTYPE).to(C), weight)
+                store_block(at, lanes, mask, average, STATE_DTYPE, WHOLE)
+
+
+@triton.jit
+def rescale_kernel(
+    step, PARAM_DTYPES: tl.constexpr, AVERAGE: tl.constexpr, BLOCK: tl.constexpr, TAIL: tl.constexpr
+):
+    """Every chunk of a group on a sphere once more, when the update has found the factors."""
+    step = load_struct(step.to(tl.int64), 0, Step)
+    decision = load_struct(step.decision, 0, StepDecision)
+    if decision.skipped == 0:
+        for i in range(tl.program_id(0), step.n_chunks, tl.num_programs(0)):
+            chunk = load_struct(step.chunks, i, Chunk)
+            row = load_struct(step.rows, chunk.row, Row)
+            sphere = load_struct(step.spheres, row.group, Sphere)
+            aligned = ((row.param | row.average) % VECTOR == 0) & (chunk.offset % VECTOR == 0)
+            whole = tl.where(aligned, chunk.count // BLOCK * BLOCK, 0)
+            for k in tl.static_range(len(PARAM_DTYPES)):
+                if (sphere.norm != 0) & (row.dtype == PARAM_DTYPES[k]):
+                    factor = sphere.factor.to(arithmetic(PARAM_DTYPES[k]))
+                    weight = average_weight_of(row).to(arithmetic(PARAM_DTYPES[k]))
+                    rescale_blocks(
+                        row, chunk, factor, weight, 0, whole, PARAM_DTYPES[k], AVERAGE, BLOCK, True
+                    )
+                    rescale_blocks(
+                        row, chunk, factor, weight, whole, chunk.count, PARAM_DTYPES[k], AVERAGE, TAIL, False
+                    )
