@@ -110,7 +110,9 @@ class Adam(FusedOptimizer):
             check.fail(name, ".grad", "be finite", norm)
         if any(int(row.counters.step) for row, _ in active):
             raise RuntimeError(f"{name}: init_from_gradients() must come before the first step.")
-        clip_coef = 1.0 if self.max_grad_norm is None else min(1.0, self.max_grad_norm / (norm + 1e-6))
+        clip_coef = 1.0
+        if self.max_grad_norm is not None:
+            clip_coef = rules.clip_coefficient(norm, self.max_grad_norm)
         for row, grad in active:
             exp_avg_sq = row.states[self.spec.second_moment_index]
             param, grad = row.work.to(exp_avg_sq.dtype), grad.to(exp_avg_sq.dtype)

@@ -246,7 +246,7 @@ class Session:
         )
 
     def _build(self, every: bool) -> tuple[Plan, Backend]:
-        """Check all tensors, allocate missing states and lay out the table; change nothing if one is wrong."""
+        """Check all tensors, allocate missing states and lay out the table; an error changes nothing."""
         owner, spec, groups = self.owner, self.spec, self.param_groups
         if any(is_capturing(p.device) for group in groups for p in group["params"][:1]):
             raise RuntimeError(

@@ -1,4 +1,4 @@
-"""The record that the step keeps on the device, and the one place that copies it to the host."""
+"""Per-step telemetry: a ring buffer on the device, copied to the host on request."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ _CAPACITY = 1024
 
 
 class Telemetry:
-    """One row per call of ``step()``, written by the decide stage.
+    """Record of one row per call of ``step()``, written by the decide stage.
 
-    The rows collect in a ring buffer on the device. A full ring buffer is copied to the host without waiting for it;
-    ``latest``, ``history`` and ``to_csv`` are what waits. A state dict holds the last 1,024 rows, which are
-    what a resumed run begins with, or all of them if the optimizer was made with ``telemetry="all"``.
+    Rows are written to a ring buffer on the device. A full buffer is copied to the host without waiting for
+    the device; ``latest``, ``history`` and ``to_csv`` wait. A state dict holds the last 1,024 rows, with which
+    a resumed run begins, or all of them if the optimizer was made with ``telemetry="all"``.
 
     Columns, all float64:
 
@@ -46,7 +46,7 @@ class Telemetry:
         self._uncopied = 0
 
     def allocate(self, device: torch.device, counters: Tensor | None = None) -> None:
-        """Make the ring buffer and the pending scalars on the device of the parameters; nothing if they are there."""
+        """Allocate the ring buffer and the pending scalars on a device, unless they are there."""
         if self.pending_scalars is None or self.pending_scalars.device != device:
             self.pending_scalars = torch.full(
                 (len(PENDING_SCALARS),), torch.nan, dtype=torch.float64, device=device
@@ -85,8 +85,8 @@ class Telemetry:
     def rows(self) -> Tensor:
         """Return all rows on the CPU, float64 of shape ``[steps, columns]``; waits for the device.
 
-        Steps that a CUDA graph replays leave rows too. The ring buffer holds the last 1024: of more replays than
-        that without a reading in between, the older rows are gone.
+        Steps that a CUDA graph replays leave rows too. The buffer holds the last 1,024 of them; older rows are
+        lost if more steps are replayed between two calls.
         """
         self._collect()
         self._join()

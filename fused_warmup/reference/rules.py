@@ -3,9 +3,10 @@
 A rule has ``scalars``, Python floats that are the same for every element, and ``update``, which takes
 tensors of one shape and dtype and returns the new parameter and the new states. Nothing is changed in place.
 A rule that must know sums over a layer before it can move it makes its update in two parts instead:
-``update_moments`` gives the new states and ``direction`` the update that they mean; ``layer_scalars`` turns the sums of
-``reductions`` into what ``apply`` moves the parameter by. ``lr_norm_power`` says with what power of the norm
-of scale-invariant weights the learning rate must grow for the same rotation.
+``update_moments`` returns the new states and ``direction`` the update that follows from them;
+``layer_scalars`` and ``projection_coef`` turn the sums of ``reductions`` into the arguments of ``apply``.
+``lr_norm_power`` is the power of the norm of scale-invariant weights that the learning rate must grow with
+for the same rotation.
 
 Adam: Kingma & Ba 2015. Gradient initialisation: Kalra & Barkeshli 2024, arXiv:2406.09405.
 RAdam: Liu et al. 2020, arXiv:1908.03265. SGD: heavy ball, without dampening of the first step, as torch.

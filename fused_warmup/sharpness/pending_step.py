@@ -1,4 +1,4 @@
-"""The step that an optimizer is about to make: its states, rates and direction, without making it."""
+"""Inspect the next step of an optimizer (states, learning rates, direction) without taking it."""
 
 from __future__ import annotations
 
@@ -24,7 +24,15 @@ from ..plan.plan import Plan
 from ..plan.spec import RuleSpec
 from ..plan.tensors import compute_dtype
 from ..plan.vector_tables import PreconditionerTable
-from ..reference.rules import RULES, Rule, Scalars, common_scalars, inverse_preconditioner
+from ..reference.rules import (
+    RULES,
+    Rule,
+    Scalars,
+    clip_coefficient,
+    common_scalars,
+    inverse_preconditioner,
+    start_exp_avg_sq,
+)
 from .hvp import Hessian
 from .vectors import FusedVectors, Vectors, dot
 
@@ -41,7 +49,7 @@ _WRAPPED = ("optimizer", "optim", "base_optimizer", "inner_optimizer", "original
 
 @dataclass
 class ParamState:
-    """One parameter in the step about to be made.
+    """State of one parameter in the next step.
 
     Attributes:
         param: The parameter.
@@ -83,22 +91,14 @@ class ParamState:
         """L2 penalty, which adds to the Hessian."""
         return 0.0 if self.hyper.decoupled else self.weight_decay
 
-    def scalars(self, effective_lr: float, clip_coef: float = 1.0) -> Scalars:
-        """Return what the rule needs besides tensors, at learning rate ``effective_lr``."""
-        s = common_scalars(self.hyper, effective_lr, self.weight_decay, clip_coef)
-        self.rule.scalars(self.hyper, effective_lr, self.step, s)
-        if self.step == 1 and not self.initialized and self.hyper.init == "grad":
-            s.exp_avg_sq_from_grad = self.hyper.init_scale
-        return s
-
 
 class PendingStep:
-    """All parameters that take part in the next step of an optimizer.
+    """Parameters, states and rates of the next step of an optimizer.
 
     Args:
         owner: Name of the caller, for messages.
         optimizer: One of ours, or ``Adam``, ``AdamW``, ``RAdam`` or ``SGD`` of torch.
-        use_grad: Take the gradients in ``.grad``; parameters without one then take no part.
+        use_grad: Use the gradients in ``.grad``, and leave out parameters without one.
 
     Raises:
         TypeError: If the rule of the optimizer is not known, or it is a wrapper of one.
@@ -109,7 +109,9 @@ class PendingStep:
         optimizer: The optimizer itself, where a wrapper passes for one.
         params: The parameters.
         grads: Their gradients, or None if the closure must give them.
-        made: Updates that the optimizer has made, 0-dim int64 of its own, or an int.
+        spec: The update rule.
+        hypers: Hyper-parameters of each parameter's group.
+        made: Updates that the optimizer has made, a copy of its 0-dim int64, or an int.
         sign: -1 if the optimizer ascends.
     """
 
@@ -146,7 +148,7 @@ class PendingStep:
 
     @functools.cached_property
     def members(self) -> list[ParamState]:
-        """The parameters with what their update needs; reading the step counts waits for the device."""
+        """State of each parameter; reading the step counts waits for the device."""
         t, steps = _counts(self.made, [self._state.get(p, {}) for p in self.params])
         return [
             _param_state(self.spec, p, self._by_group[id(g)], g, self._state.get(p, {}), step, t)
@@ -154,9 +156,9 @@ class PendingStep:
         ]
 
     def preconditioner(self, vectors: Vectors) -> Preconditioner | None:
-        """Return the pre-conditioner by the kernels of the optimizer's backend, which wait for nothing.
+        """Compute the preconditioner by the kernels of the optimizer's backend; nothing waits.
 
-        None where they cannot: before the first step, for an optimizer of torch or gradients of a closure.
+        None before the first step, for an optimizer of torch, and with gradients of a closure.
         """
         optimizer = self.optimizer
         if not (isinstance(optimizer, FusedOptimizer) and isinstance(vectors, FusedVectors) and self.grads):
@@ -187,7 +189,7 @@ class PendingStep:
         return self.optimizer.backend if isinstance(self.optimizer, FusedOptimizer) else "auto"
 
     def grads_of(self, hessian: Hessian) -> list[Tensor]:
-        """Return the gradients in ``.grad``, or those of the closure with zeros where it gives none."""
+        """Return the gradients in ``.grad``, or those of the closure; zeros for parameters without one."""
         if self.grads is not None:
             return self.grads
         found = zip(hessian.gradient(), self.params, strict=True)
@@ -212,8 +214,11 @@ class PendingStep:
         Source: Kalra & Barkeshli 2024, arXiv:2406.09405, equation 6 with the square root of the authors'
             code.
         """
-        factor = self._factor(grads)
-        return [self._inverse_preconditioner(m, g, factor) for m, g in zip(self.members, grads, strict=True)]
+        clipping = self._clipping(grads)
+        return [
+            self._inverse_preconditioner(m, g, self._scalars(m, 1.0, *clipping))
+            for m, g in zip(self.members, grads, strict=True)
+        ]
 
     def directions(self, grads: Sequence[Tensor]) -> list[Tensor]:
         """Return the update per unit of the first group's learning rate: ``param - lr * direction``.
@@ -224,56 +229,59 @@ class PendingStep:
         Returns:
             Tensors in the shapes of the parameters; decoupled decay is in them.
         """
-        factor = self._factor(grads)
-        parts = zip(self.members, grads, self.ratios(), strict=True)
-        return [self._moved(m, g, ratio, factor) for m, g, ratio in parts]
+        clipping = self._clipping(grads)
+        return [
+            self._moved(m, g, self._scalars(m, ratio, *clipping))
+            for m, g, ratio in zip(self.members, grads, self.ratios(), strict=True)
+        ]
 
-    def _factor(self, grads: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-        """Return the clip coefficient and the scale of a random second moment, 0-dim float64."""
+    def _clipping(self, grads: Sequence[Tensor]) -> tuple[float, float]:
+        """Return the clip coefficient, and the norm of all gradients after clipping; waits for the device."""
         # in double before they are squared, which 16 bits would round
-        norm = torch.stack([dot(g.double(), g.double()) for g in grads]).sum().sqrt()
-        clip = torch.ones_like(norm)
+        norm = float(torch.stack([dot(g.double(), g.double()) for g in grads]).sum().sqrt())
+        clip_coef = 1.0
         if self._max_grad_norm is not None:
-            clip = (self._max_grad_norm / (norm + 1e-6)).clamp(max=1.0)
-        return clip, (norm * clip).square()
+            clip_coef = clip_coefficient(norm, self._max_grad_norm)
+        return clip_coef, norm * clip_coef
 
-    def _arguments(
-        self, m: ParamState, grad: Tensor, effective_lr: float, factor: tuple[Tensor, Tensor]
-    ) -> tuple[Tensor, Tensor, list[Tensor], Scalars]:
-        """Return what the rule takes, in double precision."""
-        clip, norm_sq = factor
-        states = [s.to(torch.float64) for s in m.states]
-        if m.step == 1 and not m.initialized and m.hyper.init == "random":
-            if not self._init_norm_sq:
-                raise RuntimeError(
-                    f"{self.owner}: the optimizer must have drawn its states: call init_state()."
-                )
-            k = m.spec.second_moment_index
-            states[k] = states[k] * (m.hyper.init_scale * norm_sq / self._init_norm_sq)
-        grad = grad.to(torch.float64) * clip
-        return m.param.detach().to(torch.float64), grad, states, m.scalars(effective_lr)
+    def _scalars(self, m: ParamState, effective_lr: float, clip_coef: float, grad_norm: float) -> Scalars:
+        """Return the scalars of the update of a parameter at learning rate ``effective_lr``."""
+        first = m.step == 1 and not m.initialized
+        if first and m.hyper.init == "random" and not self._init_norm_sq:
+            raise RuntimeError(f"{self.owner}: the optimizer must have drawn its states: call init_state().")
+        s = common_scalars(m.hyper, effective_lr, m.weight_decay, clip_coef)
+        m.rule.scalars(m.hyper, effective_lr, m.step, s)
+        start_exp_avg_sq(m.hyper, m.step, m.initialized, grad_norm, self._init_norm_sq, s)
+        return s
 
     @torch.no_grad()
-    def _moved(self, m: ParamState, grad: Tensor, ratio: float, factor: tuple[Tensor, Tensor]) -> Tensor:
-        param, grad, states, s = self._arguments(m, grad, ratio, factor)
+    def _moved(self, m: ParamState, grad: Tensor, s: Scalars) -> Tensor:
+        """Return the update of a parameter, computed in double precision."""
+        param, grad, states = _doubles(m, grad)
         moved, _ = m.rule.update(param, grad, states, s)
         return (param - moved).to(compute_dtype(m.param.dtype))
 
     @torch.no_grad()
-    def _inverse_preconditioner(self, m: ParamState, grad: Tensor, factor: tuple[Tensor, Tensor]) -> Tensor:
+    def _inverse_preconditioner(self, m: ParamState, grad: Tensor, s: Scalars) -> Tensor:
         """Return the update that a first moment of ones would give, which is ``1 / P``."""
-        param, grad, states, s = self._arguments(m, grad, 1.0, factor)
+        param, grad, states = _doubles(m, grad)
         return inverse_preconditioner(m.rule, param, grad, states, s).to(compute_dtype(m.param.dtype))
+
+
+def _doubles(m: ParamState, grad: Tensor) -> tuple[Tensor, Tensor, list[Tensor]]:
+    """Return parameter, gradient and states in double precision."""
+    states = [state.to(torch.float64) for state in m.states]
+    return m.param.detach().to(torch.float64), grad.to(torch.float64), states
 
 
 @dataclass
 class Preconditioner:
-    """The pre-conditioner of the step about to be made, as the optimizer's kernels find it; on the device.
+    """Diagonal preconditioner of the next step on the device, computed by the optimizer's kernels.
 
     Attributes:
         scale: ``P**-1/2``, ``[n]``, or None for the identity.
-        scaled: The same with the square root of ``lr / edge``, or None where that is the same for all.
-        factor: ``lr / edge`` of the first parameter, 0-dim float64.
+        scaled: The same with the square root of ``lr / threshold``, or None where that is the same for all.
+        factor: ``lr / threshold`` of the first parameter, 0-dim float64.
         decays: L2 penalty of each parameter, 0-dim float64 each; empty without any.
     """
 
@@ -286,7 +294,7 @@ class Preconditioner:
 def _preconditioner(
     pending: PendingStep, plan: Plan, backend: VectorBackend, vectors: FusedVectors
 ) -> Preconditioner | None:
-    """Run the kernels over a table that is ready for the step."""
+    """Run the kernels on a plan that is ready for the step."""
     assert pending.grads is not None
     spec, hypers = pending.spec, pending.hypers
     thresholds = [spec.stability_threshold(h) for h in hypers]
@@ -318,7 +326,7 @@ def _counts(made: Tensor | int, states: Sequence[Mapping[str, Any]]) -> tuple[in
 
 
 def _step_of(state: Mapping[str, Any]) -> Tensor | int:
-    """Return the updates that a parameter has had; torch's SGD counts none, but has a buffer then."""
+    """Return the number of updates of a parameter; torch's SGD keeps a buffer, but no count."""
     step: Tensor | int = state.get("step", 1 if state.get("momentum_buffer") is not None else 0)
     return step if isinstance(step, Tensor) else int(step)
 
@@ -400,7 +408,7 @@ def _param_state(
     step: int,
     t: int,
 ) -> ParamState:
-    """Return a parameter with everything that the next step does to it depends on."""
+    """Return the state of a parameter in the next step."""
     states = [state.get(name) for name in spec.state_names(group)]
     zeros = torch.zeros_like(param, dtype=compute_dtype(param.dtype), requires_grad=False)
     lr, weight_decay = hyper.rates_at(t)
