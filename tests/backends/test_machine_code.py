@@ -102,7 +102,9 @@ def test_every_device_has_every_kernel(resources):
             counts[kernel_of(symbol)] += 1
         variants = {"decide": 2, "update": 1, "update of doubles": 1}
         wanted = {(stage, rule): n for stage, n in variants.items() for rule in RULES}
-        wanted |= {(s, rule): 1 for s in ("stage1", "stage1 of doubles", "reduce_layers") for rule in LAYER_RULES}
+        wanted |= {
+            (s, rule): 1 for s in ("stage1", "stage1 of doubles", "reduce_layers") for rule in LAYER_RULES
+        }
         rescales = dict.fromkeys([("rescale", None), ("rescale of doubles", None)], len(RULES))
         # vectors of float32 and of float64
         vectors = {(part, None): 2 for part in VECTOR_PARTS}
