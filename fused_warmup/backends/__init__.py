@@ -1,8 +1,7 @@
-"""Which code makes the step, chosen by one word."""
+"""Backend selection by name."""
 
 from __future__ import annotations
 
-import importlib
 import importlib.util
 import os
 
@@ -17,40 +16,52 @@ _PREFERENCE = {"cpu": ("cpu", "reference"), "cuda": ("cuda", "triton", "referenc
 
 def unavailable_reason(name: str) -> str | None:
     """Return why a backend cannot be used in this process, or None if it can."""
-    if name == "reference":
-        return None
-    if name in ("cpu", "cuda"):
-        try:
-            importlib.import_module(f"fused_warmup._{name}")
-        except ImportError as error:
-            return f"the extension fused_warmup._{name} does not load: {error}"
-        if name == "cuda" and not torch.cuda.is_available():
-            return "torch finds no CUDA device"
-        return None
+    reasons = {"cpu": _cpu_reason, "cuda": _cuda_reason, "triton": _triton_reason}
+    return reasons[name]() if name in reasons else None
+
+
+def _cpu_reason() -> str | None:
+    try:
+        from .. import _cpu  # noqa: F401
+    except ImportError as error:
+        return f"the extension fused_warmup._cpu does not load: {error}"
+    return None
+
+
+def _cuda_reason() -> str | None:
+    try:
+        from .. import _cuda  # noqa: F401
+    except ImportError as error:
+        return f"the extension fused_warmup._cuda does not load: {error}"
+    return None if torch.cuda.is_available() else "torch finds no CUDA device"
+
+
+def _triton_reason() -> str | None:
     if importlib.util.find_spec("triton") is None:
         return "the package triton is not installed"
     if not _interpreted() and not torch.cuda.is_available():
         return "there is no CUDA device, and TRITON_INTERPRET is not 1"
-    triton = importlib.import_module("triton")
+    import triton
+
     if not hasattr(triton, "constexpr_function"):
         return f"triton {triton.__version__} is too old, it has no constexpr_function"
     return None
 
 
 def _interpreted() -> bool:
-    """Whether Triton runs its kernels in Python, on the CPU."""
+    """Whether Triton interprets its kernels in Python, on the CPU."""
     return os.environ.get("TRITON_INTERPRET") == "1"
 
 
 def _reaches(name: str, device: torch.device) -> bool:
-    """Whether a backend takes tensors on a device."""
+    """Whether a backend supports tensors on a device."""
     if name == "triton":
         return device.type == ("cpu" if _interpreted() else "cuda")
     return name == "reference" or name in _PREFERENCE.get(device.type, ())
 
 
 def available_backends() -> tuple[str, ...]:
-    """Return the names of the backends that this installation can run."""
+    """Return the names of the backends that can be used in this process."""
     return tuple(name for name in BACKENDS if unavailable_reason(name) is None)
 
 
@@ -58,15 +69,15 @@ def resolve(name: str, device: torch.device) -> Backend:
     """Return the backend for tensors on ``device``.
 
     Args:
-        name: A backend, or ``"auto"`` for the fastest one that the device has.
-        device: Where the parameters are.
+        name: A backend, or ``"auto"`` for the fastest one available for the device.
+        device: Device of the parameters.
 
     Returns:
         The backend.
 
     Raises:
-        RuntimeError: If the backend cannot be used here; the reason and the available ones are named.
-        ValueError: If the backend does not take tensors on this device.
+        RuntimeError: If the backend is unavailable; the message has the reason and the available backends.
+        ValueError: If the backend does not support tensors on this device.
     """
     usable = _PREFERENCE.get(device.type, ("reference",))
     if name == "auto":

@@ -1,4 +1,4 @@
-"""What a backend is."""
+"""Protocols of a backend."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ class Backend(Protocol):
     """Runs the three stages of a step over a plan.
 
     Attributes:
-        name: The word that selects it.
-        max_inline_pointers: Up to how many addresses of gradients it takes along with a launch.
+        name: The name that selects it.
+        max_inline_pointers: Most gradient pointers that it passes in the arguments of a launch.
     """
 
     name: str
     max_inline_pointers: int
 
     def prepare(self, plan: Plan) -> None:
-        """Load what the steps of a new plan need, which a CUDA graph could not record."""
+        """Load the kernels of a new plan, which cannot be done while a CUDA graph is captured."""
 
     def step(self, plan: Plan) -> None:
         """Make one step.
@@ -32,7 +32,7 @@ class Backend(Protocol):
 
 @runtime_checkable
 class VectorBackend(Protocol):
-    """Has kernels for the vectors of sharpness measurements; without them they are worked on by PyTorch."""
+    """A backend with kernels for the vectors of sharpness measurements, which otherwise use PyTorch."""
 
     def vectors(self, operation: str, table: VectorTable) -> None:
         """Queue one of ``vector_tables.OPERATIONS``.
@@ -43,11 +43,11 @@ class VectorBackend(Protocol):
         """
 
     def preconditioner(self, plan: Plan, table: PreconditionerTable) -> bool:
-        """Queue the pre-conditioner of the step about to be made.
+        """Queue the preconditioner of the next step.
 
         Args:
             plan: The table of the step, with its gradients where the kernels read them.
-            table: Where to write.
+            table: The vectors that it is written to.
 
         Returns:
             False, with nothing done, if the rule of the plan has none.

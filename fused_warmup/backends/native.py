@@ -1,4 +1,4 @@
-"""The compiled backends: one call with the address of the table."""
+"""The compiled backends: one call with the address of the packed table."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from .. import _checks as check
 from ..plan.plan import Plan
 from ..plan.vector_tables import OPERATIONS, PreconditionerTable, VectorTable
 
-# below so many elements a thread costs more than it saves
+# a thread for fewer elements costs more than it saves
 _ELEMENTS_PER_THREAD = 1 << 14
 
 
 def _threads(numel: int) -> int:
-    """Return how many threads are worth their start."""
+    """Return the number of OpenMP threads for a step of this size."""
     return max(1, min(torch.get_num_threads(), numel // _ELEMENTS_PER_THREAD))
 
 
@@ -23,8 +23,8 @@ class CpuBackend:
     """C++ kernels for tensors on the CPU.
 
     Args:
-        instruction_set: One of ``_cpu.instruction_sets()``; None takes the widest. The results are the same
-            bit for bit wherever products and sums round once, that is but for the baseline.
+        instruction_set: One of ``_cpu.instruction_sets()``; None takes the widest. All but the baseline have
+            fused multiply-adds and give the same bits.
     """
 
     name = "cpu"
@@ -44,15 +44,15 @@ class CpuBackend:
         """Nothing to load."""
 
     def step(self, plan: Plan) -> None:
-        """Make one step; returns when it is done, with the same bits for any number of threads."""
+        """Make one step, with the same bits for any number of threads."""
         self._cpu.step(self._isa, self._rules[plan.rule], plan.address, _threads(plan.numel))
 
     def vectors(self, operation: str, table: VectorTable) -> None:
-        """Do one of ``vector_tables.OPERATIONS``; the same bits for any number of threads."""
+        """Apply one of ``vector_tables.OPERATIONS``, with the same bits for any number of threads."""
         self._cpu.vectors(self._isa, OPERATIONS.index(operation), table.address, _threads(table.numel))
 
     def preconditioner(self, plan: Plan, table: PreconditionerTable) -> bool:
-        """Make the pre-conditioner of the step about to be made, if its rule has one."""
+        """Compute the preconditioner of the next step, if its rule has one."""
         rules = self._cpu.preconditioned()
         if plan.rule not in rules:
             return False
@@ -65,9 +65,9 @@ class CudaBackend:
     """CUDA kernels: two launches per step, three where the norms must be known beforehand.
 
     Args:
-        module: What ``fused_warmup._cuda`` offers; None imports it.
-        max_blocks: Upper bound of every grid, 0 for as many blocks as the device runs at a time. The results
-            are the same bit for bit.
+        module: A module with the functions of ``fused_warmup._cuda``; None imports that.
+        max_blocks: Most blocks of a launch, 0 for as many as the device runs at a time. The results are the
+            same bit for bit.
     """
 
     name = "cuda"
@@ -81,11 +81,11 @@ class CudaBackend:
         self._rules = {name: i for i, name in enumerate(self._cuda.rules())}
 
     def prepare(self, plan: Plan) -> None:
-        """Load the kernels, which a stream under capture could not."""
+        """Load the kernels, which cannot be done while a CUDA graph is captured."""
         self._cuda.prepare(self._rules[plan.rule], plan.device.index or 0, plan.has_float64)
 
     def step(self, plan: Plan) -> None:
-        """Queue one step on the current stream; returns before it is done."""
+        """Queue one step on the current stream."""
         self._cuda.step(
             self._rules[plan.rule],
             plan.address,
@@ -98,7 +98,7 @@ class CudaBackend:
         )
 
     def vectors(self, operation: str, table: VectorTable) -> None:
-        """Queue one of ``vector_tables.OPERATIONS`` on the current stream; the same bits for any grid."""
+        """Queue one of ``vector_tables.OPERATIONS`` on the current stream, same bits for any grid."""
         self._cuda.vectors(
             OPERATIONS.index(operation),
             table.address,
@@ -108,7 +108,7 @@ class CudaBackend:
         )
 
     def preconditioner(self, plan: Plan, table: PreconditionerTable) -> bool:
-        """Queue the pre-conditioner of the step about to be made, if its rule has one."""
+        """Queue the preconditioner of the next step, if its rule has one."""
         rules = self._cuda.preconditioned()
         if plan.rule not in rules:
             return False
@@ -124,5 +124,5 @@ class CudaBackend:
 
 
 def _stream(device: torch.device) -> int:
-    """Return the current stream; 0 where kernels run on the host."""
+    """Return the handle of the current stream; 0 where the kernels run on the host."""
     return torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0

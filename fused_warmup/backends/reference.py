@@ -1,6 +1,6 @@
 """The step in plain PyTorch: measure, decide, update; the statements of ``csrc/decide.h``.
 
-It reads its counters on the host, so on an accelerator it waits; it is the truth, not the fast path.
+It reads its counters on the host, so that on an accelerator it waits for the device: use it for tests.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ class ReferenceBackend:
             settings.skip_nonfinite and any(not bool(grad.isfinite().all()) for _, grad in active)
         )
         if skipped and not settings.measure:
-            # nobody looked at the gradients of a step that was not made
+            # the other backends sum the norms in the update, which a skipped step does not run
             grad_norm = grad_norm_l1 = math.nan
         clip_coef = 1.0
         if settings.max_grad_norm is not None:
@@ -127,10 +127,10 @@ class ReferenceBackend:
 
 
 def _rescale(rows: Sequence[Any], radius: float, norm: Tensor) -> None:
-    """Bring the parameters of a group to their sphere, where they are from then on."""
-    squares = sum((float(row.work.to(torch.float64).square().sum()) for row in rows), 0.0)
+    """Rescale the parameters of a group to their sphere, and store their norm."""
+    sum_sq = sum((float(row.work.to(torch.float64).square().sum()) for row in rows), 0.0)
     radius = radius if radius > 0.0 else float(norm)
-    factor = sphere_factor(radius, squares)
+    factor = sphere_factor(radius, sum_sq)
     for row in rows:
         arithmetic = torch.float64 if row.work.dtype == torch.float64 else torch.float32
         row.work.copy_(rescale(row.work.to(arithmetic), factor))
@@ -140,7 +140,7 @@ def _rescale(rows: Sequence[Any], radius: float, norm: Tensor) -> None:
 def _update_layer(
     rule: type[LayerRule], param: Tensor, grad: Tensor, state: list[Tensor], h: Any, s: Scalars
 ) -> tuple[Tensor, list[Tensor]]:
-    """Return the new parameter and states by a rule that needs sums over the layer."""
+    """Return the new parameter and states of a rule that needs sums over the layer."""
     states = rule.update_moments(param, grad, state, s)
     update = rule.direction(param, grad, states, s)
     products = rule.reductions(param.to(torch.float64), grad.to(torch.float64), update.to(torch.float64), s)
@@ -151,17 +151,17 @@ def _update_layer(
 
 
 def _reduce_layer(rule: type[LayerRule], param: Tensor, sums: Tensor, h: Any, s: Scalars) -> Tensor:
-    """Choose the view, channels before the layer; return how much of the parameter leaves the update.
+    """Turn the sums of a layer into its scalars and projection coefficients.
 
     Args:
         rule: The rule.
         param: The parameter.
         sums: Sums of products, float64 of shape ``[channels, products]``.
         h: Hyper-parameters.
-        s: Changed to what the sums say.
+        s: Scalars to change.
 
     Returns:
-        Float64 that broadcasts to the parameter.
+        The coefficient of every channel, float64 in a shape that broadcasts to the parameter.
     """
     channels, layer, size = sums.tolist(), sums.sum(0).tolist(), param.numel()
     view = projection_view(

@@ -1,15 +1,14 @@
 """Update rules as the papers state them; the statements of ``csrc/rules.h`` in the same order.
 
-A rule has ``scalars``, Python floats that are the same for every element, and ``update``, which takes
-tensors of one shape and dtype and returns the new parameter and the new states. Nothing is changed in place.
-A rule that must know sums over a layer before it can move it makes its update in two parts instead:
-``update_moments`` returns the new states and ``direction`` the update that follows from them;
-``layer_scalars`` and ``projection_coef`` turn the sums of ``reductions`` into the arguments of ``apply``.
-``lr_norm_power`` is the power of the norm of scale-invariant weights that the learning rate must grow with
-for the same rotation.
+An element-wise rule has ``scalars``, Python floats shared by all elements, and ``update``, which takes
+tensors of one shape and dtype and returns the new parameter and states without changing its arguments. A rule
+that needs sums over a layer updates in stages instead: ``update_moments`` returns the new states and
+``direction`` the update; ``reductions`` returns the products whose sums ``layer_scalars`` and
+``projection_coef`` use; ``apply`` returns the new parameter. ``lr_norm_power`` is the power of the norm of
+scale-invariant weights that the learning rate must grow with to keep the angle of a step.
 
 Adam: Kingma & Ba 2015. Gradient initialisation: Kalra & Barkeshli 2024, arXiv:2406.09405.
-RAdam: Liu et al. 2020, arXiv:1908.03265. SGD: heavy ball, without dampening of the first step, as torch.
+RAdam: Liu et al. 2020, arXiv:1908.03265. SGD: heavy ball; as in torch, the first step is not dampened.
 LAMB: You et al. 2020, arXiv:1904.00962. AdamP and SGDP: Heo et al. 2021, arXiv:2006.08217.
 """
 
@@ -26,9 +25,9 @@ from torch import Tensor
 
 @dataclass
 class Hyper:
-    """Hyper-parameters of one parameter group after validation; rates are those before schedules.
+    """Validated hyper-parameters of one parameter group, before schedules.
 
-    The fields are the struct ``Hyper`` of ``csrc/table.h``: floats are doubles there, all others int32.
+    The fields are those of the struct ``Hyper`` of ``csrc/table.h``: floats are doubles there, others int32.
     """
 
     lr: float
@@ -58,7 +57,7 @@ class Hyper:
 
 @dataclass
 class Scalars:
-    """What the update of one tensor needs besides tensors; Python floats, that is double precision."""
+    """Scalars of the update of one tensor, in double precision."""
 
     grad_scale: float = 1.0
     weight_decay: float = 0.0
@@ -85,22 +84,22 @@ def bias_correction(beta: float, step: int) -> float:
 
 
 def sma_length(beta2: float, step: int) -> float:
-    """Length rho_t of the simple moving average with the centre of mass of the exponential one."""
+    """Length rho_t of the simple moving average that has the centre of mass of the exponential one."""
     bias_correction2 = bias_correction(beta2, step)
     rho_inf = 2.0 / (1.0 - beta2) - 1.0
     return rho_inf - 2.0 * step * (1.0 - bias_correction2) / bias_correction2
 
 
 def rectification(beta2: float, rho: float) -> float:
-    """Ratio r_t of the standard deviations of the adaptive rate, in the long run and now."""
+    """Ratio r_t of the standard deviations of the adaptive rate, in the limit and at this step."""
     rho_inf = 2.0 / (1.0 - beta2) - 1.0
     return math.sqrt((rho - 4.0) * (rho - 2.0) * rho_inf / ((rho_inf - 4.0) * (rho_inf - 2.0) * rho))
 
 
 def lerp_weight(beta: float) -> float:
-    """Weight ``1 - beta`` of a new value in a moment, as ``lerp`` takes it: minus 1 if above one half.
+    """Weight of a new value in a moment for ``lerp``: ``1 - beta``, or that minus 1 if it is above one half.
 
-    That is ``-beta``, exactly, where ``1 - beta`` may round to 1.
+    The latter is ``-beta`` exactly, where ``1 - beta`` may round to 1.
     """
     return -beta if beta < 0.5 else 1.0 - beta
 
@@ -108,14 +107,14 @@ def lerp_weight(beta: float) -> float:
 def lerp(start: Tensor, end: Tensor, weight: float) -> Tensor:
     """Interpolate from ``start`` to ``end``; a weight above one half is given minus 1, so it is negative.
 
-    A difference, so that rounding the weight leaves no drift, and added to the end that counts for more, so
-    that nothing cancels.
+    The form with a difference leaves no drift when the weight is rounded, and adding it to the end with the
+    larger weight avoids cancellation.
     """
     return (start if weight > 0.0 else end) + weight * (end - start)
 
 
 def common_scalars(h: Hyper, effective_lr: float, weight_decay: float, clip_coef: float) -> Scalars:
-    """What every rule shares: the order is clip, sign, then coupled or decoupled decay."""
+    """Scalars that all rules share: clipping, then sign, then coupled or decoupled decay."""
     s = Scalars()
     s.grad_scale = -clip_coef if h.maximize else clip_coef
     s.weight_decay = 0.0 if h.decoupled else weight_decay
@@ -163,7 +162,7 @@ def start_exp_avg_sq(
 
 
 class Rule(Protocol):
-    """An update rule: scalars once per step, update per element."""
+    """An element-wise rule: scalars once per step, update per element."""
 
     min_states: ClassVar[int]
     max_states: ClassVar[int]
@@ -203,7 +202,7 @@ class LayerRule(Protocol):
 
     @staticmethod
     def needs_grad(h: Any, n_states: int) -> bool:
-        """Whether the direction needs the gradient besides the states."""
+        """Whether ``direction`` needs the gradient in addition to the states."""
 
     @staticmethod
     def update_moments(param: Tensor, grad: Tensor, state: Sequence[Tensor], s: Scalars) -> list[Tensor]:
@@ -211,23 +210,23 @@ class LayerRule(Protocol):
 
     @staticmethod
     def direction(param: Tensor, grad: Tensor, state: Sequence[Tensor], s: Scalars) -> Tensor:
-        """Return the update that the new states mean, in the direction that is subtracted."""
+        """Return the update from the new states, with the sign that is subtracted."""
 
     @staticmethod
     def reductions(param: Tensor, grad: Tensor, update: Tensor, s: Scalars) -> list[Tensor]:
-        """Return what is summed over a layer or a channel."""
+        """Return the products that are summed over a layer or a channel."""
 
     @staticmethod
     def scale_invariant(h: Any, sums: Sequence[float], size: int) -> bool:
-        """Whether the sums over ``size`` elements show a gradient that has nothing along the parameter."""
+        """Whether the sums over ``size`` elements show a gradient orthogonal to the parameter."""
 
     @staticmethod
     def projection_coef(h: Any, sums: Sequence[float]) -> float:
-        """Return how much of the parameter to take out of the update."""
+        """Return the multiple of the parameter that the projection subtracts from the update."""
 
     @staticmethod
     def layer_scalars(h: Any, sums: Sequence[float], projected: bool, s: Scalars) -> None:
-        """Change ``s`` to what the sums over the layer say."""
+        """Change ``s`` according to the sums over the layer."""
 
     @staticmethod
     def apply(param: Tensor, update: Tensor, projection_coef: Tensor, s: Scalars) -> Tensor:
@@ -253,7 +252,7 @@ class Adam:
 
     @staticmethod
     def lr_norm_power(h: Hyper, step: int) -> int:
-        """The step does not feel the size of the gradient."""
+        """Adam's update is invariant to the scale of the gradient."""
         return 1
 
     @staticmethod
@@ -269,7 +268,7 @@ class Adam:
         """One step of Adam; a third state makes it AMSGrad."""
         exp_avg, exp_avg_sq = state[0], state[1]
         grad = grad * s.grad_scale + s.weight_decay * param
-        # v_0 = g_0^2 before the first step, or the prepared state scaled (eq. 6 of Kalra & Barkeshli)
+        # at the first step, v_0 = g_0^2 or the scaled initial state (eq. 6 of Kalra & Barkeshli)
         exp_avg_sq = (
             s.exp_avg_sq_from_grad * (grad * grad)
             if s.exp_avg_sq_from_grad > 0.0
@@ -297,12 +296,12 @@ class RAdam:
 
     @staticmethod
     def lr_norm_power(h: Hyper, step: int) -> int:
-        """Momentum alone shrinks as the gradient does."""
+        """An unrectified step shrinks with the gradient, as that of SGD does."""
         return 1 if sma_length(h.beta2, step) > h.rho_threshold else 2
 
     @staticmethod
     def scalars(h: Hyper, effective_lr: float, step: int, s: Scalars) -> None:
-        """Rectified step size, or that of the fall-back while the variance is intractable."""
+        """Rectified step size, or that of the fallback while the variance is intractable."""
         bias_correction1 = bias_correction(h.beta1, step)
         rho = sma_length(h.beta2, step)
         rectified = rho > h.rho_threshold
@@ -351,12 +350,12 @@ class SGD:
 
     @staticmethod
     def lr_norm_power(h: Hyper, step: int) -> int:
-        """The gradient shrinks as the norm grows, and the weights take more to turn."""
+        """The gradient shrinks with the norm, and larger weights need a larger step for the same angle."""
         return 2
 
     @staticmethod
     def scalars(h: Hyper, effective_lr: float, step: int, s: Scalars) -> None:
-        """The first gradient enters the buffer whole."""
+        """The first gradient enters the buffer without dampening."""
         s.step_size = effective_lr
         s.momentum = h.momentum
         s.one_minus_dampening = 1.0 if step == 1 else 1.0 - h.dampening
@@ -366,7 +365,7 @@ class SGD:
     def update(
         param: Tensor, grad: Tensor, state: Sequence[Tensor], s: Scalars
     ) -> tuple[Tensor, list[Tensor]]:
-        """One step of SGD; a state makes it use momentum."""
+        """One step of SGD, with momentum if there is a buffer."""
         grad = grad * s.grad_scale + s.weight_decay * param
         new_state = []
         if len(state) == 1:
@@ -378,13 +377,13 @@ class SGD:
 
 
 def bounded(x: float, low: float, high: float) -> float:
-    """``x`` inside an interval; NaN stays."""
+    """``x`` clamped to an interval; NaN stays."""
     x = low if x < low else x
     return high if x > high else x
 
 
 class LAMB:
-    """Adam whose update is scaled to the norm of its layer."""
+    """Adam with each layer's update scaled to the norm of its parameter."""
 
     min_states: ClassVar[int] = 2
     max_states: ClassVar[int] = 2
@@ -393,28 +392,28 @@ class LAMB:
 
     @staticmethod
     def lr_norm_power(h: Hyper, step: int) -> int:
-        """The trust ratio has the norm in it."""
+        """The trust ratio already scales the step with the parameter norm."""
         return 0 if h.adapts else 1
 
     @staticmethod
     def scalars(h: Hyper, effective_lr: float, step: int, s: Scalars) -> None:
-        """Bias corrections if wanted, and decay as a part of the update."""
+        """Optional bias corrections, and weight decay inside or outside the update."""
         s.step_size = effective_lr
         s.inv_bias_correction1 = 1.0 / bias_correction(h.beta1, step) if h.bias_correction else 1.0
         s.denom_scale = 1.0 / math.sqrt(bias_correction(h.beta2, step)) if h.bias_correction else 1.0
-        # 1 for an average
+        # 1 if the first moment is an average, 1 / (1 - beta1) if it is a sum
         s.grad_weight = 1.0 if h.grad_averaging else 1.0 / (1.0 - h.beta1)
         s.update_decay = s.weight_decay if h.decays_update else 0.0
         s.weight_decay = 0.0 if h.decays_update else s.weight_decay
 
     @staticmethod
     def needs_grad(h: Hyper, n_states: int) -> bool:
-        """The states say everything."""
+        """The update can be recomputed from the states alone."""
         return False
 
     @staticmethod
     def update_moments(param: Tensor, grad: Tensor, state: Sequence[Tensor], s: Scalars) -> list[Tensor]:
-        """Both moments."""
+        """Return the updated first and second moments."""
         grad = grad * s.grad_scale + s.weight_decay * param
         exp_avg = lerp(state[0], s.grad_weight * grad, s.exp_avg_weight)
         exp_avg_sq = lerp(state[1], grad * grad, s.exp_avg_sq_weight)
@@ -422,28 +421,28 @@ class LAMB:
 
     @staticmethod
     def direction(param: Tensor, grad: Tensor, state: Sequence[Tensor], s: Scalars) -> Tensor:
-        """Adam's update with decay in it."""
+        """Adam's update, with weight decay if ``decays_update``."""
         denom = state[1].sqrt() * s.denom_scale + s.eps
         return s.update_decay * param + s.inv_bias_correction1 * state[0] / denom
 
     @staticmethod
     def reductions(param: Tensor, grad: Tensor, update: Tensor, s: Scalars) -> list[Tensor]:
-        """Squares of parameter and update."""
+        """Return the squares ``p * p`` and ``u * u`` that the trust ratio needs."""
         return [param * param, update * update]
 
     @staticmethod
     def scale_invariant(h: Hyper, sums: Sequence[float], size: int) -> bool:
-        """Nothing is projected."""
+        """LAMB does not project."""
         return False
 
     @staticmethod
     def projection_coef(h: Hyper, sums: Sequence[float]) -> float:
-        """Nothing is projected."""
+        """LAMB does not project."""
         return 0.0
 
     @staticmethod
     def layer_scalars(h: Hyper, sums: Sequence[float], projected: bool, s: Scalars) -> None:
-        """The trust ratio: 1 where a norm is 0, which then trains as Adam does."""
+        """The trust ratio is 1 where a norm is 0: such a layer is trained as by Adam."""
         param_norm = math.sqrt(sums[0])
         update_norm = math.sqrt(sums[1])
         defined = h.adapts and param_norm != 0.0 and update_norm != 0.0
@@ -452,25 +451,25 @@ class LAMB:
 
     @staticmethod
     def apply(param: Tensor, update: Tensor, projection_coef: Tensor, s: Scalars) -> Tensor:
-        """Decoupled decay, if that is wanted, and the step."""
+        """Subtract decoupled weight decay and the scaled update."""
         return param - (s.decoupled_decay * param + s.step_size * update)
 
 
 class Projection:
-    """Takes the part along the parameter out of the update where the loss does not feel its scale."""
+    """Removes the radial component of the update of scale-invariant weights."""
 
     n_sums: ClassVar[int] = 4
     projects: ClassVar[bool] = True
 
     @staticmethod
     def reductions(param: Tensor, grad: Tensor, update: Tensor, s: Scalars) -> list[Tensor]:
-        """What cosines and projections are made of."""
+        """Return the products that the cosine test and the projection need."""
         grad = grad * s.grad_scale
         return [grad * grad, param * param, grad * param, update * param]
 
     @staticmethod
     def scale_invariant(h: Hyper, sums: Sequence[float], size: int) -> bool:
-        """Whether gradient and parameter are as good as orthogonal; not so for NaN."""
+        """Whether the cosine of gradient and parameter is below ``delta / sqrt(size)``; False for NaN."""
         grad_norm = math.sqrt(sums[0])
         param_norm = math.sqrt(sums[1])
         norms = grad_norm if grad_norm > h.eps else h.eps
@@ -479,24 +478,24 @@ class Projection:
 
     @staticmethod
     def projection_coef(h: Hyper, sums: Sequence[float]) -> float:
-        """``<n, u> / norm`` for the direction ``n = param / norm``."""
+        """``<n, u> / norm`` with ``n = param / norm``."""
         norm = math.sqrt(sums[1]) + h.eps
         return sums[3] / (norm * norm)
 
     @staticmethod
     def layer_scalars(h: Hyper, sums: Sequence[float], projected: bool, s: Scalars) -> None:
-        """Little decay where the scale does not matter."""
+        """Scale-invariant weights decay by a fraction only."""
         s.decoupled_decay = s.decoupled_decay * (h.wd_ratio if projected else 1.0)
 
     @staticmethod
     def apply(param: Tensor, update: Tensor, projection_coef: Tensor, s: Scalars) -> Tensor:
-        """Decay and the projected step."""
+        """Project the update, then subtract weight decay and the scaled update."""
         update = update - projection_coef * param
         return param - (s.decoupled_decay * param + s.step_size * update)
 
 
 class AdamP(Projection):
-    """AdamW with projection; Nesterov's form looks one gradient ahead."""
+    """AdamW with projection; ``nesterov`` uses the look-ahead first moment."""
 
     min_states: ClassVar[int] = 2
     max_states: ClassVar[int] = 2
@@ -515,12 +514,12 @@ class AdamP(Projection):
 
     @staticmethod
     def needs_grad(h: Hyper, n_states: int) -> bool:
-        """For Nesterov's form only."""
+        """Only the look-ahead first moment needs the gradient again."""
         return h.nesterov
 
     @staticmethod
     def update_moments(param: Tensor, grad: Tensor, state: Sequence[Tensor], s: Scalars) -> list[Tensor]:
-        """Both moments."""
+        """Return the updated first and second moments."""
         grad = grad * s.grad_scale
         exp_avg = lerp(state[0], grad, s.exp_avg_weight)
         exp_avg_sq = lerp(state[1], grad * grad, s.exp_avg_sq_weight)
@@ -528,7 +527,7 @@ class AdamP(Projection):
 
     @staticmethod
     def direction(param: Tensor, grad: Tensor, state: Sequence[Tensor], s: Scalars) -> Tensor:
-        """Adam's update without the correction of the first moment, which is in the step size."""
+        """Adam's update; the bias correction of the first moment is in the step size."""
         exp_avg = state[0]
         grad = grad * s.grad_scale
         exp_avg = lerp(exp_avg, grad if s.nesterov > 0.0 else exp_avg, s.exp_avg_weight)
@@ -537,7 +536,7 @@ class AdamP(Projection):
 
 
 class SGDP(Projection):
-    """Momentum with projection; dampening counts from the first step on."""
+    """Momentum with projection; unlike SGD, the first gradient is dampened too."""
 
     min_states: ClassVar[int] = 0
     max_states: ClassVar[int] = 1
@@ -549,7 +548,7 @@ class SGDP(Projection):
 
     @staticmethod
     def scalars(h: Hyper, effective_lr: float, step: int, s: Scalars) -> None:
-        """Decay as strong as an L2 penalty that went through the momentum."""
+        """Weight decay divided by ``1 - momentum``, as strong as an L2 penalty inside the momentum."""
         s.step_size = effective_lr
         s.momentum = h.momentum
         s.one_minus_dampening = 1.0 - h.dampening
@@ -558,18 +557,18 @@ class SGDP(Projection):
 
     @staticmethod
     def needs_grad(h: Hyper, n_states: int) -> bool:
-        """For Nesterov's form, or without momentum."""
+        """Needed for Nesterov's look-ahead, or without a momentum buffer."""
         return h.nesterov or n_states == 0
 
     @staticmethod
     def update_moments(param: Tensor, grad: Tensor, state: Sequence[Tensor], s: Scalars) -> list[Tensor]:
-        """The buffer, if there is momentum."""
+        """Return the updated momentum buffer, if there is one."""
         grad = grad * s.grad_scale
         return [s.momentum * momentum_buffer + s.one_minus_dampening * grad for momentum_buffer in state]
 
     @staticmethod
     def direction(param: Tensor, grad: Tensor, state: Sequence[Tensor], s: Scalars) -> Tensor:
-        """The buffer, or the gradient with the buffer ahead."""
+        """The momentum buffer, or the Nesterov look-ahead ``grad + momentum * buffer``."""
         grad = grad * s.grad_scale
         momentum_buffer = s.one_minus_dampening * grad
         if len(state) == 1:
@@ -583,7 +582,7 @@ NO_VIEW, CHANNEL_VIEW, LAYER_VIEW = range(3)
 def projection_view(projects: bool, channels_invariant: bool, layer_invariant: bool) -> int:
     """Return the view that an update is projected in.
 
-    Every channel on its own if all of them are scale-invariant, else the whole layer if that is, else nothing.
+    Every channel on its own if all are scale-invariant, else the whole layer if that is, else nothing.
     ``channels_invariant`` may be False for a layer of one channel.
     """
     view = LAYER_VIEW if layer_invariant else NO_VIEW
@@ -600,38 +599,42 @@ def coef_in_view(
 
 
 def sphere_rate(lr: float, norm: float, exponent: int) -> float:
-    """The learning rate that turns weights of some norm as far as ``lr`` turns weights of norm 1."""
+    """Learning rate that rotates weights of a given norm as far as ``lr`` rotates weights of norm 1."""
     rate = lr * norm if exponent > 0 else lr
     return rate * norm if exponent > 1 else rate
 
 
-def sphere_factor(radius: float, squares: float) -> float:
-    """What brings parameters of a group back to their sphere; 1 where no factor could."""
-    defined = 0.0 < squares < math.inf
-    return radius / math.sqrt(squares) if defined else 1.0
+def sphere_factor(radius: float, sum_sq: float) -> float:
+    """Factor that rescales a group to its sphere; 1 if its norm is 0 or not finite."""
+    defined = 0.0 < sum_sq < math.inf
+    return radius / math.sqrt(sum_sq) if defined else 1.0
 
 
 def rescale(param: Tensor, factor: float) -> Tensor:
-    """Bring a parameter to its sphere."""
+    """Rescale a parameter to its sphere."""
     return param * factor
 
 
 def average_update(average: Tensor, param: Tensor, weight: float) -> Tensor:
-    """Move the average towards the parameter; weight 1 gives the parameter itself."""
+    """Move the average towards the parameter; weight 1 copies the parameter."""
     return lerp(average, param, weight if weight < 0.5 else weight - 1.0)
 
 
 def inverse_preconditioner(
     rule: type[Rule], param: Tensor, grad: Tensor, state: Sequence[Tensor], s: Scalars
 ) -> Tensor:
-    """What a first moment of ones would do to a parameter at rate 1: one over the pre-conditioner."""
+    """Return the diagonal of the inverse preconditioner, ``1 / P``.
+
+    It is the update that a first moment of all ones would produce at learning rate 1, and it is 1 for a rule
+    without second moment.
+    """
     if not rule.preconditioned:
         return torch.ones_like(param)
     _, new_state = rule.update(param, grad, state, s)
     frozen = replace(s)
     frozen.weight_decay = 0.0
     frozen.decoupled_decay = 0.0
-    # far below the last digit, so that the moments stay
+    # far below the last digit, so that the moments do not change
     frozen.exp_avg_weight = 1e-30
     frozen.exp_avg_sq_weight = 1e-30
     frozen.exp_avg_sq_from_grad = 0.0
@@ -643,7 +646,7 @@ def inverse_preconditioner(
 
 
 def init_exp_avg_sq(param: Tensor, grad: Tensor, h: Hyper, weight_decay: float, clip_coef: float) -> Tensor:
-    """Second moment before the first step: ``init_scale * g**2``, ``g`` as the rule would see it."""
+    """Return the initial second moment ``init_scale * g**2``, with clipping and coupled decay in ``g``."""
     s = common_scalars(h, h.lr, weight_decay, clip_coef)
     grad = grad * s.grad_scale + s.weight_decay * param
     return h.init_scale * (grad * grad)

@@ -77,7 +77,7 @@ def wide_bytes(ptx, operation):
 
 
 def update(rule, dtype, n_states, full):
-    """A plain update, or one that adds up norms and keeps an average."""
+    """A plain update, or one that sums the norms and updates an average."""
     kinds = ((dtype, dtype, n_states),)
     constants = launch.update_constants(rule, kinds, accumulate=full, average=full)
     state = SIZES[F64 if dtype == F64 else F32]
@@ -86,13 +86,13 @@ def update(rule, dtype, n_states, full):
 
 
 def on_sphere(job):
-    """An update or its second part that sums the squares of what it stored; these move no bytes more."""
+    """An update or stage2 that sums the squares of the stored parameters, which moves no further bytes."""
     kernel, constants, loaded, stored = job
     return kernel, {**constants, "SPHERES": True, "maxnreg": max(constants["maxnreg"], 128)}, loaded, stored
 
 
 def rescale(dtype, full):
-    """A parameter back on its sphere, and its average."""
+    """The rescaling of a parameter to its sphere, with or without an average."""
     constants = launch.rescale_constants(((dtype, dtype, 2),), average=full)
     own = SIZES[dtype] + full * SIZES[F64 if dtype == F64 else F32]
     return rescale_kernel, constants, own, own
@@ -102,15 +102,15 @@ def measure(dtype):
     return measure_kernel, launch.measure_constants(((dtype, dtype, 2),)), SIZES[dtype], 0
 
 
-def propose(rule, dtype, n_states, full):
-    """The first part of an update in two; the norms read the gradient once more."""
+def stage1(rule, dtype, n_states, full):
+    """Stage1; with norms it reads the gradient once more."""
     constants = launch.stage1_constants(rule, ((dtype, dtype, n_states),), accumulate=full)
     state = n_states * SIZES[F64 if dtype == F64 else F32]
     return layerwise.stage1_kernel, constants, (2 + full) * SIZES[dtype] + state, state
 
 
-def apply(rule, dtype, n_states, full):
-    """The second part; the rule may read the gradient again, which LAMB never does."""
+def stage2(rule, dtype, n_states, full):
+    """Stage2; every rule but LAMB may read the gradient again."""
     constants = launch.stage2_constants(rule, ((dtype, dtype, n_states),), average=full)
     state = SIZES[F64 if dtype == F64 else F32]
     again = 0 if rule == "LAMB" else SIZES[dtype]
@@ -119,12 +119,12 @@ def apply(rule, dtype, n_states, full):
 
 
 JOBS = {
-    "lamb-propose-float32": propose("LAMB", F32, 2, False),
-    "lamb-apply-bfloat16": apply("LAMB", BF16, 2, True),
-    "adamp-propose-float32-full": propose("AdamP", F32, 2, True),
-    "adamp-propose-bfloat16-full": propose("AdamP", BF16, 2, True),
-    "adamp-apply-float32-full": apply("AdamP", F32, 2, True),
-    "sgdp-propose-float32": propose("SGDP", F32, 1, False),
+    "lamb-stage1-float32": stage1("LAMB", F32, 2, False),
+    "lamb-stage2-bfloat16": stage2("LAMB", BF16, 2, True),
+    "adamp-stage1-float32-full": stage1("AdamP", F32, 2, True),
+    "adamp-stage1-bfloat16-full": stage1("AdamP", BF16, 2, True),
+    "adamp-stage2-float32-full": stage2("AdamP", F32, 2, True),
+    "sgdp-stage1-float32": stage1("SGDP", F32, 1, False),
     "measure-float32": measure(F32),
     "measure-bfloat16": measure(BF16),
     "adam-float32": update("Adam", F32, 2, False),
@@ -138,20 +138,20 @@ JOBS = {
     "sgd-bfloat16": update("SGD", BF16, 1, False),
     "adam-sphere-float32-full": on_sphere(update("Adam", F32, 2, True)),
     "sgd-sphere-bfloat16-full": on_sphere(update("SGD", BF16, 1, True)),
-    "adamp-apply-sphere-float32-full": on_sphere(apply("AdamP", F32, 2, True)),
+    "adamp-stage2-sphere-float32-full": on_sphere(stage2("AdamP", F32, 2, True)),
     "rescale-float32": rescale(F32, False),
     "rescale-bfloat16-full": rescale(BF16, True),
 }
 RARE = {
-    "adamp-propose-float64": propose("AdamP", F64, 2, False),
-    "sgdp-apply-plain-float32": apply("SGDP", F32, 0, False),
+    "adamp-stage1-float64": stage1("AdamP", F64, 2, False),
+    "sgdp-stage2-plain-float32": stage2("SGDP", F32, 0, False),
     "measure-float64": measure(F64),
     "adam-float16": update("Adam", F16, 2, False),
     "adam-float64-full": update("Adam", F64, 2, True),
     "sgd-plain-float32": update("SGD", F32, 0, False),
     "adam-sphere-bfloat16-full": on_sphere(update("Adam", BF16, 2, True)),
     "adam-sphere-float64-full": on_sphere(update("Adam", F64, 2, True)),
-    "adamp-apply-sphere-bfloat16-full": on_sphere(apply("AdamP", BF16, 2, True)),
+    "adamp-stage2-sphere-bfloat16-full": on_sphere(stage2("AdamP", BF16, 2, True)),
     "rescale-float64-full": rescale(F64, True),
 }
 
@@ -170,14 +170,14 @@ def test_whole_blocks_move_16_bytes_at_a_time_and_nothing_spills(job, target):
     programs = REGISTERS // (numbers["registers"] * THREADS)
     # how many share a multiprocessor
     wanted = 1 if "float64" in job else 2 if job.endswith("full") else 4 if "measure" in job else 3
-    if "propose" in job or "apply" in job:
+    if "stage1" in job or "stage2" in job:
         wanted = min(wanted, 2)
     assert programs >= wanted, numbers
 
 
 @pytest.mark.parametrize("rule", ["LAMB", "AdamP"])
 @pytest.mark.parametrize("target", TARGETS)
-def test_settle_spills_nothing(target, rule):
+def test_reduce_layers_spills_nothing(target, rule):
     constants = launch.reduce_layers_constants(rule, accumulate=True)
     _, numbers = compile_kernel(layerwise.reduce_layers_kernel, constants, target)
     assert (numbers["stack"], numbers["spills"]) == (0, 0)

@@ -295,7 +295,7 @@ def private_reads(path):
 
 
 # of others, where there is no public way: torch marks FSDP's and DTensor's tensors and keeps an operator there
-OF_OTHERS = r"torch\.|Optimizer\._|_local_tensor|_version$|sys\._getframe|_fields$|_asdict$|_replace$|ZeroRedundancy|super\(\)\._"
+OF_OTHERS = r"_backward_hooks|torch\.|Optimizer\._|_local_tensor|_version$|sys\._getframe|_fields$|_asdict$|_replace$|ZeroRedundancy|super\(\)\._"
 
 
 def test_no_private_attribute_of_another_module():

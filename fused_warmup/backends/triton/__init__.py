@@ -1,1 +1,1 @@
-"""The step as Triton kernels. Imported only when the backend is chosen."""
+"""The Triton backend, imported only when it is chosen."""

@@ -32,7 +32,7 @@ from .schedules import average_weight, is_averaged, multiplier
 
 @triton.jit
 def decide(step, t, part):
-    """What holds for all rows; t is the number of updates made before this one."""
+    """The decision for all rows; ``t`` counts the updates made before this one."""
     grad_scale = tl.load(step.grad_scale.to(tl.pointer_type(tl.float32)), step.grad_scale != 0, 1.0)
     found_inf = tl.load(step.found_inf.to(tl.pointer_type(tl.float32)), step.found_inf != 0, 0.0)
     unscale = 1.0 / grad_scale.to(tl.float64)
@@ -51,7 +51,7 @@ def decide(step, t, part):
 
 @triton.jit
 def set_rates(step, t, LANES: tl.constexpr):
-    """What the schedules give every group."""
+    """Write learning rate and weight decay of every group, after schedules."""
     for start in range(0, step.n_groups, LANES):
         group = start + tl.arange(0, LANES)
         known = group < step.n_groups
@@ -66,13 +66,13 @@ def set_rates(step, t, LANES: tl.constexpr):
 
 @triton.jit
 def updates_of(row):
-    """Updates that a row has had."""
+    """Number of updates of a row."""
     return tl.load(field(row.counters, 0, RowCounters, "step"))
 
 
 @triton.jit
 def count_average(step, decision, row, known):
-    """Count one more value in the average of every row that keeps one, whether or not it has a gradient."""
+    """Advance the average counter of every row that has an average, with or without a gradient."""
     kept = known & (row.average != 0)
     due = is_averaged(step.average_kind, step.average_start, step.average_every, decision.t + 1)
     n_averaged = tl.load(field(row.counters, 0, RowCounters, "n_averaged"), kept, 0) + due.to(tl.int64)
@@ -83,13 +83,13 @@ def count_average(step, decision, row, known):
 
 @triton.jit
 def average_weight_of(row):
-    """Weight of a row in its average at this step."""
+    """Weight of the parameter in its average at this step."""
     return tl.load(field(row.counters, 0, RowCounters, "average_weight"))
 
 
 @triton.jit
 def sphere_rates(step, group, lr, exponent, active):
-    """Learning rates of rows as their rule takes them."""
+    """Learning rates of rows, converted for groups on a sphere."""
     sphere = load_struct(step.spheres, group, Sphere, active)
     there = active & (sphere.norm != 0)
     norm = tl.load(sphere.norm.to(tl.pointer_type(tl.float64)), there, 1.0)
@@ -98,7 +98,7 @@ def sphere_rates(step, group, lr, exponent, active):
 
 @triton.jit
 def scalars_of_rows(step, decision, row, h, rates, effective_lr, updates, SCALARS: tl.constexpr):
-    """What the update of a number needs, of one row or a block of them."""
+    """Scalars of update number ``updates`` for one row or a block of rows."""
     s = common_scalars(h, rates, decision.clip_coef * decision.unscale)
     s = SCALARS(h, effective_lr, updates, s)
     clipped_norm = decision.grad_norm * decision.clip_coef
@@ -114,7 +114,7 @@ def set_scalars(
     SPHERES: tl.constexpr,
     LANES: tl.constexpr,
 ):
-    """Count the update of every row that has a gradient, and prepare it; returns the first rectification."""
+    """Count and prepare the update of every row with a gradient; returns the first rectification."""
     first = decision.grad_norm * float("nan")
     for start in range(0, step.n_rows, LANES):
         i = start + tl.arange(0, LANES)
@@ -141,10 +141,10 @@ def set_scalars(
 
 @triton.jit
 def record(step, decision):
-    """The telemetry row of this step, and the counts of the next."""
+    """Write the telemetry row of this step, and advance the counters."""
     counters = load_struct(step.counters, 0, Counters)
     pending_scalars = load_struct(step.pending_scalars, 0, PendingScalars)
-    # other threads may still read what one of them is about to write
+    # wait until all threads have read the values that one of them overwrites
     tl.debug_barrier()
     made = tl.where(decision.skipped != 0, decision.t, decision.t + 1)
     if step.telemetry_capacity > 0:
@@ -169,7 +169,7 @@ def record(step, decision):
 
 @triton.jit
 def record_norms(step, decision, part):
-    """The norms that the update added up, into the row that decide wrote."""
+    """Write the norms that the update has summed into the row that ``record`` wrote."""
     last = load_struct(step.counters, 0, Counters).calls - 1
     line = last % step.telemetry_capacity
     tl.store(field(step.telemetry, line, Telemetry, "grad_norm"), tl.sqrt(part.l2_sq) * decision.unscale)
@@ -184,14 +184,14 @@ def decide_kernel(
     SPHERES: tl.constexpr,
     LANES: tl.constexpr,
 ):
-    """Clipping, policy, rates, scalars, telemetry and counters, by one program."""
+    """Run the decide stage in one program."""
     step = load_struct(step.to(tl.int64), 0, Step)
     count = tl.where(step.measure != 0, step.n_chunks, 0)
     decision = decide(
         step, load_struct(step.counters, 0, Counters).step, combine_all(step.partials, count, LANES)
     )
     set_rates(step, decision.t, LANES)
-    # the rates of a group are read by other threads than wrote them
+    # other threads read the rates than wrote them
     tl.debug_barrier()
     rect = decision.grad_norm * float("nan")
     if decision.skipped == 0:

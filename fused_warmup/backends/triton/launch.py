@@ -1,4 +1,4 @@
-"""How a step is launched: two kernels, three where the norms must be known beforehand.
+"""Launches of a step: two kernels, or three where the norms must be known beforehand.
 
 Rules that need sums over layers take two more, groups on a sphere one.
 """
@@ -25,20 +25,20 @@ from .sphere import rescale_kernel
 from .step import update_kernel
 from .vectors import vector_kernel
 
-# elements that a program takes at a time: eight a thread, 16 bytes of bfloat16 and twice that of float32
+# elements that a program takes at a time: eight a thread, that is 16 bytes of bfloat16 or 32 of float32
 BLOCK = 2048
-# those at the end of a chunk or without alignment: fewer, because each of them needs its own address
+# elements at a time without alignment or at the end of a chunk: fewer, because each needs its own address
 TAIL = 512
 # rows, groups or partial sums that are taken at a time, one a thread
 LANES = 256
 NUM_WARPS = 8
-# more programs than run at a time, so that the device evens out who is done first
+# more programs than run at a time, so that the device balances their different running times
 PROGRAMS_PER_MULTIPROCESSOR = 16
 
 
-# pieces and columns of a tile, which has as many elements as a block, and of one that is not aligned
+# pieces and columns of a tile, which has as many elements as a block, and of an unaligned tile
 _TILES = {"PIECES": 16, "COLUMNS": BLOCK // 16, "ODD_PIECES": 32, "ODD_COLUMNS": TAIL // 32}
-# rounded as the sources say: the compiler must not make other fused multiply-adds
+# the sources fix the rounding: the compiler must not fuse other multiplications and additions
 _OPTIONS = {"num_warps": NUM_WARPS, "enable_fp_fusion": False}
 
 Kinds = tuple[tuple[int, int, int], ...]
@@ -52,14 +52,14 @@ def measure_constants(kinds: Kinds) -> dict[str, Any]:
 
 
 def decide_constants(rule: str, *, spheres: bool = False) -> dict[str, Any]:
-    """Return constants and options of ``decide_kernel`` for the rule of a name."""
+    """Return constants and options of ``decide_kernel`` for a rule."""
     made = RULES.get(rule) or LAYER_RULES[rule]
     return {
         "SCALARS": made.scalars,
         "LR_NORM_POWER": made.lr_norm_power,
         "SPHERES": spheres,
         "LANES": LANES,
-        # the only program: it may have all registers
+        # the only program, which may use all registers
         "maxnreg": 255,
         **_OPTIONS,
     }
@@ -73,9 +73,9 @@ def update_constants(
     Args:
         rule: Name of the rule.
         kinds: ``Plan.kinds``.
-        accumulate: Whether it adds up norms, because nothing measured them before.
-        average: Whether rows have an average.
-        spheres: Whether any group is kept on a sphere.
+        accumulate: Whether it sums the norms, because there was no measure stage.
+        average: Whether parameters are averaged.
+        spheres: Whether any group is on a sphere.
 
     Returns:
         Arguments by keyword.
@@ -155,14 +155,14 @@ def rescale_constants(kinds: Kinds, *, average: bool) -> dict[str, Any]:
 
 
 def _layer_registers(kinds: Kinds) -> int:
-    """Registers a thread of ``stage1_kernel`` or ``stage2_kernel`` may have, for two programs or for one."""
+    """Return the most registers of a thread of ``stage1_kernel`` and ``stage2_kernel``."""
     return 128 if len(kinds) == 1 and kinds[0][0] != DTYPES[torch.float64] else 255
 
 
 def _registers(kinds: Kinds, accumulate: bool) -> int:
-    """Registers a thread may have: as few as it does with without spilling, so that more programs fit.
+    """Return the most registers of a thread: as few as it needs without spills, so that more programs fit.
 
-    Left to itself, ptxas spills a few to save others.
+    Without a bound ptxas spills some registers to save others.
     """
     double = any(dtype == DTYPES[torch.float64] for dtype, _, _ in kinds)
     most_states = max((n_states for _, _, n_states in kinds), default=0)
@@ -205,7 +205,7 @@ def preconditioner_constants(rule: str, kinds: Kinds, doubles: bool) -> dict[str
 
 @functools.cache
 def _programs(device: torch.device) -> int:
-    """How many programs a launch makes at most; few in the interpreter, which runs one after the other."""
+    """Return the most programs of a launch; few in the interpreter, which runs one after the other."""
     if device.type == "cpu":
         return 3
     return PROGRAMS_PER_MULTIPROCESSOR * torch.cuda.get_device_properties(device).multi_processor_count
@@ -215,7 +215,7 @@ class TritonBackend:
     """Triton kernels for CUDA tensors, or for CPU tensors where ``TRITON_INTERPRET=1``.
 
     Args:
-        programs: How many programs a launch makes at most; None takes a multiple of the multiprocessors. The
+        programs: Most programs of a launch; None takes a multiple of the number of multiprocessors. The
             results are the same bit for bit.
     """
 
@@ -226,7 +226,7 @@ class TritonBackend:
         self._programs = programs
 
     def prepare(self, plan: Plan) -> None:
-        """Compile and load the kernels that the steps of a plan may need, whatever its settings become."""
+        """Compile and load all kernels that the steps of a plan may need under any settings."""
         column = plan.step_column().view(torch.int64)
         with _on(plan.device):
             for measure in (False, True):
@@ -234,18 +234,18 @@ class TritonBackend:
                     compiled = kernel.warmup(column, grid=(1,), **constants)
                     # the interpreter has nothing to compile
                     if compiled is not None:
-                        # compiled lazily, and loaded when first asked how to run
+                        # the kernel is loaded when this property is first read
                         _ = compiled.run
 
     def step(self, plan: Plan) -> None:
-        """Make one step on the current stream, without waiting for it."""
+        """Queue one step on the current stream."""
         column = plan.step_column().view(torch.int64)
         with _on(plan.device):
             for kernel, programs, constants in self._launches(plan, plan.settings.measure):
                 kernel[(programs,)](column, **constants)
 
     def vectors(self, operation: str, table: VectorTable) -> None:
-        """Queue one of ``vector_tables.OPERATIONS`` on the current stream; the same bits for any grid."""
+        """Queue one of ``vector_tables.OPERATIONS`` on the current stream, same bits for any grid."""
         programs = max(1, min(table.n_chunks, self._programs or _programs(table.device)))
         column = table.call_column().view(torch.int64)
         with _on(table.device):
@@ -253,7 +253,7 @@ class TritonBackend:
             vector_kernel[(programs,)](column, **constants)
 
     def preconditioner(self, plan: Plan, table: PreconditionerTable) -> bool:
-        """Queue the pre-conditioner of the step about to be made, if its rule has one."""
+        """Queue the preconditioner of the next step, if its rule has one."""
         if plan.rule not in RULES:
             return False
         programs = max(1, min(plan.n_chunks, self._programs or _programs(plan.device)))
@@ -264,7 +264,7 @@ class TritonBackend:
         return True
 
     def _launches(self, plan: Plan, measure: bool) -> Iterator[tuple[Any, int, dict[str, Any]]]:
-        """Give kernel, number of programs and constants of each launch of a step.
+        """Yield kernel, number of programs and constants of each launch of a step.
 
         Args:
             plan: The plan.
@@ -301,5 +301,5 @@ class TritonBackend:
 
 
 def _on(device: torch.device) -> contextlib.AbstractContextManager[Any]:
-    """Make a device current, which Triton launches on."""
+    """Return a context that makes a device current, because Triton launches on the current device."""
     return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()

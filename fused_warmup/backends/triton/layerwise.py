@@ -68,7 +68,7 @@ def stage1_tiles(
     COLUMNS: tl.constexpr,
     ALIGNED: tl.constexpr,
 ):
-    """Move the states of a chunk, and sum what the update that they mean is judged by."""
+    """Update the moments of a chunk, and sum the products of its update over pieces."""
     C: tl.constexpr = arithmetic(DTYPE)
     STATE_DTYPE: tl.constexpr = state_dtype(DTYPE)
     states = (row.state0, row.state1, row.state2)
@@ -120,7 +120,7 @@ def stage1_kernel(
     BLOCK: tl.constexpr,
     TAIL: tl.constexpr,
 ):
-    """The first part of an update in two, for every chunk."""
+    """Run stage1 on every chunk."""
     step = load_struct(step.to(tl.int64), 0, Step)
     if load_struct(step.decision, 0, StepDecision).skipped == 0:
         for i in range(tl.program_id(0), step.n_chunks, tl.num_programs(0)):
@@ -144,7 +144,7 @@ def stage1_kernel(
                             KINDS[k][0], KINDS[k][1], KINDS[k][2], ODD_PIECES, ODD_COLUMNS, False,
                         )  # fmt: skip
             if ACCUMULATE:
-                # once more, from the cache: the order of the sums is that of the measure stage
+                # a second read, from the cache: the sums are in the order of the measure stage
                 measure_chunk(step, i, chunk, row, grad, GRAD_DTYPES, BLOCK, TAIL)
 
 
@@ -190,7 +190,7 @@ def reduce_layer(
         SCALE_INVARIANT(h, layer, row.numel),
     )
     s = load_struct(step.scalars, i, Scalars)
-    # other threads may still read what one of them is about to write
+    # wait until all threads have read the scalars that one of them overwrites
     tl.debug_barrier()
     store_struct(step.scalars, i, LAYER_SCALARS(h, layer, view != NO_VIEW, s), Scalars)
     if PROJECTS:
@@ -217,7 +217,7 @@ def reduce_layers_kernel(
     ACCUMULATE: tl.constexpr,
     LANES: tl.constexpr,
 ):
-    """From sums to what the second part of the update needs, row by row."""
+    """Turn the sums of every row into its scalars and projection coefficients."""
     step = load_struct(step.to(tl.int64), 0, Step)
     decision = load_struct(step.decision, 0, StepDecision)
     if decision.skipped == 0:
@@ -254,7 +254,7 @@ def stage2_tiles(
     COLUMNS: tl.constexpr,
     ALIGNED: tl.constexpr,
 ):
-    """Find the update of a chunk again, move and average the parameter; returns the sum_sq of what it is."""
+    """Recompute the direction of a chunk, update and average the parameter; returns its sum of squares."""
     C: tl.constexpr = arithmetic(DTYPE)
     STATE_DTYPE: tl.constexpr = state_dtype(DTYPE)
     states = (row.state0, row.state1, row.state2)
@@ -275,7 +275,7 @@ def stage2_tiles(
             here = row.param + chunk.offset * item_size(DTYPE)
             param = load_tile(here, places, mask, DTYPE, C, ALIGNED)
             if grad != 0:
-                # nothing is read where the mask is off everywhere
+                # a gradient that is not needed is masked out and not read
                 at = grad + chunk.offset * item_size(GRAD_DTYPE)
                 g = load_tile(at, places, mask & needs_grad, GRAD_DTYPE, C, ALIGNED)
                 state = ()
@@ -316,7 +316,7 @@ def stage2_kernel(
     ODD_COLUMNS: tl.constexpr,
     LANES: tl.constexpr,
 ):
-    """The second part of an update in two, for every chunk, the last one first."""
+    """Run stage2 on every chunk, the last one first."""
     step = load_struct(step.to(tl.int64), 0, Step)
     decision = load_struct(step.decision, 0, StepDecision)
     if decision.skipped == 0:
@@ -333,7 +333,7 @@ def stage2_kernel(
             wanted = grad != 0
             on_sphere = False
             if SPHERES:
-                # averaged when it is back there
+                # parameters of a group on a sphere are averaged later, in rescale_kernel
                 on_sphere = is_on_sphere(step, row.group)
                 weight = tl.where(on_sphere, 0.0, weight)
                 wanted = wanted | on_sphere

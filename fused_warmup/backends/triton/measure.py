@@ -26,7 +26,7 @@ from .reduce import accumulate, combine, total, zero_norms, zero_part
 
 @triton.jit
 def measure_blocks(part, address, first, last, DTYPE: tl.constexpr, BLOCK: tl.constexpr, WHOLE: tl.constexpr):
-    """Add the elements from first to last of a chunk, in whole and aligned blocks or others."""
+    """Add the elements from first to last of a chunk, in whole aligned blocks or in masked ones."""
     lanes = tl.arange(0, BLOCK)
     sums = zero_norms(BLOCK // 4)
     for done in range(first, last, BLOCK):
@@ -39,8 +39,8 @@ def measure_blocks(part, address, first, last, DTYPE: tl.constexpr, BLOCK: tl.co
 def measure_chunk(
     step, i, chunk, row, grad, GRAD_DTYPES: tl.constexpr, BLOCK: tl.constexpr, TAIL: tl.constexpr
 ):
-    """Sums of one chunk of gradients."""
-    # chunks of channels of odd lengths do not begin where vectors do
+    """Store the sums of one chunk of a gradient."""
+    # chunks of channels of odd lengths are not aligned
     aligned = (grad % VECTOR == 0) & (chunk.offset % VECTOR == 0)
     whole = tl.where(aligned, chunk.count // BLOCK * BLOCK, 0)
     part = zero_part()
@@ -54,7 +54,7 @@ def measure_chunk(
 
 @triton.jit
 def measure_kernel(step, GRAD_DTYPES: tl.constexpr, BLOCK: tl.constexpr, TAIL: tl.constexpr):
-    """Sums of every chunk of gradients."""
+    """Store the sums of every chunk of the gradients."""
     step = load_struct(step.to(tl.int64), 0, Step)
     for i in range(tl.program_id(0), step.n_chunks, tl.num_programs(0)):
         chunk = load_struct(step.chunks, i, Chunk)

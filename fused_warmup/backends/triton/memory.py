@@ -1,6 +1,6 @@
-"""What the kernels read and write: structs of ``csrc/table.h`` as named tuples, blocks of columns as numbers.
+"""Loads and stores of the kernels: structs of ``csrc/table.h`` as named tuples, blocks of tensors as numbers.
 
-Offsets come from the numpy dtypes of ``fused_warmup.table``; storage types are those of ``csrc/dtypes.h``.
+Offsets come from the numpy dtypes of ``plan/structs.py``; storage types are those of ``csrc/dtypes.h``.
 """
 
 from __future__ import annotations
@@ -14,18 +14,18 @@ import triton.language as tl
 
 from ...plan.structs import DTYPES, STRUCTS
 
-# a constant of the module, so that the caches of compiled kernels know the layout they were compiled for
+# a constexpr, so that the layout is part of the key in the cache of compiled kernels
 LAYOUT = tl.constexpr({
     name: (dtype.itemsize, [(field[1], field[0].str[1:]) for field in (dtype.fields or {}).values()])
     for name, dtype in STRUCTS.items()
 })
 BFLOAT16 = tl.constexpr(DTYPES[torch.bfloat16])
-# bytes that one access of a thread moves at most
+# bytes of the widest access of a thread
 VECTOR = tl.constexpr(16)
 
-# addresses are added to as signed integers
+# addresses are signed integers in address arithmetic
 _FIELD_TYPES = {"u8": tl.int64, "i8": tl.int64, "i4": tl.int32, "f8": tl.float64}
-# a bfloat16 is the upper half of a float32: moved and rounded as an integer, which the interpreter does right
+# bfloat16 is moved and rounded as an integer, because the interpreter has no correct rounding to it
 _STORAGE = {
     DTYPES[torch.float32]: tl.float32,
     DTYPES[torch.float64]: tl.float64,
@@ -37,9 +37,9 @@ _STORAGE = {
 def _struct(name: str) -> Any:
     """Return the named tuple of a struct.
 
-    It is built from another one and the fields that differ; fields that nothing sets are 0.
+    An instance is made from another one and the fields that differ, or from fields alone; the others are 0.
     """
-    # a tuple of Triton has an attribute called values itself
+    # "values" is already an attribute of Triton's tuples
     fields = ["table_values" if field == "values" else field for field in STRUCTS[name].names or ()]
     base: Any = namedtuple(name, fields)  # type: ignore[misc]
 
@@ -69,7 +69,7 @@ Row, Chunk, Hyper, Segment, Rates, Scalars, Sphere, Partial, *_LATER = map(_stru
 
 @triton.constexpr_function
 def size_of(layout: Any, struct: Any) -> int:
-    """Bytes of a struct."""
+    """Size of a struct in bytes."""
     return int(layout[struct.__name__][0])
 
 
@@ -87,37 +87,37 @@ def pointer_of(layout: Any, struct: Any, i: int) -> Any:
 
 @triton.constexpr_function
 def storage(dtype: int) -> Any:
-    """Type in memory of elements with a code of enum DType."""
+    """Type in memory of elements of a code of enum DType."""
     return _STORAGE[dtype]
 
 
 @triton.constexpr_function
 def item_size(dtype: int) -> int:
-    """Bytes of an element."""
+    """Size of an element in bytes."""
     return int(_STORAGE[dtype].primitive_bitwidth // 8)
 
 
 @triton.constexpr_function
 def arithmetic(dtype: int) -> Any:
-    """Type that an update of such parameters computes in, and that their states have."""
+    """Type of the arithmetic and of the states for parameters of a dtype code."""
     return tl.float64 if dtype == DTYPES[torch.float64] else tl.float32
 
 
 @triton.constexpr_function
 def state_dtype(dtype: int) -> int:
-    """Code of the type of the states beside such parameters."""
+    """Dtype code of the states of parameters of a dtype code."""
     return DTYPES[torch.float64 if dtype == DTYPES[torch.float64] else torch.float32]
 
 
 @triton.constexpr_function
 def position(struct: Any, name: str) -> int:
-    """Position of a field in its struct."""
+    """Index of a field in its struct."""
     return int(struct._fields.index(name))
 
 
 @triton.jit
 def field(column, index, STRUCT: tl.constexpr, NAME: tl.constexpr):
-    """Pointer to a field of a struct in a column."""
+    """Pointer to a field of struct number ``index`` in a column."""
     place = column + index * size_of(LAYOUT, STRUCT)
     i: tl.constexpr = position(STRUCT, NAME)
     return (place + offset_of(LAYOUT, STRUCT, i)).to(pointer_of(LAYOUT, STRUCT, i))
@@ -125,7 +125,7 @@ def field(column, index, STRUCT: tl.constexpr, NAME: tl.constexpr):
 
 @triton.jit
 def load_struct(column, index, STRUCT: tl.constexpr, mask=None):
-    """A struct in a column, or a block of them with zeros where the mask is off."""
+    """Load a struct from a column, or a block of structs with zeros where the mask is off."""
     place = column + index * size_of(LAYOUT, STRUCT)
     fields = ()
     for i in tl.static_range(len(STRUCT._fields)):
@@ -136,7 +136,7 @@ def load_struct(column, index, STRUCT: tl.constexpr, mask=None):
 
 @triton.jit
 def store_struct(column, index, value, STRUCT: tl.constexpr, mask=None):
-    """Write a struct into a column, or a block of them."""
+    """Write a struct to a column, or a block of structs."""
     place = column + index * size_of(LAYOUT, STRUCT)
     for i in tl.static_range(len(STRUCT._fields)):
         pointer = (place + offset_of(LAYOUT, STRUCT, i)).to(pointer_of(LAYOUT, STRUCT, i))
@@ -145,7 +145,7 @@ def store_struct(column, index, value, STRUCT: tl.constexpr, mask=None):
 
 @triton.jit
 def pointers(address, lanes, TYPE: tl.constexpr, WHOLE: tl.constexpr):
-    """Pointers to a block; a whole block promises alignment, without which no access is wide."""
+    """Pointers to a block; a whole block promises alignment, without which accesses are not vectorised."""
     pointer = address.to(tl.pointer_type(TYPE))
     if WHOLE:
         pointer = tl.multiple_of(pointer, VECTOR)
@@ -154,7 +154,7 @@ def pointers(address, lanes, TYPE: tl.constexpr, WHOLE: tl.constexpr):
 
 @triton.jit
 def load_block(address, lanes, mask, DTYPE: tl.constexpr, C: tl.constexpr, WHOLE: tl.constexpr):
-    """A block of a column in the type of the arithmetic; zeros where the mask is off."""
+    """Load a block of a tensor in the type of the arithmetic; zeros where the mask is off."""
     pointer = pointers(address, lanes, storage(DTYPE), WHOLE)
     if WHOLE:
         value = tl.load(pointer)
@@ -165,20 +165,20 @@ def load_block(address, lanes, mask, DTYPE: tl.constexpr, C: tl.constexpr, WHOLE
 
 @triton.jit
 def load_tile(address, places, mask, DTYPE: tl.constexpr, C: tl.constexpr, ALIGNED: tl.constexpr):
-    """Elements of a column in the type of the arithmetic; zeros where the mask is off."""
+    """Load elements at any places of a tensor, see ``load_block``."""
     pointer = pointers(address, places, storage(DTYPE), ALIGNED)
     return widen(tl.load(pointer, mask=mask, other=0), DTYPE).to(C)
 
 
 @triton.jit
 def store_tile(address, places, mask, value, DTYPE: tl.constexpr, ALIGNED: tl.constexpr):
-    """Write stored values into a column."""
+    """Write a tile of stored values to a tensor."""
     tl.store(pointers(address, places, storage(DTYPE), ALIGNED), value, mask=mask)
 
 
 @triton.jit
 def store_block(address, lanes, mask, value, DTYPE: tl.constexpr, WHOLE: tl.constexpr):
-    """Write a block of stored values."""
+    """Write a block of stored values to a tensor."""
     pointer = pointers(address, lanes, storage(DTYPE), WHOLE)
     if WHOLE:
         tl.store(pointer, value)
@@ -188,7 +188,7 @@ def store_block(address, lanes, mask, value, DTYPE: tl.constexpr, WHOLE: tl.cons
 
 @triton.jit
 def widen(stored, DTYPE: tl.constexpr):
-    """Stored elements as numbers."""
+    """Convert stored elements to numbers."""
     if DTYPE == BFLOAT16:
         return (stored.to(tl.uint32) << 16).to(tl.float32, bitcast=True)
     else:
@@ -197,7 +197,7 @@ def widen(stored, DTYPE: tl.constexpr):
 
 @triton.jit
 def narrow(x, DTYPE: tl.constexpr):
-    """Numbers rounded to the nearest that can be stored, ties to even."""
+    """Round numbers to the storage type, ties to even."""
     if DTYPE == BFLOAT16:
         bits = x.to(tl.uint32, bitcast=True)
         rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
@@ -208,13 +208,13 @@ def narrow(x, DTYPE: tl.constexpr):
 
 @triton.jit
 def grad_of(step, row):
-    """Addresses of gradients."""
+    """Pointers to the gradient addresses of rows."""
     return (step.grads + row * 8).to(tl.pointer_type(tl.int64))
 
 
 @triton.jit
 def scalars_of(s, C: tl.constexpr):
-    """The scalars of one row, rounded once to the type of the arithmetic."""
+    """Round the scalars of one row to the type of the arithmetic."""
     rounded = ()
     for i in tl.static_range(len(s)):
         rounded = rounded + (s[i].to(C),)
@@ -223,7 +223,7 @@ def scalars_of(s, C: tl.constexpr):
 
 @triton.jit
 def arrives_last(finished):
-    """Whether this program is the last to arrive, which sees what all threads of all of them wrote."""
+    """True for the last program to finish, which sees the writes of all others."""
     tl.debug_barrier()
     arrived = tl.atomic_add(finished, 1)
     return arrived == tl.num_programs(0) - 1

@@ -31,7 +31,7 @@ from .rules import inverse_preconditioner, root
 
 @triton.jit
 def as_numbers(s):
-    """Scalars of which those that nothing set are numbers of the device too."""
+    """Convert the scalars that no rule set, which are Python numbers, to device numbers."""
     zero = tl.full((), 0.0, tl.float64)
     numbers = ()
     for i in tl.static_range(len(s)):
@@ -47,7 +47,7 @@ def preconditioner_blocks(
     chunk,
     place,
     s,
-    fold,
+    factor,
     first,
     last,
     UPDATE: tl.constexpr,
@@ -58,7 +58,7 @@ def preconditioner_blocks(
     BLOCK: tl.constexpr,
     WHOLE: tl.constexpr,
 ):
-    """Some blocks of a chunk, whole and aligned ones or others."""
+    """Compute the elements from first to last of a chunk, in whole or masked blocks."""
     C: tl.constexpr = arithmetic(DTYPE)
     STATE_DTYPE: tl.constexpr = state_dtype(DTYPE)
     states = (row.state0, row.state1, row.state2)
@@ -77,7 +77,7 @@ def preconditioner_blocks(
         if call.scale != 0:
             store_block(call.scale + there, lanes, mask, root(inverse).to(arithmetic(WIDE)), WIDE, WHOLE)
         if call.scaled != 0:
-            scaled = root(inverse * fold).to(arithmetic(WIDE))
+            scaled = root(inverse * factor).to(arithmetic(WIDE))
             store_block(call.scaled + there, lanes, mask, scaled, WIDE, WHOLE)
 
 
@@ -93,13 +93,13 @@ def preconditioner_kernel(
     TAIL: tl.constexpr,
     LANES: tl.constexpr,
 ):
-    """Every chunk of the rows that are measured; nothing of the step is written."""
+    """Compute every chunk of the measured rows; the table of the step is only read."""
     step = load_struct(step.to(tl.int64), 0, Step)
     call = load_struct(call.to(tl.int64), 0, PreconditionerOp)
     t = load_struct(step.counters, 0, Counters).step
     l2_sq = tl.load(call.l2_sq.to(tl.pointer_type(tl.float64)))
     decision = decide(step, t, Partial(l1=l2_sq * 0.0, l2_sq=l2_sq, nonfinite=tl.full((), 0, tl.int64)))
-    # every program writes the same numbers, for its own threads to read
+    # every program writes the same rates, which its own threads read
     set_rates(Step(step, rates=call.rates), t, LANES)
     tl.debug_barrier()
     for i in range(tl.program_id(0), step.n_chunks, tl.num_programs(0)):
@@ -110,9 +110,9 @@ def preconditioner_kernel(
             grad = tl.load(grad_of(step, chunk.row))
             h = load_struct(step.hypers, row.group, Hyper)
             rates = load_struct(call.rates, row.group, Rates)
-            fold = rates.lr / tl.load((call.thresholds + chunk.row * 8).to(tl.pointer_type(tl.float64)))
+            factor = rates.lr / tl.load((call.thresholds + chunk.row * 8).to(tl.pointer_type(tl.float64)))
             updates = updates_of(row) + 1
-            # at rate 1, because the pre-conditioner does not hold the rate
+            # learning rate 1, because the preconditioner does not contain the rate
             rates = Rates(rates, lr=rates.lr * 0.0 + 1.0)
             all_scalars = as_numbers(
                 scalars_of_rows(step, decision, row, h, rates, rates.lr, updates, SCALARS)
@@ -124,12 +124,12 @@ def preconditioner_kernel(
                 kind = (row.dtype == KINDS[k][0]) & (row.n_states == KINDS[k][2])
                 if kind & (row.grad_dtype == KINDS[k][1]):
                     s = scalars_of(all_scalars, arithmetic(KINDS[k][0]))
-                    own_fold = fold.to(arithmetic(KINDS[k][0]))
+                    own_factor = factor.to(arithmetic(KINDS[k][0]))
                     preconditioner_blocks(
-                        call, row, grad, chunk, place, s, own_fold, 0, whole,
+                        call, row, grad, chunk, place, s, own_factor, 0, whole,
                         UPDATE, KINDS[k][0], KINDS[k][1], KINDS[k][2], WIDE, BLOCK, True,
                     )  # fmt: skip
                     preconditioner_blocks(
-                        call, row, grad, chunk, place, s, own_fold, whole, chunk.count,
+                        call, row, grad, chunk, place, s, own_factor, whole, chunk.count,
                         UPDATE, KINDS[k][0], KINDS[k][1], KINDS[k][2], WIDE, TAIL, False,
                     )  # fmt: skip

@@ -9,33 +9,33 @@ from ...plan.chunks import PIECE as _PIECE
 from .memory import VECTOR, Partial, load_struct
 
 PIECE = tl.constexpr(_PIECE)
-# elements that fill a vector of any kind
+# elements of 16 bits that fill a vector, a multiple of what longer elements need
 GRAIN = tl.constexpr(8)
 
 
 @triton.jit
 def zero_norms(LANES: tl.constexpr):
-    """Sums of nothing."""
+    """Norm sums of zero for every lane."""
     zero = tl.zeros((LANES,), tl.float64)
     return Partial(l1=zero, l2_sq=zero, nonfinite=tl.zeros((LANES,), tl.int64))
 
 
 @triton.jit
 def zero_part():
-    """The partial sum of nothing."""
+    """A partial sum of zero."""
     zero = tl.full((), 0.0, tl.float64)
     return Partial(l1=zero, l2_sq=zero, nonfinite=tl.full((), 0, tl.int64))
 
 
 @triton.jit
 def sum_fours(x):
-    """Sums of four neighbours: they are in one thread, which therefore need not wait for others."""
+    """Sum four neighbours each: one thread holds them, so this needs no exchange between threads."""
     return tl.sum(tl.reshape(x, (x.shape[0] // 4, 4)), axis=1)
 
 
 @triton.jit
 def accumulate(sums, grad):
-    """Add a block of gradients."""
+    """Add a block of gradients to the sums of its lanes."""
     x = grad.to(tl.float64)
     return Partial(
         l1=sums.l1 + sum_fours(tl.abs(x)),
@@ -46,19 +46,19 @@ def accumulate(sums, grad):
 
 @triton.jit
 def combine(a, b):
-    """Sum of two partial sums."""
+    """Add two partial sums."""
     return Partial(l1=a.l1 + b.l1, l2_sq=a.l2_sq + b.l2_sq, nonfinite=a.nonfinite + b.nonfinite)
 
 
 @triton.jit
 def total(sums):
-    """One sum of many."""
+    """Sum over the lanes."""
     return Partial(l1=tl.sum(sums.l1), l2_sq=tl.sum(sums.l2_sq), nonfinite=tl.sum(sums.nonfinite))
 
 
 @triton.jit
 def combine_all(partials, count, LANES: tl.constexpr):
-    """Sum of the partial sums, in an order that depends on their number only."""
+    """Add all partial sums in an order that depends only on their number."""
     sums = zero_norms(LANES)
     for start in range(0, count, LANES):
         i = start + tl.arange(0, LANES)
@@ -68,7 +68,7 @@ def combine_all(partials, count, LANES: tl.constexpr):
 
 @triton.jit
 def first_piece(row, chunk):
-    """Number of the first piece of a chunk."""
+    """Index of the first piece of a chunk."""
     each = tl.cdiv(row.channel_size, PIECE)
     channel = chunk.offset // row.channel_size
     return row.first_piece + channel * each + (chunk.offset - channel * row.channel_size) // PIECE
@@ -76,19 +76,19 @@ def first_piece(row, chunk):
 
 @triton.jit
 def channel_part(row, chunk):
-    """Elements of a channel that are in one chunk."""
+    """Number of elements of a channel in one chunk."""
     return tl.minimum(row.channel_size, chunk.count.to(tl.int64)).to(tl.int32)
 
 
 @triton.jit
 def count_pieces(chunk, part):
-    """Number of the pieces of a chunk that has parts of channels of one length."""
+    """Number of pieces in a chunk of channel parts of length ``part``."""
     return chunk.count // part * tl.cdiv(part, PIECE)
 
 
 @triton.jit
 def tile_places(i, column, part, count, COLUMNS: tl.constexpr, ALIGNED: tl.constexpr):
-    """Where elements of some pieces stand in their chunk, and which of them there are."""
+    """Offsets of a tile of pieces in their chunk, and the mask of its elements."""
     of_channel = tl.cdiv(part, PIECE)
     channel = i // of_channel
     skipped = (i - channel * of_channel) * PIECE
@@ -103,13 +103,13 @@ def tile_places(i, column, part, count, COLUMNS: tl.constexpr, ALIGNED: tl.const
 
 @triton.jit
 def is_aligned(addresses, chunk, part):
-    """Whether all pieces of a chunk may be read in vectors."""
+    """Whether all pieces of a chunk may be read as vectors."""
     return (addresses % VECTOR == 0) & (chunk.offset % GRAIN == 0) & (part % GRAIN == 0)
 
 
 @triton.jit
 def add_products(sums, products, mask):
-    """Add to each sum what a tile has; four neighbours are in one thread."""
+    """Add the products of a tile to the sums; one thread holds four neighbours."""
     added = ()
     for k in tl.static_range(len(sums)):
         x = tl.where(mask, products[k], 0.0)
@@ -120,7 +120,7 @@ def add_products(sums, products, mask):
 
 @triton.jit
 def load_sums(step, piece, known, N_SUMS: tl.constexpr):
-    """The sums of some pieces; zeros where none is known."""
+    """Load the sums of pieces; zeros where the mask is off."""
     sums = ()
     for k in tl.static_range(N_SUMS):
         at = (step.sums + (piece * N_SUMS + k) * 8).to(tl.pointer_type(tl.float64))
@@ -130,7 +130,7 @@ def load_sums(step, piece, known, N_SUMS: tl.constexpr):
 
 @triton.jit
 def add_sums(a, b):
-    """Sums of two parts."""
+    """Add the sums of two parts."""
     added = ()
     for k in tl.static_range(len(a)):
         added = added + (a[k] + b[k],)
@@ -139,7 +139,7 @@ def add_sums(a, b):
 
 @triton.jit
 def zero_sums(LANES: tl.constexpr, N_SUMS: tl.constexpr):
-    """Sums of nothing."""
+    """Sums of zero for every lane."""
     sums = ()
     for _ in tl.static_range(N_SUMS):
         sums = sums + (tl.zeros((LANES,), tl.float64),)
@@ -148,7 +148,7 @@ def zero_sums(LANES: tl.constexpr, N_SUMS: tl.constexpr):
 
 @triton.jit
 def channel_sums(step, row, channel, known, each, LANES: tl.constexpr, N_SUMS: tl.constexpr):
-    """The sums over some channels of ``each`` pieces."""
+    """Sums over channels of ``each`` pieces."""
     sums = zero_sums(LANES, N_SUMS)
     for j in range(0, each):
         sums = add_sums(sums, load_sums(step, row.first_piece + channel * each + j, known, N_SUMS))

@@ -1,11 +1,10 @@
 """Update rules inside Triton kernels; the statements of ``csrc/rules.h`` in the same order.
 
-A rule has ``scalars``, computed for a block of rows in double, and ``update`` for a block of elements. A rule
-that must know sums over a layer makes its update in two parts, as ``reference/rules.py`` says; so does it of
-``lr_norm_power``.
+``scalars`` is evaluated for a block of rows in double; ``update`` and the stages of layer-wise rules take a
+block of elements. ``reference/rules.py`` describes them.
 
 Adam: Kingma & Ba 2015. Gradient initialisation: Kalra & Barkeshli 2024, arXiv:2406.09405.
-RAdam: Liu et al. 2020, arXiv:1908.03265. SGD: heavy ball, without dampening of the first step, as torch.
+RAdam: Liu et al. 2020, arXiv:1908.03265. SGD: heavy ball; as in torch, the first step is not dampened.
 LAMB: You et al. 2020, arXiv:1904.00962. AdamP and SGDP: Heo et al. 2021, arXiv:2006.08217.
 """
 
@@ -47,9 +46,9 @@ def divide(a, b):
 
 @triton.jit
 def expm1(x):
-    """Kahan's form for x <= 0: the error of log cancels that of exp."""
+    """``exp(x) - 1`` for x <= 0 in Kahan's form, in which the error of log cancels that of exp."""
     u = tl.exp(x)
-    # far from 0 the difference loses nothing, and log must not see a 0
+    # far from 0 the difference is exact enough, and log must not get 0
     near = (x > -1.0) & (u != 1.0)
     kahan = (u - 1.0) * x / tl.log(tl.where(near, u, 2.0))
     return tl.where(near, kahan, tl.where(u == 1.0, x, u - 1.0))
@@ -64,7 +63,7 @@ def bias_correction(beta, step):
 
 @triton.jit
 def sma_length(beta2, step):
-    """Length rho_t of the simple moving average with the centre of mass of the exponential one."""
+    """Length rho_t of the simple moving average that has the centre of mass of the exponential one."""
     bias_correction2 = bias_correction(beta2, step)
     rho_inf = 2.0 / (1.0 - beta2) - 1.0
     return rho_inf - 2.0 * step.to(tl.float64) * (1.0 - bias_correction2) / bias_correction2
@@ -72,14 +71,14 @@ def sma_length(beta2, step):
 
 @triton.jit
 def rectification(beta2, rho):
-    """Ratio r_t of the standard deviations of the adaptive rate, in the long run and now."""
+    """Ratio r_t of the standard deviations of the adaptive rate, in the limit and at this step."""
     rho_inf = 2.0 / (1.0 - beta2) - 1.0
     return tl.sqrt((rho - 4.0) * (rho - 2.0) * rho_inf / ((rho_inf - 4.0) * (rho_inf - 2.0) * rho))
 
 
 @triton.jit
 def lerp_weight(beta):
-    """Weight ``1 - beta`` of a new value in a moment, as ``lerp`` takes it: minus 1 if above one half."""
+    """Weight of a new value in a moment for ``lerp``: ``1 - beta``, minus 1 if it is above one half."""
     return tl.where(beta < 0.5, -beta, 1.0 - beta)
 
 
@@ -91,7 +90,7 @@ def lerp(start, end, weight):
 
 @triton.jit
 def common_scalars(h, rates, clip_coef):
-    """What every rule shares: the order is clip, sign, then coupled or decoupled decay."""
+    """Scalars that all rules share: clipping, then sign, then coupled or decoupled decay."""
     decoupled = h.decoupled != 0
     return Scalars(
         grad_scale=tl.where(h.maximize != 0, -clip_coef, clip_coef),
@@ -134,7 +133,7 @@ class Adam:
     @staticmethod
     @triton.jit
     def lr_norm_power(h, step):
-        """The step does not feel the size of the gradient."""
+        """Adam's update is invariant to the scale of the gradient."""
         return 1
 
     @staticmethod
@@ -154,7 +153,7 @@ class Adam:
         exp_avg = state[0]
         exp_avg_sq = state[1]
         grad = tl.fma(s.weight_decay, param, grad * s.grad_scale)
-        # v_0 = g_0^2 before the first step, or the prepared state scaled (eq. 6 of Kalra & Barkeshli)
+        # at the first step, v_0 = g_0^2 or the scaled initial state (eq. 6 of Kalra & Barkeshli)
         exp_avg_sq = tl.where(
             s.exp_avg_sq_from_grad > 0.0,
             s.exp_avg_sq_from_grad * (grad * grad),
@@ -179,17 +178,17 @@ class RAdam:
     @staticmethod
     @triton.jit
     def lr_norm_power(h, step):
-        """Momentum alone shrinks as the gradient does."""
+        """An unrectified step shrinks with the gradient, as that of SGD does."""
         return tl.where(sma_length(h.beta2, step) > h.rho_threshold, 1, 2)
 
     @staticmethod
     @triton.jit
     def scalars(h, effective_lr, step, s):
-        """Rectified step size, or that of the fall-back while the variance is intractable."""
+        """Rectified step size, or that of the fallback while the variance is intractable."""
         bias_correction1 = bias_correction(h.beta1, step)
         rho = sma_length(h.beta2, step)
         rectified = rho > h.rho_threshold
-        # numbers that have a root stand in where the result is not taken
+        # both sides of a choice are computed: replace arguments without a root where the result is unused
         beta2 = tl.where(rectified, h.beta2, 0.9)
         rect = tl.where(rectified, rectification(beta2, tl.where(rectified, rho, 5.0)), 0.0)
         fallback = tl.where(h.skip_unrectified != 0, 0.0, 1.0)
@@ -221,13 +220,13 @@ class SGD:
     @staticmethod
     @triton.jit
     def lr_norm_power(h, step):
-        """The gradient shrinks as the norm grows, and the weights take more to turn."""
+        """The gradient shrinks with the norm, and larger weights need a larger step for the same angle."""
         return 2
 
     @staticmethod
     @triton.jit
     def scalars(h, effective_lr, step, s):
-        """The first gradient enters the buffer whole."""
+        """The first gradient enters the buffer without dampening."""
         return Scalars(
             s,
             step_size=effective_lr,
@@ -239,7 +238,7 @@ class SGD:
     @staticmethod
     @triton.jit
     def update(param, grad, state, s):
-        """One step of SGD; a state makes it use momentum."""
+        """One step of SGD, with momentum if there is a buffer."""
         grad = tl.fma(s.weight_decay, param, grad * s.grad_scale)
         new_state = ()
         if len(state) == 1:
@@ -253,24 +252,24 @@ class SGD:
 
 @triton.jit
 def bounded(x, low, high):
-    """``x`` inside an interval; NaN stays."""
+    """``x`` clamped to an interval; NaN stays."""
     x = tl.where(x < low, low, x)
     return tl.where(x > high, high, x)
 
 
 class LAMB:
-    """Adam whose update is scaled to the norm of its layer."""
+    """Adam with each layer's update scaled to the norm of its parameter."""
 
     @staticmethod
     @triton.jit
     def lr_norm_power(h, step):
-        """The trust ratio has the norm in it."""
+        """The trust ratio already scales the step with the parameter norm."""
         return tl.where(h.adapts != 0, 0, 1)
 
     @staticmethod
     @triton.jit
     def scalars(h, effective_lr, step, s):
-        """Bias corrections if wanted, and decay as a part of the update."""
+        """Optional bias corrections, and weight decay inside or outside the update."""
         corrected = h.bias_correction != 0
         inside = h.decays_update != 0
         return Scalars(
@@ -278,7 +277,7 @@ class LAMB:
             step_size=effective_lr,
             inv_bias_correction1=tl.where(corrected, 1.0 / bias_correction(h.beta1, step), 1.0),
             denom_scale=tl.where(corrected, 1.0 / tl.sqrt(bias_correction(h.beta2, step)), 1.0),
-            # 1 for an average
+            # 1 if the first moment is an average, 1 / (1 - beta1) if it is a sum
             grad_weight=tl.where(h.grad_averaging != 0, 1.0, 1.0 / (1.0 - h.beta1)),
             update_decay=tl.where(inside, s.weight_decay, 0.0),
             weight_decay=tl.where(inside, 0.0, s.weight_decay),
@@ -287,13 +286,13 @@ class LAMB:
     @staticmethod
     @triton.jit
     def needs_grad(h, n_states):
-        """The states say everything."""
+        """The update can be recomputed from the states alone."""
         return False
 
     @staticmethod
     @triton.jit
     def update_moments(param, grad, state, s):
-        """Both moments."""
+        """Return the updated first and second moments."""
         grad = tl.fma(s.weight_decay, param, grad * s.grad_scale)
         exp_avg = lerp(state[0], s.grad_weight * grad, s.exp_avg_weight)
         exp_avg_sq = lerp(state[1], grad * grad, s.exp_avg_sq_weight)
@@ -302,32 +301,32 @@ class LAMB:
     @staticmethod
     @triton.jit
     def direction(param, grad, state, s):
-        """Adam's update with decay in it."""
+        """Adam's update, with weight decay if ``decays_update``."""
         denom = tl.fma(root(state[1]), s.denom_scale, s.eps)
         return tl.fma(s.update_decay, param, divide(s.inv_bias_correction1 * state[0], denom))
 
     @staticmethod
     @triton.jit
     def reductions(param, grad, update, s):
-        """Squares of parameter and update."""
+        """Return the squares ``p * p`` and ``u * u`` that the trust ratio needs."""
         return param * param, update * update
 
     @staticmethod
     @triton.jit
     def scale_invariant(h, sums, size):
-        """Nothing is projected."""
+        """LAMB does not project."""
         return sums[0] < 0.0
 
     @staticmethod
     @triton.jit
     def projection_coef(h, sums):
-        """Nothing is projected."""
+        """LAMB does not project."""
         return 0.0 * sums[0]
 
     @staticmethod
     @triton.jit
     def layer_scalars(h, sums, projected, s):
-        """The trust ratio: 1 where a norm is 0, which then trains as Adam does."""
+        """The trust ratio is 1 where a norm is 0: such a layer is trained as by Adam."""
         param_norm = tl.sqrt(sums[0])
         update_norm = tl.sqrt(sums[1])
         defined = (h.adapts != 0) & (param_norm != 0.0) & (update_norm != 0.0)
@@ -338,24 +337,24 @@ class LAMB:
     @staticmethod
     @triton.jit
     def apply(param, update, projection_coef, s):
-        """Decoupled decay, if that is wanted, and the step."""
+        """Subtract decoupled weight decay and the scaled update."""
         return param - tl.fma(s.decoupled_decay, param, s.step_size * update)
 
 
 class Projection:
-    """Takes the part along the parameter out of the update where the loss does not feel its scale."""
+    """Removes the radial component of the update of scale-invariant weights."""
 
     @staticmethod
     @triton.jit
     def reductions(param, grad, update, s):
-        """What cosines and projections are made of."""
+        """Return the products that the cosine test and the projection need."""
         grad = grad * s.grad_scale
         return grad * grad, param * param, grad * param, update * param
 
     @staticmethod
     @triton.jit
     def scale_invariant(h, sums, size):
-        """Whether gradient and parameter are as good as orthogonal; not so for NaN."""
+        """Whether the cosine of gradient and parameter is below ``delta / sqrt(size)``; False for NaN."""
         grad_norm = tl.sqrt(sums[0])
         param_norm = tl.sqrt(sums[1])
         norms = tl.where(grad_norm > h.eps, grad_norm, h.eps)
@@ -365,26 +364,26 @@ class Projection:
     @staticmethod
     @triton.jit
     def projection_coef(h, sums):
-        """``<n, u> / norm`` for the direction ``n = param / norm``."""
+        """``<n, u> / norm`` with ``n = param / norm``."""
         norm = tl.sqrt(sums[1]) + h.eps
         return sums[3] / (norm * norm)
 
     @staticmethod
     @triton.jit
     def layer_scalars(h, sums, projected, s):
-        """Little decay where the scale does not matter."""
+        """Scale-invariant weights decay by a fraction only."""
         return Scalars(s, decoupled_decay=s.decoupled_decay * tl.where(projected, h.wd_ratio, 1.0))
 
     @staticmethod
     @triton.jit
     def apply(param, update, projection_coef, s):
-        """Decay and the projected step."""
+        """Project the update, then subtract weight decay and the scaled update."""
         update = tl.fma(-projection_coef, param, update)
         return param - tl.fma(s.decoupled_decay, param, s.step_size * update)
 
 
 class AdamP(Projection):
-    """AdamW with projection; Nesterov's form looks one gradient ahead."""
+    """AdamW with projection; ``nesterov`` uses the look-ahead first moment."""
 
     @staticmethod
     @triton.jit
@@ -406,13 +405,13 @@ class AdamP(Projection):
     @staticmethod
     @triton.jit
     def needs_grad(h, n_states):
-        """For Nesterov's form only."""
+        """Only the look-ahead first moment needs the gradient again."""
         return h.nesterov != 0
 
     @staticmethod
     @triton.jit
     def update_moments(param, grad, state, s):
-        """Both moments."""
+        """Return the updated first and second moments."""
         grad = grad * s.grad_scale
         exp_avg = lerp(state[0], grad, s.exp_avg_weight)
         exp_avg_sq = lerp(state[1], grad * grad, s.exp_avg_sq_weight)
@@ -421,7 +420,7 @@ class AdamP(Projection):
     @staticmethod
     @triton.jit
     def direction(param, grad, state, s):
-        """Adam's update without the correction of the first moment, which is in the step size."""
+        """Adam's update; the bias correction of the first moment is in the step size."""
         exp_avg = state[0]
         grad = grad * s.grad_scale
         exp_avg = lerp(exp_avg, tl.where(s.nesterov > 0.0, grad, exp_avg), s.exp_avg_weight)
@@ -430,7 +429,7 @@ class AdamP(Projection):
 
 
 class SGDP(Projection):
-    """Momentum with projection; dampening counts from the first step on."""
+    """Momentum with projection; unlike SGD, the first gradient is dampened too."""
 
     @staticmethod
     @triton.jit
@@ -441,7 +440,7 @@ class SGDP(Projection):
     @staticmethod
     @triton.jit
     def scalars(h, effective_lr, step, s):
-        """Decay as strong as an L2 penalty that went through the momentum."""
+        """Weight decay divided by ``1 - momentum``, as strong as an L2 penalty inside the momentum."""
         return Scalars(
             s,
             step_size=effective_lr,
@@ -454,13 +453,13 @@ class SGDP(Projection):
     @staticmethod
     @triton.jit
     def needs_grad(h, n_states):
-        """For Nesterov's form, or without momentum."""
+        """Needed for Nesterov's look-ahead, or without a momentum buffer."""
         return (h.nesterov != 0) | (n_states == 0)
 
     @staticmethod
     @triton.jit
     def update_moments(param, grad, state, s):
-        """The buffer, if there is momentum."""
+        """Return the updated momentum buffer, if there is one."""
         grad = grad * s.grad_scale
         new_state = ()
         if len(state) == 1:
@@ -470,7 +469,7 @@ class SGDP(Projection):
     @staticmethod
     @triton.jit
     def direction(param, grad, state, s):
-        """The buffer, or the gradient with the buffer ahead."""
+        """The momentum buffer, or the Nesterov look-ahead ``grad + momentum * buffer``."""
         grad = grad * s.grad_scale
         momentum_buffer = s.one_minus_dampening * grad
         if len(state) == 1:
@@ -495,33 +494,33 @@ def coef_in_view(view, h, channel, layer, PROJECTION_COEF: tl.constexpr):
 
 @triton.jit
 def sphere_rate(lr, norm, exponent):
-    """The learning rate that turns weights of some norm as far as ``lr`` turns weights of norm 1."""
+    """Learning rate that rotates weights of a given norm as far as ``lr`` rotates weights of norm 1."""
     rate = tl.where(exponent > 0, lr * norm, lr)
     return tl.where(exponent > 1, rate * norm, rate)
 
 
 @triton.jit
-def sphere_factor(radius, squares):
-    """What brings parameters of a group back to their sphere; 1 where no factor could."""
-    defined = (squares > 0.0) & (squares < float("inf"))
-    return tl.where(defined, radius / tl.sqrt(tl.where(defined, squares, 1.0)), 1.0)
+def sphere_factor(radius, sum_sq):
+    """Factor that rescales a group to its sphere; 1 if its norm is 0 or not finite."""
+    defined = (sum_sq > 0.0) & (sum_sq < float("inf"))
+    return tl.where(defined, radius / tl.sqrt(tl.where(defined, sum_sq, 1.0)), 1.0)
 
 
 @triton.jit
 def rescale(param, factor):
-    """Bring a parameter to its sphere."""
+    """Rescale a parameter to its sphere."""
     return param * factor
 
 
 @triton.jit
 def average_update(average, param, weight):
-    """Move the average towards the parameter; weight 1 gives the parameter itself."""
+    """Move the average towards the parameter; weight 1 copies the parameter."""
     return lerp(average, param, tl.where(weight < 0.5, weight, weight - 1.0))
 
 
 @triton.jit
 def inverse_preconditioner(param, grad, state, s, UPDATE: tl.constexpr):
-    """What a first moment of ones would do to a parameter at rate 1: one over the pre-conditioner."""
+    """Diagonal of the inverse preconditioner, ``1 / P``: the update by a first moment of ones at rate 1."""
     if len(state) < 2:
         return tl.full(param.shape, 1.0, param.dtype)
     else:
@@ -530,7 +529,7 @@ def inverse_preconditioner(param, grad, state, s, UPDATE: tl.constexpr):
             s,
             weight_decay=s.weight_decay * 0.0,
             decoupled_decay=s.decoupled_decay * 0.0,
-            # far below the last digit, so that the moments stay
+            # far below the last digit, so that the moments do not change
             exp_avg_weight=s.exp_avg_weight * 0.0 + 1e-30,
             exp_avg_sq_weight=s.exp_avg_sq_weight * 0.0 + 1e-30,
             exp_avg_sq_from_grad=s.exp_avg_sq_from_grad * 0.0,

@@ -30,12 +30,12 @@ def power(x, y):
 
 @triton.jit
 def segment_value(segment, values, t):
-    """Multiplier of a segment at its own step ``t >= 0``; the end value is held when it is over."""
+    """Multiplier of a segment at its own step ``t >= 0``; after the segment its end value is kept."""
     start = segment.start
     end = segment.end
     shape = segment.shape
     kind = segment.kind
-    # numbers that can be divided by stand in where the result is not taken
+    # all kinds are computed: replace divisors that may be 0 where the result is unused
     inverse_sqrt = start / tl.sqrt(1.0 + t.to(tl.float64) / tl.where(kind == INVERSE_SQRT, shape, 1.0))
     t = tl.where(kind == WARMUP, t + 1, t)
     over = (segment.steps > 0) & (t >= segment.steps)
@@ -69,13 +69,13 @@ def multiplier(segments, first, count, values, t):
 
 @triton.jit
 def is_averaged(kind, start, every, step):
-    """Whether update number ``step`` is averaged."""
+    """Whether update number ``step`` enters the average."""
     return (kind != AVERAGE_NONE) & (step >= start) & ((step - start) % every == 0)
 
 
 @triton.jit
 def average_weight(kind, decay, n_averaged):
-    """Weight of a parameter in its average, as value number ``n_averaged`` of it."""
+    """Weight of the parameter in its average, which it enters as value number ``n_averaged``."""
     n = tl.maximum(n_averaged, 1)
     ema = tl.where(n_averaged == 1, 1.0, 1.0 - decay)
     return tl.where(kind == AVERAGE_SWA, 1.0 / n.to(tl.float64), ema)

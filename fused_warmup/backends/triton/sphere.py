@@ -31,19 +31,19 @@ from .rules import average_update, rescale, sphere_factor
 
 @triton.jit
 def is_on_sphere(step, group):
-    """Whether a group is kept on a sphere; there are some."""
+    """Whether a group is on a sphere; only called if some group is."""
     return tl.load(field(step.spheres, group, Sphere, "norm")) != 0
 
 
 @triton.jit
 def store_sum_sq(step, i, sum_sq):
-    """The sum_sq of the parameters of one chunk."""
+    """Store the sum of squares of the parameters of one chunk."""
     tl.store((step.squares + i * 8).to(tl.pointer_type(tl.float64)), sum_sq)
 
 
 @triton.jit
 def finish_spheres(step, LANES: tl.constexpr):
-    """From the sum_sq of every group on a sphere to what brings it there."""
+    """Set the rescale factor of every group on a sphere, and its stored norm."""
     for group in range(0, step.n_groups):
         sphere = load_struct(step.spheres, group, Sphere)
         if sphere.norm != 0:
@@ -54,7 +54,7 @@ def finish_spheres(step, LANES: tl.constexpr):
                 sum_sq += tl.load(at, i < sphere.n_chunks, 0.0, cache_modifier=".cg")
             held = sphere.norm.to(tl.pointer_type(tl.float64))
             norm = tl.load(held)
-            # other threads may still read what one of them is about to write
+            # wait until all threads have read the values that one of them overwrites
             tl.debug_barrier()
             radius = tl.where(sphere.radius > 0.0, sphere.radius, norm)
             factor = sphere_factor(radius, tl.sum(sum_sq))
@@ -75,7 +75,7 @@ def rescale_blocks(
     BLOCK: tl.constexpr,
     WHOLE: tl.constexpr,
 ):
-    """Rescale and average some blocks of a chunk, whole and aligned ones or others."""
+    """Rescale and average the elements from first to last of a chunk, in whole or masked blocks."""
     C: tl.constexpr = arithmetic(DTYPE)
     STATE_DTYPE: tl.constexpr = state_dtype(DTYPE)
     lanes = tl.arange(0, BLOCK)
@@ -97,7 +97,7 @@ def rescale_blocks(
 def rescale_kernel(
     step, PARAM_DTYPES: tl.constexpr, AVERAGE: tl.constexpr, BLOCK: tl.constexpr, TAIL: tl.constexpr
 ):
-    """Every chunk of a group on a sphere once more, when the update has found the factors."""
+    """Rescale and average every chunk of the groups on a sphere."""
     step = load_struct(step.to(tl.int64), 0, Step)
     decision = load_struct(step.decision, 0, StepDecision)
     if decision.skipped == 0:

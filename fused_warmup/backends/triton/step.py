@@ -59,7 +59,7 @@ def update_blocks(
     BLOCK: tl.constexpr,
     WHOLE: tl.constexpr,
 ):
-    """Update some blocks of a chunk, whole and aligned ones or others."""
+    """Update the elements from first to last of a chunk, in whole or masked blocks."""
     C: tl.constexpr = arithmetic(DTYPE)
     STATE_DTYPE: tl.constexpr = state_dtype(DTYPE)
     states = (row.state0, row.state1, row.state2)
@@ -133,7 +133,7 @@ def update_kernel(
             wanted = grad != 0
             on_sphere = False
             if SPHERES:
-                # averaged when it is back there
+                # parameters of a group on a sphere are averaged later, in rescale_kernel
                 on_sphere = is_on_sphere(step, row.group)
                 average_weight = tl.where(on_sphere, 0.0, average_weight)
                 wanted = wanted | on_sphere
@@ -153,7 +153,7 @@ def update_kernel(
                         KINDS[k][0], KINDS[k][1], KINDS[k][2], ACCUMULATE, AVERAGE, SPHERES, TAIL, False,
                     )  # fmt: skip
             if ACCUMULATE:
-                # nobody asks for the count any more, so it is not made
+                # the non-finite count is unused here, so it is not stored
                 store_struct(step.partials, i, Partial(part, nonfinite=0), Partial)
             if SPHERES:
                 if on_sphere:

@@ -26,28 +26,28 @@ from .reduce import sum_fours
 PERTURB = tl.constexpr(OPERATIONS.index("perturb"))
 FINISH = tl.constexpr(OPERATIONS.index("finish"))
 COMBINE = tl.constexpr(OPERATIONS.index("combine"))
-# products with basis vectors of what another pass has written
+# another pass: products of a vector that has been written with further basis vectors
 PRODUCTS = tl.constexpr(len(OPERATIONS))
-# basis vectors that one pass takes products with: those of a warm measurement
+# basis vectors that one pass takes products with, as many as a warm start has
 HELD = tl.constexpr(4)
 _SIXTEEN_BITS = tuple(code for dtype, code in CODES.items() if dtype.itemsize == 2)
 
 
 @triton.constexpr_function
 def is_rounded(dtype: int) -> bool:
-    """Whether parameters with a code of enum DType have 16 bits."""
+    """Whether parameters of a dtype code have 16 bits."""
     return dtype in _SIXTEEN_BITS
 
 
 @triton.jit
 def displaced(value, size, scale, v):
-    """Where a step leads."""
+    """Value of a parameter after a step of length ``size``."""
     return tl.fma(size, scale * v, value)
 
 
 @triton.jit
 def stored(value, DTYPE: tl.constexpr, C: tl.constexpr):
-    """The same as a parameter keeps it."""
+    """Round a value to the dtype of its parameter."""
     if is_rounded(DTYPE):
         value = value.to(tl.float32)
     return widen(narrow(value, DTYPE), DTYPE).to(C)
@@ -55,7 +55,7 @@ def stored(value, DTYPE: tl.constexpr, C: tl.constexpr):
 
 @triton.jit
 def moved(value, size, scale, v, DTYPE: tl.constexpr, C: tl.constexpr):
-    """How far a rounded parameter went from one end to the other."""
+    """Distance of a rounded parameter between the two ends of a difference."""
     ahead = stored(displaced(value, size, scale, v), DTYPE, C)
     behind = stored(displaced(value, -size, scale, v), DTYPE, C)
     return ahead - behind
@@ -69,7 +69,7 @@ def product_sum(sums, a, b):
 
 @triton.jit
 def factor(call, i):
-    """A number that the caller left on the device."""
+    """Load factor number ``i`` of an operation."""
     return tl.load((call.factors + i * 8).to(tl.pointer_type(tl.float64)))
 
 
@@ -84,7 +84,7 @@ def load_or(
     C: tl.constexpr,
     WHOLE: tl.constexpr,
 ):
-    """A block of a column, or one number everywhere if there is none."""
+    """Load a block of a tensor, or a constant block if the tensor is not given."""
     value = tl.full(lanes.shape, other, C)
     if column != 0:
         value = load_block(column + place * item_size(DTYPE), lanes, mask, DTYPE, C, WHOLE)
@@ -94,7 +94,7 @@ def load_or(
 @triton.jit
 def walk(
     call,
-    span,
+    tensor,
     chunk,
     basis,
     n_basis,
@@ -106,7 +106,7 @@ def walk(
     BLOCK: tl.constexpr,
     WHOLE: tl.constexpr,
 ):
-    """One operation on some blocks of a chunk, whole and aligned ones or others; returns the sums."""
+    """Apply one operation to the elements from first to last of a chunk; returns the sums."""
     C: tl.constexpr = arithmetic(WIDE)
     size_of_c: tl.constexpr = item_size(WIDE)
     lanes = tl.arange(0, BLOCK)
@@ -115,15 +115,15 @@ def walk(
     size = factor(call, 0).to(C)
     for done in range(first, last, BLOCK):
         own = chunk.offset + done
-        place = span.offset + own
+        place = tensor.offset + own
         mask = lanes < last - done
         scale = tl.full((BLOCK,), 1.0, C)
         if OPERATION != PRODUCTS:
             scale = load_or(call.scale, place, lanes, mask, 1.0, WIDE, C, WHOLE)
         out = tl.zeros((BLOCK,), C)
         if OPERATION <= FINISH:
-            here = span.param + own * item_size(DTYPE)
-            value = load_block(span.snapshot + own * item_size(DTYPE), lanes, mask, DTYPE, C, WHOLE)
+            here = tensor.param + own * item_size(DTYPE)
+            value = load_block(tensor.snapshot + own * item_size(DTYPE), lanes, mask, DTYPE, C, WHOLE)
             v = load_block(
                 basis + (place + (n_basis - 1) * call.stride) * size_of_c, lanes, mask, WIDE, C, WHOLE
             )
@@ -133,11 +133,11 @@ def walk(
                 value = value.to(tl.float32)
             store_block(here, lanes, mask, narrow(value, DTYPE), DTYPE, WHOLE)
         if OPERATION == FINISH:
-            out = load_or(span.plus, own, lanes, mask, 0.0, DTYPE, C, WHOLE)
-            out -= load_or(span.minus, own, lanes, mask, 0.0, DTYPE, C, WHOLE)
+            out = load_or(tensor.plus, own, lanes, mask, 0.0, DTYPE, C, WHOLE)
+            out -= load_or(tensor.minus, own, lanes, mask, 0.0, DTYPE, C, WHOLE)
             if call.narrow != 0:
                 way = moved(value, size, scale, v, DTYPE, C)
-                # lanes beyond the end rounded zeros
+                # masked elements are zeros, which do not move
                 moved_sq = product_sum(moved_sq, way, way)
                 moved_by = product_sum(moved_by, way, out)
             if is_rounded(DTYPE):
@@ -174,7 +174,7 @@ def walk(
 @triton.jit
 def walk_chunk(
     call,
-    span,
+    tensor,
     chunk,
     basis,
     n_basis,
@@ -185,9 +185,9 @@ def walk_chunk(
     BLOCK: tl.constexpr,
     TAIL: tl.constexpr,
 ):
-    """One operation on a chunk: whole blocks up to ``whole``, then the rest; returns the sums."""
-    a = walk(call, span, chunk, basis, n_basis, 0, whole, OPERATION, DTYPE, WIDE, BLOCK, True)
-    b = walk(call, span, chunk, basis, n_basis, whole, chunk.count, OPERATION, DTYPE, WIDE, TAIL, False)
+    """Apply one operation to a chunk: whole blocks up to ``whole``, then the rest; returns the sums."""
+    a = walk(call, tensor, chunk, basis, n_basis, 0, whole, OPERATION, DTYPE, WIDE, BLOCK, True)
+    b = walk(call, tensor, chunk, basis, n_basis, whole, chunk.count, OPERATION, DTYPE, WIDE, TAIL, False)
     totals = ()
     for k in tl.static_range(HELD + 2):
         totals = totals + (a[k] + b[k],)
@@ -195,15 +195,15 @@ def walk_chunk(
 
 
 @triton.jit
-def keep_sums(line, sums, done, n_basis):
-    """Write up to four products of a chunk after those that are there."""
+def store_sums(line, sums, done, n_basis):
+    """Write up to four products of a chunk, after the first ``done``."""
     for k in tl.static_range(HELD):
         tl.store((line + (done + k) * 8).to(tl.pointer_type(tl.float64)), sums[k], done + k < n_basis)
 
 
 @triton.jit
 def sum_chunks(call, k, width, LANES: tl.constexpr):
-    """One of the sums over all chunks."""
+    """Sum number ``k`` over all chunks."""
     total = tl.zeros((LANES,), tl.float64)
     for start in range(0, call.n_chunks, LANES):
         i = start + tl.arange(0, LANES)
@@ -222,38 +222,50 @@ def vector_kernel(
     TAIL: tl.constexpr,
     LANES: tl.constexpr,
 ):
-    """One operation over all chunks; the program that finishes last adds up the sums of the chunks."""
+    """Apply one operation to all chunks; the last program to finish adds up the sums of the chunks."""
     call = load_struct(call.to(tl.int64), 0, VectorOp)
     width = call.n_basis + 2
     size_of_c: tl.constexpr = item_size(WIDE)
     for i in range(tl.program_id(0), call.n_chunks, tl.num_programs(0)):
         chunk = load_struct(call.chunks, i, Chunk)
-        span = load_struct(call.slices, chunk.row, TensorSlice)
-        addresses = span.param | span.snapshot | span.plus | span.minus | call.basis | call.scale | call.out
-        addresses = addresses | (span.offset * size_of_c)
+        tensor = load_struct(call.slices, chunk.row, TensorSlice)
+        addresses = (
+            tensor.param | tensor.snapshot | tensor.plus | tensor.minus | call.basis | call.scale | call.out
+        )
+        addresses = addresses | (tensor.offset * size_of_c)
         if call.n_basis > 1:
             addresses = addresses | (call.stride * size_of_c)
         whole = tl.where(addresses % VECTOR == 0, chunk.count // BLOCK * BLOCK, 0)
         line = call.partials + i * width * 8
         for k in tl.static_range(len(KINDS)):
-            if span.dtype == KINDS[k]:
+            if tensor.dtype == KINDS[k]:
                 sums = walk_chunk(
-                    call, span, chunk, call.basis, call.n_basis, whole, OPERATION, KINDS[k], WIDE, BLOCK, TAIL
+                    call,
+                    tensor,
+                    chunk,
+                    call.basis,
+                    call.n_basis,
+                    whole,
+                    OPERATION,
+                    KINDS[k],
+                    WIDE,
+                    BLOCK,
+                    TAIL,
                 )
                 if OPERATION != PERTURB:
-                    keep_sums(line, sums, 0, call.n_basis)
+                    store_sums(line, sums, 0, call.n_basis)
                     for n in tl.static_range(2):
                         place = line + (call.n_basis + n) * 8
                         tl.store(place.to(tl.pointer_type(tl.float64)), sums[HELD + n])
         if OPERATION != PERTURB:
             for done in range(HELD, call.n_basis, HELD):
-                # what other threads of this program wrote
+                # other threads of this program wrote the vector
                 tl.debug_barrier()
                 basis = call.basis + done * call.stride * size_of_c
                 sums = walk_chunk(
-                    call, span, chunk, basis, call.n_basis - done, whole, PRODUCTS, WIDE, WIDE, BLOCK, TAIL
+                    call, tensor, chunk, basis, call.n_basis - done, whole, PRODUCTS, WIDE, WIDE, BLOCK, TAIL
                 )
-                keep_sums(line, sums, done, call.n_basis)
+                store_sums(line, sums, done, call.n_basis)
     if OPERATION != PERTURB:
         if arrives_last(call.finished.to(tl.pointer_type(tl.int32))):
             for k in range(0, width):

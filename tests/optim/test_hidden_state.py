@@ -1,0 +1,250 @@
+"""Public means change neither the speed nor the meaning of later steps: states that are read, options in any order."""
+
+import copy
+import gc
+import pickle
+from collections import defaultdict
+
+import pytest
+import torch
+from cases import BACKENDS, CASES, assert_same_bits, make_params, set_grads
+
+import fused_warmup as fw
+from fused_warmup.plan.spec import RuleSpec
+from fused_warmup.plan.tracked_states import TrackedState
+from fused_warmup.reference import rules
+
+SHAPES = [(3,), (2, 3, 5), ()]
+
+
+def made(case=None, steps=2, **options):
+    params = make_params(torch.float32, SHAPES)
+    opt = fw.Adam(params, **options) if case is None else case.make(params, **options)
+    for step in range(steps):
+        set_grads(params, step)
+        opt.step()
+    return params, opt
+
+
+def checks(opt):
+    """How many of the next steps compare all states."""
+    plan = opt.session.plan
+    compare, count = plan._states_unchanged, []
+    plan._states_unchanged = lambda *args: count.append(1) or compare(*args)
+    try:
+        for _ in range(4):
+            opt.step()
+            assert opt.session.plan is plan
+    finally:
+        plan._states_unchanged = compare
+    return len(count)
+
+
+# what a user may read, and what is held of it afterwards
+READS = {
+    "nothing": lambda opt, p: None,
+    "state": lambda opt, p: opt.state and None,
+    "a state": lambda opt, p: opt.state[p]["step"] is None or None,
+    "items": lambda opt, p: [key for key, _ in opt.state[p].items()],
+    "a copy": lambda opt, p: copy.deepcopy(opt.state[p]),
+    "state_dict": lambda opt, p: opt.state_dict() and None,
+    "base class": lambda opt, p: torch.optim.Optimizer.state_dict(opt) and None,
+    "a kept dictionary": lambda opt, p: opt.state[p],
+    "pickle": lambda opt, p: pickle.dumps(opt),
+    "deepcopy": lambda opt, p: copy.deepcopy(opt),
+}
+
+
+@pytest.mark.parametrize("read", READS)
+@pytest.mark.parametrize(
+    "case",
+    [c for c in CASES if c.name in ("adam-amsgrad", "sgd-momentum", "adamp", "lamb")],
+    ids=lambda c: c.name,
+)
+def test_a_look_at_the_states_costs_one_comparison(case, read):
+    params, opt = made(case, average=fw.EMA(0.9))
+    kept = READS[read](opt, params[0])
+    assert checks(opt) <= 1
+    assert checks(opt) == 0
+    del kept
+
+
+HELD = {
+    "tensor": lambda opt, p: opt.state[p]["exp_avg"],
+    "count": lambda opt, p: opt.state[p]["step"],
+    "state_dict": lambda opt, p: opt.state_dict(),
+    "values": lambda opt, p: list(opt.state[p].values()),
+    "plain dictionary": lambda opt, p: dict(opt.state[p]),
+    "union": lambda opt, p: opt.state[p] | {},
+    "get": lambda opt, p: opt.state[p].get("exp_avg_sq"),
+    "average": lambda opt, p: opt.state[p]["average"],
+}
+
+
+@pytest.mark.parametrize("what", HELD)
+def test_states_are_compared_as_long_as_somebody_holds_one(what):
+    """Whoever holds a tensor may move it at any time."""
+    params, opt = made(average=fw.EMA(0.9))
+    held = HELD[what](opt, params[0])
+    assert checks(opt) == 4
+    del held
+    gc.collect()
+    checks(opt)
+    assert checks(opt) == 0
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("later", [0, 3])
+def test_a_state_that_was_moved_through_a_held_tensor_is_used(backend, later):
+    (here, opt), (there, twin) = made(backend=backend), made(backend=backend)
+    held = opt.state[here[1]]["exp_avg"]
+    for step in range(later):
+        for params, each in ((here, opt), (there, twin)):
+            set_grads(params, step)
+            each.step()
+    held.data = torch.full_like(held, 2.0)
+    twin.state[there[1]]["exp_avg"] = torch.full_like(held, 2.0)
+    for params, each in ((here, opt), (there, twin)):
+        set_grads(params, 9)
+        each.step()
+    for p, q in zip(here, there, strict=True):
+        assert_same_bits("parameter", p, q)
+    assert held.flatten()[0] != 2.0
+
+
+# each way to put another tensor in the place of a state
+REPLACED = {
+    "item": lambda state, new: state.__setitem__("exp_avg", new),
+    "update": lambda state, new: state.update(exp_avg=new),
+    "union": lambda state, new: state.__ior__({"exp_avg": new}),
+    "pop": lambda state, new: (state.pop("exp_avg"), state.setdefault("exp_avg", new)),
+    "clear": lambda state, new: [state.clear, state.update({**state, "exp_avg": new})],
+}
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("how", REPLACED)
+def test_a_state_that_was_replaced_is_used(how, backend):
+    params, opt = made(backend=backend)
+    new = torch.full_like(opt.state[params[0]]["exp_avg"], 2.0)
+    REPLACED[how](opt.state[params[0]], new)
+    set_grads(params, 5)
+    opt.step()
+    assert opt.state[params[0]]["exp_avg"] is new
+    assert (new != 2.0).all()
+
+
+def test_a_plain_dictionary_of_the_user_is_compared_at_each_step():
+    """It notes nothing, so nothing may be taken for granted."""
+    params, opt = made()
+    mine = dict(opt.state[params[0]])
+    opt.state[params[0]] = mine
+    opt.step()
+    assert opt.state[params[0]] is mine
+    assert checks(opt) == 4
+    mine["exp_avg"] = torch.full_like(mine["exp_avg"], 3.0)
+    opt.step()
+    assert opt.state[params[0]]["exp_avg"] is mine["exp_avg"]
+    assert (mine["exp_avg"] != 3.0).all()
+
+
+def test_states_are_dictionaries_as_in_torch():
+    params, opt = made()
+    assert isinstance(opt.state, defaultdict)
+    assert isinstance(opt.state[params[0]], dict)
+    for state in (
+        pickle.loads(pickle.dumps(opt.state[params[0]])),
+        copy.copy(opt.state[params[0]]),
+        opt.state[params[0]].copy(),
+    ):
+        assert type(state) is dict
+        assert state.keys() == opt.state[params[0]].keys()
+    assert type(copy.copy(opt.state)) is defaultdict
+    assert opt.state["global"] == {}
+    loaded = pickle.loads(pickle.dumps(opt))
+    assert all(type(state) is TrackedState for state in loaded.state.values())
+
+
+@pytest.mark.parametrize("betas", [[0.9, 0.999], (0.9, 0.999)])
+def test_a_list_of_betas_is_packed_once(betas):
+    params, opt = made(betas=betas)
+    packed = opt.session.plan.groups._packed
+    opt.step()
+    assert opt.session.plan.groups._packed is packed
+    if isinstance(betas, list):
+        opt.param_groups[0]["betas"][0] = 0.5
+        opt.step()
+        assert opt.session.plan.groups.hypers[0].beta1 == 0.5
+
+
+class Reversed(fw.FusedOptimizer):
+    """Adam whose hyper-parameters come in another order, lr last."""
+
+    spec = fw.Adam.spec
+
+    def __init__(self, params, betas=(0.9, 0.999), **options):
+        defaults = dict(reversed(fw.Adam(make_params(torch.float32, [(1,)])).defaults.items()))
+        own = {key: defaults[key] for key in defaults if key in fw.Adam.__init__.__code__.co_varnames}
+        super().__init__(params, {**own, "betas": betas}, **options)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_defaults_may_come_in_any_order(backend):
+    """A change of betas is noticed, whatever is first."""
+    here, there = (make_params(torch.float32, SHAPES) for _ in range(2))
+    opts = Reversed(here, backend=backend), fw.Adam(there, backend=backend)
+    assert next(iter(opts[0].defaults)) != "lr"
+    for step in range(4):
+        for params, opt in zip((here, there), opts, strict=True):
+            set_grads(params, step)
+            opt.param_groups[0]["betas"] = (0.9 - 0.1 * step, 0.999)
+            opt.param_groups[0]["lr"] = 1e-3 * (step + 1)
+            opt.step()
+    for p, q in zip(here, there, strict=True):
+        assert_same_bits("parameter", p, q)
+
+
+# specs
+
+
+def test_what_a_rule_does_not_state_raises_by_name():
+    params, opt = made(next(c for c in CASES if c.name == "lamb"))
+    for name in ("is_preconditioned", "second_moment_index"):
+        with pytest.raises(TypeError, match="LAMB"):
+            getattr(opt.spec, name)
+    for name in ("stability_threshold", "early_stability_threshold"):
+        with pytest.raises(
+            TypeError, match=f"LAMB: the class in reference/rules.py must state {name}, got nothing"
+        ):
+            getattr(opt.spec, name)(opt.session.plan.groups.hypers[0])
+    with pytest.raises(TypeError, match="threshold: optimizer must have a known rule, got 'LAMB'"):
+        fw.sharpness.threshold(opt)
+
+
+BAD_SPECS = {
+    "a scalar state": (
+        {"scalar_states": ("mu_product",)},
+        r"Adam: scalar_states must be empty, got \('mu_product',\)",
+    ),
+    "too few states": ({"states": ("exp_avg",)}, "Adam: states must be the 3 of the rule"),
+    "another second moment": ({"second_moment": "v"}, "Adam: v must be one of the states"),
+    "another buffer": ({"first_gradient": "v"}, "Adam: v must be one of the states"),
+}
+
+
+@pytest.mark.parametrize("bad", BAD_SPECS)
+def test_specs_that_do_not_fit_the_rule(bad):
+    changes, message = BAD_SPECS[bad]
+    fields = {"rule": rules.Adam, "states": fw.Adam.spec.states, "hyper": fw.Adam.spec.hyper, **changes}
+    with pytest.raises(TypeError, match=message):
+        RuleSpec(**fields)
+
+
+def test_a_class_without_a_spec():
+    class Nameless(fw.FusedOptimizer):
+        pass
+
+    with pytest.raises(
+        TypeError, match="Nameless: a subclass of FusedOptimizer must declare spec, a RuleSpec"
+    ):
+        Nameless(make_params(torch.float32, [(2,)]), {"lr": 0.1})
