@@ -119,13 +119,13 @@ bool groups_unchanged(py::list groups, py::list members) {
   return true;
 }
 
-// whether dictionary i still holds object i under name i
-bool states_unchanged(py::list dicts, py::list names, py::list objects) {
-  FW_CHECK(dicts.size() == objects.size() && names.size() == objects.size(),
-           "the lists must be equally long");
+// whether dictionary i still holds object i under key i
+bool states_unchanged(py::list dicts, py::list keys, py::list objects) {
+  FW_CHECK(dicts.size() == objects.size() && keys.size() == objects.size(), "the lists must be equally long");
   for (size_t i = 0; i < objects.size(); ++i) {
     PyObject* dict = PyList_GET_ITEM(dicts.ptr(), i);
-    PyObject* now = PyDict_GetItemWithError(dict, PyList_GET_ITEM(names.ptr(), i));
+    PyObject* now = PyDict_GetItemWithError(dict, PyList_GET_ITEM(keys.ptr(), i));
+    if (!now && PyErr_Occurred()) throw py::error_already_set();
     if (now != PyList_GET_ITEM(objects.ptr(), i)) return false;
   }
   return true;
@@ -216,7 +216,7 @@ PYBIND11_MODULE(_cpu, m) {
   m.def("preconditioner", &preconditioner, py::arg("isa"), py::arg("rule"), py::arg("step"),
         py::arg("address"), py::arg("threads"));
   m.def("groups_unchanged", &groups_unchanged, py::arg("groups"), py::arg("members"));
-  m.def("states_unchanged", &states_unchanged, py::arg("dicts"), py::arg("names"), py::arg("objects"));
+  m.def("states_unchanged", &states_unchanged, py::arg("dicts"), py::arg("keys"), py::arg("objects"));
   py::class_<TensorSignatures>(m, "TensorSignatures")
       .def(py::init<py::handle, py::list>(), py::arg("tensor_type"), py::arg("tensors"))
       .def("read", &TensorSignatures::read, py::arg("tensors"), py::arg("out"), py::arg("grads") = false)

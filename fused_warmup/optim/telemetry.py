@@ -17,8 +17,8 @@ class Telemetry:
     """Record of one row per call of ``step()``, written by the decide stage.
 
     Rows are written to a ring buffer on the device. A full buffer is copied to the host without waiting for
-    the device; ``latest``, ``history`` and ``to_csv`` wait. A state dict holds the last 1,024 rows, with which
-    a resumed run begins, or all of them if the optimizer was made with ``telemetry="all"``.
+    the device; ``latest``, ``history`` and ``to_csv`` wait. A state dict holds the last 1,024 rows, which a
+    resumed run begins with, or all of them if the optimizer was made with ``telemetry="all"``.
 
     Columns, all float64:
 
@@ -85,8 +85,8 @@ class Telemetry:
     def rows(self) -> Tensor:
         """Return all rows on the CPU, float64 of shape ``[steps, columns]``; waits for the device.
 
-        Steps that a CUDA graph replays leave rows too. The buffer holds the last 1,024 of them; older rows are
-        lost if more steps are replayed between two calls.
+        Steps that a CUDA graph replays leave rows too. The buffer holds the last 1,024 of them; older rows
+        are lost if more steps are replayed between two calls.
         """
         self._collect()
         self._join()

@@ -67,12 +67,10 @@ def groups_unchanged(groups: Sequence[Mapping[str, Any]], members: Sequence[Sequ
     )
 
 
-def states_unchanged(
-    dicts: Sequence[dict[str, Any]], names: Sequence[str], objects: Sequence[Tensor]
-) -> bool:
-    """Return whether each dictionary still holds its object under its name."""
+def states_unchanged(dicts: Sequence[dict[Any, Any]], keys: Sequence[Any], objects: Sequence[Any]) -> bool:
+    """Return whether each dictionary still holds its object under its key."""
     # past the method of a tracked dictionary, which would note the access
-    return all(dict.get(d, name) is value for d, name, value in zip(dicts, names, objects, strict=True))
+    return all(dict.get(d, key) is value for d, key, value in zip(dicts, keys, objects, strict=True))
 
 
 def address_of(tensor: Tensor | None) -> int:

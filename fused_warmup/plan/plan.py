@@ -93,10 +93,10 @@ class Plan:
         self._shards = [row for row in self.rows if row.local is not row.param]
         self._strided = [row for row in self.rows if row.work is not row.local]
         self._state, self._n_states = state, len(state)
-        dicts = [state[row.param] for row in self.rows]
-        self._dicts = [own for own, row in zip(dicts, self.rows, strict=True) for _ in row.state]
+        self._own = [state[row.param] for row in self.rows]
+        self._dicts = [own for own, row in zip(self._own, self.rows, strict=True) for _ in row.state]
         # a dictionary that a user put there may change without a note
-        self.is_tracked = all(isinstance(own, TrackedState) for own in dicts)
+        self.is_tracked = all(isinstance(own, TrackedState) for own in self._own)
         self._names = [name for row in self.rows for name in row.state]
         self._objects = [value for row in self.rows for value in row.state.values()]
         local = local_tensors(self._objects)
@@ -205,6 +205,7 @@ class Plan:
         """Return whether the table still matches the groups, states and addresses."""
         states = not check_states or (
             len(self._state) == self._n_states
+            and self._states_unchanged([self._state] * len(self._own), self._params, self._own)
             and self._states_unchanged(self._dicts, self._names, self._objects)
             and self._state_addresses.is_valid()
         )
