@@ -62,7 +62,8 @@ def test_rules_and_schedules_have_the_same_names_in_the_same_order():
             assert [name for name in python if name in names] == names, path
             assert set(python) - set(names) <= extra, path
     assert (*rules.RULES, *rules.LAYER_RULES) == _cpu.rules()
-    assert tuple(rules.RULES) == _cpu.preconditioned()
+    stated = tuple(name for name, rule in rules.RULES.items() if hasattr(rule, "preconditioned"))
+    assert stated == _cpu.preconditioned()
 
 
 def assigned(function):
