@@ -179,6 +179,11 @@ def test_reference_imports_only_torch_and_the_standard_library():
             ), name
 
 
+def test_backends_import_nothing_by_string():
+    backends = sorted((PACKAGE / "backends").rglob("*.py"))
+    assert relative(backends, r"import_module|__import__", PACKAGE) == []
+
+
 def test_data_flows_one_way():
     for path in sorted((PACKAGE / "backends").rglob("*.py")):
         assert not [name for name in imports(path) if re.match(r"fused_warmup\.optimizers?$", name)], path
