@@ -19,7 +19,7 @@ from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
-# contraction off: rules.h says where a product and a sum round once. errno and traps would forbid vectors.
+# contraction off: the sources fix where a product and a sum round once. errno and traps prevent vectors.
 CXXFLAGS = (
     "-O3 -std=c++17 -fPIC -fvisibility=hidden -fopenmp -Wall -Wextra "
     "-fno-math-errno -fno-trapping-math -ffp-contract=off"
@@ -55,7 +55,7 @@ def find_ninja() -> str:
 
 
 def escaped(path: Path) -> str:
-    """Return a path as a build line of ninja wants it."""
+    """Return a path escaped for a build line of ninja."""
     return str(path).replace("$", "$$").replace(" ", "$ ").replace(":", "$:")
 
 
@@ -65,7 +65,7 @@ def find_nvcc() -> str | None:
 
 
 def explain_missing_nvcc() -> None:
-    """Say why there will be no CUDA kernels, or stop if they must be there."""
+    """Print why the CUDA kernels are left out, or stop if they are required."""
     if WANTED not in ("0", "1", "auto"):
         raise SystemExit(f"fused_warmup: FUSED_WARMUP_CUDA must be 0, 1 or auto, got {WANTED}.")
     if NVCC is None and WANTED == "1":
@@ -79,7 +79,7 @@ def explain_missing_nvcc() -> None:
 
 
 def compiler_lines() -> list[str]:
-    """Return the rule that both extensions compile C++ with."""
+    """Return the ninja rule that compiles C++ for both extensions."""
     import pybind11
 
     cxx = os.environ.get("CXX", "g++")
@@ -98,7 +98,7 @@ def compiler_lines() -> list[str]:
 
 
 def cpu_lines(target: Path) -> list[str]:
-    """Return the lines of a build file that make the CPU extension."""
+    """Return the lines of the build file of the CPU extension."""
     lines = [
         *compiler_lines(),
         "rule link",
@@ -115,9 +115,9 @@ def cpu_lines(target: Path) -> list[str]:
 
 
 def cuda_lines(target: Path, nvcc: str) -> list[str]:
-    """Return the lines of a build file that make the CUDA extension, one object per rule."""
+    """Return the lines of the build file of the CUDA extension, which has one object per rule."""
     archs = os.environ.get("FUSED_WARMUP_CUDA_ARCHS", CUDA_ARCHS).replace(",", " ").replace(";", " ").split()
-    # nothing in the sources depends on the device, so one translation serves all of them
+    # the sources do not depend on the device, so one compilation to PTX serves all of them
     first, last = min(archs, key=int), max(archs, key=int)
     machine = ",".join(f"sm_{arch}" for arch in archs)
     gencode = (
@@ -133,7 +133,7 @@ def cuda_lines(target: Path, nvcc: str) -> list[str]:
         "  depfile = $out.d",
         "  deps = gcc",
         "rule link",
-        # the symbols of the runtime inside must not meet those of another one in the process
+        # hide the symbols of the static CUDA runtime from any other runtime in the process
         "  command = $nvcc -shared -cudart static -Xlinker --exclude-libs,ALL $in -o $out",
         f"build bindings.o: cxx {escaped(ROOT / 'csrc/cuda/bindings.cpp')}",
     ]
@@ -149,10 +149,10 @@ def cuda_lines(target: Path, nvcc: str) -> list[str]:
 
 
 class NinjaBuild(build_ext):
-    """Compiles one source once per instruction set or rule, which a plain Extension cannot say."""
+    """Compiles one source several times, once per instruction set or rule, with ninja."""
 
     def run(self) -> None:
-        """Build what this machine can."""
+        """Build the CPU extension, and the CUDA extension if nvcc is there."""
         explain_missing_nvcc()
         super().run()
 

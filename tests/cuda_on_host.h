@@ -66,7 +66,9 @@ class Block {
   template <class T>
   T exchange(T value, unsigned from) {
     static T brought[2][1024];
-    const unsigned mine = threadIdx.x, side = side_of_[mine] ^= 1;
+    const unsigned mine = threadIdx.x;
+    side_of_[mine] ^= 1;
+    const unsigned side = side_of_[mine];
     brought[side][mine] = value;
     meet();
     return brought[side][from];
@@ -89,8 +91,8 @@ class Block {
     threadIdx.x = thread();
   }
 
-  // swapcontext asks the system to save the signal mask, which takes most of its time; the sanitizer, though,
-  // knows it and not jumps between stacks
+  // swapcontext spends most of its time in a system call that saves the signal mask; the sanitizer, however,
+  // supports it and not jumps between stacks
   static void change(Fiber& from, Fiber& to) {
 #if defined(__SANITIZE_ADDRESS__)
     swapcontext(&from.context, &to.context);

@@ -18,7 +18,7 @@ import pybind11
 from fused_warmup import _cpu
 
 ROOT = Path(__file__).resolve().parent.parent
-# products and sums are contracted where the source says so, as on the device
+# products and sums are contracted only where the source calls multiply_add, as on the device
 FLAGS = "-std=c++17 -O2 -g1 -march=native -ffp-contract=off -fno-math-errno -fPIC -fvisibility=hidden -Wall -Wextra"
 
 

@@ -1,1 +1,1 @@
-"""Which process groups a tensor is spread over, and means over them."""
+"""Sharded parameters, and means over processes."""

@@ -1,4 +1,4 @@
-"""What other processes hold of a model, and means over a group of them."""
+"""Detection of sharded parameters, and means over the processes."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from torch import Tensor
 
 
 def average(tensor: Tensor) -> None:
-    """Replace a tensor by its mean over the default process group, where there is one; all ranks call it."""
+    """Replace a tensor by its mean over the default process group, if there is one; every rank calls this."""
     dist = torch.distributed
     if world_size() == 1:
         return
-    # nccl takes tensors of its own device only
+    # nccl takes only tensors on its own device
     shared = tensor.cuda() if dist.get_backend() == "nccl" and not tensor.is_cuda else tensor.contiguous()
     dist.all_reduce(shared)
     tensor.copy_(shared / dist.get_world_size())
@@ -26,13 +26,13 @@ def world_size() -> int:
 
 
 def is_sharded(tensor: Tensor) -> bool:
-    """Whether other processes hold other parts of a tensor: the norm of the local part is not its norm."""
+    """Return whether other processes hold other parts of a tensor, so that a local norm is not its norm."""
     placements = getattr(tensor, "placements", ())
     return any(p.is_shard() for p in placements) and getattr(tensor, "device_mesh").size() > 1  # noqa: B009
 
 
 def is_part(param: Tensor) -> bool:
-    """Whether other processes hold the rest of a parameter: a shard of a DTensor or of FSDP1.
+    """Return whether other processes hold the rest of a parameter: a shard of a DTensor or of FSDP1.
 
     FSDP1 marks what it has flattened, the flat parameter and, with ``use_orig_params=True``, its pieces.
     """
@@ -40,12 +40,12 @@ def is_part(param: Tensor) -> bool:
 
 
 def is_flattened(param: Tensor) -> bool:
-    """Whether a parameter is several of a model in a row, whose layers cannot be told apart."""
+    """Return whether a parameter concatenates several of a model, whose layers cannot be told apart."""
     return bool(getattr(param, "_is_flat_param", False))
 
 
 def built_by_zero() -> bool:
-    """Whether a ``ZeroRedundancyOptimizer`` is making this optimizer, for a part of the parameters."""
+    """Return whether a ``ZeroRedundancyOptimizer`` constructs this optimizer for a part of the parameters."""
     zero = sys.modules.get("torch.distributed.optim.zero_redundancy_optimizer")
     if zero is None or world_size() == 1:
         return False

@@ -47,7 +47,7 @@ class Adam(FusedOptimizer):
         exp_avg_sq_init: ``"zeros"``; ``"grad"`` starts at the square of the first gradient (GI-Adam);
             ``"random"`` at squares of normal numbers with the norm of the first gradient.
         exp_avg_sq_init_scale: Multiplies the start value, >= 0.
-        options: What every optimizer takes, see ``FusedOptimizer``.
+        options: Options of every optimizer, see ``FusedOptimizer``.
 
     Source: Kingma & Ba 2015, arXiv:1412.6980; initialisation: Kalra & Barkeshli 2024, arXiv:2406.09405.
     """
@@ -137,7 +137,7 @@ class AdamW(Adam):
         maximize: Ascend.
         exp_avg_sq_init: As for ``Adam``.
         exp_avg_sq_init_scale: As for ``Adam``.
-        options: What every optimizer takes, see ``FusedOptimizer``.
+        options: Options of every optimizer, see ``FusedOptimizer``.
 
     Source: Loshchilov & Hutter 2019, arXiv:1711.05101.
     """
@@ -178,7 +178,7 @@ class GIAdam(Adam):
         maximize: Ascend.
         decoupled_weight_decay: Decay as AdamW does.
         exp_avg_sq_init_scale: Multiplies the start value, >= 0.
-        options: What every optimizer takes, see ``FusedOptimizer``.
+        options: Options of every optimizer, see ``FusedOptimizer``.
 
     Source: Kalra & Barkeshli 2024, arXiv:2406.09405, section 6.
     """

@@ -1,4 +1,4 @@
-"""AdamP and SGDP: updates projected off the parameter."""
+"""AdamP and SGDP: updates without the component along the parameter."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def _adamp_hyper(owner: str, group: Mapping[str, Any]) -> Hyper:
 
 
 class AdamP(FusedOptimizer):
-    """AdamW that takes the part along the parameter out of the update where the loss ignores its scale.
+    """AdamW without the radial component of the update for scale-invariant weights.
 
     Where the cosine of gradient and parameter is below ``delta / sqrt(n)`` in every output channel of ``n``
     elements (the first dimension counts them), each channel of the update is made orthogonal to that of the
@@ -42,7 +42,7 @@ class AdamP(FusedOptimizer):
         wd_ratio: Decay of projected parameters over that of others, >= 0.
         nesterov: Look one gradient ahead.
         maximize: Ascend.
-        options: What every optimizer takes, see ``FusedOptimizer``.
+        options: Options of every optimizer, see ``FusedOptimizer``.
 
     Source: Heo et al. 2021, arXiv:2006.08217.
     """
@@ -105,7 +105,7 @@ class SGDP(FusedOptimizer):
         delta: Threshold of the cosines, >= 0; 0 never projects.
         wd_ratio: Decay of projected parameters over that of others, >= 0.
         maximize: Ascend.
-        options: What every optimizer takes, see ``FusedOptimizer``.
+        options: Options of every optimizer, see ``FusedOptimizer``.
 
     Source: Heo et al. 2021, arXiv:2006.08217.
     """

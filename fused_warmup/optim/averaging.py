@@ -1,4 +1,4 @@
-"""Averages of the parameters: what to average, and the swap that evaluates with them."""
+"""Averages of the parameters: their settings, and the swap that evaluates with them."""
 
 from __future__ import annotations
 
@@ -67,10 +67,10 @@ Average = EMA | SWA
 
 @contextmanager
 def swapped(pairs: Iterable[tuple[Tensor, Tensor]]) -> Iterator[None]:
-    """Put the averages in the place of the parameters, and the parameters back, whatever happens.
+    """Swap the averages into the parameters, and restore the parameters on exit, even after an exception.
 
     Dense parameters exchange storage: nothing is copied, unless the average has another dtype. A strided view
-    is part of somebody's memory, so there the values are copied and copied back.
+    is part of a larger tensor, so its values are copied and copied back.
 
     Args:
         pairs: Parameters with their averages, of equal shapes.

@@ -1,4 +1,4 @@
-"""What all optimizers share: the fused step, its options, its state and the average."""
+"""Base class of all optimizers: torch's contract over the fused step."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ def _kept_in_session(name: str, doc: str, *, resets: bool = False) -> Any:
 
 
 class FusedOptimizer(Optimizer):
-    """What all optimizers share: the step, its options, state dicts and the average.
+    """Base class of all optimizers.
 
     Args:
         params: Parameters or parameter groups, as for ``torch.optim``; float32, float64, bfloat16 or float16
@@ -88,25 +88,20 @@ class FusedOptimizer(Optimizer):
         schedule: Multiplier of ``lr`` over the steps; may be set per group. None is the constant 1. An
             ``AutoWU`` is fed by ``record_loss``.
         weight_decay_schedule: Multiplier of ``weight_decay`` over the steps; may be set per group.
-        projection: ``"sphere"`` keeps the norm of all parameters of a group together: after the update they
-            are multiplied by one factor. May be set per group; for weights that feed a normalisation, whose
-            scale does not matter. ``lr`` is then the effective learning rate, that of weights of norm 1: the
-            rule gets ``lr * radius**2`` for SGD, SGDP and unrectified RAdam, ``lr * radius`` for the other
-            rules, ``lr`` where LAMB adapts; telemetry shows ``lr`` as given, times the schedule. Parameters
-            without a gradient are rescaled too, those that require none take no part. Averages are of what
-            is on the sphere. Where the norm after the update is 0 or not finite nothing is rescaled.
-            ``weight_decay`` must be 0. Source: Sadrtdinov et al. 2024, arXiv:2410.22113.
-        radius: Norm that is kept, > 0; the first step brings the group to it, at the rate that its norm
-            before means. None keeps the norm that the group has at its first step, or at ``init_state()``.
-            May be set per group. ``param_groups[i]["norm"]`` is the norm in force, a 0-dim float64 tensor.
+        projection: ``"sphere"`` keeps the joint L2 norm of the group's parameters constant by rescaling them
+            after each update; ``lr`` is then the effective learning rate and ``weight_decay`` must be 0. See
+            docs/large_lr.md. May be set per group. Source: Sadrtdinov et al. 2024, arXiv:2410.22113.
+        radius: Norm to keep, > 0. The first step rescales the group to it; that step still uses the old norm
+            to convert ``lr``. None keeps the norm of the group at its first step or at ``init_state()``. May
+            be set per group. ``param_groups[i]["norm"]`` is the norm in force, a 0-dim float64 tensor.
         max_grad_norm: Clip the gradients of all groups together to this L2 norm, > 0, as
             ``torch.nn.utils.clip_grad_norm_`` does, without changing ``.grad``. None, 0 and infinity do not
             clip.
         nonfinite: ``"propagate"`` lets NaN and infinity through as torch does; ``"skip"`` leaves parameters,
             states, averages and the step count as they were when any gradient element is not finite.
-        unscale_grads: What ``.grad`` holds after ``scaler.step(opt)`` of a ``torch.amp.GradScaler``. False
-            leaves it multiplied by the scale, because unscaling costs a write of every gradient that the step
-            does not need; True divides it by the scale after the update, as torch's optimizers do. Telemetry
+        unscale_grads: Whether ``.grad`` is divided by the scale of a ``torch.amp.GradScaler`` after
+            ``scaler.step(opt)``, as torch's optimizers do. False leaves it multiplied, because unscaling
+            costs a write of every gradient that the step does not need. Telemetry
             has the norms of the unscaled gradients either way.
         average: ``EMA`` or ``SWA`` of the parameters, written by the update itself.
         backend: ``"auto"``, ``"reference"``, ``"cpu"``, ``"triton"`` or ``"cuda"``.
@@ -123,7 +118,7 @@ class FusedOptimizer(Optimizer):
     """
 
     spec: ClassVar[RuleSpec]
-    # hyper-parameters that make the class what it is, whatever a state dict says
+    # hyper-parameters that a state dict cannot change, because they define the class
     fixed: ClassVar[Mapping[str, Any]] = {}
     _step_supports_amp_scaling = True
 
@@ -195,7 +190,7 @@ class FusedOptimizer(Optimizer):
 
     @property
     def session(self) -> Session:
-        """Everything that changes from step to step; for tools of this package, not for training loops."""
+        """Mutable state of the optimizer, for the tools of this package rather than for training loops."""
         return self._session
 
     @property
@@ -268,7 +263,7 @@ class FusedOptimizer(Optimizer):
         name = type(self).__name__
         if isinstance(param_group, dict):
             for key, value in self._common.items():
-                # a wrapper may repeat what the optimizer was made with in each group
+                # a wrapper may repeat the options of the constructor in each group
                 given = param_group.get(key, value)
                 if type(given) is not type(value) or given != value:
                     check.fail(name, key, "be given once for the whole optimizer", given)
@@ -287,7 +282,7 @@ class FusedOptimizer(Optimizer):
                 plain = [p[1] if isinstance(p, tuple) else p for p in params]
                 self._check_params([p for p in plain if isinstance(p, Tensor)], hyper)
             param_group["params"] = params
-            # of another optimizer that had the group; this one measures its own
+            # the norm may come from another optimizer that had the group; this one measures its own
             param_group.pop("norm", None)
         super().add_param_group(param_group)
         self._session.reset()
@@ -306,7 +301,7 @@ class FusedOptimizer(Optimizer):
         return list(first.values())
 
     def _check_params(self, params: list[Tensor], hyper: Hyper) -> None:
-        """Raise for parameters that no backend takes, before any state exists, and resolve the backend."""
+        """Resolve the backend, and raise for parameters that it does not take, before any state exists."""
         name, session = type(self).__name__, self._session
         known = len(session.params)
         for i, param in enumerate(params, known):
@@ -323,13 +318,13 @@ class FusedOptimizer(Optimizer):
     # addresses mean nothing while a compiler traces; unlike torch.compiler.disable, this imports none
     @torch._disable_dynamo  # type: ignore[attr-defined]
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """Make one step: norm, clipping, schedules, update and average, without waiting for the device.
+        """Run one step: norm, clipping, schedules, update and average, without waiting for the device.
 
         Args:
             closure: Clears the gradients, computes the loss, calls ``backward()`` and returns the loss.
 
         Returns:
-            What the closure returned, or None.
+            The result of the closure, or None.
 
         Raises:
             RuntimeError: If called inside ``averaged_parameters``, or while a graph is captured that could
@@ -350,7 +345,7 @@ class FusedOptimizer(Optimizer):
         may_probe = not session.state and self._is_at_rest()
         plan, backend = self._prepare()
         if may_probe and plan.gradients.are_zero():
-            # not a step but a wrapper that wants to see the states
+            # a wrapper that probes for the states rather than a step
             self.init_state()
             return loss
         if session.fresh_norms:
@@ -400,7 +395,7 @@ class FusedOptimizer(Optimizer):
         plan.release()
 
     def _is_at_rest(self) -> bool:
-        """Whether all learning rates are 0, which are numbers on the host."""
+        """Return whether all learning rates are 0, which are numbers on the host."""
         return all(float(group["lr"]) == 0.0 for group in self.param_groups)
 
     def update_captured(self) -> None:
@@ -412,15 +407,15 @@ class FusedOptimizer(Optimizer):
         self._session.update_captured()
 
     def traffic(self) -> Traffic:
-        """Return launches and bytes of the next step, for the gradients now in ``.grad``; nothing is run."""
+        """Return launches and bytes of the next step for the gradients in ``.grad``; nothing is run."""
         plan, _ = self._prepare()
         plan.release()
         return traffic(plan)
 
     def record_loss(self, loss: Tensor | float) -> None:
-        """Put a loss into the telemetry row of the next step; nothing waits.
+        """Record a loss in the telemetry row of the next step, without waiting for the device.
 
-        An ``AutoWU`` is fed, too, which waits once per epoch of its warmup.
+        The loss also goes to an ``AutoWU``, which waits once per epoch of its warmup.
 
         Args:
             loss: 0-dim tensor or number. ``step(closure)`` records what the closure returned: the mean of a
@@ -437,7 +432,7 @@ class FusedOptimizer(Optimizer):
         self._record("loss", loss)
 
     def record_sharpness(self, sharpness: Tensor | float) -> None:
-        """Put a sharpness into the telemetry row of the next step; nothing waits.
+        """Record a sharpness in the telemetry row of the next step, without waiting for the device.
 
         Args:
             sharpness: 0-dim tensor or number. A ``SharpnessProbe`` calls this.
@@ -461,7 +456,7 @@ class FusedOptimizer(Optimizer):
 
     @contextmanager
     def averaged_parameters(self) -> Iterator[None]:
-        """Evaluate with the averages in place of the parameters; restored exactly, also after an exception.
+        """Swap the averages in for the block, and restore the parameters exactly, even after an exception.
 
         Buffers are not averaged: call ``torch.optim.swa_utils.update_bn`` inside the block for batch norms.
 
@@ -494,7 +489,7 @@ class FusedOptimizer(Optimizer):
         ``fused_warmup`` holds counters and telemetry besides. As in torch, tensors are those of the optimizer
         and follow its later steps; copy the state dict to keep one of the past in memory.
         """
-        # hooks see what is returned, so they run after the packing
+        # hooks get the returned dictionary, so they run after the packing
         hooks = self._optimizer_state_dict_post_hooks
         self._optimizer_state_dict_post_hooks = OrderedDict()
         try:
@@ -515,7 +510,7 @@ class FusedOptimizer(Optimizer):
         of schedules.
 
         Args:
-            state_dict: What ``state_dict`` returned.
+            state_dict: Result of ``state_dict``, of this class or of the ``torch.optim`` class.
 
         Raises:
             ValueError: If it is of another optimizer, version, or shape; nothing is changed then.
@@ -531,14 +526,14 @@ class FusedOptimizer(Optimizer):
             post_hook(self)
 
     def __getstate__(self) -> dict[str, Any]:
-        """Return what pickle and deepcopy keep: everything but the table and hooks."""
+        """Return the attributes for pickle and deepcopy: all but the plan and hooks."""
         own = {name: self.__dict__[name] for name in ("_common", "_session")}
         return {"defaults": self.defaults, **own}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        """Take over a pickled state, or states and groups that torch's ``load_state_dict`` has read.
+        """Restore a pickled optimizer, or states and groups that torch's ``load_state_dict`` has read.
 
-        The table is built at the next step, which checks and converts what is in them.
+        The next step builds the plan, and checks and converts the states.
         """
         kept = dict(state)
         loaded = {key: kept.pop(key) for key in ("state", "param_groups") if key in kept}

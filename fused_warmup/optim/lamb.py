@@ -75,8 +75,8 @@ class LAMB(FusedOptimizer):
         maximize: Ascend.
         preset: ``"paper"`` always adapts; ``"apex"`` clips gradients to norm 1 and adapts where there is
             weight decay; ``"nvlamb"`` clips and always adapts; ``"lambc"`` always adapts, with ratios of at
-            most 1. What is given beside it wins. Without one: that of apex without clipping.
-        options: What every optimizer takes, see ``FusedOptimizer``.
+            most 1. Explicit arguments override it. Without one: that of apex without clipping.
+        options: Options of every optimizer, see ``FusedOptimizer``.
 
     Source: You et al. 2020, arXiv:1904.00962, algorithm 2, and the FusedLAMB of NVIDIA's Apex.
     """

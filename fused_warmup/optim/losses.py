@@ -1,4 +1,4 @@
-"""Losses as training loops have them: numbers of Python and numpy, and tensors of one element."""
+"""Conversion of recorded losses: Python and numpy numbers, and tensors of one element."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def checked_loss(owner: str, name: str, loss: Any, *, returned: bool = False) ->
         condition = "return a loss with one element" if returned else "have one element"
         check.fail(owner, name, condition, tuple(loss.shape))
     if isinstance(loss, Tensor):
-        # all ranks have the same DTensor, and all of them come here
+        # every rank has the same DTensor and makes this call
         whole = loss.full_tensor() if hasattr(loss, "full_tensor") else loss
         return (whole if whole.layout == torch.strided else whole.to_dense()).detach().reshape(())
     try:
@@ -56,7 +56,7 @@ def loss_value(owner: str, name: str, loss: Any, *, returned: bool = False) -> f
 
 
 def reported_loss(loss: Any) -> Tensor | float | None:
-    """Return what the result of a training closure says about the loss: the mean of several elements.
+    """Return the loss in the result of a training closure: the mean if it has several elements.
 
     None where it is no number, for a closure may return whatever torch's optimizers let it return.
     """

@@ -26,7 +26,7 @@ def _hyper(owner: str, group: Mapping[str, Any]) -> Hyper:
 
 
 class RAdam(FusedOptimizer):
-    """Rectified Adam: the adaptive rate is scaled by a ratio of variances, and left out while that diverges.
+    """Rectified Adam: the adaptive rate is scaled by a ratio of variances, and omitted while that diverges.
 
     Args:
         params: Parameters or groups.
@@ -38,9 +38,9 @@ class RAdam(FusedOptimizer):
         maximize: Ascend.
         rho_threshold: The adaptive rate is used when ``rho_t`` exceeds it, >= 4: 5 is that of torch
             and of the authors' code, 4 that of the paper.
-        unrectified: What happens before: ``"momentum"`` updates without the adaptive rate, as the paper and
+        unrectified: Update before that: ``"momentum"`` updates without the adaptive rate, as the paper and
             torch do; ``"skip"`` updates the moments only, as the authors' package does.
-        options: What every optimizer takes, see ``FusedOptimizer``.
+        options: Options of every optimizer, see ``FusedOptimizer``.
 
     Source: Liu et al. 2020, arXiv:1908.03265, algorithm 2.
     """

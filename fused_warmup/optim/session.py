@@ -1,4 +1,4 @@
-"""Everything that an optimizer keeps from step to step, and the life of its plan."""
+"""Mutable state of an optimizer, and when its plan is built, refreshed and kept."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from .averaging import EMA, SWA, Average
 from .groups import IGNORED_KEYS, complete_groups, make_hyper, restore_schedules
 from .telemetry import Telemetry
 
-# what pickle and deepcopy keep; the table, the backend and captured graphs are made anew
+# attributes that pickle and deepcopy keep; plan, backend and captured graphs are made anew
 _KEPT = (
     "state",
     "param_groups",
@@ -85,7 +85,7 @@ class Session:
         self._start()
 
     def bind(self, owner: str, spec: RuleSpec | None, defaults: Mapping[str, Any]) -> None:
-        """Take over what the class of the optimizer declares."""
+        """Set the declarations of the optimizer class."""
         self.owner, self._spec, self.defaults = owner, spec, defaults
         self._keys = [key for key in defaults if key != "lr" and key not in IGNORED_KEYS]
 
@@ -116,18 +116,18 @@ class Session:
         self.planned_average: Average | None = None
 
     def __getstate__(self) -> dict[str, Any]:
-        """Return what pickle and deepcopy keep."""
+        """Return the attributes for pickle and deepcopy."""
         return {name: getattr(self, name) for name in _KEPT}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        """Take over what was kept; the optimizer binds its class again."""
+        """Restore the attributes; the optimizer binds its class again."""
         self.__init__()  # type: ignore[misc]
         for name in _KEPT:
             setattr(self, name, state[name])
         self.track_states()
 
     def track_states(self) -> None:
-        """Replace plain states that nobody else holds by ones that note each access."""
+        """Convert states of torch, which nobody else holds, to ones that note each access."""
         self.state = TrackedStates(Access(), self.state)
 
     @property
@@ -174,7 +174,7 @@ class Session:
             check.number(self.owner, "max_grad_norm", self.max_grad_norm, ends="()")
 
     def adopt_group(self, group: Any) -> Hyper:
-        """Return the hyper-parameters of a group as it stands, with its schedules restored."""
+        """Restore the schedules of a group, and return its hyper-parameters."""
         restore_schedules(group, self.adaptive.get(id(group)))
         hyper = make_hyper(self.owner, self.spec, group)
         if isinstance(group["schedule"], AdaptiveSchedule):
@@ -182,7 +182,7 @@ class Session:
         return hyper
 
     def _refresh_groups(self, plan: Plan) -> bool:
-        """Take over hyper-parameters that changed; return whether anything but learning rates did."""
+        """Update changed hyper-parameters in the plan; return whether others than learning rates changed."""
         # graphs that were captured before groups were added read the first ones
         groups = self.param_groups[: len(plan.groups.norms)]
         return plan.groups.refresh(groups, self._keys, self.adopt_group)
@@ -226,7 +226,7 @@ class Session:
         return plan, backend
 
     def _refresh(self, plan: Plan, *, check_states: bool = False) -> bool:
-        """Bring a plan to the addresses of this step; return False if it must be built again."""
+        """Refresh the addresses of a plan; return False if it must be built again."""
         access = self.state.access if isinstance(self.state, TrackedStates) else None
         check_states = check_states or access is None or access.noted
         if self.average != self.planned_average or not plan.refresh(self.param_groups, check_states):
@@ -332,7 +332,7 @@ class Session:
             self.init_norm_sq = drawn + sum(m.param.numel() for m in members) - started
         most = max((count[0] for count in counts if count is not None), default=0)
         if most and self.counters is not None:
-            # a wrapper that restores states alone: schedules and averages go on where these are
+            # wrappers may restore states alone: schedules and averages continue from their counts
             self.counters[COUNTERS.index("step")].clamp_(min=most)
         for param in records.keys() - {member.param for member in members}:
             del records[param]

@@ -39,7 +39,7 @@ class SGD(FusedOptimizer):
         weight_decay: L2 penalty, >= 0.
         nesterov: Look ahead; needs momentum and no dampening.
         maximize: Ascend.
-        options: What every optimizer takes, see ``FusedOptimizer``.
+        options: Options of every optimizer, see ``FusedOptimizer``.
 
     Sparse gradients are made dense, so such a step moves the whole parameter; the other rules refuse them.
 

@@ -24,14 +24,14 @@ from .groups import SCHEDULE_KEYS, make_hyper
 from .session import Session
 
 _VERSION = 1
-# states of torch's Adam, AdamW, RAdam and SGD: found where the rule keeps none of them, the file is another's
+# states of torch's Adam, AdamW, RAdam and SGD; one that the rule does not keep comes from another optimizer
 _TORCH_STATES = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq", "momentum_buffer")
-# entries of a state besides those of the rules; all others belong to somebody else
+# entries of a state besides those of the rules; all others were added by the user
 _OWN = ("average", "step", "n_averaged", "initialized")
 
 
 def pack_state(session: Session, state_dict: dict[str, Any]) -> dict[str, Any]:
-    """Return torch's state dict in plain types, with an entry for what torch has no place for.
+    """Return torch's state dict in plain types, with one more entry for counters and telemetry.
 
     Tensors are those of the optimizer, as in torch: they follow later steps, counts and moments together.
 
@@ -43,7 +43,7 @@ def pack_state(session: Session, state_dict: dict[str, Any]) -> dict[str, Any]:
         The state dict. ``step`` is float32 as torch keeps it; the exact int64 counts are in ``fused_warmup``.
     """
     groups = [dict(group) for group in state_dict["param_groups"]]
-    # groups share a live schedule, and so they do in the state dict
+    # an adaptive schedule that groups share is one object in the state dict too
     live = {id(schedule): schedule.state_dict() for schedule in adaptive_schedules(groups)}
     for group in groups:
         if "norm" in group:
@@ -119,7 +119,7 @@ def load_state(session: Session, fixed: Mapping[str, Any], state_dict: dict[str,
 
 
 def _warn_of_schedules(owner: str, session: Session, groups: list[dict[str, Any]]) -> None:
-    """Warn once if the state dict, which wins as in torch, replaces a schedule of the optimizer."""
+    """Warn once if the state dict replaces a schedule of the optimizer, as all hyper-parameters in torch."""
     for g, (group, loaded) in enumerate(zip(session.param_groups, groups, strict=True)):
         for key in SCHEDULE_KEYS:
             held = group.get(key)
@@ -161,7 +161,7 @@ def _own_entry(session: Session, state_dict: Mapping[str, Any]) -> Mapping[str, 
 def _loaded_groups(
     session: Session, fixed: Mapping[str, Any], state_dict: Mapping[str, Any]
 ) -> list[dict[str, Any]]:
-    """Return the hyper-parameters to take over, checked."""
+    """Return the checked hyper-parameters of the state dict."""
     owner = session.owner
     saved = state_dict["param_groups"]
     if len(saved) != len(session.param_groups):
@@ -191,7 +191,7 @@ def _loaded_groups(
 
 
 def _keep_norm(group: dict[str, Any], loaded: dict[str, Any]) -> None:
-    """Bring the loaded norm of a group to where the kernels read it; without one it is to be measured."""
+    """Copy the loaded norm of a group into the tensor that the kernels read; without one it is measured."""
     norm, held = loaded.pop("norm", None), group.get("norm")
     if norm is None:
         group.pop("norm", None)
@@ -202,7 +202,7 @@ def _keep_norm(group: dict[str, Any], loaded: dict[str, Any]) -> None:
 
 
 def _kept_live(group: Mapping[str, Any], loaded: dict[str, Any]) -> dict[str, Any]:
-    """Return what a group takes over; a live schedule stays the object that the user holds."""
+    """Return the entries that a group loads; an adaptive schedule stays the object of the user."""
     held, new = group["schedule"], loaded.get("schedule")
     if not isinstance(held, AdaptiveSchedule) or not isinstance(new, AdaptiveSchedule):
         return loaded
@@ -216,7 +216,7 @@ def _loaded_states(
     own: Mapping[str, Any],
     groups: list[dict[str, Any]],
 ) -> dict[Tensor, dict[str, Any]]:
-    """Return the states to take over by parameter, checked; ``step`` is an int."""
+    """Return the checked states of the state dict by parameter; ``step`` is an int."""
     owner, spec = session.owner, session.spec
     known = _known_states(spec)
     exact = dict(zip(own["step_ids"], own["steps"], strict=True)) if own else {}
@@ -246,7 +246,7 @@ def _loaded_states(
         others = {key: _as_torch(param, value, k, state_dict, key) for key, value in others.items()}
         states[param] = {"tensors": tensors, "others": others, "counted": "step" in saved}
         if len(others) == len(saved):
-            # nothing of an optimizer: it has not made a step
+            # entries of the user alone: no step has been made
             continue
         # torch's SGD keeps no count; with a buffer the first step is over
         step = saved.get("step", 1 if spec.first_gradient in tensors else 0)
@@ -267,7 +267,7 @@ def _known_states(spec: RuleSpec) -> tuple[str, ...]:
 
 
 def _as_torch(param: Tensor, value: Any, k: Any, state_dict: Mapping[str, Any], key: str = "") -> Any:
-    """Return a state of somebody else as torch loads it: tensors as the parameter has them."""
+    """Return an entry of the user as torch loads it, with tensors cast like the parameter."""
     if isinstance(value, Tensor):
         groups = state_dict["param_groups"]
         return Optimizer._process_value_according_to_param_policy(param, value, k, groups, key)
@@ -279,7 +279,7 @@ def _as_torch(param: Tensor, value: Any, k: Any, state_dict: Mapping[str, Any], 
 
 
 def _fill(session: Session, param: Tensor, loaded: Mapping[str, Any] | None, calls: int) -> None:
-    """Copy loaded values into the buffers of a parameter; buffers that are missing are made."""
+    """Copy loaded values into the states of a parameter; missing states are allocated."""
     if loaded is None:
         session.state.pop(param, None)
         return
@@ -317,7 +317,7 @@ def _fill(session: Session, param: Tensor, loaded: Mapping[str, Any] | None, cal
 def _load_counters(
     session: Session, own: Mapping[str, Any], states: Mapping[Tensor, Mapping[str, Any]]
 ) -> int:
-    """Take over counters and telemetry, and return the number of updates made.
+    """Load counters and telemetry, and return the number of updates made.
 
     Where the states say more than the counters, or there are none, it is the largest count of a parameter.
     """

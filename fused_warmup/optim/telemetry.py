@@ -69,7 +69,7 @@ class Telemetry:
             self._uncopied = 0
 
     def record(self, name: str, value: Tensor | float) -> None:
-        """Leave the loss or sharpness for the next row; nothing waits."""
+        """Write a loss or sharpness into the next row, without waiting for the device."""
         assert self.pending_scalars is not None
         slot = self.pending_scalars[PENDING_SCALARS.index(name)]
         if isinstance(value, Tensor):
@@ -98,7 +98,7 @@ class Telemetry:
         return rows if self._keep_all else rows[-_CAPACITY:].clone()
 
     def _collect(self) -> None:
-        """Take over the rows that the device has written; waits for it."""
+        """Copy the new rows from the device; waits for it."""
         if self.ring_buffer is None or self._counters is None:
             return
         if self.ring_buffer.is_cuda:
@@ -108,27 +108,27 @@ class Telemetry:
         ]
         self._rows += [rows for rows in found if len(rows)]
         self._copies, self._uncopied = [], 0
-        # whoever looks at every step must not pay for a tensor each
+        # joined now and then, so that reading at every step does not collect a tensor each
         if len(self._rows) > _CAPACITY:
             self._join()
 
     def _join(self) -> None:
-        """Make one block of all rows."""
+        """Concatenate all row blocks."""
         empty = torch.empty(0, len(TELEMETRY), dtype=torch.float64, device="cpu")
         self._rows = [torch.cat([empty, *self._rows])]
 
     def _new_rows(self, ring_buffer: Tensor, counters: Tensor) -> Tensor:
-        """Return the rows of a copy of the ring buffer that no copy before it had."""
+        """Return the rows of a copy of the ring buffer that are not in earlier copies."""
         calls = int(counters[COUNTERS.index("calls")])
         new = range(max(self._calls, calls - _CAPACITY), calls)
         self._calls = calls
         return ring_buffer[[call % _CAPACITY for call in new]]
 
     def load_rows(self, rows: Tensor) -> int:
-        """Take over the rows of another record, as the start of this one.
+        """Replace all rows by those of another record.
 
         Returns:
-            What the count of calls must be for the next row to come after them.
+            The count of calls with which the next row follows them.
         """
         self._rows = [rows.to("cpu", torch.float64, copy=True)]
         self._copies, self._uncopied = [], 0
@@ -166,7 +166,7 @@ class Telemetry:
 
 
 def _copied(tensor: Tensor) -> Tensor:
-    """Return a copy on the host without a wait; the device may still be writing it."""
+    """Return a copy on the host without waiting; the device may still be writing it."""
     pinned = tensor.device.type != "cpu"
     copy = torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu", pin_memory=pinned)
     return copy.copy_(tensor, non_blocking=pinned)

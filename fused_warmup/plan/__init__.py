@@ -1,1 +1,1 @@
-"""The packed table of one step: which memory it reads and writes."""
+"""Packed table of a step: rows, chunks, hyper-parameters and addresses for the kernels."""

@@ -1,4 +1,4 @@
-"""Gradients of a step: their addresses in the table, and copies of those that kernels cannot read."""
+"""Gradients of a step: their addresses, and copies of gradients that kernels cannot read in place."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ class GradientTable:
         self._signatures = make_signatures([row.work for row in rows])
         self._addresses = np.zeros(len(rows), np.uint64)
         self.address: int = self._addresses.ctypes.data
-        # what the device has, where that is another copy
+        # addresses that the device has, if it keeps a copy
         self._uploaded = self._addresses.copy()
         self.column = buffers.upload("grads", self._addresses)
         self._cast: dict[int, torch.dtype] = {}
@@ -85,7 +85,7 @@ class GradientTable:
         return recast
 
     def _adopt(self, i: int, grad: Tensor | None) -> Tensor:
-        """Return a gradient of an unusual form in the layout of its row, copied where it must be."""
+        """Return a gradient in the layout and dtype of its row, copied if necessary."""
         row = self._rows[i]
         assert grad is not None
         grad = check_grad(self._owner, row.index, row.local, grad, self._takes_sparse).detach()

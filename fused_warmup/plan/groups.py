@@ -1,4 +1,4 @@
-"""Hyper-parameters of the parameter groups in the table, rewritten when a group changes."""
+"""Hyper-parameters of the parameter groups in the packed table, rewritten when a group changes."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ class GroupTable:
         self.norms = norms
         self.has_spheres = self.random_start = False
         self._owner, self._chunk_groups, self._buffers, self._step = owner, chunk_groups, buffers, step
-        # what the groups held when they were read: None where it can change without being replaced
+        # values of the groups at the last reading; None for values that can change in place
         self._rates_read: list[Any] = []
         self._others_read: list[Any] = []
 
@@ -62,7 +62,7 @@ class GroupTable:
         keys: Sequence[str],
         make: Callable[[Mapping[str, Any]], Hyper],
     ) -> bool:
-        """Take over hyper-parameters that changed since the last step.
+        """Update hyper-parameters that changed since the last step.
 
         Args:
             groups: Parameter groups of the optimizer.
@@ -100,7 +100,7 @@ class GroupTable:
                 hypers[i] = make(group)
             elif not same_rate[i]:
                 changed[i] = check.number(self._owner, "lr", group["lr"])
-        # nothing is taken over before all of it is valid
+        # written only after all values are valid
         for i, lr in changed.items():
             hypers[i].lr = lr
         only_rates = all(same_others)
@@ -155,7 +155,7 @@ class GroupTable:
         self._step.point_to(spheres=spheres, squares=squares)
 
     def norms_moved(self, groups: Sequence[Mapping[str, Any]]) -> bool:
-        """Return whether a group has another norm than the one in the table; a fresh one is not there yet."""
+        """Return whether a group has another norm than the table; a fresh norm is not in the group yet."""
         known = zip(groups, self.norms, strict=True)
         return any(group.get("norm", norm) is not norm for group, norm in known)
 

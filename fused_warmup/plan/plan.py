@@ -1,4 +1,4 @@
-"""The packed table of one optimizer: which memory a step reads and writes.
+"""Packed table of one optimizer: the memory that a step reads and writes.
 
 Static columns are built once. A step reads the addresses of the gradients again and compares those of the
 parameters, because a training loop may move either.
@@ -31,7 +31,7 @@ from .tracked_states import TrackedState
 
 
 class Plan:
-    """The table of one optimizer: rows, chunks, groups and the settings of a step.
+    """Packed table of one optimizer: rows, chunks, groups and the settings of a step.
 
     Backends read either the Python side (``rows``, ``groups``, ``settings``) or the packed side, whose
     address is ``address``. Where the tensors are on another device, so are the ``buffers`` of the packed
@@ -84,7 +84,7 @@ class Plan:
         self._pack(norms)
 
     def _watch(self, members: list[list[Tensor]], state: Mapping[Tensor, dict[str, Any]]) -> None:
-        """Note what the table is built from, to find out later whether it is unchanged."""
+        """Record the groups, states and addresses of the table, to compare them later."""
         make_signatures, self._groups_unchanged, self._states_unchanged = select_reader()
         self._make_signatures = make_signatures
         self._members, self._params = members, [row.param for row in self.rows]
@@ -95,14 +95,14 @@ class Plan:
         self._state, self._n_states = state, len(state)
         self._own = [state[row.param] for row in self.rows]
         self._dicts = [own for own, row in zip(self._own, self.rows, strict=True) for _ in row.state]
-        # a dictionary that a user put there may change without a note
+        # a dictionary of the user notes no access
         self.is_tracked = all(isinstance(own, TrackedState) for own in self._own)
         self._names = [name for row in self.rows for name in row.state]
         self._objects = [value for row in self.rows for value in row.state.values()]
         local = local_tensors(self._objects)
         self._param_addresses = AddressCache(make_signatures, [row.local for row in self.rows])
         self._state_addresses = AddressCache(make_signatures, local)
-        # once in a dictionary of the optimizer, and as often as this package holds it
+        # references to each state: one in the optimizer's dictionary, the others in this package
         self._holders = Counter(map(id, [*self._objects, *self._objects, *local, *_held(self.rows)]))
 
     def _pack(self, norms: list[Tensor | None]) -> None:
@@ -219,12 +219,12 @@ class Plan:
         )
 
     def has_shared_states(self) -> bool:
-        """Return whether somebody outside of the package holds a state, which may then be moved any time."""
+        """Return whether code outside of the package holds a state, and so may move it at any time."""
         counts = zip(self._objects, _refcounts(self._objects), strict=True)
         return any(count > self._holders[id(value)] for value, count in counts)
 
     def scale(self, grad_scale: Tensor | None, found_inf: Tensor | float | None) -> None:
-        """Take over the tensors of a ``GradScaler``: 0-dim float32 on the device of the parameters.
+        """Set the tensors of a ``GradScaler``: 0-dim float32 on the device of the parameters.
 
         Args:
             grad_scale: Factor by which the gradients were multiplied.
@@ -250,7 +250,7 @@ class Plan:
         self._step.point_to(grad_scale=grad_scale, found_inf=found_inf)
 
     def prepare(self, settings: Settings) -> None:
-        """Take over what may change from step to step without touching the table."""
+        """Set the per-step settings, which leave the table as it is."""
         if settings == self.settings:
             return
         self.settings = settings

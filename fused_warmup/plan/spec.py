@@ -1,4 +1,4 @@
-"""Declare an update rule to the host: its states, its hyper-parameters and what the rule states of itself."""
+"""Declaration of an update rule: its states, its hyper-parameters and its stability."""
 
 from __future__ import annotations
 
@@ -102,7 +102,7 @@ class RuleSpec:
         return bool(self._stated("preconditioned"))
 
     def has_first_gradient(self, state: Mapping[str, Any]) -> bool:
-        """Return whether a state holds what the first gradient enters whole, so that a step has been made."""
+        """Return whether a state holds the buffer that the first gradient enters, so that a step was made."""
         return self.first_gradient is not None and state.get(self.first_gradient) is not None
 
     def stability_threshold(self, hyper: Hyper) -> float:

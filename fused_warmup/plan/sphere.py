@@ -11,7 +11,7 @@ from torch import Tensor
 from .. import _checks as check
 
 PROJECTIONS = ("sphere",)
-# elements that one thread sums
+# elements that one thread sums, so that the result does not depend on the number of threads
 _RUN = 1 << 12
 
 
@@ -43,7 +43,7 @@ def norm_of(tensors: Iterable[Tensor], device: torch.device) -> Tensor:
 
 
 def _norm(values: Tensor) -> Tensor:
-    """Return the norm of a vector, as that of the norms of runs: no two threads share one."""
+    """Return the norm of a vector, combined from the norms of runs that no two threads share."""
     if len(values) <= _RUN:
         norm: Tensor = torch.linalg.vector_norm(values, dtype=torch.float64)
         return norm

@@ -1,4 +1,4 @@
-"""States that come from outside: checked by name before a kernel sees their address."""
+"""Checks and conversion of states, counts and norms that were set from outside, by name."""
 
 from __future__ import annotations
 

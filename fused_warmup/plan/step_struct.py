@@ -1,4 +1,4 @@
-"""The struct ``Step``, which the kernels get: addresses of the columns and settings of one step."""
+"""Struct ``Step``, the argument of the kernels: addresses of the columns and settings of one step."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from .structs import STRUCTS
 
 
 class StepStruct:
-    """The struct ``Step`` on the host.
+    """Struct ``Step`` on the host.
 
     Attributes:
         array: The struct, a numpy struct array of ``[1]``.

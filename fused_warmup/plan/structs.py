@@ -1,4 +1,4 @@
-"""The structs of ``csrc/table.h`` as numpy dtypes, field by field."""
+"""Structs of ``csrc/table.h`` as numpy dtypes, with the same fields in the same order."""
 
 from __future__ import annotations
 

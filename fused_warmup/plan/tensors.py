@@ -48,7 +48,7 @@ def check_placement(owner: str, index: int, param: Tensor, grad: Tensor) -> None
 
 
 def is_dense(tensor: Tensor) -> bool:
-    """Whether the elements fill one stretch of memory, in whatever order of dimensions."""
+    """Return whether the elements fill one stretch of memory, in any order of dimensions."""
     if tensor.is_contiguous():
         return True
     expected = 1
@@ -79,13 +79,13 @@ def work_format(local: Tensor, by_channel: bool) -> torch.memory_format:
 
 
 def same_layout(a: Tensor, b: Tensor) -> bool:
-    """Whether equal positions in memory hold equal elements; dimensions of one element do not count."""
+    """Return whether equal positions in memory hold equal elements, apart from dimensions of size 1."""
     pairs = zip(a.shape, b.shape, a.stride(), b.stride(), strict=False)
     return a.dim() == b.dim() and all(m == n and (s == t or n == 1) for m, n, s, t in pairs)
 
 
 def overlaps_itself(tensor: Tensor) -> bool:
-    """Whether two elements may share memory."""
+    """Return whether two elements may share memory."""
     reach = 1
     for stride, size in sorted((t, n) for t, n in zip(tensor.stride(), tensor.shape, strict=True) if n != 1):
         if stride < reach:
@@ -158,7 +158,7 @@ def check_grad(owner: str, index: int, local: Tensor, grad: Tensor, takes_sparse
 
 
 def is_fake(tensor: Tensor) -> bool:
-    """Whether a tensor only stands for one, as while a compiler traces."""
+    """Return whether a tensor is a FakeTensor, as while a compiler traces."""
     if type(tensor) in (Tensor, torch.nn.Parameter):
         return False
     from torch._subclasses.fake_tensor import FakeTensor
@@ -167,7 +167,7 @@ def is_fake(tensor: Tensor) -> bool:
 
 
 def fits(state: Tensor, local: Tensor, by_channel: bool = False) -> bool:
-    """Whether a state has the device, dtype and layout that the row of a parameter needs."""
+    """Return whether a state has the device, dtype and layout that the row of a parameter needs."""
     wanted, held = work_layout(local, by_channel), local_tensor(state)
     kind = (held.device, held.dtype)
     return kind == (local.device, compute_dtype(local.dtype)) and same_layout(held, wanted)

@@ -1,4 +1,4 @@
-"""The ledger of a step: kernel launches, and the bytes that must move for each parameter."""
+"""Launches and bytes of a step."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from .rows import Row
 
 @dataclass(frozen=True)
 class Traffic:
-    """What one step of a plan asks of a device.
+    """Launches and bytes of one step of a plan.
 
     Attributes:
         launches: Kernel launches on the device backends; the same for any number of tensors.
@@ -33,7 +33,7 @@ class Traffic:
 
 
 def traffic(plan: Plan) -> Traffic:
-    """Return the ledger of a step in which all parameters have gradients and the average is due.
+    """Return launches and bytes of a step in which all parameters have gradients and the average is due.
 
     The table itself is left out: 16 bytes a chunk of 32,768 elements and 200 a tensor. A sphere takes one
     more pass over its groups, whose squares the update sums.
@@ -50,7 +50,7 @@ def traffic(plan: Plan) -> Traffic:
         )
         for row, size in zip(plan.rows, sizes, strict=True)
     ]
-    # what is on a sphere is read and written once more
+    # sphere groups are read and written once more
     stages += [(n, n) for row in plan.rows if plan.groups.hypers[row.group].sphere for n in [row.work.nbytes]]
     return Traffic(
         # decide and update, with the two parts of an update between sums; a pass before them for the norm
@@ -70,7 +70,7 @@ def _row_bytes(row: Row, grad_size: int, settings: Settings) -> tuple[int, int]:
 
 
 def _layer_bytes(row: Row, grad_size: int, settings: Settings, needs_grad: bool) -> tuple[int, int]:
-    """Return them for a rule that reads parameter and states once more after the sums."""
+    """Return the bytes for a rule that reads parameter and states once more after the sums."""
     read, written = _row_bytes(row, grad_size, settings)
     again = row.work.element_size() + sum(state.element_size() for state in row.states)
     return read + row.work.numel() * (again + needs_grad * grad_size), written

@@ -1,4 +1,4 @@
-"""The tables of a sharpness measurement: what its kernels read beside the table of the optimizer."""
+"""Packed tables of a sharpness measurement, which its kernels read beside the table of the optimizer."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ EXTRA_SUMS = 2
 
 
 class VectorTable:
-    """VectorTable, chunks and the call of one operation, for the kernels of a backend.
+    """Tensor slices, chunks and the arguments of one vector operation, for the kernels of a backend.
 
     Args:
         params: Parameters, dense in memory, on one device.
@@ -78,7 +78,7 @@ class VectorTable:
             self._call[name] = address_of(value) if value is None or isinstance(value, Tensor) else value
 
     def put_gradients(self, plus: Sequence[Tensor | None], minus: Sequence[Tensor | None]) -> None:
-        """Take over the gradients at both ends; None counts as zeros."""
+        """Set the gradients at both ends of the difference; None counts as zeros."""
         self._grads = [self._put("plus", plus), self._put("minus", minus)]
         self._buffers.reupload("slices")
 
@@ -86,7 +86,7 @@ class VectorTable:
         held: list[Any] = list(grads)
         out = self._addresses.ctypes.data
         for i in self._forms.read(held, out):
-            # of another layout, as of an expanded sum
+            # gradients of another layout, as of an expanded sum
             held[i] = torch.empty_like(self._params[i]).copy_(held[i].detach())
         if any(a is not b for a, b in zip(held, grads, strict=True)):
             self._forms.read(held, out)
@@ -103,7 +103,7 @@ class VectorTable:
         fresh: bool = False,
         narrow: bool = False,
     ) -> Tensor:
-        """Describe one operation.
+        """Set the arguments of one operation.
 
         Args:
             basis: ``[m, n]``, rows next to each other.
@@ -133,7 +133,7 @@ class VectorTable:
 
 
 class PreconditionerTable:
-    """What the kernels that make the pre-conditioner of the next step read beside the table of the step.
+    """Arguments of the kernels that compute the preconditioner of the next step.
 
     Args:
         plan: The table of the optimizer, refreshed for the step about to be made.

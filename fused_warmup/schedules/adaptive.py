@@ -44,7 +44,7 @@ class AdaptiveSchedule(ABC):
         """Return a new schedule with a state that ``state_dict`` returned."""
 
 
-# by the format of a state dict: a function that returns the class whose state it is
+# loaders of the classes, by the format of their state dicts
 _FORMATS: dict[str, Callable[[], type[AdaptiveSchedule]]] = {}
 
 

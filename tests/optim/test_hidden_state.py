@@ -92,6 +92,31 @@ def test_states_are_compared_as_long_as_somebody_holds_one(what):
     assert checks(opt) == 0
 
 
+# the same through a dictionary that was read long before
+FROM_KEPT = {
+    "item": lambda state: state["exp_avg"],
+    "dict": lambda state: dict(state),
+    "unpacked": lambda state: {**state},
+    "values": lambda state: list(state.values()),
+    "items": lambda state: list(state.items()),
+    "get": lambda state: state.get("exp_avg"),
+    "copy": lambda state: state.copy(),
+    "default": lambda state: state.setdefault("exp_avg", None),
+}
+
+
+@pytest.mark.parametrize("how", FROM_KEPT)
+@pytest.mark.parametrize("outer", [False, True])
+def test_a_dictionary_that_was_read_before_hands_out_states(how, outer):
+    params, opt = made()
+    states, state = opt.state, opt.state[params[0]]
+    checks(opt)
+    assert checks(opt) == 0
+    held = FROM_KEPT[how](dict(states)[params[0]] if outer else state)
+    assert checks(opt) == 4
+    del held
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("later", [0, 3])
 def test_a_state_that_was_moved_through_a_held_tensor_is_used(backend, later):

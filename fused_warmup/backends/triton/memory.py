@@ -53,18 +53,23 @@ def _struct(name: str) -> Any:
     return type(name, (base,), {"__new__": new})
 
 
-Row, Chunk, Hyper, Segment, Rates, Scalars, Sphere, Partial, *_LATER = map(_struct, STRUCTS)
-(
-    Counters,
-    RowCounters,
-    PendingScalars,
-    Telemetry,
-    StepDecision,
-    Step,
-    TensorSlice,
-    VectorOp,
-    PreconditionerOp,
-) = _LATER
+Row = _struct("Row")
+Chunk = _struct("Chunk")
+Hyper = _struct("Hyper")
+Segment = _struct("Segment")
+Rates = _struct("Rates")
+Scalars = _struct("Scalars")
+Sphere = _struct("Sphere")
+Partial = _struct("Partial")
+Counters = _struct("Counters")
+RowCounters = _struct("RowCounters")
+PendingScalars = _struct("PendingScalars")
+Telemetry = _struct("Telemetry")
+StepDecision = _struct("StepDecision")
+Step = _struct("Step")
+TensorSlice = _struct("TensorSlice")
+VectorOp = _struct("VectorOp")
+PreconditionerOp = _struct("PreconditionerOp")
 
 
 @triton.constexpr_function
