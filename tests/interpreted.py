@@ -9,7 +9,6 @@ import math
 
 import numpy as np
 import pytest
-import test_layers
 import torch
 import triton
 import triton.language as tl
@@ -25,6 +24,7 @@ from cases import (
     set_grads,
     states_of,
 )
+from optim import test_layers
 from optim.test_gaps import (
     check_changing_dtypes,
     check_first_look,
