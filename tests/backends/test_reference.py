@@ -10,6 +10,7 @@ import torch
 from cases import SMALL_SHAPES, TORCH_CASES, assert_close, make_params, set_grads
 
 import fused_warmup as fw
+from fused_warmup.plan.hyper import Hyper
 from fused_warmup.reference import rules
 
 DATA = Path(__file__).parents[1] / "data"
@@ -57,7 +58,7 @@ def test_radam_golden_table():
             float(row["sqrt_1_minus_beta2_pow_t"]), rel=1e-12
         )
         if rho > 5.0:
-            h = fw.table.Hyper(lr=1.0, beta1=0.9, beta2=beta2, rho_threshold=5.0)
+            h = Hyper(lr=1.0, beta1=0.9, beta2=beta2, rho_threshold=5.0)
             s = rules.common_scalars(h, 1.0, 0.0, 1.0)
             rules.RAdam.scalars(h, 1.0, t, s)
             assert s.step_size == pytest.approx(float(row["adaptive_step_factor_beta1_0.9"]), rel=1e-11)

@@ -30,7 +30,7 @@ def test_links_lead_somewhere():
 def test_doctest_of_the_schedules():
     import doctest
 
-    import fused_warmup.schedules
+    from fused_warmup.schedules import segments
 
-    assert doctest.testmod(fused_warmup.schedules).failed == 0
-    assert doctest.testmod(fused_warmup.schedules).attempted == 3
+    assert doctest.testmod(segments).failed == 0
+    assert doctest.testmod(segments).attempted == 3

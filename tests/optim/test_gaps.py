@@ -920,7 +920,10 @@ def test_a_catapult_stays_where_the_loss_is_not_finite():
 def test_a_catapult_shares_a_copy_of_the_loss(reduce, monkeypatch):
     """The mean over processes, which is taken in place, must not be written into the user's loss."""
     groups, loss = bowl(0.1)
-    monkeypatch.setattr("fused_warmup.tuning.catapult.average", lambda *values: [v.mul_(3.0) for v in values])
+    monkeypatch.setattr(
+        "fused_warmup.tuning.warmup.persistent_catapult.average",
+        lambda *values: [v.mul_(3.0) for v in values],
+    )
     catapult = fw.PersistentCatapult(fw.SGD(groups, lr=0.1), target=1.0, reduce=reduce)
     given = torch.tensor(5.0, dtype=torch.float64)
     catapult.step(given, loss)
