@@ -949,6 +949,7 @@ def grown(cls, first, join_at, **group):
     return rates, catapult, opt
 
 
+@pytest.mark.pairwise
 @pytest.mark.parametrize("cls", [fw.SGD, torch.optim.SGD, fw.Adam, torch.optim.AdamW])
 @pytest.mark.parametrize("join_at", [0, 3, 7])
 @pytest.mark.parametrize(("lr", "group", "ratio"), [
