@@ -1,12 +1,15 @@
-"""Rows that hold every pair of values: what ``make test`` runs of tests marked ``pairwise``.
+"""Rows of products of parameters that hold every pair of values, or every value.
 
-A fault that needs one value or two together shows in such rows; one that needs three shows in all of them, which
-``make test-all`` runs. ``PRODUCTS`` chooses: nothing for the pairs, ``all``, or a part of the rest such as ``2/3``.
+``make test`` runs the rows with every pair of tests marked ``pairwise``: a fault that needs one value or two
+together shows in them, one that needs three shows in the rest, which ``make test-all`` runs. ``PRODUCTS`` chooses:
+nothing for the pairs, ``all``, a part of the rest such as ``2/3``, or ``values``, which thins the tests without the mark
+to rows with every value.
 """
 
 from __future__ import annotations
 
 import itertools
+import random
 import zlib
 from collections.abc import Hashable, Sequence
 from typing import Any
@@ -20,17 +23,21 @@ def pairwise(*lists: Sequence[Any]) -> list[tuple[Any, ...]]:
     return [tuple(values[i] for values, i in zip(lists, rows[k], strict=True)) for k in covering(rows)]
 
 
-def covering(rows: Sequence[tuple[Hashable, ...]]) -> list[int]:
-    """Return the places of rows that hold every value and every pair of values that any row holds, in order.
+def covering(rows: Sequence[tuple[Hashable, ...]], strength: int = 2, seed: str = "") -> list[int]:
+    """Return the places of rows that hold each value, and each pair if strength is 2, that any row holds.
 
-    Always the row with most pairs that are not held yet, the first of equals.
+    Always the row with most of them that are not held yet; the seed chooses among equals.
     """
-    pairs = [{*enumerate(row), *itertools.combinations(enumerate(row), 2)} for row in rows]
-    missing, chosen = set().union(*pairs), []
+    held = [
+        {found for n in range(1, strength + 1) for found in itertools.combinations(enumerate(row), n)}
+        for row in rows
+    ]
+    order = random.Random(seed).sample(range(len(rows)), len(rows))
+    missing, chosen = set().union(*held), []
     while missing:
-        best = max(range(len(rows)), key=lambda k: (len(pairs[k] & missing), -k))
+        best = max(range(len(rows)), key=lambda k: (len(held[k] & missing), order[k]))
         chosen.append(best)
-        missing -= pairs[best]
+        missing -= held[best]
     return sorted(chosen)
 
 
@@ -46,15 +53,16 @@ def values_of(item: pytest.Function) -> tuple[Hashable, ...]:
     return tuple(tuple(id(params[name]) for name in names) for names in groups)
 
 
-def left_out(items: Sequence[pytest.Item]) -> set[str]:
-    """Return the node ids of items marked ``pairwise`` whose pairs other items of the same test hold."""
+def left_out(items: Sequence[pytest.Item], also_unmarked: bool = False) -> set[str]:
+    """Return the node ids of items whose pairs other items of the same test hold; values of tests without a mark."""
     tests: dict[str, list[pytest.Function]] = {}
     for item in items:
-        if hasattr(item, "callspec") and item.get_closest_marker("pairwise"):
+        if hasattr(item, "callspec") and (also_unmarked or item.get_closest_marker("pairwise")):
             tests.setdefault(item.nodeid.partition("[")[0], []).append(item)
     dropped = set()
-    for rows in tests.values():
-        kept = set(covering([values_of(row) for row in rows]))
+    for name, rows in tests.items():
+        strength = 2 if rows[0].get_closest_marker("pairwise") else 1
+        kept = set(covering([values_of(row) for row in rows], strength, name))
         dropped |= {row.nodeid for k, row in enumerate(rows) if k not in kept}
     return dropped
 
@@ -63,12 +71,12 @@ def select(items: list[pytest.Item], products: str) -> list[pytest.Item]:
     """Take the items out of the list that ``products`` does not ask for, and return them."""
     if products == "all":
         return []
-    rest = left_out(items)
-    if products:
+    rest = left_out(items, products == "values")
+    if products in ("", "values"):
+        wanted = {item.nodeid for item in items} - rest
+    else:
         part, parts = (int(number) for number in products.split("/"))
         wanted = {name for name in rest if zlib.crc32(name.encode()) % parts == part - 1}
-    else:
-        wanted = {item.nodeid for item in items} - rest
     dropped = [item for item in items if item.nodeid not in wanted]
     items[:] = [item for item in items if item.nodeid in wanted]
     return dropped

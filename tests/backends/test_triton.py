@@ -18,7 +18,7 @@ from fused_warmup import backends
 
 ROOT = Path(__file__).resolve().parents[2]
 # two halves that take about as long
-HALVES = ("one_step or grids", "not one_step and not grids")
+HALVES = ("one_step or grids or layers", "not one_step and not grids and not layers")
 needs_triton = pytest.mark.skipif(
     importlib.util.find_spec("triton") is None, reason="triton is not installed"
 )
