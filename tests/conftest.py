@@ -39,11 +39,12 @@ def seed_and_threads():
 
 
 def long_first(items, n_workers):
-    """Order tests so that each worker of xdist, which gets a stretch of the list, begins with those marked slow.
+    """Order tests so that each worker of xdist, which gets a stretch of the list, begins with slow ones.
 
-    Slow tests of one file stay together, so that what they share is made once.
+    Those are the tests marked slow and those of commands; of one file they stay together, so that what they share
+    is made once.
     """
-    is_slow = [item.get_closest_marker("slow") is not None for item in items]
+    is_slow = [bool(item.get_closest_marker("slow")) or item.path.parent.name == "cli" for item in items]
     files = itertools.groupby(itertools.compress(items, is_slow), key=lambda item: item.path)
     slow = [[] for _ in range(n_workers)]
     for _, group in files:

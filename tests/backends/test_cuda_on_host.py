@@ -244,6 +244,7 @@ def test_spheres_take_one_more_launch(module, cls):
         assert launches.value - before == (3 if cls is fw.Adam else 5) == opt.traffic().launches
 
 
+@pytest.mark.slow
 @pytest.mark.pairwise
 @pytest.mark.parametrize("clip", [None, 1.0], ids=["unclipped", "clipped"])
 @pytest.mark.parametrize("extra", [-1, 0, 1])

@@ -29,6 +29,7 @@ from fused_warmup.backends.triton.step import (  # noqa: E402
     update_kernel,
 )
 
+pytestmark = pytest.mark.slow
 F32, F64, BF16, F16 = (DTYPES[d] for d in (torch.float32, torch.float64, torch.bfloat16, torch.float16))
 SIZES = {F32: 4, F64: 8, BF16: 2, F16: 2}
 TARGETS = (80, 90, 100)

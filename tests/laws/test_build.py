@@ -90,6 +90,7 @@ def test_installed_wheel_trains_outside_the_checkout(wheel, tmp_path):
     subprocess.run([sys.executable, "-c", script], cwd=tmp_path, env=environment, check=True)
 
 
+@pytest.mark.slow
 def test_without_the_extension_the_reference_works_and_says_why(tmp_path):
     """An installation whose extension does not load still trains, and an explicit choice of it explains itself."""
     script = """

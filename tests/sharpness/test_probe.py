@@ -246,6 +246,7 @@ def test_budget(monkeypatch):
     assert 0.01 < probe.overhead <= 0.02
 
 
+@pytest.mark.slow
 def test_memory_is_flat():
     """Readings that nobody polls: after 200 more no tensor and no object more, where a leak would leave 200."""
     p, loss = quadratic_of(symmetric([4.0, 1.0, 0.5, 0.2]))

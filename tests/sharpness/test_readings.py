@@ -756,6 +756,7 @@ def test_schedules_refuse_other_losses(loss, error, words):
         wu.feed(0.5, Source(), None)
 
 
+@pytest.mark.slow
 def test_schedules_are_fed_with_distributed_tensors(tmp_path):
     """A loss of which two ranks hold the parts of a sum is that sum."""
     body = """
