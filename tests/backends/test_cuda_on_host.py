@@ -245,7 +245,6 @@ def test_spheres_take_one_more_launch(module, cls):
 
 
 @pytest.mark.slow
-@pytest.mark.pairwise
 @pytest.mark.parametrize("clip", [None, 1.0], ids=["unclipped", "clipped"])
 @pytest.mark.parametrize("extra", [-1, 0, 1])
 @pytest.mark.parametrize("limit", ["small", "large"])
