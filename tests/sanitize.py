@@ -27,7 +27,8 @@ TESTS = [
 # test_instruction_sets_... and test_grids_and_orders_... run every kernel with each option over all dtypes
 CHOICE = (
     "not error_is_no_larger and not test_schedules and not test_trajectory and not no_drift "
-    "and not runs_do_not_differ and not same_bits_from_either_pass and not (test_cuda_on_host and (large or from_the_same_state or do_not_depend))"
+    "and not runs_do_not_differ and not same_bits_from_either_pass "
+    "and not (test_cuda_on_host and (large or from_the_same_state or do_not_depend))"
 )
 OVERFLOWS = {
     "CPU": "CpuBackend()",
