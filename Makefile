@@ -1,11 +1,11 @@
-# make demo | test | bench | gpu | lint | sanitize: each sets up what it needs. PYTHON chooses the interpreter.
+# make demo | test | test-all | cover | bench | gpu | lint | sanitize: each sets up what it needs. PYTHON chooses the interpreter.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/ready
 SOURCES := pyproject.toml setup.py constraints.txt peers.txt $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: help demo test bench gpu lint sanitize clean
+.PHONY: help demo test test-all cover bench gpu lint sanitize clean
 
 help:
 	@grep -E '^# make' Makefile
@@ -23,8 +23,19 @@ demo: $(READY)
 	$(BIN)/fused-warmup train --model digits --out out/demo
 
 # threads of one worker that wait must leave the core to the others
+PYTEST := OMP_WAIT_POLICY=passive $(BIN)/pytest -n auto --maxprocesses 8 --dist worksteal
+
+# every pair of the values of a test's parameters
 test: $(READY)
-	OMP_WAIT_POLICY=passive $(BIN)/pytest -n auto --maxprocesses 8 --dist worksteal --cov --cov-report=term:skip-covered
+	$(PYTEST)
+
+# every row of their products; with PART=2/3 the second third of those that `make test` leaves out
+test-all: $(READY)
+	PRODUCTS=$(or $(PART),all) $(PYTEST)
+
+# takes a third more time than the tests, and asserts nothing
+cover: $(READY)
+	$(PYTEST) --cov --cov-report=term:skip-covered
 
 bench: $(READY)
 	$(BIN)/python -m benchmarks

@@ -145,6 +145,7 @@ def test_there_is_work_for_five_threads() -> None:
     assert len({int(row) for row in opt.session.plan._chunks["row"]}) >= 5
 
 
+@pytest.mark.pairwise
 @each_option
 @each_case
 def test_instruction_sets_do_not_change_a_bit(case: str, option: str) -> None:

@@ -198,6 +198,7 @@ def test_same_bits_as_the_cpu_kernels(module, case, dtype):
     assert ours["skipped"].tolist() == [0, 0, 0, 1, 0, 0, 0]
 
 
+@pytest.mark.pairwise
 @pytest.mark.parametrize("option", list(OPTIONS))
 @pytest.mark.parametrize("case", list(OPTIMIZERS))
 def test_grids_and_orders_do_not_change_a_bit(module, monkeypatch, case, option):
@@ -213,6 +214,7 @@ def test_grids_and_orders_do_not_change_a_bit(module, monkeypatch, case, option)
         assert [key for key in results[0] if result[key] != results[0][key]] == []
 
 
+@pytest.mark.pairwise
 @pytest.mark.parametrize(
     ("options", "launches"), [({}, 2), ({"max_grad_norm": 1.0}, 3), ({"nonfinite": "skip"}, 3)], ids=str
 )
@@ -242,6 +244,7 @@ def test_spheres_take_one_more_launch(module, cls):
         assert launches.value - before == (3 if cls is fw.Adam else 5) == opt.traffic().launches
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("clip", [None, 1.0], ids=["unclipped", "clipped"])
 @pytest.mark.parametrize("extra", [-1, 0, 1])
 @pytest.mark.parametrize("limit", ["small", "large"])

@@ -45,6 +45,7 @@ def library():
 
 LIBRARY, TOOL = library(), find_tool("cuobjdump")
 pytestmark = [
+    pytest.mark.slow,
     pytest.mark.skipif(
         shutil.which("nvcc") is None, reason="nvcc is not on PATH, so there are no CUDA kernels"
     ),

@@ -1,7 +1,7 @@
 """The Triton kernels in Triton's interpreter, in processes of their own, and how the backend is chosen.
 
 ``TRITON_INTERPRET`` counts when triton is imported, so one process cannot both interpret and compile kernels:
-``test_triton_compile.py`` compiles in this one, and ``interpreted.py`` runs in two others at a time.
+``test_triton_compile.py`` compiles in this one, and ``interpreted.py`` runs in two others.
 """
 
 import importlib.util
@@ -18,29 +18,30 @@ from fused_warmup import backends
 
 ROOT = Path(__file__).resolve().parents[2]
 # two halves that take about as long
-HALVES = ("one_step or grids", "not one_step and not grids")
+HALVES = ("one_step or grids or layers", "not one_step and not grids and not layers")
 needs_triton = pytest.mark.skipif(
     importlib.util.find_spec("triton") is None, reason="triton is not installed"
 )
 
 
 @needs_triton
-def test_in_the_interpreter():
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/interpreted.py", "-k"]
-    environment = {**os.environ, "TRITON_INTERPRET": "1"}
-    runs = [
-        subprocess.Popen(
-            [*command, half],
-            cwd=ROOT,
-            env=environment,
-            text=True,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-        )
-        for half in HALVES
+@pytest.mark.slow
+@pytest.mark.parametrize("half", HALVES)
+def test_in_the_interpreter(half):
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        "-p",
+        "no:cacheprovider",
+        "tests/interpreted.py",
+        "-k",
+        half,
     ]
-    outputs = [run.communicate()[0] for run in runs]
-    assert all(run.returncode == 0 for run in runs), "\n".join(outputs)
+    environment = {**os.environ, "TRITON_INTERPRET": "1"}
+    run = subprocess.run(command, cwd=ROOT, env=environment, text=True, capture_output=True)
+    assert run.returncode == 0, run.stdout + run.stderr
 
 
 def test_why_it_is_unavailable(monkeypatch):

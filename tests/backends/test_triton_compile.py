@@ -1,8 +1,9 @@
 """The Triton kernels compiled ahead of time, for devices that need not be there: accesses, registers, launches."""
 
+import contextlib
+import io
 import os
 import re
-import subprocess
 from types import SimpleNamespace
 
 import pytest
@@ -18,7 +19,6 @@ if os.environ.get("TRITON_INTERPRET") == "1":
 triton = pytest.importorskip("triton", reason="triton is not installed")
 
 from triton.backends.compiler import GPUTarget  # noqa: E402
-from triton.backends.nvidia.compiler import get_ptxas  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 
 from fused_warmup.backends.triton import launch, layerwise, preconditioner, vectors  # noqa: E402
@@ -27,6 +27,7 @@ from fused_warmup.backends.triton.measure import measure_kernel  # noqa: E402
 from fused_warmup.backends.triton.sphere import rescale_kernel  # noqa: E402
 from fused_warmup.backends.triton.step import update_kernel  # noqa: E402
 
+pytestmark = pytest.mark.slow
 F32, F64, BF16, F16 = (DTYPES[d] for d in (torch.float32, torch.float64, torch.bfloat16, torch.float16))
 SIZES = {F32: 4, F64: 8, BF16: 2, F16: 2}
 TARGETS = (80, 90, 100)
@@ -48,15 +49,10 @@ def compile_kernel(kernel, constants, target):
     constexprs = {(names.index(name),): value for name, value in constants.items() if name in names}
     signature = {name: "*i64" if name in ("step", "call") else "constexpr" for name in names}
     source = ASTSource(kernel, signature, constexprs, {})
-    ptx = triton.compile(source, target=GPUTarget("cuda", target, 32), options=options).asm["ptx"]
-    arch = f"sm_{target}" + ("a" if target >= 90 else "")
-    command = [get_ptxas(target).path, "-v", "--fmad=false", "--regAllocOptLevel=2", f"--gpu-name={arch}"]
-    path = os.path.join(triton.knobs.cache.dir, "kernel.ptx")
-    with open(path, "w") as file:
-        file.write(ptx)
-    report = subprocess.run(
-        [*command, path, "-o", os.devnull], check=True, capture_output=True, text=True
-    ).stderr
+    with triton.knobs.nvidia.scope(), contextlib.redirect_stdout(io.StringIO()) as printed:
+        triton.knobs.nvidia.dump_ptxas_log = True
+        ptx = triton.compile(source, target=GPUTarget("cuda", target, 32), options=options).asm["ptx"]
+    report = printed.getvalue()
     numbers = {
         name: max(int(n) for n in re.findall(pattern, report))
         for name, pattern in (

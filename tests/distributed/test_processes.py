@@ -8,6 +8,8 @@ from torch.nn import functional as F
 
 import fused_warmup as fw
 
+pytestmark = pytest.mark.slow
+
 # of both ranks and of the one process: everything but the batch and the wrapper
 MODEL = """
 torch.manual_seed(3)

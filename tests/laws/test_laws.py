@@ -7,6 +7,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 import fused_warmup as fw
 from fused_warmup import _cpu
 from fused_warmup.plan import structs
@@ -324,6 +326,7 @@ def test_sharpness_and_tuning_are_imported_when_asked_for():
     ]  # fmt: skip
 
 
+@pytest.mark.slow
 def test_import_is_light():
     """No extra is imported, and it takes under 100 ms beyond torch: processor time, which neighbours do not lengthen."""
     script = (

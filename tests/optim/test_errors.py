@@ -705,6 +705,7 @@ def run_poisoned(
     return opt, snapshots
 
 
+@pytest.mark.pairwise
 @pytest.mark.parametrize("clip", [None, 0.5], ids=["unclipped", "clipped"])
 @pytest.mark.parametrize("at", [0, 2, STEPS - 1], ids=["first", "middle", "last"])
 @pytest.mark.parametrize("poison", list(POISON))
@@ -753,6 +754,7 @@ L1_RTOL = 16 * 2.0**-24
 
 
 @pytest.mark.skipif("cpu" not in BACKENDS, reason="the extension fused_warmup._cpu is not built")
+@pytest.mark.pairwise
 @pytest.mark.parametrize("clip", [None, 0.5], ids=["unclipped", "clipped"])
 @pytest.mark.parametrize("at", [0, 2, STEPS - 1], ids=["first", "middle", "last"])
 @pytest.mark.parametrize("poison", list(POISON))

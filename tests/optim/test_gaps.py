@@ -51,6 +51,7 @@ OTHERS = (torch.bfloat16, torch.float32, torch.float16, torch.float64)
 @pytest.mark.skipif(
     not hasattr(torch.Tensor, "grad_dtype"), reason="this torch forbids gradients of another dtype"
 )
+@pytest.mark.pairwise
 @pytest.mark.parametrize("clip", [None, 2.0])
 @pytest.mark.parametrize("name", ["sgd-momentum", "adamw-amsgrad", "lamb", "adamp"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)

@@ -178,6 +178,7 @@ def test_a_moment_that_has_arrived_stays(dtype, backend):
             assert_same_bits(name, after[name], before[name])
 
 
+@pytest.mark.slow
 @each_dtype
 def test_no_drift_near_one(dtype, backend):
     """Each of 10,000 steps rounds a moment that grows by half a unit at most; the coefficient adds nothing."""

@@ -16,6 +16,7 @@ from fused_warmup.sharpness import preconditioned, threshold, top_eigenvalue
 from fused_warmup.tuning import PersistentCatapult, initial_lr
 
 datasets = pytest.importorskip("sklearn.datasets", reason="scikit-learn is not installed")
+pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(autouse=True)

@@ -86,6 +86,7 @@ def test_resume_of_other_dtypes(dtype):
     assert_same_run(a, whole, b, second)
 
 
+@pytest.mark.slow
 def test_resume_in_a_new_process(tmp_path):
     """The file is enough: torch.load(weights_only=True) in a fresh interpreter, 1,100 telemetry rows included."""
     params = make_params(torch.float32, SHAPES)

@@ -37,6 +37,8 @@ from torch.optim.optimizer import register_optimizer_step_post_hook, register_op
 
 import fused_warmup as fw
 
+pytestmark = pytest.mark.pairwise
+
 # closures
 
 

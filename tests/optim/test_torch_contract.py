@@ -37,6 +37,8 @@ from torch.optim import Optimizer
 
 import fused_warmup as fw
 
+pytestmark = pytest.mark.pairwise
+
 # construction
 
 

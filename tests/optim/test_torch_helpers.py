@@ -34,6 +34,8 @@ from torch.optim import Optimizer, lr_scheduler, swa_utils
 
 import fused_warmup as fw
 
+pytestmark = pytest.mark.pairwise
+
 # schedulers
 
 

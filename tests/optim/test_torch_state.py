@@ -30,6 +30,8 @@ from peers import (
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+pytestmark = pytest.mark.pairwise
+
 
 def moments(opt: Optimizer, param: Tensor) -> list[str]:
     """Return the names of the states that are shaped like the parameter."""

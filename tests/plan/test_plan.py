@@ -113,6 +113,7 @@ def test_without_the_exchange_api_the_numbers_are_the_same(monkeypatch):
         assert_same_bits("param", p, q)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_nothing_keeps_a_gradient_alive(backend):
     """``zero_grad`` frees the memory before the next backward pass, odd layouts and unusual dtypes included."""

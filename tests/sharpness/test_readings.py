@@ -756,6 +756,7 @@ def test_schedules_refuse_other_losses(loss, error, words):
         wu.feed(0.5, Source(), None)
 
 
+@pytest.mark.slow
 def test_schedules_record_distributed_tensors(tmp_path):
     """The parts of a sum on two ranks count as the sum."""
     body = """
@@ -949,6 +950,7 @@ def grown(cls, first, join_at, **group):
     return rates, catapult, opt
 
 
+@pytest.mark.pairwise
 @pytest.mark.parametrize("cls", [fw.SGD, torch.optim.SGD, fw.Adam, torch.optim.AdamW])
 @pytest.mark.parametrize("join_at", [0, 3, 7])
 @pytest.mark.parametrize(("lr", "group", "ratio"), [

@@ -448,6 +448,7 @@ print(wu.back_at, wu.schedule.values(400).tobytes().hex())
 """
 
 
+@pytest.mark.slow
 def test_ranks_decide_the_same(tmp_path):
     """Two processes with different losses get the same rates, those of the mean loss."""
     first, second = run_ranks(tmp_path, RANKS)

@@ -591,6 +591,7 @@ def test_ticks_of_which_one_tells_the_class():
     assert (single[[i for i in range(16) if i != 2]] - 0.5).abs().max() < 0.08
 
 
+@pytest.mark.slow
 def test_signatures_of_the_regimes():
     """Three seeds, 9600 steps, fine-tuning for 1600: convergence at 3.16e-3 and below, equilibria whose loss grows with
     the rate, random guesses at 0.1; fine-tuning stays in its basin only after regime 1."""

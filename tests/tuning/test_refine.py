@@ -630,6 +630,7 @@ def best(noise, kind, rates, schedule):
     return float(min(means)), rates[int(np.argmin(means))]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["adam", "sgd"])
 def test_digits_with_wrong_labels(kind):
     """30 % random labels: refined, cosine and linear within 0.3 %, at least 0.5 % better than constant."""
@@ -670,6 +671,7 @@ def test_refined_rates_of_digits_are_nearly_the_best():
     assert lowest < bounds[1] < 1.005 * lowest < bounds[0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["adam", "sgd"])
 def test_digits_with_clean_labels(kind):
     """The loss goes to zero: refined is more than twice as bad as linear and is flagged; the fallback is good."""
