@@ -200,7 +200,7 @@ FAULTS: dict[tuple[str, str], list[tuple[str, ...]]] = {
         ("ring_buffer[[call % _CAPACITY for call in new]]", "ring_buffer[[call % _CAPACITY for call in new][::-1]]"),
         ('rows.to("cpu", torch.float64, copy=True)', 'rows.to("cpu", torch.float64)', f"{GAPS} saved_state"),
         ("self._copies, self._uncopied = [], 0\n        self._calls = len(rows)", "self._calls = len(rows)", f"{GAPS} nobody_has_read"),
-        ("self._copies, self._uncopied = [], 0\n        # joined now", "self._uncopied = 0\n        # whoever"),
+        ("self._copies, self._uncopied = [], 0\n        # joined now", "self._uncopied = 0\n        # joined now"),
         ("return self._calls", "return 0", STATES),
         ("return self._rows[0].clone()", "return self._rows[0]", f"{GAPS} saved_state"),
         ("(*self._copies, (self.ring_buffer", "((self.ring_buffer", "optim/test_telemetry.py plan/test_capture.py"),
