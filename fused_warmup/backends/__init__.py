@@ -49,12 +49,12 @@ def _triton_reason() -> str | None:
 
 
 def _interpreted() -> bool:
-    """Whether Triton interprets its kernels in Python, on the CPU."""
+    """Return whether Triton interprets its kernels in Python, on the CPU."""
     return os.environ.get("TRITON_INTERPRET") == "1"
 
 
 def _reaches(name: str, device: torch.device) -> bool:
-    """Whether a backend supports tensors on a device."""
+    """Return whether a backend supports tensors on a device."""
     if name == "triton":
         return device.type == ("cpu" if _interpreted() else "cuda")
     return name == "reference" or name in _PREFERENCE.get(device.type, ())

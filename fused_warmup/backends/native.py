@@ -41,7 +41,7 @@ class CpuBackend:
         self._rules = {name: i for i, name in enumerate(_cpu.rules())}
 
     def prepare(self, plan: Plan) -> None:
-        """Nothing to load."""
+        """Do nothing: there are no kernels to load."""
 
     def step(self, plan: Plan) -> None:
         """Make one step, with the same bits for any number of threads."""

@@ -38,7 +38,7 @@ class ReferenceBackend:
     max_inline_pointers = 0
 
     def prepare(self, plan: Any) -> None:
-        """Nothing to load."""
+        """Do nothing: there are no kernels to load."""
 
     @torch.no_grad()
     def step(self, plan: Any) -> None:

@@ -8,12 +8,12 @@ from torch import Tensor
 
 
 def is_capturing(device: torch.device) -> bool:
-    """Whether the current stream of ``device`` records a CUDA graph instead of running."""
+    """Return whether the current stream of ``device`` records a CUDA graph instead of running."""
     return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
 
 def is_mirrored(device: torch.device) -> bool:
-    """Whether kernels on ``device`` need a copy of what the host packs."""
+    """Return whether kernels on ``device`` need a copy of what the host packs."""
     return device.type != "cpu"
 
 

@@ -79,25 +79,25 @@ class Scalars:
 
 
 def bias_correction(beta: float, step: int) -> float:
-    """``1 - beta**step`` without the cancellation of the direct form at the first steps."""
+    """Return ``1 - beta**step`` without the cancellation of the direct form at the first steps."""
     return -math.expm1(step * math.log(beta)) if beta > 0.0 else 1.0
 
 
 def sma_length(beta2: float, step: int) -> float:
-    """Length rho_t of the simple moving average that has the centre of mass of the exponential one."""
+    """Return the length rho_t of the simple moving average with the exponential one's centre of mass."""
     bias_correction2 = bias_correction(beta2, step)
     rho_inf = 2.0 / (1.0 - beta2) - 1.0
     return rho_inf - 2.0 * step * (1.0 - bias_correction2) / bias_correction2
 
 
 def rectification(beta2: float, rho: float) -> float:
-    """Ratio r_t of the standard deviations of the adaptive rate, in the limit and at this step."""
+    """Return the ratio r_t of the standard deviations of the adaptive rate, in the limit and at this step."""
     rho_inf = 2.0 / (1.0 - beta2) - 1.0
     return math.sqrt((rho - 4.0) * (rho - 2.0) * rho_inf / ((rho_inf - 4.0) * (rho_inf - 2.0) * rho))
 
 
 def lerp_weight(beta: float) -> float:
-    """Weight of a new value in a moment for ``lerp``: ``1 - beta``, or that minus 1 if it is above one half.
+    """Return the weight ``1 - beta`` of a new value for ``lerp``, minus 1 if it is above one half.
 
     The latter is ``-beta`` exactly, where ``1 - beta`` may round to 1.
     """
@@ -114,7 +114,7 @@ def lerp(start: Tensor, end: Tensor, weight: float) -> Tensor:
 
 
 def common_scalars(h: Hyper, effective_lr: float, weight_decay: float, clip_coef: float) -> Scalars:
-    """Scalars that all rules share: clipping, then sign, then coupled or decoupled decay."""
+    """Return the scalars that all rules share: clipping, then sign, then coupled or decoupled decay."""
     s = Scalars()
     s.grad_scale = -clip_coef if h.maximize else clip_coef
     s.weight_decay = 0.0 if h.decoupled else weight_decay
@@ -128,7 +128,7 @@ def common_scalars(h: Hyper, effective_lr: float, weight_decay: float, clip_coef
 
 
 def clip_coefficient(grad_norm: float, max_grad_norm: float) -> float:
-    """Return the factor that gradients are multiplied by so that their norm is at most ``max_grad_norm``.
+    """Return the factor that limits the norm of all gradients to ``max_grad_norm``.
 
     A NaN norm gives NaN, as in ``torch.nn.utils.clip_grad_norm_``.
     """
@@ -202,7 +202,7 @@ class LayerRule(Protocol):
 
     @staticmethod
     def needs_grad(h: Any, n_states: int) -> bool:
-        """Whether ``direction`` needs the gradient in addition to the states."""
+        """Return whether ``direction`` needs the gradient in addition to the states."""
 
     @staticmethod
     def update_moments(param: Tensor, grad: Tensor, state: Sequence[Tensor], s: Scalars) -> list[Tensor]:
@@ -218,7 +218,7 @@ class LayerRule(Protocol):
 
     @staticmethod
     def scale_invariant(h: Any, sums: Sequence[float], size: int) -> bool:
-        """Whether the sums over ``size`` elements show a gradient orthogonal to the parameter."""
+        """Return whether the sums over ``size`` elements show a gradient orthogonal to the parameter."""
 
     @staticmethod
     def projection_coef(h: Any, sums: Sequence[float]) -> float:
@@ -242,22 +242,22 @@ class Adam:
 
     @staticmethod
     def stability_threshold(h: Hyper) -> float:
-        """Largest stable ``lr * eigenvalue`` of ``P^-1 H`` with momentum (Cohen et al. 2022)."""
+        """Return the largest stable ``lr * eigenvalue`` of ``P^-1 H`` with momentum (Cohen et al. 2022)."""
         return 2.0 * (1.0 + h.beta1) / (1.0 - h.beta1)
 
     @staticmethod
     def early_stability_threshold(h: Hyper) -> float:
-        """Largest stable ``lr * eigenvalue`` at the first step, before momentum has built up."""
+        """Return the largest stable ``lr * eigenvalue`` at the first step, before momentum has built up."""
         return 2.0 / (1.0 - h.beta1)
 
     @staticmethod
     def lr_norm_power(h: Hyper, step: int) -> int:
-        """Adam's update is invariant to the scale of the gradient."""
+        """Return 1: Adam's update is invariant to the scale of the gradient."""
         return 1
 
     @staticmethod
     def scalars(h: Hyper, effective_lr: float, step: int, s: Scalars) -> None:
-        """Bias corrections of both moments."""
+        """Set the bias corrections of both moments."""
         s.step_size = effective_lr / bias_correction(h.beta1, step)
         s.denom_scale = 1.0 / math.sqrt(bias_correction(h.beta2, step))
 
@@ -265,7 +265,7 @@ class Adam:
     def update(
         param: Tensor, grad: Tensor, state: Sequence[Tensor], s: Scalars
     ) -> tuple[Tensor, list[Tensor]]:
-        """One step of Adam; a third state makes it AMSGrad."""
+        """Return one step of Adam, or of AMSGrad with a third state."""
         exp_avg, exp_avg_sq = state[0], state[1]
         grad = grad * s.grad_scale + s.weight_decay * param
         # at the first step, v_0 = g_0^2 or the scaled initial state (eq. 6 of Kalra & Barkeshli)
@@ -296,12 +296,12 @@ class RAdam:
 
     @staticmethod
     def lr_norm_power(h: Hyper, step: int) -> int:
-        """An unrectified step shrinks with the gradient, as that of SGD does."""
+        """Return 2 for an unrectified step, which shrinks with the gradient as that of SGD, and else 1."""
         return 1 if sma_length(h.beta2, step) > h.rho_threshold else 2
 
     @staticmethod
     def scalars(h: Hyper, effective_lr: float, step: int, s: Scalars) -> None:
-        """Rectified step size, or that of the fallback while the variance is intractable."""
+        """Set the rectified step size, or that of the fallback while the variance is intractable."""
         bias_correction1 = bias_correction(h.beta1, step)
         rho = sma_length(h.beta2, step)
         rectified = rho > h.rho_threshold
@@ -319,7 +319,7 @@ class RAdam:
     def update(
         param: Tensor, grad: Tensor, state: Sequence[Tensor], s: Scalars
     ) -> tuple[Tensor, list[Tensor]]:
-        """One step of RAdam; momentum without a denominator while unrectified."""
+        """Return one step of RAdam, by momentum without a denominator while unrectified."""
         exp_avg, exp_avg_sq = state[0], state[1]
         grad = grad * s.grad_scale + s.weight_decay * param
         exp_avg = lerp(exp_avg, grad, s.exp_avg_weight)
@@ -338,24 +338,24 @@ class SGD:
 
     @staticmethod
     def stability_threshold(h: Hyper) -> float:
-        """Largest stable ``lr * eigenvalue`` of the Hessian with heavy-ball or Nesterov momentum."""
+        """Return the largest stable ``lr * eigenvalue`` of the Hessian with heavy-ball or Nesterov momentum."""
         if h.nesterov:
             return 2.0 * (1.0 + h.momentum) / (1.0 + 2.0 * h.momentum)
         return 2.0 * (1.0 + h.momentum) / (1.0 - h.dampening if h.momentum else 1.0)
 
     @staticmethod
     def early_stability_threshold(h: Hyper) -> float:
-        """Largest stable ``lr * eigenvalue`` at the first step, before momentum has built up."""
+        """Return the largest stable ``lr * eigenvalue`` at the first step, before momentum has built up."""
         return 2.0 / (1.0 + h.momentum) if h.nesterov else 2.0
 
     @staticmethod
     def lr_norm_power(h: Hyper, step: int) -> int:
-        """The gradient shrinks with the norm, and larger weights need a larger step for the same angle."""
+        """Return 2: the gradient shrinks with the norm, and larger weights need larger steps for an angle."""
         return 2
 
     @staticmethod
     def scalars(h: Hyper, effective_lr: float, step: int, s: Scalars) -> None:
-        """The first gradient enters the buffer without dampening."""
+        """Set the dampening, from which the first gradient is exempt."""
         s.step_size = effective_lr
         s.momentum = h.momentum
         s.one_minus_dampening = 1.0 if step == 1 else 1.0 - h.dampening
@@ -365,7 +365,7 @@ class SGD:
     def update(
         param: Tensor, grad: Tensor, state: Sequence[Tensor], s: Scalars
     ) -> tuple[Tensor, list[Tensor]]:
-        """One step of SGD, with momentum if there is a buffer."""
+        """Return one step of SGD, with momentum if there is a buffer."""
         grad = grad * s.grad_scale + s.weight_decay * param
         new_state = []
         if len(state) == 1:
@@ -377,7 +377,7 @@ class SGD:
 
 
 def bounded(x: float, low: float, high: float) -> float:
-    """``x`` clamped to an interval; NaN stays."""
+    """Clamp ``x`` to an interval; NaN stays."""
     x = low if x < low else x
     return high if x > high else x
 
@@ -392,12 +392,12 @@ class LAMB:
 
     @staticmethod
     def lr_norm_power(h: Hyper, step: int) -> int:
-        """The trust ratio already scales the step with the parameter norm."""
+        """Return 0 with a trust ratio, which already scales the step with the parameter norm."""
         return 0 if h.adapts else 1
 
     @staticmethod
     def scalars(h: Hyper, effective_lr: float, step: int, s: Scalars) -> None:
-        """Optional bias corrections, and weight decay inside or outside the update."""
+        """Set optional bias corrections, and weight decay inside or outside the update."""
         s.step_size = effective_lr
         s.inv_bias_correction1 = 1.0 / bias_correction(h.beta1, step) if h.bias_correction else 1.0
         s.denom_scale = 1.0 / math.sqrt(bias_correction(h.beta2, step)) if h.bias_correction else 1.0
@@ -408,7 +408,7 @@ class LAMB:
 
     @staticmethod
     def needs_grad(h: Hyper, n_states: int) -> bool:
-        """The update can be recomputed from the states alone."""
+        """Return False: the update can be recomputed from the states alone."""
         return False
 
     @staticmethod
@@ -421,7 +421,7 @@ class LAMB:
 
     @staticmethod
     def direction(param: Tensor, grad: Tensor, state: Sequence[Tensor], s: Scalars) -> Tensor:
-        """Adam's update, with weight decay if ``decays_update``."""
+        """Return Adam's update, with weight decay if ``decays_update``."""
         denom = state[1].sqrt() * s.denom_scale + s.eps
         return s.update_decay * param + s.inv_bias_correction1 * state[0] / denom
 
@@ -432,17 +432,17 @@ class LAMB:
 
     @staticmethod
     def scale_invariant(h: Hyper, sums: Sequence[float], size: int) -> bool:
-        """LAMB does not project."""
+        """Return False: LAMB does not project."""
         return False
 
     @staticmethod
     def projection_coef(h: Hyper, sums: Sequence[float]) -> float:
-        """LAMB does not project."""
+        """Return 0: LAMB does not project."""
         return 0.0
 
     @staticmethod
     def layer_scalars(h: Hyper, sums: Sequence[float], projected: bool, s: Scalars) -> None:
-        """The trust ratio is 1 where a norm is 0: such a layer is trained as by Adam."""
+        """Multiply the step size by the trust ratio, 1 where a norm is 0: such a layer trains as by Adam."""
         param_norm = math.sqrt(sums[0])
         update_norm = math.sqrt(sums[1])
         defined = h.adapts and param_norm != 0.0 and update_norm != 0.0
@@ -469,7 +469,7 @@ class Projection:
 
     @staticmethod
     def scale_invariant(h: Hyper, sums: Sequence[float], size: int) -> bool:
-        """Whether the cosine of gradient and parameter is below ``delta / sqrt(size)``; False for NaN."""
+        """Return whether the cosine of gradient and parameter is below ``delta / sqrt(size)``."""
         grad_norm = math.sqrt(sums[0])
         param_norm = math.sqrt(sums[1])
         norms = grad_norm if grad_norm > h.eps else h.eps
@@ -478,13 +478,13 @@ class Projection:
 
     @staticmethod
     def projection_coef(h: Hyper, sums: Sequence[float]) -> float:
-        """``<n, u> / norm`` with ``n = param / norm``."""
+        """Return ``<n, u> / norm`` with ``n = param / norm``."""
         norm = math.sqrt(sums[1]) + h.eps
         return sums[3] / (norm * norm)
 
     @staticmethod
     def layer_scalars(h: Hyper, sums: Sequence[float], projected: bool, s: Scalars) -> None:
-        """Scale-invariant weights decay by a fraction only."""
+        """Multiply the decay of scale-invariant weights by ``wd_ratio``."""
         s.decoupled_decay = s.decoupled_decay * (h.wd_ratio if projected else 1.0)
 
     @staticmethod
@@ -502,19 +502,19 @@ class AdamP(Projection):
 
     @staticmethod
     def lr_norm_power(h: Hyper, step: int) -> int:
-        """As for Adam."""
+        """Return 1, as for Adam."""
         return 1
 
     @staticmethod
     def scalars(h: Hyper, effective_lr: float, step: int, s: Scalars) -> None:
-        """Bias corrections of both moments."""
+        """Set the bias corrections of both moments."""
         s.step_size = effective_lr / bias_correction(h.beta1, step)
         s.denom_scale = 1.0 / math.sqrt(bias_correction(h.beta2, step))
         s.nesterov = 1.0 if h.nesterov else 0.0
 
     @staticmethod
     def needs_grad(h: Hyper, n_states: int) -> bool:
-        """Only the look-ahead first moment needs the gradient again."""
+        """Return whether the look-ahead first moment needs the gradient again."""
         return h.nesterov
 
     @staticmethod
@@ -527,7 +527,7 @@ class AdamP(Projection):
 
     @staticmethod
     def direction(param: Tensor, grad: Tensor, state: Sequence[Tensor], s: Scalars) -> Tensor:
-        """Adam's update; the bias correction of the first moment is in the step size."""
+        """Return Adam's update; the bias correction of the first moment is in the step size."""
         exp_avg = state[0]
         grad = grad * s.grad_scale
         exp_avg = lerp(exp_avg, grad if s.nesterov > 0.0 else exp_avg, s.exp_avg_weight)
@@ -543,12 +543,12 @@ class SGDP(Projection):
 
     @staticmethod
     def lr_norm_power(h: Hyper, step: int) -> int:
-        """As for SGD."""
+        """Return 2, as for SGD."""
         return 2
 
     @staticmethod
     def scalars(h: Hyper, effective_lr: float, step: int, s: Scalars) -> None:
-        """Weight decay divided by ``1 - momentum``, as strong as an L2 penalty inside the momentum."""
+        """Divide the decay by ``1 - momentum``, so that it is as strong as an L2 penalty in the momentum."""
         s.step_size = effective_lr
         s.momentum = h.momentum
         s.one_minus_dampening = 1.0 - h.dampening
@@ -557,7 +557,7 @@ class SGDP(Projection):
 
     @staticmethod
     def needs_grad(h: Hyper, n_states: int) -> bool:
-        """Needed for Nesterov's look-ahead, or without a momentum buffer."""
+        """Return True for Nesterov's look-ahead and without a momentum buffer."""
         return h.nesterov or n_states == 0
 
     @staticmethod
@@ -568,7 +568,7 @@ class SGDP(Projection):
 
     @staticmethod
     def direction(param: Tensor, grad: Tensor, state: Sequence[Tensor], s: Scalars) -> Tensor:
-        """The momentum buffer, or the Nesterov look-ahead ``grad + momentum * buffer``."""
+        """Return the momentum buffer, or the Nesterov look-ahead ``grad + momentum * buffer``."""
         grad = grad * s.grad_scale
         momentum_buffer = s.one_minus_dampening * grad
         if len(state) == 1:
@@ -599,13 +599,13 @@ def coef_in_view(
 
 
 def sphere_rate(lr: float, norm: float, exponent: int) -> float:
-    """Learning rate that rotates weights of a given norm as far as ``lr`` rotates weights of norm 1."""
+    """Return the learning rate that rotates weights of a norm as far as ``lr`` rotates weights of norm 1."""
     rate = lr * norm if exponent > 0 else lr
     return rate * norm if exponent > 1 else rate
 
 
 def sphere_factor(radius: float, sum_sq: float) -> float:
-    """Factor that rescales a group to its sphere; 1 if its norm is 0 or not finite."""
+    """Return the factor that rescales a group to its sphere; 1 if its norm is 0 or not finite."""
     defined = 0.0 < sum_sq < math.inf
     return radius / math.sqrt(sum_sq) if defined else 1.0
 

@@ -48,7 +48,7 @@ def multiplier(segments: Sequence[Any], t: int) -> float:
 
 
 def is_averaged(kind: str | None, start: int, every: int, step: int) -> bool:
-    """Whether update number ``step`` is averaged."""
+    """Return whether update number ``step`` is averaged."""
     return kind is not None and step >= start and (step - start) % every == 0
 
 

@@ -174,7 +174,7 @@ class SharpnessProbe:
         return make_reading(plain, err_fd, err_batch, edge_ratio, hessian, step, **flags)
 
     def _is_warm(self, evaluator: LossEvaluator) -> bool:
-        """Whether the previous Ritz vector fits the present parameters; forgets both vectors if not."""
+        """Return whether the previous Ritz vector fits the parameters; forget both vectors if not."""
         vector = self._vectors[0]
         vectors = evaluator.vectors
         fits = vector is not None and (len(vector), vector.dtype) == (vectors.numel, vectors.dtype)
@@ -259,7 +259,7 @@ class _Copy:
         self._packed = packed
 
     def is_ready(self) -> bool:
-        """Whether the copy is complete."""
+        """Return whether the copy is complete."""
         return self._event is None or bool(self._event.query())
 
     def reading(self) -> SharpnessReading:

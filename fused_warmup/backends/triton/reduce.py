@@ -103,7 +103,7 @@ def tile_places(i, column, part, count, COLUMNS: tl.constexpr, ALIGNED: tl.const
 
 @triton.jit
 def is_aligned(addresses, chunk, part):
-    """Whether all pieces of a chunk may be read as vectors."""
+    """Return whether all pieces of a chunk may be read as vectors."""
     return (addresses % VECTOR == 0) & (chunk.offset % GRAIN == 0) & (part % GRAIN == 0)
 
 

@@ -28,7 +28,7 @@ LAYER_VIEW = tl.constexpr(reference.LAYER_VIEW)
 
 @triton.jit
 def root(x):
-    """Square root, rounded to nearest."""
+    """Return the square root, rounded to nearest."""
     if x.dtype == tl.float32:
         return tl.sqrt_rn(x)
     else:
@@ -37,7 +37,7 @@ def root(x):
 
 @triton.jit
 def divide(a, b):
-    """Quotient, rounded to nearest."""
+    """Return the quotient, rounded to nearest."""
     if a.dtype == tl.float32:
         return tl.div_rn(a, b)
     else:
@@ -46,7 +46,7 @@ def divide(a, b):
 
 @triton.jit
 def expm1(x):
-    """``exp(x) - 1`` for x <= 0 in Kahan's form, in which the error of log cancels that of exp."""
+    """Return ``exp(x) - 1`` for x <= 0 in Kahan's form, in which the error of log cancels that of exp."""
     u = tl.exp(x)
     # far from 0 the difference is exact enough, and log must not get 0
     near = (x > -1.0) & (u != 1.0)
@@ -56,14 +56,14 @@ def expm1(x):
 
 @triton.jit
 def bias_correction(beta, step):
-    """``1 - beta**step`` without the cancellation of the direct form at the first steps."""
+    """Return ``1 - beta**step`` without the cancellation of the direct form at the first steps."""
     positive = beta > 0.0
     return tl.where(positive, -expm1(step.to(tl.float64) * tl.log(tl.where(positive, beta, 1.0))), 1.0)
 
 
 @triton.jit
 def sma_length(beta2, step):
-    """Length rho_t of the simple moving average that has the centre of mass of the exponential one."""
+    """Return the length rho_t of the simple moving average with the exponential one's centre of mass."""
     bias_correction2 = bias_correction(beta2, step)
     rho_inf = 2.0 / (1.0 - beta2) - 1.0
     return rho_inf - 2.0 * step.to(tl.float64) * (1.0 - bias_correction2) / bias_correction2
@@ -71,14 +71,14 @@ def sma_length(beta2, step):
 
 @triton.jit
 def rectification(beta2, rho):
-    """Ratio r_t of the standard deviations of the adaptive rate, in the limit and at this step."""
+    """Return the ratio r_t of the standard deviations of the adaptive rate, in the limit and at this step."""
     rho_inf = 2.0 / (1.0 - beta2) - 1.0
     return tl.sqrt((rho - 4.0) * (rho - 2.0) * rho_inf / ((rho_inf - 4.0) * (rho_inf - 2.0) * rho))
 
 
 @triton.jit
 def lerp_weight(beta):
-    """Weight of a new value in a moment for ``lerp``: ``1 - beta``, minus 1 if it is above one half."""
+    """Return the weight ``1 - beta`` of a new value for ``lerp``, minus 1 if it is above one half."""
     return tl.where(beta < 0.5, -beta, 1.0 - beta)
 
 
@@ -90,7 +90,7 @@ def lerp(start, end, weight):
 
 @triton.jit
 def common_scalars(h, rates, clip_coef):
-    """Scalars that all rules share: clipping, then sign, then coupled or decoupled decay."""
+    """Return the scalars that all rules share: clipping, then sign, then coupled or decoupled decay."""
     decoupled = h.decoupled != 0
     return Scalars(
         grad_scale=tl.where(h.maximize != 0, -clip_coef, clip_coef),
@@ -133,13 +133,13 @@ class Adam:
     @staticmethod
     @triton.jit
     def lr_norm_power(h, step):
-        """Adam's update is invariant to the scale of the gradient."""
+        """Return 1: Adam's update is invariant to the scale of the gradient."""
         return 1
 
     @staticmethod
     @triton.jit
     def scalars(h, effective_lr, step, s):
-        """Bias corrections of both moments."""
+        """Set the bias corrections of both moments."""
         return Scalars(
             s,
             step_size=effective_lr / bias_correction(h.beta1, step),
@@ -149,7 +149,7 @@ class Adam:
     @staticmethod
     @triton.jit
     def update(param, grad, state, s):
-        """One step of Adam; a third state makes it AMSGrad."""
+        """Return one step of Adam, or of AMSGrad with a third state."""
         exp_avg = state[0]
         exp_avg_sq = state[1]
         grad = tl.fma(s.weight_decay, param, grad * s.grad_scale)
@@ -178,13 +178,13 @@ class RAdam:
     @staticmethod
     @triton.jit
     def lr_norm_power(h, step):
-        """An unrectified step shrinks with the gradient, as that of SGD does."""
+        """Return 2 for an unrectified step, which shrinks with the gradient as that of SGD, and else 1."""
         return tl.where(sma_length(h.beta2, step) > h.rho_threshold, 1, 2)
 
     @staticmethod
     @triton.jit
     def scalars(h, effective_lr, step, s):
-        """Rectified step size, or that of the fallback while the variance is intractable."""
+        """Set the rectified step size, or that of the fallback while the variance is intractable."""
         bias_correction1 = bias_correction(h.beta1, step)
         rho = sma_length(h.beta2, step)
         rectified = rho > h.rho_threshold
@@ -203,7 +203,7 @@ class RAdam:
     @staticmethod
     @triton.jit
     def update(param, grad, state, s):
-        """One step of RAdam; momentum without a denominator while unrectified."""
+        """Return one step of RAdam, by momentum without a denominator while unrectified."""
         exp_avg = state[0]
         exp_avg_sq = state[1]
         grad = tl.fma(s.weight_decay, param, grad * s.grad_scale)
@@ -220,13 +220,13 @@ class SGD:
     @staticmethod
     @triton.jit
     def lr_norm_power(h, step):
-        """The gradient shrinks with the norm, and larger weights need a larger step for the same angle."""
+        """Return 2: the gradient shrinks with the norm, and larger weights need larger steps for an angle."""
         return 2
 
     @staticmethod
     @triton.jit
     def scalars(h, effective_lr, step, s):
-        """The first gradient enters the buffer without dampening."""
+        """Set the dampening, from which the first gradient is exempt."""
         return Scalars(
             s,
             step_size=effective_lr,
@@ -238,7 +238,7 @@ class SGD:
     @staticmethod
     @triton.jit
     def update(param, grad, state, s):
-        """One step of SGD, with momentum if there is a buffer."""
+        """Return one step of SGD, with momentum if there is a buffer."""
         grad = tl.fma(s.weight_decay, param, grad * s.grad_scale)
         new_state = ()
         if len(state) == 1:
@@ -252,7 +252,7 @@ class SGD:
 
 @triton.jit
 def bounded(x, low, high):
-    """``x`` clamped to an interval; NaN stays."""
+    """Clamp ``x`` to an interval; NaN stays."""
     x = tl.where(x < low, low, x)
     return tl.where(x > high, high, x)
 
@@ -263,13 +263,13 @@ class LAMB:
     @staticmethod
     @triton.jit
     def lr_norm_power(h, step):
-        """The trust ratio already scales the step with the parameter norm."""
+        """Return 0 with a trust ratio, which already scales the step with the parameter norm."""
         return tl.where(h.adapts != 0, 0, 1)
 
     @staticmethod
     @triton.jit
     def scalars(h, effective_lr, step, s):
-        """Optional bias corrections, and weight decay inside or outside the update."""
+        """Set optional bias corrections, and weight decay inside or outside the update."""
         corrected = h.bias_correction != 0
         inside = h.decays_update != 0
         return Scalars(
@@ -286,7 +286,7 @@ class LAMB:
     @staticmethod
     @triton.jit
     def needs_grad(h, n_states):
-        """The update can be recomputed from the states alone."""
+        """Return False: the update can be recomputed from the states alone."""
         return False
 
     @staticmethod
@@ -301,7 +301,7 @@ class LAMB:
     @staticmethod
     @triton.jit
     def direction(param, grad, state, s):
-        """Adam's update, with weight decay if ``decays_update``."""
+        """Return Adam's update, with weight decay if ``decays_update``."""
         denom = tl.fma(root(state[1]), s.denom_scale, s.eps)
         return tl.fma(s.update_decay, param, divide(s.inv_bias_correction1 * state[0], denom))
 
@@ -320,13 +320,13 @@ class LAMB:
     @staticmethod
     @triton.jit
     def projection_coef(h, sums):
-        """LAMB does not project."""
+        """Return 0: LAMB does not project."""
         return 0.0 * sums[0]
 
     @staticmethod
     @triton.jit
     def layer_scalars(h, sums, projected, s):
-        """The trust ratio is 1 where a norm is 0: such a layer is trained as by Adam."""
+        """Multiply the step size by the trust ratio, 1 where a norm is 0: such a layer trains as by Adam."""
         param_norm = tl.sqrt(sums[0])
         update_norm = tl.sqrt(sums[1])
         defined = (h.adapts != 0) & (param_norm != 0.0) & (update_norm != 0.0)
@@ -354,7 +354,7 @@ class Projection:
     @staticmethod
     @triton.jit
     def scale_invariant(h, sums, size):
-        """Whether the cosine of gradient and parameter is below ``delta / sqrt(size)``; False for NaN."""
+        """Return whether the cosine of gradient and parameter is below ``delta / sqrt(size)``."""
         grad_norm = tl.sqrt(sums[0])
         param_norm = tl.sqrt(sums[1])
         norms = tl.where(grad_norm > h.eps, grad_norm, h.eps)
@@ -364,14 +364,14 @@ class Projection:
     @staticmethod
     @triton.jit
     def projection_coef(h, sums):
-        """``<n, u> / norm`` with ``n = param / norm``."""
+        """Return ``<n, u> / norm`` with ``n = param / norm``."""
         norm = tl.sqrt(sums[1]) + h.eps
         return sums[3] / (norm * norm)
 
     @staticmethod
     @triton.jit
     def layer_scalars(h, sums, projected, s):
-        """Scale-invariant weights decay by a fraction only."""
+        """Multiply the decay of scale-invariant weights by ``wd_ratio``."""
         return Scalars(s, decoupled_decay=s.decoupled_decay * tl.where(projected, h.wd_ratio, 1.0))
 
     @staticmethod
@@ -388,13 +388,13 @@ class AdamP(Projection):
     @staticmethod
     @triton.jit
     def lr_norm_power(h, step):
-        """As for Adam."""
+        """Return 1, as for Adam."""
         return 1
 
     @staticmethod
     @triton.jit
     def scalars(h, effective_lr, step, s):
-        """Bias corrections of both moments."""
+        """Set the bias corrections of both moments."""
         return Scalars(
             s,
             step_size=effective_lr / bias_correction(h.beta1, step),
@@ -405,7 +405,7 @@ class AdamP(Projection):
     @staticmethod
     @triton.jit
     def needs_grad(h, n_states):
-        """Only the look-ahead first moment needs the gradient again."""
+        """Return whether the look-ahead first moment needs the gradient again."""
         return h.nesterov != 0
 
     @staticmethod
@@ -420,7 +420,7 @@ class AdamP(Projection):
     @staticmethod
     @triton.jit
     def direction(param, grad, state, s):
-        """Adam's update; the bias correction of the first moment is in the step size."""
+        """Return Adam's update; the bias correction of the first moment is in the step size."""
         exp_avg = state[0]
         grad = grad * s.grad_scale
         exp_avg = lerp(exp_avg, tl.where(s.nesterov > 0.0, grad, exp_avg), s.exp_avg_weight)
@@ -434,13 +434,13 @@ class SGDP(Projection):
     @staticmethod
     @triton.jit
     def lr_norm_power(h, step):
-        """As for SGD."""
+        """Return 2, as for SGD."""
         return 2
 
     @staticmethod
     @triton.jit
     def scalars(h, effective_lr, step, s):
-        """Weight decay divided by ``1 - momentum``, as strong as an L2 penalty inside the momentum."""
+        """Divide the decay by ``1 - momentum``, so that it is as strong as an L2 penalty in the momentum."""
         return Scalars(
             s,
             step_size=effective_lr,
@@ -453,7 +453,7 @@ class SGDP(Projection):
     @staticmethod
     @triton.jit
     def needs_grad(h, n_states):
-        """Needed for Nesterov's look-ahead, or without a momentum buffer."""
+        """Return True for Nesterov's look-ahead and without a momentum buffer."""
         return (h.nesterov != 0) | (n_states == 0)
 
     @staticmethod
@@ -469,7 +469,7 @@ class SGDP(Projection):
     @staticmethod
     @triton.jit
     def direction(param, grad, state, s):
-        """The momentum buffer, or the Nesterov look-ahead ``grad + momentum * buffer``."""
+        """Return the momentum buffer, or the Nesterov look-ahead ``grad + momentum * buffer``."""
         grad = grad * s.grad_scale
         momentum_buffer = s.one_minus_dampening * grad
         if len(state) == 1:
@@ -479,7 +479,7 @@ class SGDP(Projection):
 
 @triton.jit
 def projection_view(projects, channels_invariant, layer_invariant):
-    """The view that an update is projected in, see ``reference/rules.py``."""
+    """Return the view that an update is projected in, see ``reference/rules.py``."""
     view = tl.where(layer_invariant, LAYER_VIEW, NO_VIEW)
     view = tl.where(channels_invariant, CHANNEL_VIEW, view)
     return tl.where(projects, view, NO_VIEW)
@@ -487,21 +487,21 @@ def projection_view(projects, channels_invariant, layer_invariant):
 
 @triton.jit
 def coef_in_view(view, h, channel, layer, PROJECTION_COEF: tl.constexpr):
-    """The projection coefficients of channels, from the sums over them or over their layer."""
+    """Return the projection coefficients of channels, from the sums over them or over their layer."""
     coef = tl.where(view == LAYER_VIEW, PROJECTION_COEF(h, layer), 0.0)
     return tl.where(view == CHANNEL_VIEW, PROJECTION_COEF(h, channel), coef)
 
 
 @triton.jit
 def sphere_rate(lr, norm, exponent):
-    """Learning rate that rotates weights of a given norm as far as ``lr`` rotates weights of norm 1."""
+    """Return the learning rate that rotates weights of a norm as far as ``lr`` rotates weights of norm 1."""
     rate = tl.where(exponent > 0, lr * norm, lr)
     return tl.where(exponent > 1, rate * norm, rate)
 
 
 @triton.jit
 def sphere_factor(radius, sum_sq):
-    """Factor that rescales a group to its sphere; 1 if its norm is 0 or not finite."""
+    """Return the factor that rescales a group to its sphere; 1 if its norm is 0 or not finite."""
     defined = (sum_sq > 0.0) & (sum_sq < float("inf"))
     return tl.where(defined, radius / tl.sqrt(tl.where(defined, sum_sq, 1.0)), 1.0)
 
@@ -520,7 +520,7 @@ def average_update(average, param, weight):
 
 @triton.jit
 def inverse_preconditioner(param, grad, state, s, UPDATE: tl.constexpr):
-    """Diagonal of the inverse preconditioner, ``1 / P``: the update by a first moment of ones at rate 1."""
+    """Return the diagonal of ``1 / P``: the update by a first moment of ones at learning rate 1."""
     if len(state) < 2:
         return tl.full(param.shape, 1.0, param.dtype)
     else:

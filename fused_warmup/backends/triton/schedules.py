@@ -69,7 +69,7 @@ def multiplier(segments, first, count, values, t):
 
 @triton.jit
 def is_averaged(kind, start, every, step):
-    """Whether update number ``step`` enters the average."""
+    """Return whether update number ``step`` enters the average."""
     return (kind != AVERAGE_NONE) & (step >= start) & ((step - start) % every == 0)
 
 

@@ -31,7 +31,7 @@ from .rules import average_update, rescale, sphere_factor
 
 @triton.jit
 def is_on_sphere(step, group):
-    """Whether a group is on a sphere; only called if some group is."""
+    """Return whether a group is on a sphere; only called if some group is."""
     return tl.load(field(step.spheres, group, Sphere, "norm")) != 0
 
 

@@ -35,7 +35,7 @@ _SIXTEEN_BITS = tuple(code for dtype, code in CODES.items() if dtype.itemsize ==
 
 @triton.constexpr_function
 def is_rounded(dtype: int) -> bool:
-    """Whether parameters of a dtype code have 16 bits."""
+    """Return whether parameters of a dtype code have 16 bits."""
     return dtype in _SIXTEEN_BITS
 
 

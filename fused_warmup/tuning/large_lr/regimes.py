@@ -235,7 +235,7 @@ def _tail(values: tuple[float, ...]) -> tuple[float, ...]:
 
 
 def _diverged(trial: Trial, chance: float | None) -> bool:
-    """Whether a training diverged: regime 3."""
+    """Return whether a training diverged: regime 3."""
     if not all(map(math.isfinite, trial.losses)):
         return True
     if chance is not None and trial.accuracies:

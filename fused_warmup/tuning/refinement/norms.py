@@ -90,7 +90,7 @@ def _read_csv(owner: str, path: Path, wanted: str, *, named: bool) -> dict[str, 
 
 
 def _is_number(text: str) -> bool:
-    """Whether a column name is a number, as in a file without a header line."""
+    """Return whether a column name is a number, as in a file without a header line."""
     try:
         float(text.replace(",", "."))
     except ValueError:

@@ -181,7 +181,7 @@ class PersistentCatapult:
 
 
 def _is_shared(a: Any, b: Any) -> bool:
-    """Whether the learning rates of two groups are one tensor."""
+    """Return whether the learning rates of two groups are one tensor."""
     return isinstance(a, torch.Tensor) and a is b
 
 
