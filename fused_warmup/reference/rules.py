@@ -338,7 +338,7 @@ class SGD:
 
     @staticmethod
     def stability_threshold(h: Hyper) -> float:
-        """Return the largest stable ``lr * eigenvalue`` of the Hessian with heavy-ball or Nesterov momentum."""
+        """Return the largest stable ``lr * eigenvalue`` of the Hessian, with either kind of momentum."""
         if h.nesterov:
             return 2.0 * (1.0 + h.momentum) / (1.0 + 2.0 * h.momentum)
         return 2.0 * (1.0 + h.momentum) / (1.0 - h.dampening if h.momentum else 1.0)

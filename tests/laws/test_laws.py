@@ -39,12 +39,14 @@ def test_update_mathematics_stands_in_rules_only():
     words = r"tl\.(fma|exp|log|sqrt_rn|div_rn)\("
     names = [f"backends/triton/{name}.py" for name in ("rules", "schedules", "vectors")]
     assert relative(PYTHON, words, PACKAGE) == names
-    # the clip formula, the start of a second moment and the choice of a view
-    words = r"norm \+ 1e-6|init_scale \* |(?i:projection_coef)\(h, "
-    backends = sorted((PACKAGE / "backends").rglob("*.py"))
-    assert relative(backends, words, PACKAGE) == ["backends/triton/rules.py"]
-    assert relative([Path(rules.__file__)], words, PACKAGE) == ["reference/rules.py"]
+    # the clip formula, the start of a second moment, the choice of a view and the stability thresholds
+    words = r"norm \+ 1e-6|(?<!_)init_scale \* |(?i:projection_coef)\(h, "
+    assert relative(PYTHON, words, PACKAGE) == ["backends/triton/rules.py", "reference/rules.py"]
     assert relative(CPP, words, CSRC) == ["rules.h"]
+    assert relative(PYTHON, r"2\.0 \* \(1\.0 \+ \w+\.(beta1|momentum)\)", PACKAGE) == ["reference/rules.py"]
+    # no rule is told by its name, nor by the number of its states
+    words = r"rule [!=]= [\"'](Adam|RAdam|SGD|LAMB|AdamP|SGDP)|min_states <"
+    assert relative(PYTHON, words, PACKAGE) == []
 
 
 def test_rules_and_schedules_have_the_same_names_in_the_same_order():
