@@ -51,7 +51,18 @@ READS = {
     "a kept dictionary": lambda opt, p: opt.state[p],
     "pickle": lambda opt, p: pickle.dumps(opt),
     "deepcopy": lambda opt, p: copy.deepcopy(opt),
+    "repr": lambda opt, p: repr(opt),
+    "traffic": lambda opt, p: opt.traffic(),
+    "rates": lambda opt, p: opt.get_last_lr(),
+    "telemetry": lambda opt, p: opt.telemetry.latest(),
+    "groups": lambda opt, p: [dict(group) for group in opt.param_groups],
+    "averages": lambda opt, p: averages(opt),
 }
+
+
+def averages(opt):
+    with opt.averaged_parameters():
+        pass
 
 
 @pytest.mark.parametrize("read", READS)
