@@ -227,13 +227,19 @@ class Session:
 
     def _refresh(self, plan: Plan, *, check_states: bool = False) -> bool:
         """Refresh the addresses of a plan; return False if it must be built again."""
-        access = self.state.access if isinstance(self.state, TrackedStates) else None
-        check_states = check_states or access is None or access.noted
-        if self.average != self.planned_average or not plan.refresh(self.param_groups, check_states):
+        if self.average != self.planned_average:
             return False
-        if access is not None and access.noted:
-            access.noted = not plan.is_tracked or plan.has_shared_states()
-        return True
+        access = self.state.access if isinstance(self.state, TrackedStates) else None
+        if access is None or not access.noted:
+            return plan.refresh(self.param_groups, check_states or access is None)
+        # cleared before the comparison, because another thread may read a state meanwhile
+        access.noted, valid = False, False
+        try:
+            valid = plan.refresh(self.param_groups, check_states=True)
+        finally:
+            if not valid or not plan.is_tracked or plan.has_shared_states():
+                access.noted = True
+        return valid
 
     def _fits(self, plan: Plan) -> bool:
         """Return whether the rows have the states and norms that the hyper-parameters ask for."""

@@ -351,6 +351,15 @@ def test_an_interrupt_keeps_the_finished_steps(tmp_path, monkeypatch, calls, ste
     assert [entry["step"] for entry in record["edge"]] == [step for step in (1, 4) if step <= steps]
 
 
+@pytest.fixture
+def interruptible():
+    """A shell starts commands in the background with interrupts ignored, and Python leaves that as it is."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("interruptible")
 def test_an_interrupt_of_the_evaluation_keeps_the_training(tmp_path, monkeypatch):
     def interrupt(*args):
         signal.raise_signal(signal.SIGINT)

@@ -161,7 +161,7 @@ def methods(path):
 
 def test_step_never_waits():
     paths = [PACKAGE / name for name in NEVER_WAIT]
-    # all of it but the last word of the expression for whole gradients, which a probe of the states reads
+    # a count of the average is read where a plan is built, and bool() of gradients by a probe of the states
     words = r"\.item\(|\.cpu\(|synchronize|float\(\w*(loss|grad)|\.tolist\("
     assert relative(paths, words, PACKAGE) == []
     for name, names in STEP.items():
