@@ -95,8 +95,16 @@ def backend():
     return "triton"
 
 
-@pytest.mark.parametrize("dtype", list(EPS), ids=str)
-@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+# every case and every dtype of each rule; which dtype a case has beside float32 matters to no rule
+STEPS = [
+    pytest.param(case, dtype, id=f"{case.name}-{dtype}", marks=[pytest.mark.rest] if rest else [])
+    for i, case in enumerate(CASES)
+    for k, dtype in enumerate(EPS)
+    for rest in [dtype != torch.float32 and (i + k) % 3 != 0]
+]
+
+
+@pytest.mark.parametrize(("case", "dtype"), STEPS)
 def test_one_step_from_the_same_state(case, dtype):
     check_single_steps(case, "triton", make_params(dtype, FEW_SHAPES), 2, average=fw.EMA(0.9))
 

@@ -1,6 +1,6 @@
 """Rows of products of parameters that hold every pair of values, or every value.
 
-``make test`` runs the rows with every pair of tests marked ``pairwise``: a fault that needs one value or two
+``make test`` leaves out tests marked ``rest``, and runs the rows with every pair of tests marked ``pairwise``: a fault that needs one value or two
 together shows in them, one that needs three shows in the rest, which ``make test-all`` runs. ``PRODUCTS`` chooses:
 nothing for the pairs, ``all``, a part of the rest such as ``2/3``, or ``values``, which thins the tests without the mark
 to rows with every value.
@@ -54,12 +54,15 @@ def values_of(item: pytest.Function) -> tuple[Hashable, ...]:
 
 
 def left_out(items: Sequence[pytest.Item], also_unmarked: bool = False) -> set[str]:
-    """Return the node ids of items whose pairs other items of the same test hold; values of tests without a mark."""
+    """Return the node ids of items marked ``rest``, and of those whose pairs other items of the same test hold.
+
+    With ``also_unmarked`` tests without the mark ``pairwise`` are thinned to rows with every value.
+    """
     tests: dict[str, list[pytest.Function]] = {}
     for item in items:
         if hasattr(item, "callspec") and (also_unmarked or item.get_closest_marker("pairwise")):
             tests.setdefault(item.nodeid.partition("[")[0], []).append(item)
-    dropped = set()
+    dropped = {item.nodeid for item in items if item.get_closest_marker("rest")}
     for name, rows in tests.items():
         strength = 2 if rows[0].get_closest_marker("pairwise") else 1
         kept = set(covering([values_of(row) for row in rows], strength, name))

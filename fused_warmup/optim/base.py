@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import warnings
 from collections import OrderedDict, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -11,7 +10,6 @@ from typing import Any, ClassVar, TypedDict
 
 import torch
 from torch import Tensor
-from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 from torch.optim.optimizer import required
 
@@ -19,10 +17,7 @@ from .. import _checks as check
 from ..backends import BACKENDS
 from ..backends.base import Backend
 from ..distributed.groups import built_by_zero
-from ..plan import tensors
-from ..plan.build import check_whole
 from ..plan.device_buffers import is_capturing
-from ..plan.hyper import Hyper
 from ..plan.plan import Plan
 from ..plan.spec import RuleSpec
 from ..plan.structs import RATES
@@ -30,7 +25,7 @@ from ..plan.traffic import Traffic, traffic
 from ..schedules import Schedule
 from ..schedules.adaptive import AdaptiveSchedule
 from .averaging import Average, swapped
-from .groups import complete_groups, make_hyper
+from .groups import check_common, complete_groups, make_hyper, unique_params
 from .losses import checked_loss, reported_loss
 from .session import Session
 from .state_dict import load_state, pack_state
@@ -262,15 +257,7 @@ class FusedOptimizer(Optimizer):
         """
         name = type(self).__name__
         if isinstance(param_group, dict):
-            for key, value in self._common.items():
-                # a wrapper may repeat the options of the constructor in each group
-                given = param_group.get(key, value)
-                if type(given) is not type(value) or given != value:
-                    check.fail(name, key, "be given once for the whole optimizer", given)
-            if param_group.get("differentiable"):
-                check.fail(
-                    name, "differentiable", "be False", True, "torch.optim has the differentiable form."
-                )
+            check_common(name, self._common, param_group)
             merged = {**self.defaults, **param_group}
             if merged["lr"] is required:
                 check.fail(name, "lr", "be given for each group or for all", "none")
@@ -278,40 +265,14 @@ class FusedOptimizer(Optimizer):
             params = param_group["params"]
             params = [params] if isinstance(params, Tensor) else params
             if not isinstance(params, set):
-                params = self._once(list(params))
+                params = unique_params(name, list(params))
                 plain = [p[1] if isinstance(p, tuple) else p for p in params]
-                self._check_params([p for p in plain if isinstance(p, Tensor)], hyper)
+                self._session.check_params([p for p in plain if isinstance(p, Tensor)], hyper)
             param_group["params"] = params
             # the norm may come from another optimizer that had the group; this one measures its own
             param_group.pop("norm", None)
         super().add_param_group(param_group)
         self._session.reset()
-
-    def _once(self, params: list[Any]) -> list[Any]:
-        """Return the entries of a group, each parameter once; a tied weight may be listed twice."""
-        first: dict[int, Any] = {}
-        for entry in params:
-            first.setdefault(id(entry[1] if isinstance(entry, tuple) else entry), entry)
-        if len(first) < len(params):
-            warnings.warn(
-                f"{type(self).__name__}: got a parameter group with duplicate parameters; each is "
-                "trained once.",
-                stacklevel=4,
-            )
-        return list(first.values())
-
-    def _check_params(self, params: list[Tensor], hyper: Hyper) -> None:
-        """Resolve the backend, and raise for parameters that it does not take, before any state exists."""
-        name, session = type(self).__name__, self._session
-        known = len(session.params)
-        for i, param in enumerate(params, known):
-            # these may be materialised before the first step, which checks them again
-            if not is_lazy(param) and not param.is_meta:
-                local = tensors.check_param(name, i, param, None)
-                session.resolve(local.device)
-        members = [(i, p, hyper) for i, p in enumerate(params, known)]
-        settings = session.max_grad_norm, session.nonfinite
-        check_whole(name, self.spec, members, *settings, is_split=session.split)
 
     # the step
 
@@ -429,7 +390,7 @@ class FusedOptimizer(Optimizer):
         loss = checked_loss(type(self).__name__, "loss", loss)
         self._session.unfed_steps = -1
         self._session.feed(loss)
-        self._record("loss", loss)
+        self._session.record("loss", loss)
 
     def record_sharpness(self, sharpness: Tensor | float) -> None:
         """Record a sharpness in the telemetry row of the next step, without waiting for the device.
@@ -440,12 +401,7 @@ class FusedOptimizer(Optimizer):
         Raises:
             ValueError: If a tensor has more than one element.
         """
-        self._record("sharpness", checked_loss(type(self).__name__, "sharpness", sharpness))
-
-    def _record(self, name: str, value: Tensor | float) -> None:
-        if self.telemetry.pending_scalars is None:
-            self.telemetry.allocate(self._session.device)
-        self.telemetry.record(name, value)
+        self._session.record("sharpness", checked_loss(type(self).__name__, "sharpness", sharpness))
 
     def get_last_lr(self) -> list[float]:
         """Return the learning rate applied at the last step, one per group; waits for the device."""
@@ -470,12 +426,9 @@ class FusedOptimizer(Optimizer):
         session = self._session
         if session.swapped:
             raise RuntimeError(f"{type(self).__name__}: averaged_parameters() must not be nested.")
-        local = tensors.local_tensor
-        averages = [(p, session.state.get(p, {}).get("average")) for p in session.params]
-        pairs = [(local(p), local(average)) for p, average in averages if average is not None]
         session.swapped = True
         try:
-            with swapped(pairs):
+            with swapped(session.average_pairs()):
                 yield
         finally:
             session.swapped = False

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from typing import Any
 
@@ -70,3 +71,33 @@ def complete_groups(groups: list[dict[str, Any]], defaults: Mapping[str, Any]) -
     for group in groups:
         for key, value in defaults.items():
             group.setdefault(key, value)
+
+
+def check_common(owner: str, common: Mapping[str, Any], group: Mapping[str, Any]) -> None:
+    """Raise ``ValueError`` for an option of the whole optimizer that differs in a group.
+
+    A wrapper may repeat the options of the constructor in each group.
+
+    Args:
+        owner: Name of the optimizer class, for messages.
+        common: Options that the optimizer was made with.
+        group: A new parameter group.
+    """
+    for key, value in common.items():
+        given = group.get(key, value)
+        if type(given) is not type(value) or given != value:
+            check.fail(owner, key, "be given once for the whole optimizer", given)
+    if group.get("differentiable"):
+        check.fail(owner, "differentiable", "be False", True, "torch.optim has the differentiable form.")
+
+
+def unique_params(owner: str, params: list[Any]) -> list[Any]:
+    """Return the entries of a new group, each parameter once; a tied weight may be listed twice."""
+    first: dict[int, Any] = {}
+    for entry in params:
+        first.setdefault(id(entry[1] if isinstance(entry, tuple) else entry), entry)
+    if len(first) < len(params):
+        warnings.warn(
+            f"{owner}: got a parameter group with duplicate parameters; each is trained once.", stacklevel=4
+        )
+    return list(first.values())

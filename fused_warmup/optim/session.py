@@ -9,11 +9,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.parameter import is_lazy
 
 from .. import _checks as check
 from ..backends import resolve
 from ..backends.base import Backend
-from ..plan import build
+from ..plan import build, tensors
 from ..plan.device_buffers import is_capturing
 from ..plan.hyper import AverageSettings, Hyper, Settings
 from ..plan.plan import Plan
@@ -186,6 +187,23 @@ class Session:
         # graphs that were captured before groups were added read the first ones
         groups = self.param_groups[: len(plan.groups.norms)]
         return plan.groups.refresh(groups, self._keys, self.adopt_group)
+
+    def check_params(self, params: list[Tensor], hyper: Hyper) -> None:
+        """Resolve the backend, and raise for new parameters that it does not take."""
+        known = len(self.params)
+        for i, param in enumerate(params, known):
+            # these may be materialised before the first step, which checks them again
+            if not is_lazy(param) and not param.is_meta:
+                self.resolve(tensors.check_param(self.owner, i, param, None).device)
+        members = [(i, p, hyper) for i, p in enumerate(params, known)]
+        settings = self.max_grad_norm, self.nonfinite
+        build.check_whole(self.owner, self.spec, members, *settings, is_split=self.split)
+
+    def average_pairs(self) -> list[tuple[Tensor, Tensor]]:
+        """Return the local memory of each averaged parameter and of its average."""
+        averages = [(p, self.state.get(p, {}).get("average")) for p in self.params]
+        local = tensors.local_tensor
+        return [(local(p), local(average)) for p, average in averages if average is not None]
 
     # the plan
 
@@ -385,6 +403,12 @@ class Session:
             self._refresh_groups(plan)
 
     # recorded losses
+
+    def record(self, name: str, value: Tensor | float) -> None:
+        """Record a loss or sharpness in the next row of the telemetry."""
+        if self.telemetry.pending_scalars is None:
+            self.telemetry.allocate(self.device)
+        self.telemetry.record(name, value)
 
     def feed(self, loss: Tensor | float) -> None:
         """Pass a loss to the adaptive schedules and take over the ones that change."""

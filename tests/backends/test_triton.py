@@ -24,10 +24,7 @@ needs_triton = pytest.mark.skipif(
 )
 
 
-@needs_triton
-@pytest.mark.slow
-@pytest.mark.parametrize("half", HALVES)
-def test_in_the_interpreter(half):
+def interpret(*options, products):
     command = [
         sys.executable,
         "-m",
@@ -36,12 +33,25 @@ def test_in_the_interpreter(half):
         "-p",
         "no:cacheprovider",
         "tests/interpreted.py",
-        "-k",
-        half,
+        *options,
     ]
-    environment = {**os.environ, "TRITON_INTERPRET": "1"}
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "PRODUCTS": products}
     run = subprocess.run(command, cwd=ROOT, env=environment, text=True, capture_output=True)
     assert run.returncode == 0, run.stdout + run.stderr
+
+
+@needs_triton
+@pytest.mark.slow
+@pytest.mark.parametrize("half", HALVES)
+def test_in_the_interpreter(half):
+    interpret("-k", half, products="")
+
+
+@needs_triton
+@pytest.mark.slow
+@pytest.mark.rest
+def test_the_rest_in_the_interpreter():
+    interpret(products="1/1")
 
 
 def test_why_it_is_unavailable(monkeypatch):

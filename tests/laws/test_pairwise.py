@@ -48,13 +48,18 @@ def item(name, marked, **params):
     )
 
 
+def plain(name, *marks):
+    """An item without parameters."""
+    return SimpleNamespace(nodeid=name, get_closest_marker=lambda mark: mark in marks)
+
+
 def product(name, marked):
     rows = itertools.product([(1, 1), (1, 2), (2, 2)], "abc", (False, True))
     return [item(name, marked, x=x, y=y, w=w, z=z) for (x, y), w, z in rows]
 
 
 def test_only_tests_that_are_marked_are_thinned():
-    items = [*product("thinned", True), *product("whole", False), SimpleNamespace(nodeid="test_plain")]
+    items = [*product("thinned", True), *product("whole", False), plain("test_plain")]
     every = list(items)
     assert select(items, "all") == []
     assert items == every
@@ -77,3 +82,14 @@ def test_the_parts_are_what_the_pairs_leave_out():
         select(items, f"{k}/3")
         found += items
     assert sorted(i.nodeid for i in found) == sorted(i.nodeid for i in dropped)
+
+
+def test_what_is_marked_rest_is_left_to_the_parts():
+    def names(products):
+        items = [plain("test_a"), plain("test_b", "rest")]
+        select(items, products)
+        return [item.nodeid for item in items]
+
+    assert names("") == names("values") == ["test_a"]
+    assert names("1/1") == ["test_b"]
+    assert names("all") == ["test_a", "test_b"]
