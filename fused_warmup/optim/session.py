@@ -228,7 +228,7 @@ class Session:
             with torch.no_grad():
                 plan, backend = self._build(every)
             self.planned_average = self.average
-            if not plan.refresh(self.param_groups, check_states=True):
+            if not plan.refresh(self.param_groups, check_states=True, check_owners=True):
                 raise RuntimeError(f"{self.owner}: parameters must stay in place while step() runs.")
         elif plan.is_split:
             build.check_norms(self.owner, self.max_grad_norm, self.nonfinite)
@@ -248,14 +248,19 @@ class Session:
         if self.average != self.planned_average:
             return False
         access = self.state.access if isinstance(self.state, TrackedStates) else None
-        if access is None or not access.noted:
-            return plan.refresh(self.param_groups, check_states or access is None)
-        # cleared before the comparison, because another thread may read a state meanwhile
-        access.noted, valid = False, False
+        if access is None:
+            return plan.refresh(self.param_groups, check_states=True, check_owners=True)
+        if not access.noted:
+            return plan.refresh(self.param_groups, check_states=check_states)
+        # cleared before the comparison, because another thread may read or replace a state meanwhile
+        replaced, valid = access.replaced, False
+        access.noted = access.replaced = False
         try:
-            valid = plan.refresh(self.param_groups, check_states=True)
+            valid = plan.refresh(self.param_groups, check_states=True, check_owners=replaced)
         finally:
-            if not valid or not plan.is_tracked or plan.has_shared_states():
+            if not valid:
+                access.noted, access.replaced = True, access.replaced or replaced
+            elif not plan.is_tracked or plan.has_shared_states():
                 access.noted = True
         return valid
 

@@ -175,12 +175,15 @@ class Plan:
 
     # once per step
 
-    def refresh(self, groups: Sequence[Mapping[str, Any]], check_states: bool) -> bool:
+    def refresh(
+        self, groups: Sequence[Mapping[str, Any]], *, check_states: bool, check_owners: bool = False
+    ) -> bool:
         """Read the addresses of parameters and gradients again.
 
         Args:
             groups: Parameter groups of the optimizer as they are now.
             check_states: Whether the states may have been replaced or moved, and must be compared too.
+            check_owners: Whether the dictionaries of states may have been replaced.
 
         Returns:
             False if the table no longer describes the parameters and must be built again.
@@ -189,6 +192,8 @@ class Plan:
             TypeError: If a gradient has a kind or dtype that no backend takes.
             ValueError: If a gradient does not fit its parameter.
         """
+        if check_owners and not self._has_owners():
+            return False
         if not self._is_valid(groups, check_states):
             return False
         recast = self.gradients.refresh()
@@ -201,11 +206,14 @@ class Plan:
             row.work.copy_(row.local.detach())
         return True
 
+    def _has_owners(self) -> bool:
+        """Return whether ``optimizer.state`` still has the same dictionary for each parameter."""
+        return self._states_unchanged([self._state] * len(self._own), self._params, self._own)
+
     def _is_valid(self, groups: Sequence[Mapping[str, Any]], check_states: bool) -> bool:
         """Return whether the table still matches the groups, states and addresses."""
         states = not check_states or (
             len(self._state) == self._n_states
-            and self._states_unchanged([self._state] * len(self._own), self._params, self._own)
             and self._states_unchanged(self._dicts, self._names, self._objects)
             and self._state_addresses.is_valid()
         )
@@ -220,8 +228,12 @@ class Plan:
 
     def has_shared_states(self) -> bool:
         """Return whether code outside of the package holds a state, and so may move it at any time."""
-        counts = zip(self._objects, _refcounts(self._objects), strict=True)
-        return any(count > self._holders[id(value)] for value, count in counts)
+        # an object that only a list holds shows how many references the call itself adds
+        (own,) = [sys.getrefcount(value) - 1 for value in [object()]]
+        for value in self._objects:  # noqa: SIM110
+            if sys.getrefcount(value) - own > self._holders[id(value)]:
+                return True
+        return False
 
     def scale(self, grad_scale: Tensor | None, found_inf: Tensor | float | None) -> None:
         """Set the tensors of a ``GradScaler``: 0-dim float32 on the device of the parameters.
@@ -310,13 +322,6 @@ def _pack_rows(rows: Sequence[Row]) -> np.ndarray:
     empty = [row.average is not None and not row.average.numel() for row in rows]
     columns["average"][empty] = 1
     return columns
-
-
-def _refcounts(objects: list[Any]) -> list[int]:
-    """Return the number of references to each object, without those of this function."""
-    # an object that only a list holds shows how many references the call itself adds
-    (own,) = [sys.getrefcount(value) - 1 for value in [object()]]
-    return [sys.getrefcount(value) - own for value in objects]
 
 
 def _held(rows: Iterable[Row]) -> list[Tensor | None]:

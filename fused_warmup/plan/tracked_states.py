@@ -9,22 +9,25 @@ from typing import Any
 
 
 class Access:
-    """Record of whether states were read or changed since the last check of them.
+    """Record of whether states were read or changed since the last comparison of them.
 
     Attributes:
         noted: True after any access.
+        replaced: True after a change of the dictionary that has the state of each parameter.
     """
 
     def __init__(self) -> None:
-        self.noted = False
+        self.noted = self.replaced = False
 
 
-def _noting(method: Callable[..., Any]) -> Callable[..., Any]:
-    """Return a method of a dictionary that notes the access before it runs."""
+def _noting(method: Callable[..., Any], *, replaces: bool = False) -> Callable[..., Any]:
+    """Return a method of a dictionary that notes the access, and whether it replaces, before it runs."""
 
     @wraps(method)
     def noting(self: Any, *args: Any, **kwargs: Any) -> Any:
         self.access.noted = True
+        if replaces:
+            self.access.replaced = True
         return method(self, *args, **kwargs)
 
     return noting
@@ -84,10 +87,9 @@ class TrackedStates(defaultdict[Any, Any]):
         return defaultdict, (dict, dict(self))
 
 
-# every method that hands out a value or changes the dictionary
-for _name in (
-    *("__getitem__", "__setitem__", "__delitem__", "__or__", "__ror__", "__ior__", "get", "items", "values"),
-    *("pop", "popitem", "setdefault", "update", "clear"),
-):
+_READING = ("__getitem__", "__or__", "__ror__", "get", "items", "values")
+_WRITING = ("__setitem__", "__delitem__", "__ior__", "pop", "popitem", "setdefault", "update", "clear")
+for _name in (*_READING, *_WRITING):
     setattr(TrackedState, _name, _noting(getattr(TrackedState, _name)))
-    setattr(TrackedStates, _name, _noting(getattr(TrackedStates, _name)))
+    _method = _noting(getattr(TrackedStates, _name), replaces=_name in _WRITING)
+    setattr(TrackedStates, _name, _method)
