@@ -151,7 +151,7 @@ FAULTS: dict[tuple[str, str], list[tuple[str, ...]]] = {
         ("return all(map(_is_comparable, value))", "return True", f"{GAPS} inside_their_pair"),
         ("self._others_read = [None] * len(self._others_read)", "pass", AUTOWU),
         ("return list(value) if isinstance(value, list) else value", "return value", HIDDEN),
-        ("rates == self._rates_read and others", "others", PLAN),
+        ("rates == self._rates_read and others", "others", HIDDEN),
     ],
     ("plan/tracked_states.py", HIDDEN): [
         ("            self.access.replaced = True", "            pass"),

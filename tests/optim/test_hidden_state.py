@@ -232,9 +232,12 @@ def test_defaults_may_come_in_any_order(backend):
     for step in range(4):
         for params, opt in zip((here, there), opts, strict=True):
             set_grads(params, step)
-            opt.param_groups[0]["betas"] = (0.9 - 0.1 * step, 0.999)
+            if step % 2 == 0:
+                opt.param_groups[0]["betas"] = (0.9 - 0.1 * step, 0.999)
             opt.param_groups[0]["lr"] = 1e-3 * (step + 1)
             opt.step()
+            assert opt.session.plan.groups.hypers[0].lr == 1e-3 * (step + 1)
+            assert opt.get_last_lr() == [1e-3 * (step + 1)]
     for p, q in zip(here, there, strict=True):
         assert_same_bits("parameter", p, q)
 
