@@ -9,6 +9,9 @@
 
 namespace fw {
 
+// counts are below 2^62
+constexpr float kCountLimit = 4611686018427387904.0f;
+
 // the norms of the unscaled gradients, from sums over the gradients as they came
 FW_HOST_DEVICE void set_norms(StepDecision& decision, const Partial& total) {
   decision.grad_norm = sqrt(total.l2_sq) * decision.unscale;
@@ -45,23 +48,28 @@ FW_HOST_DEVICE void set_rates(const Step& step, const StepDecision& decision, in
   at<Rates>(step.rates)[group] = rates_of(step, decision, group);
 }
 
-// number of updates of a row
-FW_HOST_DEVICE int64_t updates_of(const Row& row) { return at<RowCounters>(row.counters)->step; }
+// number of updates of a row: the exact count, unless other code has written the float of the state
+FW_HOST_DEVICE int64_t updates_of(const Row& row) {
+  const int64_t exact = at<RowCounters>(row.counters)->step;
+  const float shown = *at<float>(row.step);
+  const bool written = shown != static_cast<float>(exact) && shown >= 0.0f && shown < kCountLimit;
+  return written ? static_cast<int64_t>(shown) : exact;
+}
 
 FW_HOST_DEVICE void count_update(const Row& row) {
-  RowCounters& counters = *at<RowCounters>(row.counters);
-  counters.step += 1;
-  *at<float>(row.step_float) = static_cast<float>(counters.step);
+  const int64_t updates = updates_of(row) + 1;
+  at<RowCounters>(row.counters)->step = updates;
+  *at<float>(row.step) = static_cast<float>(updates);
 }
 
 // for every row that has an average, with or without a gradient
 FW_HOST_DEVICE void count_average(const Step& step, const StepDecision& decision, const Row& row) {
   if (!row.average) return;
-  RowCounters& counters = *at<RowCounters>(row.counters);
+  int64_t& n_averaged = *at<int64_t>(row.n_averaged);
   bool due = is_averaged(step.average_kind, step.average_start, step.average_every, decision.t + 1);
-  if (due) counters.n_averaged += 1;
-  counters.average_weight =
-      due ? average_weight(step.average_kind, step.average_decay, counters.n_averaged) : 0.0;
+  if (due) n_averaged += 1;
+  at<RowCounters>(row.counters)->average_weight =
+      due ? average_weight(step.average_kind, step.average_decay, n_averaged) : 0.0;
 }
 
 FW_HOST_DEVICE double average_weight_of(const Row& row) {

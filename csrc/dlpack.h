@@ -4,7 +4,7 @@
 #pragma once
 #include <vector>
 
-#include "platform.h"
+#include "table.h"
 
 namespace fw {
 
@@ -25,6 +25,34 @@ struct DlExchange {
   int (*describe)(void* object, DlTensor* out);
   void* current_stream;
 };
+
+// the DType of a tensor, -1 for any other
+inline int32_t dtype_of(const DlTensor& t) {
+  constexpr uint8_t kFloat = 2, kBFloat = 4;
+  if (t.dtype_lanes != 1) return -1;
+  if (t.dtype_code == kBFloat) return t.dtype_bits == 16 ? kBFloat16 : -1;
+  if (t.dtype_code != kFloat) return -1;
+  return t.dtype_bits == 32 ? kFloat32 : t.dtype_bits == 64 ? kFloat64 : t.dtype_bits == 16 ? kFloat16 : -1;
+}
+
+// the extent of a contiguous tensor that is not empty; the dtype -1 for any other
+inline TensorExtent extent_of(const DlTensor& t) {
+  int64_t numel = 1;
+  bool contiguous = true;
+  for (int32_t d = t.ndim - 1; d >= 0; --d) {
+    contiguous = contiguous && (t.shape[d] == 1 || t.strides[d] == numel);
+    numel *= t.shape[d];
+  }
+  TensorExtent extent = {};
+  extent.dtype = contiguous && numel > 0 ? dtype_of(t) : -1;
+  extent.address = reinterpret_cast<uint64_t>(t.data) + t.byte_offset;
+  extent.numel = numel;
+  extent.reach = numel * (t.dtype_bits / 8);
+  extent.ndim = t.ndim;
+  extent.device_type = t.device_type;
+  extent.device_id = t.device_id;
+  return extent;
+}
 
 // everything that a row of the table depends on, except the address: device, dtype, shape and strides
 struct Signature {

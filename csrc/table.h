@@ -26,8 +26,9 @@ enum SegmentKind : int32_t {
 };
 
 // One tensor. States and average are float32, or float64 for a float64 parameter. Its channels are contiguous
-// and follow one another; first_piece is the index of the first of their pieces. step_float is the address of
-// a second step count, a float as in torch's state dicts.
+// and follow one another; first_piece is the index of the first of their pieces. step and n_averaged are the
+// addresses of the counts in the state of the parameter: a float, as in torch, and an int64. A tensor that
+// has had no gradient yet may have neither states nor counts.
 #define FW_ROW(X)          \
   X(uint64_t, param)       \
   X(uint64_t, state0)      \
@@ -44,7 +45,8 @@ enum SegmentKind : int32_t {
   X(int32_t, projects)     \
   X(int64_t, channel_size) \
   X(int64_t, first_piece)  \
-  X(uint64_t, step_float)
+  X(uint64_t, step)        \
+  X(uint64_t, n_averaged)
 
 // part of one row, small enough for 32-bit indices: whole channels, or a part of one channel
 #define FW_CHUNK(X)  \
@@ -138,11 +140,10 @@ enum SegmentKind : int32_t {
   X(int64_t, step)     \
   X(int64_t, calls)
 
-// counters of one row on the device: updates made, values in its average, and the weight of the parameter in
-// the average at this step
+// counters of one row on the device: the exact number of updates made, and the weight of the parameter in its
+// average at this step
 #define FW_ROW_COUNTERS(X) \
   X(int64_t, step)         \
-  X(int64_t, n_averaged)   \
   X(double, average_weight)
 
 // values recorded by the host for the next telemetry row; NaN if none
@@ -208,6 +209,17 @@ enum SegmentKind : int32_t {
   X(uint64_t, spheres)           \
   X(uint64_t, squares)
 
+// what the host needs of a tensor in one stretch of memory; dtype is -1 for any other tensor. reach is the
+// number of its bytes.
+#define FW_TENSOR_EXTENT(X) \
+  X(uint64_t, address)      \
+  X(int64_t, numel)         \
+  X(int64_t, reach)         \
+  X(int32_t, dtype)         \
+  X(int32_t, ndim)          \
+  X(int32_t, device_type)   \
+  X(int32_t, device_id)
+
 // one tensor of a sharpness measurement: the parameter, a copy of its values, the gradients at both ends of a
 // difference (0 for none), and the offset of its elements in every vector
 #define FW_TENSOR_SLICE(X) \
@@ -264,6 +276,7 @@ enum SegmentKind : int32_t {
   X(Telemetry, FW_TELEMETRY)            \
   X(StepDecision, FW_STEP_DECISION)     \
   X(Step, FW_STEP)                      \
+  X(TensorExtent, FW_TENSOR_EXTENT)     \
   X(TensorSlice, FW_TENSOR_SLICE)       \
   X(VectorOp, FW_VECTOR_OP)             \
   X(PreconditionerOp, FW_PRECONDITIONER_OP)

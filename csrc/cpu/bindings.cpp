@@ -131,16 +131,77 @@ bool states_unchanged(py::list dicts, py::list keys, py::list objects) {
   return true;
 }
 
+// copies of dictionaries as plain ones, whatever their classes do on access
+py::list plain_copies(py::list dicts) {
+  py::list copies(dicts.size());
+  for (size_t i = 0; i < dicts.size(); ++i) {
+    PyObject* dict = PyList_GET_ITEM(dicts.ptr(), i);
+    if (!PyDict_Check(dict)) throw py::type_error("dicts must hold dictionaries");
+    py::dict copy;
+    PyObject *key, *value;
+    Py_ssize_t place = 0;
+    while (PyDict_Next(dict, &place, &key, &value))
+      if (PyDict_SetItem(copy.ptr(), key, value) != 0) throw py::error_already_set();
+    PyList_SET_ITEM(copies.ptr(), i, copy.release().ptr());
+  }
+  return copies;
+}
+
+// whether any object is referenced more often than that
+bool referenced_beyond(py::list objects, Py_ssize_t references) {
+  for (size_t i = 0; i < objects.size(); ++i)
+    if (Py_REFCNT(PyList_GET_ITEM(objects.ptr(), i)) > references) return true;
+  return false;
+}
+
+// whether any tensor has a gradient
+bool any_gradient(py::list tensors) {
+  const py::str name("grad");
+  for (size_t i = 0; i < tensors.size(); ++i) {
+    PyObject* grad = PyObject_GetAttr(PyList_GET_ITEM(tensors.ptr(), i), name.ptr());
+    if (!grad) throw py::error_already_set();
+    Py_DECREF(grad);
+    if (grad != Py_None) return true;
+  }
+  return false;
+}
+
+fw::DlExchange* exchange_of(py::handle tensor_type) {
+  py::object capsule = tensor_type.attr("__dlpack_c_exchange_api__");
+  auto* exchange = static_cast<fw::DlExchange*>(PyCapsule_GetPointer(capsule.ptr(), "dlpack_exchange_api"));
+  if (!exchange) throw py::error_already_set();
+  while (exchange && exchange->major != 1) exchange = exchange->previous;
+  FW_CHECK(exchange && exchange->describe, "the exchange API must be of DLPack 1 with a describing function");
+  return exchange;
+}
+
+// writes the TensorExtent of every tensor; one of another class than the two has the dtype -1
+void extents(py::handle tensor_type, py::handle parameter_type, py::list tensors, std::uintptr_t out) {
+  fw::DlExchange* const exchange = exchange_of(tensor_type);
+  fw::TensorExtent* extents = fw::at<fw::TensorExtent>(out);
+  for (size_t i = 0; i < tensors.size(); ++i) {
+    PyObject* tensor = PyList_GET_ITEM(tensors.ptr(), i);
+    PyObject* type = reinterpret_cast<PyObject*>(Py_TYPE(tensor));
+    fw::DlTensor head;
+    extents[i] = {};
+    extents[i].dtype = -1;
+    if (type != tensor_type.ptr() && type != parameter_type.ptr()) continue;
+    if (exchange->describe(tensor, &head) == 0)
+      extents[i] = fw::extent_of(head);
+    else
+      PyErr_Clear();
+  }
+}
+
 // the signatures of a list of tensors, and the current addresses of tensors with those signatures
 class TensorSignatures {
  public:
-  TensorSignatures(py::handle tensor_type, py::list tensors) : tensor_type_(tensor_type.ptr()) {
-    py::object capsule = tensor_type.attr("__dlpack_c_exchange_api__");
-    exchange_ = static_cast<fw::DlExchange*>(PyCapsule_GetPointer(capsule.ptr(), "dlpack_exchange_api"));
-    if (!exchange_) throw py::error_already_set();
-    while (exchange_ && exchange_->major != 1) exchange_ = exchange_->previous;
-    FW_CHECK(exchange_ && exchange_->describe,
-             "the exchange API must be of DLPack 1 with a describing function");
+  TensorSignatures(py::handle tensor_type, py::list tensors)
+      : tensor_type_(tensor_type.ptr()), exchange_(exchange_of(tensor_type)) {
+    add(tensors);
+  }
+
+  void add(py::list tensors) {
     for (py::handle tensor : tensors) {
       fw::DlTensor head;
       if (exchange_->describe(tensor.ptr(), &head) != 0) throw py::error_already_set();
@@ -197,7 +258,7 @@ class TensorSignatures {
   // types outlive their instances, which the plan holds
   PyObject* tensor_type_;
   py::str grad_name_{"grad"};
-  fw::DlExchange* exchange_ = nullptr;
+  fw::DlExchange* exchange_;
   fw::SignatureList signatures_;
   std::vector<PyObject*> types_;
   std::vector<PyObject*> held_;
@@ -217,8 +278,14 @@ PYBIND11_MODULE(_cpu, m) {
         py::arg("address"), py::arg("threads"));
   m.def("groups_unchanged", &groups_unchanged, py::arg("groups"), py::arg("members"));
   m.def("states_unchanged", &states_unchanged, py::arg("dicts"), py::arg("keys"), py::arg("objects"));
+  m.def("plain_copies", &plain_copies, py::arg("dicts"));
+  m.def("referenced_beyond", &referenced_beyond, py::arg("objects"), py::arg("references"));
+  m.def("any_gradient", &any_gradient, py::arg("tensors"));
+  m.def("extents", &extents, py::arg("tensor_type"), py::arg("parameter_type"), py::arg("tensors"),
+        py::arg("out"));
   py::class_<TensorSignatures>(m, "TensorSignatures")
       .def(py::init<py::handle, py::list>(), py::arg("tensor_type"), py::arg("tensors"))
+      .def("add", &TensorSignatures::add, py::arg("tensors"))
       .def("read", &TensorSignatures::read, py::arg("tensors"), py::arg("out"), py::arg("grads") = false)
       .def("release", &TensorSignatures::release);
 }

@@ -45,6 +45,8 @@ Partial update_chunk(const Step& step, const Chunk& chunk) {
   alignas(64) C param_scratch[kBlock], grad_scratch[kBlock];
   SumSqLanes sum_sq_lanes;
   SumSqLanes* const sum_sq = sphere_of(step, row.group) ? &sum_sq_lanes : nullptr;
+  // without a gradient there may be no states either
+  if (!grad_address && !sum_sq && !(weight > C(0))) return Partial{};
   NormLanes lanes;
   for (int32_t done = 0; done < chunk.count; done += kBlock) {
     const int64_t offset = chunk.offset + done;

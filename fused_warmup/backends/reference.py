@@ -9,9 +9,11 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from ..plan.structs import COUNT_LIMIT
 from ..reference.rules import (
     LAYER_RULES,
     NO_VIEW,
@@ -50,18 +52,19 @@ class ReferenceBackend:
         rule = RULES.get(plan.rule) or LAYER_RULES[plan.rule]
         counters, settings = plan.record["counters"], plan.settings
         active = [
-            (row, grad)
-            for row, grad in zip(plan.rows, plan.gradients.tensors, strict=True)
+            (i, row, grad)
+            for i, (row, grad) in enumerate(zip(plan.rows, plan.gradients.tensors, strict=True))
             if grad is not None
         ]
+        exact_counts = plan.record["row_counters"]
         t = int(counters[0])
 
-        grad_norm_l1, grad_norm = _norms([grad for _, grad in active])
+        grad_norm_l1, grad_norm = _norms([grad for *_, grad in active])
         grad_scale, found_inf = (None if s is None else float(s) for s in plan.scaling)
         unscale = 1.0 if grad_scale is None else 1.0 / grad_scale
         grad_norm, grad_norm_l1 = grad_norm * unscale, grad_norm_l1 * unscale
         skipped = bool(found_inf) or (
-            settings.skip_nonfinite and any(not bool(grad.isfinite().all()) for _, grad in active)
+            settings.skip_nonfinite and any(not bool(grad.isfinite().all()) for *_, grad in active)
         )
         if skipped and not settings.measure:
             # the other backends sum the norms in the update, which a skipped step does not run
@@ -76,8 +79,8 @@ class ReferenceBackend:
             rates[1] = h.weight_decay * multiplier(decay_segments, t)
 
         rect = math.nan
-        for row, grad in active if not skipped else ():
-            step, h = row.counters.count_update(), plan.groups.hypers[row.group]
+        for i, row, grad in active if not skipped else ():
+            step, h = _count_update(row.step, exact_counts[i]), plan.groups.hypers[row.group]
             effective_lr, weight_decay = plan.groups.rates[row.group].tolist()
             if h.sphere:
                 effective_lr = sphere_rate(
@@ -103,7 +106,8 @@ class ReferenceBackend:
         averaged = not skipped and is_averaged(kind, start, every, t + 1)
         for row in plan.rows if averaged else ():
             if row.average is not None:
-                weight = average_weight(kind, decay, row.counters.count_average())
+                row.n_averaged += 1
+                weight = average_weight(kind, decay, int(row.n_averaged))
                 row.average.copy_(average_update(row.average, row.work.to(row.average.dtype), weight))
 
         if not skipped:
@@ -124,6 +128,22 @@ class ReferenceBackend:
             )
         pending_scalars.fill_(math.nan)
         counters[1] += 1
+
+
+def _count_update(step: Tensor, counters: Tensor) -> int:
+    """Count one more update of a row and return how many there are.
+
+    Args:
+        step: The count in the state, 0-dim float32.
+        counters: The row of the struct ``RowCounters``, which has the exact count.
+    """
+    updates, shown = int(counters[0]), float(step)
+    # other code may have written the float of the state
+    if shown != float(np.float32(updates)) and 0.0 <= shown < COUNT_LIMIT:
+        updates = int(shown)
+    counters[0] = updates + 1
+    step.fill_(updates + 1)
+    return updates + 1
 
 
 def _rescale(rows: Sequence[Any], radius: float, norm: Tensor) -> None:

@@ -108,7 +108,7 @@ class Adam(FusedOptimizer):
         norm = torch.stack([grad.to(torch.float64).norm() for _, grad in active]).norm().item()
         if not math.isfinite(norm):
             check.fail(name, ".grad", "be finite", norm)
-        if any(int(row.counters.step) for row, _ in active):
+        if any(row.step is not None and int(row.step) for row, _ in active):
             raise RuntimeError(f"{name}: init_from_gradients() must come before the first step.")
         clip_coef = 1.0
         if self.max_grad_norm is not None:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import warnings
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.parameter import is_lazy
@@ -15,17 +16,19 @@ from .. import _checks as check
 from ..backends import resolve
 from ..backends.base import Backend
 from ..plan import build, tensors
+from ..plan.address_cache import select_reader
 from ..plan.device_buffers import is_capturing
 from ..plan.hyper import AverageSettings, Hyper, Settings
 from ..plan.plan import Plan
-from ..plan.rows import Member, RowCounters, make_row
+from ..plan.rows import Row
 from ..plan.spec import RuleSpec
 from ..plan.sphere import norm_of
 from ..plan.state_checks import checked_norm
 from ..plan.structs import COUNTERS
-from ..plan.tracked_states import Access, TrackedStates
+from ..plan.tracked_states import Access, TrackedStates, peek
 from ..schedules.adaptive import AdaptiveSchedule, adaptive_schedules
 from .averaging import EMA, SWA, Average
+from .counts import Counts
 from .groups import IGNORED_KEYS, complete_groups, make_hyper, restore_schedules
 from .telemetry import Telemetry
 
@@ -40,9 +43,14 @@ _KEPT = (
     "backend_name",
     "telemetry",
     "counters",
+    "counts",
     "init_norm_sq",
     "split",
 )
+
+
+# counts of a parameter without a state
+_NONE = (0, 0)
 
 
 class Session:
@@ -60,7 +68,7 @@ class Session:
         state: States by parameter, and whatever else users keep there.
         param_groups: Parameter groups.
         counters: Counts of the optimizer on its device, int64; None before the first step.
-        records: Counts of each parameter, which the table points to.
+        counts: Counts of each parameter, which the table points to.
         adaptive: The adaptive schedule that a group had last, by the identity of the group.
         unfed_steps: Steps since a loss was recorded, if there is an adaptive schedule.
         split: Whether other processes hold other parameters of the same model, as under ZeRO.
@@ -81,6 +89,7 @@ class Session:
         self.backend_name = "auto"
         self.telemetry = Telemetry(False)
         self.counters: Tensor | None = None
+        self.counts = Counts()
         self.init_norm_sq = 0.0
         self.split = False
         self._start()
@@ -98,13 +107,15 @@ class Session:
 
     def _start(self) -> None:
         """Begin without a plan."""
-        self.records: dict[Tensor, RowCounters] = {}
         self.adaptive: dict[int, AdaptiveSchedule | None] = {}
         self.unfed_steps = 0
         self.swapped = False
         self.captured: list[Plan] = []
         self.fresh_norms: dict[int, Tensor] = {}
         self.last_rates: Tensor | None = None
+        self.plan: Plan | None = None
+        self.previous: Plan | None = None
+        self.planned_average: Average | None = None
         # options that were found to be in range
         self._checked: tuple[Any, ...] = ()
         self.backend: Backend | None = None
@@ -113,8 +124,9 @@ class Session:
 
     def reset(self) -> None:
         """Forget the plan; the next step builds it again."""
-        self.plan: Plan | None = None
-        self.planned_average: Average | None = None
+        # its states need no second check while they are those of the optimizer
+        self.previous = self.plan or self.previous
+        self.plan = None
 
     def __getstate__(self) -> dict[str, Any]:
         """Return the attributes for pickle and deepcopy."""
@@ -190,11 +202,15 @@ class Session:
 
     def check_params(self, params: list[Tensor], hyper: Hyper) -> None:
         """Resolve the backend, and raise for new parameters that it does not take."""
-        known = len(self.params)
-        for i, param in enumerate(params, known):
+        known = sum(len(group["params"]) for group in self.param_groups)
+        plain = select_reader().extents(params)["dtype"] >= 0
+        for i in np.flatnonzero(~plain).tolist():
             # these may be materialised before the first step, which checks them again
-            if not is_lazy(param) and not param.is_meta:
-                self.resolve(tensors.check_param(self.owner, i, param, None).device)
+            if not is_lazy(params[i]) and not params[i].is_meta:
+                self.resolve(tensors.check_param(self.owner, known + i, params[i], None).device)
+        if plain.any():
+            # the first step raises if they are on several devices
+            self.resolve(params[int(plain.argmax())].device)
         members = [(i, p, hyper) for i, p in enumerate(params, known)]
         settings = self.max_grad_norm, self.nonfinite
         build.check_whole(self.owner, self.spec, members, *settings, is_split=self.split)
@@ -232,6 +248,8 @@ class Session:
                 raise RuntimeError(f"{self.owner}: parameters must stay in place while step() runs.")
         elif plan.is_split:
             build.check_norms(self.owner, self.max_grad_norm, self.nonfinite)
+        if len(plan.arrivals):
+            self._fill(plan)
         if self._refresh_groups(plan) and not self._fits(plan):
             # an option that changes the states, amsgrad, momentum or projection, was turned on or off
             self.reset()
@@ -260,44 +278,44 @@ class Session:
         finally:
             if not valid:
                 access.noted, access.replaced = True, access.replaced or replaced
-            elif not plan.is_tracked or plan.has_shared_states():
+            elif not plan.states.is_tracked or plan.states.has_shared():
                 access.noted = True
         return valid
 
     def _fits(self, plan: Plan) -> bool:
         """Return whether the rows have the states and norms that the hyper-parameters ask for."""
-        if not plan.rows:
-            return True
-        wanted = [len(self.spec.state_names(group)) for group in self.param_groups]
         norms = zip(plan.groups.hypers, plan.groups.norms, strict=True)
-        return all(len(row.states) == wanted[row.group] for row in plan.rows) and all(
-            h.sphere == (norm is not None) for h, norm in norms
-        )
+        return all(h.sphere == (norm is not None) for h, norm in norms) and plan.keeps([
+            len(self.spec.state_names(group)) for group in self.param_groups
+        ])
 
     def _build(self, every: bool) -> tuple[Plan, Backend]:
         """Check all tensors, allocate missing states and lay out the table; an error changes nothing."""
         owner, spec, groups = self.owner, self.spec, self.param_groups
-        if any(is_capturing(p.device) for group in groups for p in group["params"][:1]):
-            raise RuntimeError(
-                f"{owner}: states and table must stand before a graph is captured, got parameters, groups, "
-                "states or averages that are new or were moved. Call init_state() before the capture, with "
-                "the gradients that the graph will write in .grad."
-            )
+        for group in groups:
+            for param in group["params"][:1]:
+                self._refuse_capture(param.device)
         hypers = [self.adopt_group(group) for group in groups]
         names = [spec.state_names(group) for group in groups]
-        members = build.find_members(owner, spec, groups, hypers, names, self.state, every=every)
-        average, records, by_channel = self.average_settings, self.records, spec.by_channel
-        # the count matters to averages alone, and reading it waits
-        calls = 0 if average.kind is None else self.updates
-        counts = [build.checked_counts(owner, spec, m, records.get(m.param), average, calls) for m in members]
-        device = members[0].local.device if members else torch.device("cpu")
+        known = (
+            {}
+            if self.previous is None or self.average != self.planned_average
+            else self.previous.valid_rows()
+        )
+        found = build.find_rows(
+            owner, spec, groups, hypers, names, self.state, known, select_reader(), every=every
+        )
+        rows, active = found.rows, [found.rows[i] for i in found.active]
+        fresh = [i for i in found.active if rows[i].is_reserved]
+        counts = self._checked_counts([rows[i] for i in fresh], names)
+        device = (active or rows)[0].local.device if rows else torch.device("cpu")
         for g, group in enumerate(groups):
             if hypers[g].sphere and "norm" in group:
                 group["norm"] = checked_norm(owner, f"param_groups[{g}]['norm']", group["norm"], device)
         is_split = build.check_whole(
             owner,
             spec,
-            [(m.index, m.param, hypers[m.group]) for m in members],
+            ((row.index, row.param, hypers[row.group]) for row in rows),
             self.max_grad_norm,
             self.nonfinite,
             is_split=self.split,
@@ -305,27 +323,24 @@ class Session:
         backend = self.resolve(device)
         counters = self.allocate_counters(device)
         self.telemetry.allocate(device, counters)
-        states = self._allocate_states(members, hypers, names, counts)
-        rows = [
-            make_row(
-                m,
-                state,
-                names[m.group],
-                records[m.param],
-                averaged=self.average is not None,
-                by_channel=by_channel,
-            )
-            for m, state in zip(members, states, strict=True)
-        ]
+        drawn, started = self._allocate_states([rows[i] for i in fresh], hypers, names, counts)
+        if drawn:
+            self.init_norm_sq = drawn + sum(row.param.numel() for row in active) - started
+        self.counts.arrange(rows, device)
+        self._count_from(_given(fresh, counts))
         plan = Plan(
             owner,
             spec,
             rows,
+            found.reaches,
+            found.waiting,
             [list(group["params"]) for group in groups],
+            names,
             self.state,
             self._norms(hypers, device),
-            average,
+            self.average_settings,
             {
+                "row_counters": self.counts.exact,
                 "counters": counters,
                 "pending_scalars": self.telemetry.pending_scalars,
                 "ring_buffer": self.telemetry.ring_buffer,
@@ -335,37 +350,110 @@ class Session:
         )
         return plan, backend
 
+    def _fill(self, plan: Plan) -> None:
+        """Allocate the states of the rows that have got their first gradient; an error changes nothing."""
+        positions = plan.arrivals.tolist()
+        self._refuse_capture(plan.device)
+        rows = [plan.rows[i] for i in positions]
+        names = [self.spec.state_names(group) for group in self.param_groups]
+        counts = self._checked_counts(rows, names)
+        for row in rows:
+            if row.local is not row.param and row.param.grad is not None:
+                tensors.check_placement(self.owner, row.index, row.param, row.param.grad)
+        with torch.no_grad():
+            drawn, started = self._allocate_states(rows, plan.groups.hypers, names, counts)
+            if drawn:
+                self.init_norm_sq = drawn + plan.numel + sum(row.param.numel() for row in rows) - started
+            self.counts.enter(rows, positions)
+            self._count_from(_given(positions, counts))
+        plan.fill(positions)
+
+    def _refuse_capture(self, device: torch.device) -> None:
+        """Raise if a graph is captured, which must find the table as it stands."""
+        if is_capturing(device):
+            raise RuntimeError(
+                f"{self.owner}: states and table must stand before a graph is captured, got parameters, groups, "
+                "states or averages that are new or were moved. Call init_state() before the capture, with "
+                "the gradients that the graph will write in .grad."
+            )
+
+    def _checked_counts(self, rows: list[Row], names: list[tuple[str, ...]]) -> list[tuple[int, int] | None]:
+        """Check the states of rows, and return the counts that came from elsewhere."""
+        if not self.state:
+            return [_NONE] * len(rows)
+        average = self.average_settings
+        # the count matters to averages alone, and reading it waits
+        calls = 0 if average.kind is None else self.updates
+        steps, n_averaged = self.counts.steps, self.counts.n_averaged
+        counts: list[tuple[int, int] | None] = []
+        for row in rows:
+            own, key = peek(self.state, row.param), id(row.param)
+            if own is None:
+                counts.append(_NONE)
+                continue
+            build.check_states(self.owner, row, own, names[row.group])
+            held = steps.get(key), n_averaged.get(key)
+            counts.append(build.checked_counts(self.owner, self.spec, row, own, *held, average, calls))
+        return counts
+
     def _allocate_states(
         self,
-        members: list[Member],
-        hypers: list[Hyper],
+        rows: list[Row],
+        hypers: Sequence[Hyper],
         names: list[tuple[str, ...]],
         counts: list[tuple[int, int] | None],
-    ) -> list[dict[str, Any]]:
-        """Allocate and convert the states of all members, and bring the counters to their counts."""
-        spec, records = self.spec, self.records
-        drawn, started, states = 0.0, 0, []
-        for member, count in zip(members, counts, strict=True):
-            if count is not None:
-                records[member.param] = RowCounters(member.local.device, *count)
-            state, record = dict(member.state), records[member.param]
-            starts, averaged = "step" not in state, self.average is not None
-            build.allocate_state(spec, member, names[member.group], state, record, averaged=averaged)
-            if starts:
-                started += member.param.numel()
-                if hypers[member.group].init == "random":
-                    drawn += build.draw_second_moment(state[spec.states[spec.second_moment_index]])
-            self.state[member.param].update(state)
-            states.append(state)
-        if drawn:
-            self.init_norm_sq = drawn + sum(m.param.numel() for m in members) - started
-        most = max((count[0] for count in counts if count is not None), default=0)
-        if most and self.counters is not None:
+    ) -> tuple[float, int]:
+        """Allocate and convert the states of rows.
+
+        Args:
+            rows: The rows.
+            hypers: Hyper-parameters of each group.
+            names: Names of the states that each group keeps.
+            counts: Counts that came from elsewhere, or None for each row.
+
+        Returns:
+            Sum of the squares that were drawn, and number of elements of the parameters that had no state.
+        """
+        spec, averaged, state = self.spec, self.average is not None, self.state
+        steps, n_averaged = self.counts.steps, self.counts.n_averaged
+        add = state.add if isinstance(state, TrackedStates) else self._add_state
+        zero = torch.zeros((), dtype=torch.float32, device=rows[0].local.device if rows else "cpu")
+        drawn, started, fresh = 0.0, 0, not state
+        for row, count in zip(rows, counts, strict=True):
+            own = (None if fresh else peek(state, row.param)) or {}
+            if count is None:
+                row.step, row.n_averaged = steps[id(row.param)], n_averaged.get(id(row.param))
+            elif count[0] or count[1]:
+                row.step = torch.full_like(zero, count[0])
+                row.n_averaged = torch.full_like(zero, count[1], dtype=torch.int64)
+            entries = build.allocate_state(spec, row, names[row.group], own, zero, averaged=averaged)
+            if "step" not in own:
+                started += row.param.numel()
+                if hypers[row.group].init == "random":
+                    drawn += build.draw_second_moment(entries[spec.states[spec.second_moment_index]])
+            add(row.param, entries)
+        return drawn, started
+
+    def _add_state(self, param: Tensor, entries: Mapping[str, Any]) -> None:
+        """Set or complete the state of a parameter in a dictionary of the user."""
+        self.state.setdefault(param, {}).update(entries)
+
+    def _count_from(self, made: Mapping[int, int]) -> None:
+        """Continue from counts that came from elsewhere, by the position of the row."""
+        self.counts.set_exact(made)
+        if made and self.counters is not None:
             # wrappers may restore states alone: schedules and averages continue from their counts
-            self.counters[COUNTERS.index("step")].clamp_(min=most)
-        for param in records.keys() - {member.param for member in members}:
-            del records[param]
-        return states
+            self.counters[COUNTERS.index("step")].clamp_(min=max(made.values()))
+
+    def exact_counts(self) -> tuple[list[int], Tensor]:
+        """Return positions of parameters, and the exact numbers of their updates, int64 on the device."""
+        if (
+            self.plan is not None
+            and self.counts.exact is not None
+            and self.plan.is_current(self.param_groups)
+        ):
+            return [row.index for row in self.plan.rows], self.counts.exact[:, 0]
+        return self.counts.select(self.params)
 
     def _norms(self, hypers: list[Hyper], device: torch.device) -> list[Tensor | None]:
         """Return the tensors that hold the norms of groups on a sphere; new ones are to be measured."""
@@ -390,6 +478,9 @@ class Session:
         None if that step will build another plan.
         """
         if self.plan is None or not self._refresh(self.plan, check_states=True):
+            return None
+        if len(self.plan.arrivals):
+            self.plan.release()
             return None
         plan, backend = self.prepare(None, None)
         if plan.gradients.is_stale:
@@ -436,3 +527,8 @@ class Session:
                     "record_loss(loss) before each step().",
                     stacklevel=4,
                 )
+
+
+def _given(positions: Sequence[int], counts: Sequence[tuple[int, int] | None]) -> dict[int, int]:
+    """Return the numbers of updates that came from elsewhere, by the position of the row."""
+    return {i: count[0] for i, count in zip(positions, counts, strict=True) if count is not None and count[0]}

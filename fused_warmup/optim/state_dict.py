@@ -13,11 +13,12 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from .. import _checks as check
-from ..plan.rows import RowCounters
+from ..plan.address_cache import select_reader
 from ..plan.spec import RuleSpec
 from ..plan.state_checks import checked_norm, checked_state, whole_count
 from ..plan.structs import COUNTERS, TELEMETRY
 from ..plan.tensors import state_like
+from ..plan.tracked_states import TrackedState
 from ..schedules import Schedule
 from ..schedules.adaptive import AdaptiveSchedule, adaptive_schedules, restored
 from .groups import SCHEDULE_KEYS, make_hyper
@@ -55,33 +56,36 @@ def pack_state(session: Session, state_dict: dict[str, Any]) -> dict[str, Any]:
             elif isinstance(group.get(key), AdaptiveSchedule):
                 group[key] = live[id(group[key])]
     packed = dict(state_dict["state"])
-    step_ids, records = [], []
-    for k, param in enumerate(session.params):
-        state = packed.get(k)
-        if not isinstance(state, Mapping):
-            continue
-        if not state:
-            del packed[k]
-            continue
-        packed[k] = dict(state)
-        record = session.records.get(param)
-        if record is not None and state.get("step") is record.step:
-            record.settle()
-            packed[k]["step"] = record.step_float
-            step_ids.append(k)
-            records.append(record)
-        elif "step" in state:
-            packed[k]["step"] = torch.as_tensor(state["step"], dtype=torch.float32)
+    tracked = [k for k, state in packed.items() if type(state) is TrackedState]
+    packed.update(zip(tracked, select_reader().plain_copies([packed[k] for k in tracked]), strict=True))
+    for k in [k for k in tracked if not packed[k]]:
+        # read before it had a state
+        del packed[k]
+    if session.plan is None or not session.plan.is_current(session.param_groups):
+        _convert_counts(session, packed)
+    step_ids, steps = session.exact_counts()
     own = {
         "version": _VERSION,
         "rule": session.spec.name,
-        "steps": [record.step for record in records],
+        "steps": steps,
         "step_ids": step_ids,
         "counters": session.counters,
         "init_norm_sq": session.init_norm_sq,
         "telemetry": session.telemetry.kept_rows() if session.telemetry.enabled else None,
     }
     return {**state_dict, "state": packed, "param_groups": groups, "fused_warmup": own}
+
+
+def _convert_counts(session: Session, packed: dict[Any, Any]) -> None:
+    """Convert counts that came from elsewhere to the 0-dim float32 of torch; the others are kept."""
+    for k, param in enumerate(session.params):
+        state, held = packed.get(k), session.counts.steps.get(id(param))
+        if not isinstance(state, Mapping):
+            continue
+        if not state:
+            del packed[k]
+        elif "step" in state and state["step"] is not held:
+            packed[k] = {**state, "step": torch.as_tensor(state["step"], dtype=torch.float32)}
 
 
 def load_state(session: Session, fixed: Mapping[str, Any], state_dict: dict[str, Any]) -> None:
@@ -115,6 +119,8 @@ def load_state(session: Session, fixed: Mapping[str, Any], state_dict: dict[str,
     with torch.no_grad():
         for param in params:
             _fill(session, param, states.get(param), calls)
+    counted = [param for param in params if "step" in states.get(param, ())]
+    session.counts.load(counted, session.state, [states[param]["step"] for param in counted])
     session.reset()
 
 
@@ -219,7 +225,10 @@ def _loaded_states(
     """Return the checked states of the state dict by parameter; ``step`` is an int."""
     owner, spec = session.owner, session.spec
     known = _known_states(spec)
-    exact = dict(zip(own["step_ids"], own["steps"], strict=True)) if own else {}
+    steps = own["steps"] if own else []
+    # a list of 0-dim tensors in older state dicts
+    made = steps.tolist() if isinstance(steps, Tensor) else [int(step) for step in steps]
+    exact = dict(zip(own["step_ids"] if own else (), made, strict=True))
     ids = [k for group in state_dict["param_groups"] for k in _ids(group)]
     params = [(g, p) for g, group in enumerate(session.param_groups) for p in group["params"]]
     states = {}
@@ -251,8 +260,8 @@ def _loaded_states(
         # torch's SGD keeps no count; with a buffer the first step is over
         step = saved.get("step", 1 if spec.first_gradient in tensors else 0)
         step = whole_count(owner, f"{name}['step']", step)
-        if k in exact and float(np.float32(int(exact[k]))) == step:
-            step = int(exact[k])
+        if k in exact and float(np.float32(exact[k])) == step:
+            step = exact[k]
         n_averaged = saved.get("n_averaged")
         if n_averaged is not None:
             n_averaged = whole_count(owner, f"{name}['n_averaged']", n_averaged)
@@ -303,13 +312,14 @@ def _fill(session: Session, param: Tensor, loaded: Mapping[str, Any] | None, cal
             state[key] = state_like(param)
         state[key].copy_(value)
     state.update(loaded["others"])
-    record = session.records.get(param)
-    if record is None or record.record.device != param.device:
-        record = session.records[param] = RowCounters(param.device)
-    record.set(loaded["step"], n_averaged if session.average is not None else 0)
-    state["step"] = record.step
+    step, count = session.counts.steps.get(id(param)), session.counts.n_averaged.get(id(param))
+    if step is None or step.device != param.device:
+        step, count = torch.zeros((), dtype=torch.float32, device=param.device), None
+    state["step"] = step.fill_(loaded["step"])
     if session.average is not None:
-        state["n_averaged"] = record.n_averaged
+        if count is None:
+            count = torch.zeros((), dtype=torch.int64, device=param.device)
+        state["n_averaged"] = count.fill_(n_averaged)
     if loaded["initialized"]:
         state["initialized"] = True
 

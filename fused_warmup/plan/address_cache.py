@@ -6,19 +6,25 @@ The only file that calls ``data_ptr()``.
 from __future__ import annotations
 
 import ctypes
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn import Parameter
 
+from .structs import DTYPES, STRUCTS
 from .tensors import same_layout
 
 
 class TensorSignatures(Protocol):
     """Type, dtype, device, shape and strides of some tensors."""
+
+    def add(self, tensors: list[Tensor]) -> None:
+        """Append the signatures of more tensors."""
 
     def read(self, tensors: list[Any], out: int, grads: bool = False) -> list[int]:
         """Write the addresses of tensors: 0 for None or another signature, 1 for an empty tensor.
@@ -38,25 +44,74 @@ class TensorSignatures(Protocol):
         ...
 
 
-class AddressCache:
-    """Addresses that tensors had when the table was built.
+class TensorReader(NamedTuple):
+    """Functions that read many tensors at once.
 
-    Args:
-        make_signatures: Makes ``TensorSignatures``.
-        tensors: The tensors.
+    Attributes:
+        signatures: Makes ``TensorSignatures``.
+        extents: Returns the struct ``TensorExtent`` of each tensor; its dtype is -1 unless the tensor is a plain
+            one, a ``Tensor`` or ``Parameter`` with contiguous elements of a supported dtype.
+        groups_unchanged: Returns whether groups still hold the same parameters.
+        states_unchanged: Returns whether dictionaries still hold the same objects under the same keys.
+        plain_copies: Returns copies of dictionaries as plain ones, whatever their classes do on access.
+        referenced_beyond: Returns whether any object has more references than a number.
+        any_gradient: Returns whether any tensor has a gradient.
     """
 
-    def __init__(self, make_signatures: Callable[..., TensorSignatures], tensors: list[Tensor]) -> None:
-        self._tensors, self._signatures = tensors, make_signatures(tensors)
-        self._addresses, self._now = (np.zeros(len(tensors), np.uint64) for _ in range(2))
-        self._out = self._now.ctypes.data
-        self._signatures.read(tensors, self._addresses.ctypes.data)
+    signatures: Callable[[list[Tensor]], TensorSignatures]
+    extents: Callable[[list[Tensor]], np.ndarray]
+    groups_unchanged: Callable[..., bool]
+    states_unchanged: Callable[..., bool]
+    plain_copies: Callable[[list[dict[Any, Any]]], list[dict[Any, Any]]]
+    referenced_beyond: Callable[[list[Any], int], bool]
+    any_gradient: Callable[[list[Tensor]], bool]
 
-    def is_valid(self) -> bool:
-        """Return whether every tensor still has the cached address, dtype, shape and strides."""
-        return not self._signatures.read(self._tensors, self._out) and bool(
-            (self._now == self._addresses).all()
-        )
+
+class AddressCache:
+    """Addresses that tensors had when they entered the table.
+
+    Args:
+        signatures: Makes ``TensorSignatures``.
+        tensors: The tensors.
+
+    Attributes:
+        addresses: uint64 of ``[tensors]``; 1 for an empty tensor.
+        now: The same at the last comparison.
+    """
+
+    def __init__(self, signatures: Callable[[list[Tensor]], TensorSignatures], tensors: list[Tensor]) -> None:
+        self._tensors, self._signatures = tensors, signatures(tensors)
+        self.addresses = np.zeros(len(tensors), np.uint64)
+        self._signatures.read(tensors, self.addresses.ctypes.data)
+        self._make_room()
+
+    def _make_room(self) -> None:
+        """Allocate memory for the addresses of the next comparison."""
+        self.now = np.zeros(len(self._tensors), np.uint64)
+        self._out: int = self.now.ctypes.data
+
+    def extend(self, tensors: list[Tensor]) -> None:
+        """Add tensors with their present addresses; only these are read."""
+        self._tensors.extend(tensors)
+        self._signatures.add(tensors)
+        known = len(self.addresses)
+        added = np.zeros(len(tensors), np.uint64)
+        if known:
+            added[:] = [t.data_ptr() if t.numel() else 1 for t in tensors]
+        else:
+            self._signatures.read(tensors, added.ctypes.data)
+        self.addresses = np.concatenate([self.addresses, added])
+        self._make_room()
+
+    def find_moved(self) -> np.ndarray | None:
+        """Return the positions of tensors with another address; None if a dtype, shape or stride changed."""
+        if self._signatures.read(self._tensors, self._out):
+            return None
+        return np.flatnonzero(self.now != self.addresses)
+
+    def accept(self) -> None:
+        """Keep the addresses that ``find_moved`` has read."""
+        self.addresses[:] = self.now
 
 
 def groups_unchanged(groups: Sequence[Mapping[str, Any]], members: Sequence[Sequence[Tensor]]) -> bool:
@@ -73,6 +128,26 @@ def states_unchanged(dicts: Sequence[dict[Any, Any]], keys: Sequence[Any], objec
     return all(dict.get(d, key) is value for d, key, value in zip(dicts, keys, objects, strict=True))
 
 
+def plain_copies(dicts: list[dict[Any, Any]]) -> list[dict[Any, Any]]:
+    """Return copies of dictionaries as plain ones."""
+    return [dict(list(dict.items(d))) for d in dicts]
+
+
+def referenced_beyond(objects: list[Any], references: int) -> bool:
+    """Return whether any object is referenced more often than ``references``."""
+    # an object that only a list holds shows how many references the call itself adds
+    (own,) = [sys.getrefcount(value) - 1 for value in [object()]]
+    for value in objects:  # noqa: SIM110
+        if sys.getrefcount(value) - own > references:
+            return True
+    return False
+
+
+def any_gradient(tensors: list[Tensor]) -> bool:
+    """Return whether any tensor has a gradient."""
+    return any(tensor.grad is not None for tensor in tensors)
+
+
 def address_of(tensor: Tensor | None) -> int:
     """Return the address of the first element of a tensor, 0 for None."""
     return 0 if tensor is None else tensor.data_ptr()
@@ -87,10 +162,17 @@ class PythonSignatures:
     """``TensorSignatures`` without the extension, or for a torch without the DLPack exchange API."""
 
     def __init__(self, tensors: list[Tensor]) -> None:
-        self._tensors = [torch.empty_like(t, device="meta", requires_grad=False) for t in tensors]
-        self._kinds = [(t.dtype, t.device, t.layout) for t in tensors]
-        self._types = [(Tensor, type(t)) for t in tensors]
+        self._tensors: list[Tensor] = []
+        self._kinds: list[tuple[torch.dtype, torch.device, torch.layout]] = []
+        self._types: list[tuple[type, type]] = []
         self._kept: list[Tensor] = []
+        self.add(tensors)
+
+    def add(self, tensors: list[Tensor]) -> None:
+        """Append the signatures of more tensors."""
+        self._tensors += [torch.empty_like(t, device="meta", requires_grad=False) for t in tensors]
+        self._kinds += [(t.dtype, t.device, t.layout) for t in tensors]
+        self._types += [(Tensor, type(t)) for t in tensors]
 
     def read(self, tensors: list[Any], out: int, grads: bool = False) -> list[int]:
         """Write the addresses of tensors, see ``TensorSignatures``."""
@@ -115,12 +197,47 @@ class PythonSignatures:
         self._kept = []
 
 
-def select_reader() -> tuple[Callable[..., Any], Callable[..., bool], Callable[..., bool]]:
-    """Return ``TensorSignatures`` and the two comparisons of this module, compiled if possible."""
+def python_extents(tensors: list[Tensor]) -> np.ndarray:
+    """Return the extents of tensors, see ``TensorReader``."""
+    table = np.zeros(len(tensors), STRUCTS["TensorExtent"])
+    table["dtype"] = -1
+    # as DLPack numbers them
+    devices = {"cpu": 1, "cuda": 2}
+    for i, t in enumerate(tensors):
+        plain = type(t) in (Tensor, Parameter) and t.layout is torch.strided and t.device.type in devices
+        if plain and t.dtype in DTYPES and t.numel() and t.is_contiguous():
+            device = devices[t.device.type], t.device.index or 0
+            table[i] = (t.data_ptr(), t.numel(), t.nbytes, DTYPES[t.dtype], t.dim(), *device)
+    return table
+
+
+PYTHON_READER = TensorReader(
+    PythonSignatures,
+    python_extents,
+    groups_unchanged,
+    states_unchanged,
+    plain_copies,
+    referenced_beyond,
+    any_gradient,
+)
+
+
+def _compiled_extents(fill: Callable[..., None], tensors: list[Tensor]) -> np.ndarray:
+    """Return the extents of tensors that compiled code writes."""
+    table = np.empty(len(tensors), STRUCTS["TensorExtent"])
+    fill(Tensor, Parameter, tensors, table.ctypes.data)
+    return table
+
+
+def select_reader() -> TensorReader:
+    """Return the functions that read tensors, compiled if possible."""
     try:
         from .. import _cpu
     except ImportError:
-        return PythonSignatures, groups_unchanged, states_unchanged
-    exchange = hasattr(Tensor, "__dlpack_c_exchange_api__")
-    signatures = partial(_cpu.TensorSignatures, Tensor) if exchange else PythonSignatures
-    return signatures, _cpu.groups_unchanged, _cpu.states_unchanged
+        return PYTHON_READER
+    names = ("groups_unchanged", "states_unchanged", "plain_copies", "referenced_beyond", "any_gradient")
+    compiled = PYTHON_READER._replace(**{name: getattr(_cpu, name) for name in names})
+    if not hasattr(Tensor, "__dlpack_c_exchange_api__"):
+        return compiled
+    signatures = partial(_cpu.TensorSignatures, Tensor)
+    return compiled._replace(signatures=signatures, extents=partial(_compiled_extents, _cpu.extents))

@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from .. import _checks as check
-from ..distributed.groups import is_flattened, is_part
+from ..distributed.groups import is_flattened, is_part, world_size
 from . import tensors
-from .address_cache import addresses_of
+from .address_cache import TensorReader, address_of
 from .hyper import AverageSettings, Hyper
-from .rows import Member, RowCounters
+from .overlaps import check_disjoint, reach_of
+from .rows import Row, channels_of, make_row
 from .spec import RuleSpec
 from .state_checks import checked_state, whole_count
+from .tracked_states import peek
 
 
 def check_norms(owner: str, max_grad_norm: float | None, nonfinite: str) -> None:
@@ -48,10 +51,12 @@ def check_whole(
     Returns:
         Whether other processes hold other parts.
     """
-    split, layerwise = False, spec.is_layerwise
+    split, layerwise, processes = False, spec.is_layerwise, world_size() > 1
+    if not (is_split or processes or layerwise):
+        return False
     hint = "A process sees its part of the norm only."
     for index, param, hyper in members:
-        part = is_part(param)
+        part = processes and is_part(param)
         if is_split or part:
             split = True
             check_norms(owner, max_grad_norm, nonfinite)
@@ -66,17 +71,36 @@ def check_whole(
     return split
 
 
-def find_members(
+class Found(NamedTuple):
+    """Parameters of an optimizer, sorted by what the table does with them.
+
+    Attributes:
+        rows: Parameters that have or may get a state, in the order of the groups.
+        reaches: Bytes from the first element of each row to the end of its last, int64 of ``[rows]``.
+        active: Positions among the rows of those that have or get a state now.
+        waiting: Parameters without a row: frozen ones, and ones that no backend takes. The table is built again
+            when one of them gets a gradient.
+    """
+
+    rows: list[Row]
+    reaches: np.ndarray
+    active: list[int]
+    waiting: list[Tensor]
+
+
+def find_rows(
     owner: str,
     spec: RuleSpec,
     groups: Sequence[Mapping[str, Any]],
     hypers: Sequence[Hyper],
     names: Sequence[Sequence[str]],
     state: Mapping[Tensor, Mapping[str, Any]],
+    known: Mapping[int, Row],
+    reader: TensorReader,
     *,
     every: bool,
-) -> list[Member]:
-    """Return the parameters that have or get a state, after checking every tensor of them.
+) -> Found:
+    """Return the rows of the table after checking every parameter and gradient; new rows are without states.
 
     Args:
         owner: Name of the optimizer class.
@@ -85,38 +109,121 @@ def find_members(
         hypers: Hyper-parameters of each group.
         names: Names of the states that each group keeps.
         state: States by parameter; not changed.
-        every: Include all parameters that require a gradient, also those without one.
+        known: Rows with states that are still valid, by the identity of the parameter; they are taken over.
+        reader: Reads many tensors at once.
+        every: Give all parameters that require a gradient a state, also those without one.
 
     Raises:
-        TypeError: If a parameter, gradient or state is of a kind that no backend takes.
+        TypeError: If a parameter or gradient is of a kind that no backend takes.
         ValueError: If one does not fit, or two parameters share memory.
     """
-    members: list[Member] = []
-    flat = [(g, param) for g, group in enumerate(groups) for param in group["params"]]
-    for index, (g, param) in enumerate(flat):
-        own = state.get(param, {})
-        idle = param.grad is None and "step" not in own
-        # parameters without a gradient still count towards the norm of a sphere
-        if idle and not ((every or hypers[g].sphere) and param.requires_grad):
+    params = [param for group in groups for param in group["params"]]
+    places = [g for g, group in enumerate(groups) for _ in group["params"]]
+    extents = reader.extents(params)
+    due = _find_due(params, places, hypers, state, known, every)
+    first = due.index(True) if True in due else 0
+    usual = _like(extents, first)
+    device = tensors.check_param(owner, first, params[first], None).device if True in due else None
+    rows: list[Row] = []
+    active: list[int] = []
+    waiting: list[Tensor] = []
+    for index, param in enumerate(params):
+        if not (due[index] or param.requires_grad):
+            waiting.append(param)
             continue
-        local = tensors.check_param(owner, index, param, members[0].local.device if members else None)
-        if param.grad is not None:
-            tensors.check_grad(owner, index, local, param.grad, spec.takes_sparse)
-            tensors.check_placement(owner, index, param, param.grad)
-        for key in (*names[g], "average"):
-            if own.get(key) is not None:
-                checked_state(owner, index, key, own[key], param)
-        members.append(Member(index, g, param, local, own))
-    addresses = addresses_of([m.local for m in members])
-    tensors.check_disjoint(owner, [(m.index, m.local, a) for m, a in zip(members, addresses, strict=True)])
-    return members
+        taken = known.get(id(param))
+        if taken is not None and len(taken.states) == len(names[places[index]]):
+            row = taken
+            row.group, row.index = places[index], index
+        elif usual[index]:
+            row = Row(param, places[index], index, param, param)
+            row.channels = channels_of(param, True) if spec.by_channel else 1
+        else:
+            try:
+                local = tensors.check_param(owner, index, param, device)
+            except (TypeError, ValueError):
+                if due[index]:
+                    raise
+                waiting.append(param)
+                continue
+            device = local.device if device is None else device
+            row = make_row(param, places[index], index, local, spec.by_channel)
+        if due[index]:
+            active.append(len(rows))
+        rows.append(row)
+    _check_grads(owner, spec, rows, reader)
+    return Found(rows, _check_memory(owner, rows, extents, usual), active, waiting)
+
+
+def _find_due(
+    params: Sequence[Tensor],
+    places: Sequence[int],
+    hypers: Sequence[Hyper],
+    state: Mapping[Tensor, Mapping[str, Any]],
+    known: Mapping[int, Row],
+    every: bool,
+) -> list[bool]:
+    """Return which parameters have a state or must get one now."""
+    due = [param.grad is not None for param in params]
+    # parameters without a gradient still count towards the norm of a sphere
+    wanted = [every or hyper.sphere for hyper in hypers]
+    if any(wanted):
+        due = [d or (wanted[g] and p.requires_grad) for d, g, p in zip(due, places, params, strict=True)]
+    if state and not all(due):
+        due = [
+            d or id(p) in known or "step" in (peek(state, p) or ()) for d, p in zip(due, params, strict=True)
+        ]
+    return due
+
+
+def _like(extents: np.ndarray, first: int) -> np.ndarray:
+    """Return which tensors are plain ones on the device of one of them, bool of ``[tensors]``."""
+    if not len(extents):
+        return np.zeros(0, bool)
+    there: np.ndarray = extents["dtype"] >= 0
+    for name in ("device_type", "device_id"):
+        there &= extents[name] == extents[first][name]
+    return there
+
+
+def _check_grads(owner: str, spec: RuleSpec, rows: Sequence[Row], reader: TensorReader) -> None:
+    """Raise for a gradient that does not fit its parameter."""
+    params = [row.param for row in rows]
+    signatures, out = reader.signatures([row.local for row in rows]), np.zeros(len(rows), np.uint64)
+    odd = signatures.read(params, out.ctypes.data, True)
+    signatures.release()
+    for row in (rows[i] for i in odd):
+        assert row.param.grad is not None
+        tensors.check_grad(owner, row.index, row.local, row.param.grad, spec.takes_sparse)
+        tensors.check_placement(owner, row.index, row.param, row.param.grad)
+
+
+def _check_memory(owner: str, rows: Sequence[Row], extents: np.ndarray, usual: np.ndarray) -> np.ndarray:
+    """Return the reaches of all rows; raise if two parameters share memory."""
+    indices = [row.index for row in rows]
+    addresses: np.ndarray = extents["address"][indices]
+    reaches: np.ndarray = extents["reach"][indices]
+    for k in np.flatnonzero(~usual[indices]).tolist():
+        addresses[k], reaches[k] = address_of(rows[k].local), reach_of(rows[k].local)
+    check_disjoint(owner, rows, addresses, reaches)
+    return reaches
+
+
+def check_states(owner: str, row: Row, own: dict[str, Any], names: Sequence[str]) -> None:
+    """Raise for a state of a parameter that cannot be copied into the form that kernels read."""
+    for key in (*names, "average"):
+        state = dict.get(own, key)
+        if state is not None:
+            checked_state(owner, row.index, key, state, row.param)
 
 
 def checked_counts(
     owner: str,
     spec: RuleSpec,
-    member: Member,
-    record: RowCounters | None,
+    row: Row,
+    own: dict[str, Any],
+    step: Tensor | None,
+    n_averaged: Tensor | None,
     average: AverageSettings,
     calls: int,
 ) -> tuple[int, int] | None:
@@ -125,8 +232,10 @@ def checked_counts(
     Args:
         owner: Name of the optimizer class.
         spec: The update rule.
-        member: The parameter.
-        record: Counts that the kernels write, or None.
+        row: The parameter.
+        own: Its entry in ``optimizer.state``.
+        step: Number of updates that the kernels write, or None.
+        n_averaged: Number of averaged values that the kernels write, or None.
         average: Average that is kept.
         calls: Updates that the optimizer has made.
 
@@ -137,61 +246,74 @@ def checked_counts(
         TypeError: If a count is no real number.
         ValueError: If one is negative or not whole.
     """
-    state, index = member.state, member.index
-    step = state.get("step")
-    if step is None:
+    found, averaged = dict.get(own, "step"), dict.get(own, "n_averaged")
+    if found is None:
         # torch's SGD keeps no count; with a buffer the first step is over
-        return int(spec.has_first_gradient(state)), 0
-    n_averaged = state.get("n_averaged")
-    in_place = record is not None and step is record.step and record.record.device == member.param.device
-    if record is not None and in_place and (n_averaged is None or n_averaged is record.n_averaged):
+        return int(spec.has_first_gradient(own)), 0
+    if found is step and step.device == row.local.device and (averaged is None or averaged is n_averaged):
         return None
-    made = whole_count(owner, f"state['step'] of parameter {index}", step)
-    if n_averaged is not None:
-        return made, whole_count(owner, f"state['n_averaged'] of parameter {index}", n_averaged)
-    if state.get("average") is None:
+    made = whole_count(owner, f"state['step'] of parameter {row.index}", found)
+    if averaged is not None:
+        return made, whole_count(owner, f"state['n_averaged'] of parameter {row.index}", averaged)
+    if dict.get(own, "average") is None:
         return made, 0
     # an average without a count was there from the first step on
     return made, average.due_count(max(made, calls))
 
 
 def allocate_state(
-    spec: RuleSpec,
-    member: Member,
-    names: Sequence[str],
-    state: dict[str, Any],
-    record: RowCounters,
-    *,
-    averaged: bool,
-) -> None:
-    """Allocate the missing states of a parameter, and convert those that came from elsewhere.
+    spec: RuleSpec, row: Row, names: Sequence[str], own: dict[str, Any], zero: Tensor, *, averaged: bool
+) -> dict[str, Any]:
+    """Allocate the missing states of a row, convert those that came from elsewhere, and enter all of them.
 
     Args:
         spec: The update rule.
-        member: The parameter.
+        row: The row, whose states are set; its counts are kept if it has them.
         names: Names of the states that its group keeps.
-        state: A copy of its entry in ``optimizer.state``, which is completed.
-        record: Its counts.
+        own: Its entry in ``optimizer.state``; not changed.
+        zero: 0-dim float32 on the device.
         averaged: Whether an average is kept.
+
+    Returns:
+        The states by name, as they belong into ``optimizer.state``.
     """
-    param, by_channel = member.param, spec.by_channel
-    starts = "step" not in state
-    state["step"] = record.step
-    if not starts and spec.first_gradient in names and not spec.has_first_gradient(state):
+    param = row.param
+    if row.step is None:
+        row.step = torch.zeros_like(zero)
+    elif spec.first_gradient in names and not spec.has_first_gradient(own):
         # torch starts a buffer that comes late with the gradient itself, as at a first step
-        record.set(0, int(record.n_averaged))
-    for key in (*names, *(["average"] if averaged else [])):
-        held = state.get(key)
-        if held is None:
-            state[key] = tensors.state_like(param, by_channel)
-            if key == "average":
-                state[key].copy_(param)
-                record.n_averaged.zero_()
-        elif not tensors.fits(held, member.local, by_channel):
-            # the parameter got another dtype or layout since, or the state came from elsewhere
-            state[key] = tensors.state_like(param, by_channel).copy_(held)
+        row.step.zero_()
+    # the usual case at a usual cost
+    plain = row.work is param and param.dtype is torch.float32
+    if plain and not own and not averaged:
+        row.states = [torch.zeros_like(param) for _ in names]
+        entries: dict[str, Any] = dict(zip(names, row.states, strict=True))
+        entries["step"] = row.step
+        return entries
+    entries = {name: _state(spec, row, dict.get(own, name)) for name in names}
+    row.states = tensors.local_tensors(list(entries.values()))
+    row.initialized = bool(dict.get(own, "initialized", False))
+    entries["step"] = row.step
     if averaged:
-        state["n_averaged"] = record.n_averaged
+        average = dict.get(own, "average")
+        entries["average"] = _state(spec, row, average)
+        if row.n_averaged is None:
+            row.n_averaged = torch.zeros_like(zero, dtype=torch.int64)
+        if average is None:
+            entries["average"].copy_(param)
+            row.n_averaged.zero_()
+        row.average, entries["n_averaged"] = tensors.local_tensor(entries["average"]), row.n_averaged
+    return entries
+
+
+def _state(spec: RuleSpec, row: Row, state: Tensor | None) -> Tensor:
+    """Return a state in the form that kernels read: as it is, converted, or zeros for None."""
+    if state is None:
+        return tensors.state_like(row.param, spec.by_channel)
+    if tensors.fits(state, row.local, spec.by_channel):
+        return state
+    # the parameter got another dtype or layout since, or the state came from elsewhere
+    return tensors.state_like(row.param, spec.by_channel).copy_(state)
 
 
 def draw_second_moment(second_moment: Tensor) -> float:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -15,6 +17,14 @@ def is_capturing(device: torch.device) -> bool:
 def is_mirrored(device: torch.device) -> bool:
     """Return whether kernels on ``device`` need a copy of what the host packs."""
     return device.type != "cpu"
+
+
+def send(array: np.ndarray, device: torch.device) -> Tensor:
+    """Return an array as a tensor on a device, without waiting for it; on the CPU they share memory."""
+    data = torch.from_numpy(array)
+    if device.type != "cuda":
+        return data.to(device)
+    return data.pin_memory().to(device, non_blocking=True)
 
 
 class DeviceBuffers:
@@ -68,6 +78,15 @@ class DeviceBuffers:
         data = _bytes(self._arrays[name])
         pinned = self.device.type == "cuda"
         self.tensors[name].copy_(data.pin_memory() if pinned else data, non_blocking=pinned)
+
+    def rewrite(self, name: str, positions: Sequence[int]) -> None:
+        """Send those structs of an array that were changed in place; the cost is that of these."""
+        array = self._arrays[name]
+        if not self.mirrored or not len(positions):
+            return
+        column = self.tensors[name].view(len(array), array.itemsize)
+        data = array[positions].view(np.uint8).reshape(len(positions), array.itemsize)
+        column.index_copy_(0, send(np.array(positions, np.int64), self.device), send(data, self.device))
 
     def allocate(self, name: str, dtype: np.dtype, count: int) -> Tensor:
         """Make a column that only the kernels write and read."""

@@ -1,14 +1,14 @@
 """Packed table of one optimizer: the memory that a step reads and writes.
 
 Static columns are built once. A step reads the addresses of the gradients again and compares those of the
-parameters, because a training loop may move either.
+parameters, because a training loop may move either. Rows of parameters that had no gradient when the table was
+built are filled when the first one comes.
 """
 
 from __future__ import annotations
 
-import sys
-from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from itertools import compress
 from typing import Any
 
 import numpy as np
@@ -16,18 +16,19 @@ import torch
 from torch import Tensor
 
 from .. import _checks as check
-from .address_cache import AddressCache, addresses_of, select_reader
+from .address_cache import AddressCache, address_of, addresses_of, select_reader
 from .chunks import PIECE, chunks
-from .device_buffers import DeviceBuffers
+from .device_buffers import DeviceBuffers, is_capturing
 from .gradients import GradientTable
 from .groups import GroupTable
 from .hyper import AverageSettings, Settings
+from .overlaps import check_disjoint
 from .rows import Row
 from .spec import RuleSpec
+from .state_cache import StateCache
 from .step_struct import StepStruct
 from .structs import AVERAGE_KINDS, DTYPES, STRUCTS
-from .tensors import local_tensor, local_tensors
-from .tracked_states import TrackedState
+from .tensors import local_tensor
 
 
 class Plan:
@@ -40,22 +41,26 @@ class Plan:
     Args:
         owner: Name of the optimizer class, for messages.
         spec: The update rule.
-        rows: Parameters that have a state, in the order of the groups.
+        rows: Parameters that have or may get a state, in the order of the groups.
+        reaches: Bytes from the first to the last element of each row, int64 of ``[rows]``.
+        waiting: Other parameters; one with a gradient makes the table invalid.
         members: Parameters of each group.
+        names: Names of the states that each group keeps.
         state: State of the optimizer by parameter.
         norms: Norm of each group that is kept on a sphere, 0-dim float64 on the device; None for others.
         average: Average that the rows keep.
-        record: Device tensors ``counters``, ``pending_scalars`` and ``ring_buffer`` (or None).
+        record: Device tensors ``row_counters``, ``counters``, ``pending_scalars`` and ``ring_buffer`` (or None).
         device: Where the tensors are.
         is_split: Whether other processes hold other parts of the model, and so of its norms.
 
     Attributes:
         groups: Hyper-parameters of the groups.
         gradients: Gradients of the step.
+        states: States of the rows.
+        arrivals: Positions of rows without states that have a gradient now, int64; ``fill`` takes them in.
         scaling: ``grad_scale`` and ``found_inf`` of a ``GradScaler``, or None each.
         has_float64: Whether any parameter is float64.
-        is_tracked: Whether the dictionaries of all states note accesses.
-        numel: Number of elements of all rows.
+        numel: Number of elements of the rows that have states.
         address: Address of the ``Step`` struct on the host.
     """
 
@@ -64,7 +69,10 @@ class Plan:
         owner: str,
         spec: RuleSpec,
         rows: list[Row],
+        reaches: np.ndarray,
+        waiting: list[Tensor],
         members: list[list[Tensor]],
+        names: Sequence[tuple[str, ...]],
         state: Mapping[Tensor, dict[str, Any]],
         norms: list[Tensor | None],
         average: AverageSettings,
@@ -78,36 +86,25 @@ class Plan:
         self.buffers = DeviceBuffers(device)
         self.settings, self.average = Settings(), average
         self.scaling: tuple[Tensor | None, Tensor | None] = (None, None)
-        self.numel = sum(row.work.numel() for row in rows)
         self.has_float64 = any(row.work.dtype == torch.float64 for row in rows)
-        self._watch(members, state)
+        self.numel, self.arrivals = 0, np.zeros(0, np.int64)
+        self._reader = select_reader()
+        self._members, self._waiting, self._reaches = members, waiting, reaches
+        self._params = [row.param for row in rows]
+        self._shards = [row for row in rows if row.local is not row.param]
+        self._strided = [row for row in rows if row.work is not row.local]
+        self._param_cache = AddressCache(self._reader.signatures, [row.local for row in rows])
+        self.states = StateCache(state, names, self._reader)
+        self._reserved = np.ones(len(rows), bool)
+        self._columns = _pack_rows(rows, self._param_cache.addresses, [len(own) for own in names])
+        self._enter([i for i, row in enumerate(rows) if not row.is_reserved])
         self._pack(norms)
-
-    def _watch(self, members: list[list[Tensor]], state: Mapping[Tensor, dict[str, Any]]) -> None:
-        """Record the groups, states and addresses of the table, to compare them later."""
-        make_signatures, self._groups_unchanged, self._states_unchanged = select_reader()
-        self._make_signatures = make_signatures
-        self._members, self._params = members, [row.param for row in self.rows]
-        known = set(map(id, self._params))
-        self._waiting = [p for group in members for p in group if id(p) not in known]
-        self._shards = [row for row in self.rows if row.local is not row.param]
-        self._strided = [row for row in self.rows if row.work is not row.local]
-        self._state, self._n_states = state, len(state)
-        self._own = [state[row.param] for row in self.rows]
-        self._dicts = [own for own, row in zip(self._own, self.rows, strict=True) for _ in row.state]
-        # a dictionary of the user notes no access
-        self.is_tracked = all(isinstance(own, TrackedState) for own in self._own)
-        self._names = [name for row in self.rows for name in row.state]
-        self._objects = [value for row in self.rows for value in row.state.values()]
-        local = local_tensors(self._objects)
-        self._param_addresses = AddressCache(make_signatures, [row.local for row in self.rows])
-        self._state_addresses = AddressCache(make_signatures, local)
-        # references to each state: one in the optimizer's dictionary, the others in this package
-        self._holders = Counter(map(id, [*self._objects, *self._objects, *local, *_held(self.rows)]))
 
     def _pack(self, norms: list[Tensor | None]) -> None:
         """Fill the columns that change only when the set of tensors does."""
-        self._columns = _pack_rows(self.rows)
+        counters = self.record["row_counters"]
+        size = STRUCTS["RowCounters"].itemsize
+        self._columns["counters"] = address_of(counters) + size * np.arange(len(self.rows), dtype=np.uint64)
         self._kinds: tuple[tuple[int, int, int], ...] | None = None
         self._chunks = chunks(self._columns["numel"], self._columns["channel_size"])
         self._step = StepStruct()
@@ -124,7 +121,7 @@ class Plan:
             self.rows,
             self._columns,
             self.buffers,
-            self._make_signatures,
+            self._reader.signatures,
             takes_sparse=self.spec.takes_sparse,
         )
         allocate = self.buffers.allocate
@@ -173,6 +170,45 @@ class Plan:
             self._step.is_stale = False
         return self.buffers.tensors["step"]
 
+    # when rows get states
+
+    def fill(self, positions: Sequence[int]) -> None:
+        """Enter the states of rows that have just got them.
+
+        Args:
+            positions: Positions of the rows.
+        """
+        self._enter(positions)
+        self.arrivals = self.arrivals[:0]
+        self.buffers.rewrite("rows", positions)
+
+    def _enter(self, positions: Sequence[int]) -> None:
+        """Write the states of rows into the columns."""
+        rows = [self.rows[i] for i in positions]
+        known = len(self.states)
+        self.states.add(rows, positions)
+        self.states.fill(self._columns, known)
+        self._columns["initialized"][positions] = [row.initialized for row in rows]
+        self._reserved[positions] = False
+        self._has_reserved = bool(self._reserved.any())
+        self.numel += sum(row.work.numel() for row in rows)
+
+    def is_current(self, groups: Sequence[Mapping[str, Any]]) -> bool:
+        """Return whether groups and states hold the parameters and tensors of the table."""
+        return (
+            self._reader.groups_unchanged(groups, self._members)
+            and self.states.has_owners()
+            and self.states.has_objects()
+        )
+
+    def valid_rows(self) -> dict[int, Row]:
+        """Return the rows whose states another table can take over, by the identity of the parameter."""
+        return {} if self._param_cache.find_moved() is None else self.states.valid_rows()
+
+    def keeps(self, n_states: Sequence[int]) -> bool:
+        """Return whether the rows of each group keep, or will keep, so many states."""
+        return bool((self._columns["n_states"] == np.array(n_states)[self._columns["group"]]).all())
+
     # once per step
 
     def refresh(
@@ -192,9 +228,11 @@ class Plan:
             TypeError: If a gradient has a kind or dtype that no backend takes.
             ValueError: If a gradient does not fit its parameter.
         """
-        if check_owners and not self._has_owners():
+        if check_owners and not self.states.has_owners():
             return False
-        if not self._is_valid(groups, check_states):
+        if check_states and not self.states.has_objects():
+            return False
+        if not self._is_valid(groups) or not self._follow_moves(check_states):
             return False
         recast = self.gradients.refresh()
         if recast:
@@ -202,38 +240,39 @@ class Plan:
         if self.buffers.mirrored and not self.gradients.compare(recast):
             self.release()
             return False
+        if self._has_reserved:
+            self.arrivals = np.flatnonzero(self.gradients.present & self._reserved)
         for row in self._strided:
             row.work.copy_(row.local.detach())
         return True
 
-    def _has_owners(self) -> bool:
-        """Return whether ``optimizer.state`` still has the same dictionary for each parameter."""
-        return self._states_unchanged([self._state] * len(self._own), self._params, self._own)
-
-    def _is_valid(self, groups: Sequence[Mapping[str, Any]], check_states: bool) -> bool:
-        """Return whether the table still matches the groups, states and addresses."""
-        states = not check_states or (
-            len(self._state) == self._n_states
-            and self._states_unchanged(self._dicts, self._names, self._objects)
-            and self._state_addresses.is_valid()
-        )
+    def _is_valid(self, groups: Sequence[Mapping[str, Any]]) -> bool:
+        """Return whether the table still matches the groups and the set of parameters."""
         return (
-            states
-            and self._groups_unchanged(groups, self._members)
+            self._reader.groups_unchanged(groups, self._members)
             and not (self.groups.has_spheres and self.groups.norms_moved(groups))
             and not (self._shards and any(local_tensor(row.param) is not row.local for row in self._shards))
-            and self._param_addresses.is_valid()
-            and not (self._waiting and any(param.grad is not None for param in self._waiting))
+            and not (self._waiting and self._reader.any_gradient(self._waiting))
         )
 
-    def has_shared_states(self) -> bool:
-        """Return whether code outside of the package holds a state, and so may move it at any time."""
-        # an object that only a list holds shows how many references the call itself adds
-        (own,) = [sys.getrefcount(value) - 1 for value in [object()]]
-        for value in self._objects:  # noqa: SIM110
-            if sys.getrefcount(value) - own > self._holders[id(value)]:
-                return True
-        return False
+    def _follow_moves(self, check_states: bool) -> bool:
+        """Update the addresses of parameters and states that have moved; return False if one has changed."""
+        moved = self._param_cache.find_moved()
+        states_moved = self.states.find_moved() if check_states else False
+        if moved is None or states_moved is None:
+            return False
+        if not (len(moved) or states_moved):
+            return True
+        if self.buffers.captured or is_capturing(self.device):
+            return False
+        if len(moved):
+            check_disjoint(self.owner, self.rows, self._param_cache.now, self._reaches)
+            self._param_cache.accept()
+            self._columns["param"] = _work_addresses(self.rows, self._param_cache.addresses)
+        if states_moved:
+            self.states.accept_moves(self._columns)
+        self.buffers.reupload("rows")
+        return True
 
     def scale(self, grad_scale: Tensor | None, found_inf: Tensor | float | None) -> None:
         """Set the tensors of a ``GradScaler``: 0-dim float32 on the device of the parameters.
@@ -291,42 +330,34 @@ class Plan:
         self.gradients.release()
         if self.gradients.is_complete:
             return self._params
-        present = self.gradients.present
-        hypers = self.groups.hypers
-        return [
-            row.param
-            for row, has_grad in zip(self.rows, present, strict=True)
-            if has_grad or hypers[row.group].sphere
-        ]
+        changed = self.gradients.present
+        if self.groups.has_spheres:
+            changed |= np.array([h.sphere for h in self.groups.hypers])[self._columns["group"]]
+        return list(compress(self._params, changed))
 
 
-def _pack_rows(rows: Sequence[Row]) -> np.ndarray:
-    """Return the column ``Row`` of the table."""
+def _work_addresses(rows: Sequence[Row], addresses: np.ndarray) -> np.ndarray:
+    """Return the addresses of the tensors that kernels update, given those of the parameters."""
+    copies = [i for i, row in enumerate(rows) if row.work is not row.local]
+    found: np.ndarray = addresses.copy()
+    found[copies] = addresses_of([rows[i].work for i in copies])
+    return found
+
+
+def _pack_rows(rows: Sequence[Row], addresses: np.ndarray, n_states: Sequence[int]) -> np.ndarray:
+    """Return the column ``Row`` of the table without the states.
+
+    Args:
+        rows: The rows.
+        addresses: Addresses of their parameters.
+        n_states: Number of states that each group keeps.
+    """
     columns = np.zeros(len(rows), STRUCTS["Row"])
-    if not rows:
-        return columns
-    columns["param"] = addresses_of([row.work for row in rows])
-    for k, name in enumerate(("state0", "state1", "state2")):
-        columns[name] = addresses_of([row.states[k] if k < len(row.states) else None for row in rows])
-    columns["average"] = addresses_of([row.average for row in rows])
-    columns["counters"] = addresses_of([row.counters.record for row in rows])
-    columns["step_float"] = addresses_of([row.counters.step_float for row in rows])
+    columns["param"] = _work_addresses(rows, addresses)
     columns["numel"] = [row.work.numel() for row in rows]
     columns["group"] = [row.group for row in rows]
     columns["dtype"] = columns["grad_dtype"] = [DTYPES[row.work.dtype] for row in rows]
-    columns["n_states"] = [len(row.states) for row in rows]
-    columns["initialized"] = [row.initialized for row in rows]
+    columns["n_states"] = np.array(n_states, np.int32)[columns["group"]]
     columns["projects"] = [row.work.dim() > 1 for row in rows]
-    columns["channel_size"] = columns["numel"] // [row.channels for row in rows]
-    # an average of an empty tensor has no address, but counts its values all the same
-    empty = [row.average is not None and not row.average.numel() for row in rows]
-    columns["average"][empty] = 1
+    columns["channel_size"] = columns["numel"] // np.array([row.channels for row in rows], np.int64)
     return columns
-
-
-def _held(rows: Iterable[Row]) -> list[Tensor | None]:
-    """Return the tensors of states that rows hold, one entry per reference."""
-    held: list[Tensor | None] = []
-    for row in rows:
-        held += [*row.state.values(), *row.states, row.average, row.counters.step, row.counters.n_averaged]
-    return held

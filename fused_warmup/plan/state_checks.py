@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from .. import _checks as check
-from ..plan.tensors import is_fake, local_tensor
+from .structs import COUNT_LIMIT
+from .tensors import is_fake, local_tensor
 
 
 def _unreadable(tensor: Tensor) -> str:
@@ -52,7 +53,7 @@ def whole_count(owner: str, name: str, value: Any) -> int:
     """
     condition = "be a whole number >= 0"
     count = _scalar(owner, name, condition, value)
-    if not 0 <= count < 2**62 or count != int(count):
+    if not 0 <= count < COUNT_LIMIT or count != int(count):
         check.fail(owner, name, condition, count)
     return int(count)
 

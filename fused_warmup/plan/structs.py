@@ -10,6 +10,8 @@ import torch
 from ..reference import rules
 
 MAX_STATES = 3
+# counts are below this
+COUNT_LIMIT = 2**62
 
 # codes of enum DType
 DTYPES: dict[torch.dtype, int] = {
@@ -34,7 +36,8 @@ _FIELDS: dict[str, list[tuple[str, str]]] = {
         *((name, "i4") for name in ("group", "dtype", "grad_dtype", "n_states", "initialized", "projects")),
         ("channel_size", "i8"),
         ("first_piece", "i8"),
-        ("step_float", "u8"),
+        ("step", "u8"),
+        ("n_averaged", "u8"),
     ],
     "Chunk": [("offset", "i8"), ("count", "i4"), ("row", "i4")],
     "Hyper": [
@@ -62,7 +65,7 @@ _FIELDS: dict[str, list[tuple[str, str]]] = {
     ],
     "Partial": [("l1", "f8"), ("l2_sq", "f8"), ("nonfinite", "i8")],
     "Counters": [("step", "i8"), ("calls", "i8")],
-    "RowCounters": [("step", "i8"), ("n_averaged", "i8"), ("average_weight", "f8")],
+    "RowCounters": [("step", "i8"), ("average_weight", "f8")],
     "PendingScalars": [("loss", "f8"), ("sharpness", "f8")],
     "Telemetry": [
         (name, "f8")
@@ -109,6 +112,11 @@ _FIELDS: dict[str, list[tuple[str, str]]] = {
         *((name, "u8") for name in ("decision", "grad_scale", "found_inf", "sums", "projection_coefs")),
         *((name, "u8") for name in ("spheres", "squares")),
     ],
+    "TensorExtent": [
+        ("address", "u8"),
+        *((name, "i8") for name in ("numel", "reach")),
+        *((name, "i4") for name in ("dtype", "ndim", "device_type", "device_id")),
+    ],
     "TensorSlice": [
         *((name, "u8") for name in ("param", "snapshot", "plus", "minus")),
         ("offset", "i8"),
@@ -129,6 +137,7 @@ _FIELDS: dict[str, list[tuple[str, str]]] = {
 STRUCTS: dict[str, np.dtype] = {name: np.dtype(fields) for name, fields in _FIELDS.items()}
 
 COUNTERS = STRUCTS["Counters"].names or ()
+ROW_COUNTERS = STRUCTS["RowCounters"].names or ()
 PENDING_SCALARS = STRUCTS["PendingScalars"].names or ()
 RATES = STRUCTS["Rates"].names or ()
 TELEMETRY = STRUCTS["Telemetry"].names or ()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.parameter import is_lazy
@@ -72,8 +71,10 @@ def work_layout(local: Tensor, by_channel: bool = False) -> Tensor:
 
 def work_format(local: Tensor, by_channel: bool) -> torch.memory_format:
     """Return the memory format that makes a tensor like ``local`` one with the layout of its row."""
+    if not by_channel or local.dim() < 2 or len(local) == 1 or local.is_contiguous():
+        return torch.preserve_format
     kept = torch.empty_like(local, device="meta", requires_grad=False)
-    if not by_channel or local.dim() < 2 or len(local) == 1 or kept.stride(0) * len(kept) == kept.numel():
+    if kept.stride(0) * len(kept) == kept.numel():
         return torch.preserve_format
     return torch.contiguous_format
 
@@ -168,53 +169,15 @@ def is_fake(tensor: Tensor) -> bool:
 
 def fits(state: Tensor, local: Tensor, by_channel: bool = False) -> bool:
     """Return whether a state has the device, dtype and layout that the row of a parameter needs."""
-    wanted, held = work_layout(local, by_channel), local_tensor(state)
-    kind = (held.device, held.dtype)
-    return kind == (local.device, compute_dtype(local.dtype)) and same_layout(held, wanted)
+    held = local_tensor(state)
+    if held.device != local.device or held.dtype != compute_dtype(local.dtype):
+        return False
+    if local.is_contiguous() and held.is_contiguous():
+        return held.shape == local.shape
+    return same_layout(held, work_layout(local, by_channel))
 
 
 def state_like(param: Tensor, by_channel: bool = False) -> Tensor:
     """Return zeros in the layout that the row of ``param`` has and in the dtype of its arithmetic."""
     kind = work_format(local_tensor(param), by_channel)
     return torch.zeros_like(param, dtype=compute_dtype(param.dtype), memory_format=kind)
-
-
-def check_disjoint(owner: str, indexed: Sequence[tuple[int, Tensor, int]]) -> None:
-    """Raise if two parameters share memory.
-
-    Args:
-        owner: Name of the optimizer class.
-        indexed: Position, tensor and address of each.
-
-    Raises:
-        ValueError: If they do; both are named.
-    """
-    spans = sorted(
-        ((address, address + _reach(t), i, t) for i, t, address in indexed if t.numel()),
-        key=lambda span: span[:3],
-    )
-    for k, (start, end, i, a) in enumerate(spans):
-        for begin, _, j, b in spans[k + 1 :]:
-            if begin >= end:
-                break
-            # strided views may interleave without meeting
-            if (is_dense(a) and is_dense(b)) or np.intersect1d(start + _bytes(a), begin + _bytes(b)).size:
-                raise ValueError(
-                    f"{owner}: parameters must not share memory, got {min(i, j)} and {max(i, j)} over the "
-                    "same addresses; give the tensor that both are views of."
-                )
-
-
-def _reach(tensor: Tensor) -> int:
-    """Return the bytes from the first element of a tensor to the end of its last."""
-    strides = zip(tensor.shape, tensor.stride(), strict=True)
-    return (sum((n - 1) * stride for n, stride in strides) + 1) * tensor.element_size()
-
-
-def _bytes(tensor: Tensor) -> np.ndarray:
-    """Return the offset of every byte of a tensor."""
-    offsets = np.zeros(1, np.int64)
-    for n, stride in zip(tensor.shape, tensor.stride(), strict=True):
-        offsets = np.add.outer(offsets, np.arange(n) * stride).ravel()
-    size = tensor.element_size()
-    return np.add.outer(offsets * size, np.arange(size)).ravel()

@@ -70,6 +70,14 @@ class TrackedStates(defaultdict[Any, Any]):
         self[key] = state
         return state
 
+    def add(self, key: Any, entries: Mapping[str, Any]) -> None:
+        """Set or complete the state of a parameter without noting an access."""
+        own = dict.get(self, key)
+        if own is None:
+            dict.__setitem__(self, key, TrackedState(self.access, entries))
+        else:
+            dict.update(own, entries)
+
     def __iter__(self) -> Iterator[Any]:
         """Iterate over the parameters; defined so that ``dict(states)`` goes through ``__getitem__``."""
         return super().__iter__()
@@ -85,6 +93,12 @@ class TrackedStates(defaultdict[Any, Any]):
     def __reduce__(self) -> Any:
         """Return a plain ``defaultdict`` to pickle and deepcopy."""
         return defaultdict, (dict, dict(self))
+
+
+def peek(states: Mapping[Any, Any], key: Any) -> dict[str, Any] | None:
+    """Return the state of a parameter, or None without one; ``dict.get`` of it notes no access."""
+    own = dict.get(states, key) if isinstance(states, dict) else states.get(key)
+    return own if isinstance(own, dict) else None
 
 
 _READING = ("__getitem__", "__or__", "__ror__", "get", "items", "values")

@@ -49,6 +49,7 @@ def traffic(plan: Plan) -> Traffic:
             row, size, plan.settings, layered.needs_grad(plan.groups.hypers[row.group], len(row.states))
         )
         for row, size in zip(plan.rows, sizes, strict=True)
+        if not row.is_reserved
     ]
     # sphere groups are read and written once more
     stages += [(n, n) for row in plan.rows if plan.groups.hypers[row.group].sphere for n in [row.work.nbytes]]

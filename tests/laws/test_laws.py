@@ -134,7 +134,15 @@ def test_data_ptr_only_in_the_address_cache():
 NEVER_WAIT = (
     *(
         f"plan/{name}.py"
-        for name in ("plan", "gradients", "groups", "address_cache", "device_buffers", "tracked_states")
+        for name in (
+            "plan",
+            "gradients",
+            "groups",
+            "address_cache",
+            "device_buffers",
+            "state_cache",
+            "tracked_states",
+        )
     ),
     *("optim/averaging.py", "backends/native.py", "backends/triton/launch.py", "backends/__init__.py"),
 )

@@ -29,13 +29,13 @@ def made(case=None, steps=2, **options):
 def checks(opt):
     """How many of the next steps compare all states."""
     plan, count = opt.session.plan, []
-    addresses = plan._state_addresses
-    compare = addresses.is_valid
-    addresses.is_valid = lambda: count.append(1) or compare()
+    states = plan.states
+    compare = states.find_moved
+    states.find_moved = lambda: count.append(1) or compare()
     for _ in range(4):
         opt.step()
         assert opt.session.plan is plan
-    del addresses.is_valid
+    del states.find_moved
     return len(count)
 
 

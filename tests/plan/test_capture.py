@@ -10,7 +10,7 @@ from cases import assert_same_bits, make_params, set_grads
 
 import fused_warmup as fw
 from fused_warmup.optim import base, session
-from fused_warmup.plan import device_buffers, gradients, groups
+from fused_warmup.plan import device_buffers, gradients, groups, plan
 
 SHAPES = [(4, 5), (3,), (7,)]
 
@@ -34,7 +34,7 @@ class Capture:
 @pytest.fixture
 def capture(monkeypatch):
     state = Capture()
-    for module in (gradients, groups, base, session, device_buffers):
+    for module in (gradients, groups, base, session, device_buffers, plan):
         monkeypatch.setattr(module, "is_capturing", state)
     monkeypatch.setattr(device_buffers, "is_mirrored", lambda device: True)
     return state

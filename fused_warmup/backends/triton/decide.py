@@ -8,6 +8,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from ...plan.structs import COUNT_LIMIT
 from .memory import (
     Counters,
     Hyper,
@@ -28,6 +29,8 @@ from .memory import (
 from .reduce import combine_all
 from .rules import clip_coefficient, common_scalars, sphere_rate, start_exp_avg_sq
 from .schedules import average_weight, is_averaged, multiplier
+
+MAX_COUNT = tl.constexpr(float(COUNT_LIMIT))
 
 
 @triton.jit
@@ -65,9 +68,12 @@ def set_rates(step, t, LANES: tl.constexpr):
 
 
 @triton.jit
-def updates_of(row):
-    """Number of updates of a row."""
-    return tl.load(field(row.counters, 0, RowCounters, "step"))
+def updates_of(row, known):
+    """Number of updates of rows: the exact count, unless other code has written the float of the state."""
+    exact = tl.load(field(row.counters, 0, RowCounters, "step"), known, 0)
+    shown = tl.load(row.step.to(tl.pointer_type(tl.float32)), known, 0.0)
+    written = (shown != exact.to(tl.float32)) & (shown >= 0.0) & (shown < MAX_COUNT)
+    return tl.where(written, shown.to(tl.int64), exact)
 
 
 @triton.jit
@@ -75,9 +81,10 @@ def count_average(step, decision, row, known):
     """Advance the average counter of every row that has an average, with or without a gradient."""
     kept = known & (row.average != 0)
     due = is_averaged(step.average_kind, step.average_start, step.average_every, decision.t + 1)
-    n_averaged = tl.load(field(row.counters, 0, RowCounters, "n_averaged"), kept, 0) + due.to(tl.int64)
+    count = row.n_averaged.to(tl.pointer_type(tl.int64))
+    n_averaged = tl.load(count, kept, 0) + due.to(tl.int64)
     weight = tl.where(due, average_weight(step.average_kind, step.average_decay, n_averaged), 0.0)
-    tl.store(field(row.counters, 0, RowCounters, "n_averaged"), n_averaged, kept)
+    tl.store(count, n_averaged, kept)
     tl.store(field(row.counters, 0, RowCounters, "average_weight"), weight, kept)
 
 
@@ -122,10 +129,9 @@ def set_scalars(
         active = known & (tl.load(grad_of(step, i), known, 0) != 0)
         row = load_struct(step.rows, i, Row, known)
         count_average(step, decision, row, known)
-        counter = field(row.counters, 0, RowCounters, "step")
-        updates = tl.load(counter, active, 0) + 1
-        tl.store(counter, updates, active)
-        tl.store(row.step_float.to(tl.pointer_type(tl.float32)), updates.to(tl.float32), active)
+        updates = updates_of(row, active) + 1
+        tl.store(field(row.counters, 0, RowCounters, "step"), updates, active)
+        tl.store(row.step.to(tl.pointer_type(tl.float32)), updates.to(tl.float32), active)
         h = load_struct(step.hypers, row.group, Hyper, active)
         rates = load_struct(step.rates, row.group, Rates, active)
         effective_lr = rates.lr

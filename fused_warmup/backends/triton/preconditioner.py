@@ -111,7 +111,7 @@ def preconditioner_kernel(
             h = load_struct(step.hypers, row.group, Hyper)
             rates = load_struct(call.rates, row.group, Rates)
             factor = rates.lr / tl.load((call.thresholds + chunk.row * 8).to(tl.pointer_type(tl.float64)))
-            updates = updates_of(row) + 1
+            updates = updates_of(row, True) + 1
             # learning rate 1, because the preconditioner does not contain the rate
             rates = Rates(rates, lr=rates.lr * 0.0 + 1.0)
             all_scalars = as_numbers(
