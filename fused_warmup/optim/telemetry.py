@@ -260,6 +260,7 @@ class Telemetry:
 
     def _complete_file(self) -> None:
         """Write the last rows and close the file, in the process that opened it."""
+        # a forked process cannot read a GPU
         if self._stream is not None and self._stream.is_owned():
             self.stream_to(None)
 
@@ -312,7 +313,7 @@ class _KeptRows:
         if wanted > len(self.buffer):
             size = max(wanted, 2 * len(self.buffer))
             size = size if self.limit is None else min(size, self.limit)
-            grown = torch.empty(size, len(TELEMETRY), dtype=torch.float64, device="cpu")
+            grown = torch.zeros(size, len(TELEMETRY), dtype=torch.float64, device="cpu")
             grown[: self.added] = self.buffer[: self.added]
             self.buffer = grown
         self.buffer[self._places(self.added, self.added + len(rows))] = rows

@@ -252,6 +252,7 @@ def test_dropped_rows_are_counted():
     write(telemetry, 3, skipped=True)
     assert telemetry.dropped == 0
     write(telemetry, 2000, eager=False)
+    assert len(telemetry) == 13 + CAPACITY
     assert telemetry.history()["step"].tolist() == [*range(1, 11), 10, 10, 10, *range(987, 2011)]
     assert telemetry.dropped == 976
     assert made().dropped == Telemetry(False).dropped == 0
@@ -280,6 +281,26 @@ def test_a_long_record_is_loaded_up_to_the_bound():
     telemetry = made(2)
     assert telemetry.load_rows(made(20_000, keep_all=True).rows()) == 20_000
     assert telemetry.history()["step"].tolist() == list(range(20_001 - KEPT, 20_001))
+
+
+def test_after_a_load_the_latest_row_is_a_loaded_one():
+    telemetry = made(10)
+    telemetry._counters.fill_(telemetry.load_rows(made(3).rows()))
+    assert (telemetry.latest()["step"], len(telemetry)) == (3, 3)
+    write(telemetry, 1)
+    assert (telemetry.latest()["step"], len(telemetry)) == (4, 4)
+    with pytest.raises(RuntimeError, match="must follow a step"):
+        made().latest()
+
+
+def test_loading_forgets_copies_under_way(monkeypatch):
+    telemetry, short = made(), made(3)
+    monkeypatch.setattr("fused_warmup.optim.telemetry._Copy.is_complete", lambda copy: False)
+    write(telemetry, 1500, skipped=True)
+    telemetry._counters.fill_(telemetry.load_rows(short.rows()))
+    monkeypatch.undo()
+    write(telemetry, 1500)
+    assert telemetry.history()["step"].tolist() == list(range(1, 1504))
 
 
 # the file
