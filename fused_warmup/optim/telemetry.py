@@ -1,24 +1,38 @@
-"""Per-step telemetry: a ring buffer on the device, copied to the host on request."""
+"""Per-step telemetry: a ring buffer on the device, its last rows on the host, and a CSV file on request."""
 
 from __future__ import annotations
 
+import atexit
 import csv
+import os
+import warnings
+import weakref
+from collections import deque
+from contextlib import suppress
 from pathlib import Path
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
 
+from .. import _checks as check
 from ..plan.structs import COUNTERS, PENDING_SCALARS, TELEMETRY
 
 _CAPACITY = 1024
+# 72 bytes each, together 1.2 MB: every step of most fine-tunings, and enough of a long run for a chart
+_KEPT = 16_384
+_CALLS = COUNTERS.index("calls")
+_STEP, _SKIPPED = TELEMETRY.index("step"), TELEMETRY.index("skipped")
 
 
 class Telemetry:
     """Record of one row per call of ``step()``, written by the decide stage.
 
     Rows are written to a ring buffer on the device. A full buffer is copied to the host without waiting for
-    the device; ``latest``, ``history`` and ``to_csv`` wait. A state dict holds the last 1,024 rows, which a
-    resumed run begins with, or all of them if the optimizer was made with ``telemetry="all"``.
+    the device; ``latest``, ``history``, ``len`` and ``to_csv`` wait. The host keeps the last 16,384 rows, and
+    a state dict the last 1,024, which a resumed run begins with; both keep all of them if the optimizer was
+    made with ``telemetry="all"``. ``stream_to`` writes all of them to a file, and ``dropped`` counts those
+    that are missing here.
 
     Columns, all float64:
 
@@ -34,16 +48,29 @@ class Telemetry:
       NaN without one.
     """
 
+    # on the class, because an object whose construction failed is deleted too
+    _stream: _CsvStream | None = None
+
     def __init__(self, enabled: bool = True, keep_all: bool = False) -> None:
         self.enabled, self._keep_all = enabled, keep_all
         self.ring_buffer: Tensor | None = None
         self.pending_scalars: Tensor | None = None
         self._counters: Tensor | None = None
-        # rows on the host, then copies of the ring buffer under way with the counts at the time of each
-        self._rows: list[Tensor] = []
-        self._copies: list[tuple[Tensor, Tensor]] = []
+        self._rows = _KeptRows(None if keep_all else _KEPT)
+        # copies of the ring buffer under way, oldest first
+        self._copies: deque[_Copy] = deque()
+        # count of calls up to which rows were taken, and eager steps since the last copy
         self._calls = 0
         self._uncopied = 0
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Return the attributes for pickle and deepcopy, without the file; waits for the device."""
+        self._collect()
+        return {name: value for name, value in self.__dict__.items() if name != "_stream"}
+
+    def __del__(self) -> None:
+        """Complete the file."""
+        self._complete_file()
 
     def allocate(self, device: torch.device, counters: Tensor | None = None) -> None:
         """Allocate the ring buffer and the pending scalars on a device, unless they are there."""
@@ -65,8 +92,9 @@ class Telemetry:
             return
         self._uncopied += 1
         if self._uncopied == _CAPACITY:
-            self._copies.append((_copied(self.ring_buffer), _copied(self._counters)))
             self._uncopied = 0
+            self._copies.append(_Copy(self.ring_buffer, self._counters))
+            self._take_copies()
 
     def record(self, name: str, value: Tensor | float) -> None:
         """Write a loss or sharpness into the next row, without waiting for the device."""
@@ -78,51 +106,67 @@ class Telemetry:
             slot.fill_(value)
 
     def __len__(self) -> int:
-        """Return the number of rows; waits for the device."""
-        self._collect()
-        return sum(map(len, self._rows))
+        """Return the number of kept rows; waits for the device."""
+        if self._stream is not None:
+            self._collect()
+        return self._rows.length_after(min(self._wait() - self._calls, _CAPACITY))
+
+    @property
+    def dropped(self) -> int:
+        """Number of updates whose rows are not kept; waits for the device.
+
+        Rows are missing if the run is longer than the record, if it was resumed from a state dict that has
+        the last rows only, or none, or if a CUDA graph was replayed too often between two calls. Skipped
+        steps are not counted.
+        """
+        rows = self.rows()
+        updates = int(rows[-1, _STEP]) if len(rows) else 0
+        return max(0, updates - int((rows[:, _SKIPPED] == 0.0).sum()))
 
     def rows(self) -> Tensor:
-        """Return all rows on the CPU, float64 of shape ``[steps, columns]``; waits for the device.
+        """Return the kept rows on the CPU, float64 of shape ``[steps, columns]``; waits for the device.
 
         Steps that a CUDA graph replays leave rows too. The buffer holds the last 1,024 of them; older rows
         are lost if more steps are replayed between two calls.
         """
         self._collect()
-        self._join()
-        return self._rows[0].clone()
+        return self._rows.last(None)
 
     def kept_rows(self) -> Tensor:
         """Return the rows that go into a state dict; waits for the device."""
-        rows = self.rows()
-        return rows if self._keep_all else rows[-_CAPACITY:].clone()
+        self._collect()
+        return self._rows.last(None if self._keep_all else _CAPACITY)
 
-    def _collect(self) -> None:
-        """Copy the new rows from the device; waits for it."""
+    def _wait(self) -> int:
+        """Wait for the device, take the rows of the copies, and return the count of calls."""
         if self.ring_buffer is None or self._counters is None:
-            return
+            return self._calls
         if self.ring_buffer.is_cuda:
             torch.cuda.synchronize(self.ring_buffer.device)
-        found = [
-            self._new_rows(*copy) for copy in (*self._copies, (self.ring_buffer.cpu(), self._counters.cpu()))
-        ]
-        self._rows += [rows for rows in found if len(rows)]
-        self._copies, self._uncopied = [], 0
-        # joined now and then, so that reading at every step does not collect a tensor each
-        if len(self._rows) > _CAPACITY:
-            self._join()
+        self._take_copies()
+        calls: int = self._counters.tolist()[_CALLS]
+        return calls
 
-    def _join(self) -> None:
-        """Concatenate all row blocks."""
-        empty = torch.empty(0, len(TELEMETRY), dtype=torch.float64, device="cpu")
-        self._rows = [torch.cat([empty, *self._rows])]
+    def _collect(self) -> None:
+        """Take all rows from the device; waits for it."""
+        calls = self._wait()
+        if self.ring_buffer is not None and calls > self._calls:
+            self._take(self.ring_buffer.cpu(), calls)
+        self._uncopied = 0
 
-    def _new_rows(self, ring_buffer: Tensor, counters: Tensor) -> Tensor:
-        """Return the rows of a copy of the ring buffer that are not in earlier copies."""
-        calls = int(counters[COUNTERS.index("calls")])
-        new = range(max(self._calls, calls - _CAPACITY), calls)
+    def _take_copies(self) -> None:
+        """Take the rows of the copies that are complete."""
+        while self._copies and self._copies[0].is_complete():
+            copy = self._copies.popleft()
+            self._take(copy.ring_buffer, copy.counters.tolist()[_CALLS])
+
+    def _take(self, ring_buffer: Tensor, calls: int) -> None:
+        """Keep and write the rows of a ring buffer on the host that were not taken before."""
+        first = max(self._calls, calls - _CAPACITY)
+        rows = ring_buffer[torch.arange(first, calls, device="cpu") % _CAPACITY]
         self._calls = calls
-        return ring_buffer[[call % _CAPACITY for call in new]]
+        self._rows.append(rows)
+        self._write(rows)
 
     def load_rows(self, rows: Tensor) -> int:
         """Replace all rows by those of another record.
@@ -130,9 +174,15 @@ class Telemetry:
         Returns:
             The count of calls with which the next row follows them.
         """
-        self._rows = [rows.to("cpu", torch.float64, copy=True)]
-        self._copies, self._uncopied = [], 0
+        if self._stream is not None:
+            self._collect()
+        rows = rows.to("cpu", torch.float64)
+        self._rows = _KeptRows(None if self._keep_all else _KEPT)
+        self._rows.append(rows)
+        self._copies.clear()
+        self._uncopied = 0
         self._calls = len(rows)
+        self._write(rows, later=True)
         return self._calls
 
     def history(self) -> dict[str, Tensor]:
@@ -145,16 +195,22 @@ class Telemetry:
         Raises:
             RuntimeError: If there is no row yet, or telemetry is off.
         """
-        self._collect()
-        rows = next((block for block in reversed(self._rows) if len(block)), None)
-        if rows is None:
+        if self._stream is not None:
+            self._collect()
+        calls = self._wait()
+        if self.ring_buffer is not None and calls > self._calls:
+            # this row alone: copying the buffer takes ten times as long
+            row = self.ring_buffer[(calls - 1) % _CAPACITY]
+        elif self._rows.length_after(0):
+            row = self._rows.last(1)[0]
+        else:
             raise RuntimeError(
                 "Telemetry: latest() must follow a step made with telemetry=True, got no rows."
             )
-        return dict(zip(TELEMETRY, rows[-1].tolist(), strict=True))
+        return dict(zip(TELEMETRY, row.tolist(), strict=True))
 
     def to_csv(self, path: str | Path) -> None:
-        """Write all rows to a CSV file with a header line; waits for the device.
+        """Write the kept rows to a CSV file with a header line; waits for the device.
 
         Args:
             path: File to write; numbers are written so that reading gives the same float64.
@@ -163,6 +219,199 @@ class Telemetry:
             writer = csv.writer(file)
             writer.writerow(TELEMETRY)
             writer.writerows(self.rows().tolist())
+
+    def stream_to(self, path: str | Path | None) -> None:
+        """Append every row, from the kept ones on, to a CSV file in the format of ``to_csv``.
+
+        Steps do not wait for the device: they write full ring buffers that were copied. This method, every
+        method that waits, ``state_dict()``, the deletion of the optimizer and the exit of the interpreter
+        write the other rows. Copies of the optimizer do not stream.
+
+        A file with the same columns is continued, so that a resumed run may call this before or after
+        ``load_state_dict()``. Loaded rows up to the last step of the file are not repeated. Steps that are
+        made again, because the file goes on after the checkpoint, are appended: the last row of a step
+        counts, also for ``fw.tuning.refine_schedule``. An incomplete last line is removed.
+
+        If the file cannot be written later, a warning says so and streaming ends.
+
+        Args:
+            path: File to write, by one process; None ends the streaming.
+
+        Raises:
+            RuntimeError: If telemetry is off.
+            TypeError: If the path is not a path.
+            ValueError: If the file exists and is not such a record.
+            OSError: If the file cannot be opened. The stream stays what it was after any error.
+        """
+        if path is not None and not self.enabled:
+            raise RuntimeError(
+                "Telemetry: stream_to() needs an optimizer made with telemetry=True, got False."
+            )
+        if path is not None and not isinstance(path, (str, os.PathLike)):
+            check.fail("Telemetry", "path", "be a path or None", path, error=TypeError)
+        self._collect()
+        stream = None if path is None else _CsvStream(Path(path))
+        if self._stream is not None:
+            self._stream.close()
+        self._stream = stream
+        if stream is not None:
+            _STREAMING.add(self)
+            self._write(self._rows.last(None), later=True)
+
+    def _complete_file(self) -> None:
+        """Write the last rows and close the file, in the process that opened it."""
+        # a forked process cannot read a GPU
+        if self._stream is not None and self._stream.is_owned():
+            self.stream_to(None)
+
+    def _write(self, rows: Tensor, *, later: bool = False) -> None:
+        """Append rows to the file, if there is one; only those after its last step if ``later``."""
+        stream = self._stream
+        if stream is None:
+            return
+        if later:
+            rows = rows[rows[:, _STEP] > stream.last_step]
+        try:
+            stream.write(rows)
+        except OSError as error:
+            # a step is no place to raise for a full disk
+            self._stream = None
+            stream.close()
+            warnings.warn(f"Telemetry: rows are no longer streamed to {stream.path}: {error}.", stacklevel=2)
+
+
+# records with a file, which the exit of the interpreter completes
+_STREAMING: weakref.WeakSet[Telemetry] = weakref.WeakSet()
+
+
+@atexit.register
+def _complete_files() -> None:
+    """Complete the files of all records."""
+    for telemetry in list(_STREAMING):
+        telemetry._complete_file()
+
+
+class _KeptRows:
+    """The last rows on the host, in a circular buffer that grows up to a limit.
+
+    Args:
+        limit: Number of rows to keep; None keeps all.
+    """
+
+    def __init__(self, limit: int | None) -> None:
+        self.limit, self.added = limit, 0
+        self.buffer = torch.empty(0, len(TELEMETRY), dtype=torch.float64, device="cpu")
+
+    def length_after(self, more: int) -> int:
+        """Return the number of rows after some more."""
+        return self.added + more if self.limit is None else min(self.added + more, self.limit)
+
+    def append(self, rows: Tensor) -> None:
+        """Add rows; the oldest give way."""
+        rows = rows[-self.limit :] if self.limit is not None else rows
+        wanted = self.length_after(len(rows))
+        if wanted > len(self.buffer):
+            size = max(wanted, 2 * len(self.buffer))
+            size = size if self.limit is None else min(size, self.limit)
+            grown = torch.zeros(size, len(TELEMETRY), dtype=torch.float64, device="cpu")
+            grown[: self.added] = self.buffer[: self.added]
+            self.buffer = grown
+        self.buffer[self._places(self.added, self.added + len(rows))] = rows
+        self.added += len(rows)
+
+    def last(self, count: int | None) -> Tensor:
+        """Return a copy of the last rows, or of all with None."""
+        count = self.length_after(0) if count is None else min(count, self.length_after(0))
+        return self.buffer[self._places(self.added - count, self.added)]
+
+    def _places(self, first: int, end: int) -> Tensor:
+        """Return the places of rows in the buffer."""
+        return torch.arange(first, end, device="cpu") % max(1, len(self.buffer))
+
+
+class _Copy:
+    """A copy of the ring buffer to the host, made without waiting.
+
+    Attributes:
+        ring_buffer: The copy; the device may still be writing it.
+        counters: Counters at the time of the copy.
+    """
+
+    def __init__(self, ring_buffer: Tensor, counters: Tensor) -> None:
+        self.ring_buffer, self.counters = _copied(ring_buffer), _copied(counters)
+        self._event: torch.cuda.Event | None = None
+        if ring_buffer.is_cuda:
+            self._event = torch.cuda.current_stream(ring_buffer.device).record_event()
+
+    def is_complete(self) -> bool:
+        """Return whether the device has written the copy; does not wait."""
+        return self._event is None or bool(self._event.query())  # type: ignore[no-untyped-call]
+
+
+class _CsvStream:
+    """A CSV file that rows are appended to.
+
+    Args:
+        path: The file; one that exists is continued.
+
+    Attributes:
+        last_step: ``step`` of its last row; -1 without one.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path, self._process = path, os.getpid()
+        # with one character per byte, lengths of lines are those in the file
+        self._file = path.open("a+", newline="", encoding="latin-1")
+        self._writer = csv.writer(self._file)
+        try:
+            self.last_step = self._read_end()
+        except BaseException:
+            self.close()
+            raise
+
+    def _read_end(self) -> float:
+        """Return the step of the last row, after checking or writing the header line."""
+        file = self._file
+        file.seek(0)
+        header = file.readline()
+        if not header:
+            self._writer.writerow(TELEMETRY)
+            file.flush()
+            return -1.0
+        if header.rstrip("\r\n") != ",".join(TELEMETRY) or not header.endswith("\n"):
+            self._fail("have the columns of a telemetry or be a new file", header)
+        lines = deque(file, maxlen=2)
+        incomplete = lines.pop() if lines and not lines[-1].endswith("\n") else ""
+        last_step = self._step_of(lines[-1]) if lines else -1.0
+        file.truncate(file.seek(0, os.SEEK_END) - len(incomplete))
+        return last_step
+
+    def _step_of(self, line: str) -> float:
+        """Return the step of a row."""
+        try:
+            return [float(field) for field in line.split(",")][_STEP]
+        except ValueError:
+            self._fail("end with a row of numbers", line)
+
+    def _fail(self, condition: str, line: str) -> NoReturn:
+        """Raise ``ValueError`` for a line."""
+        check.fail("Telemetry", "path", condition, str(self.path), f"It has the line {line[:200]!r}.")
+
+    def is_owned(self) -> bool:
+        """Return whether this process opened the file, rather than the one that forked it."""
+        return os.getpid() == self._process
+
+    def write(self, rows: Tensor) -> None:
+        """Append rows and flush the file, in the process that opened it."""
+        if len(rows) and self.is_owned():
+            self._writer.writerows(rows.tolist())
+            self._file.flush()
+            self.last_step = float(rows[-1, _STEP])
+
+    def close(self) -> None:
+        """Close the file, also if its last rows cannot be written."""
+        with suppress(OSError):
+            self._file.close()
 
 
 def _copied(tensor: Tensor) -> Tensor:

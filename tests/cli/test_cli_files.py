@@ -336,6 +336,15 @@ def check_kept(tmp_path, result, steps):
     return record
 
 
+def test_a_training_keeps_every_row(tmp_path, monkeypatch):
+    """Beyond the number of rows that an optimizer keeps by default."""
+    monkeypatch.setattr("fused_warmup.optim.telemetry._KEPT", 4)
+    result = invoke("train", *FEW, "--out", tmp_path, "--no-compare")
+    assert result.exit_code == 0, result.output
+    with (tmp_path / "digits.csv").open(newline="") as file:
+        assert [float(row["step"]) for row in csv.DictReader(file)] == [1, 2, 3, 4, 5, 6]
+
+
 @pytest.mark.parametrize(("calls", "steps"), [(8, 3), (7, 3), (2, 0), (12, 5)])
 def test_an_interrupt_keeps_the_finished_steps(tmp_path, monkeypatch, calls, steps):
     """The two sides take turns: an odd call is ours, an even one torch's."""

@@ -407,6 +407,78 @@ def test_sources(tmp_path, kind):
     assert refinement(opt.telemetry, kind, column=other).schedule.values(11).tolist() == named.tolist()
 
 
+def rows_of(steps, skipped=()):
+    """Return columns of a telemetry; the norm of a row is its place, from 1."""
+    skips = [float(i in skipped) for i in range(len(steps))]
+    norms = [float(i + 1) for i in range(len(steps))]
+    return {"step": [float(step) for step in steps], "grad_norm": norms, "skipped": skips}
+
+
+def write_rows(path, columns):
+    lines = [",".join(columns), *(",".join(map(repr, row)) for row in zip(*columns.values(), strict=True))]
+    path.write_text("\n".join(lines) + "\n")
+
+
+INCOMPLETE = {
+    "beginning": (rows_of(range(3, 9)), "all 8 updates of the run, got 6"),
+    "middle": (rows_of([1, 2, 6, 7]), "all 7 updates of the run, got 4"),
+    "beginning, skipped": (rows_of([2, 3, 4, 5], skipped=(0,)), "all 5 updates of the run, got 3"),
+    "after going back": (rows_of([4, 5, 6, 4, 5]), "all 5 updates of the run, got 2"),
+}
+
+
+@pytest.mark.parametrize("case", INCOMPLETE)
+def test_an_incomplete_record_is_refused(tmp_path, case):
+    columns, message = INCOMPLETE[case]
+    write_rows(tmp_path / "run.csv", columns)
+    for source in (columns, tmp_path / "run.csv"):
+        with pytest.raises(
+            ValueError, match=f"^refine_schedule: norms must have rows of {message}. Make the"
+        ):
+            fw.tuning.refine_schedule(source, "sgd")
+    # a part of a run that was meant
+    assert len(fw.tuning.refine_schedule(columns["grad_norm"], "sgd")) == len(columns["step"])
+
+
+@pytest.mark.parametrize("telemetry", [True, "all"])
+def test_a_telemetry_that_dropped_rows_is_refused(tmp_path, telemetry):
+    """One that keeps all rows, and the file that rows are streamed to, are as good as a short run."""
+    param = torch.nn.Parameter(torch.zeros(1))
+    opt = fw.SGD([param], lr=0.0, telemetry=telemetry)
+    opt.telemetry.stream_to(tmp_path / "run.csv")
+    param.grad = torch.ones(1)
+    for _ in range(16_384 + 50):
+        opt.step()
+    dropped = opt.telemetry.dropped
+    assert dropped == (50 if telemetry is True else 0)
+    if dropped:
+        message = r'must have rows of all 16434 updates of the run, got 16384\. .* telemetry="all".*stream_to\(path\)'
+        with pytest.raises(ValueError, match=message):
+            fw.tuning.refine_schedule(opt.telemetry, "sgd")
+    else:
+        assert len(fw.tuning.refine_schedule(opt.telemetry, "sgd")) == 16_434
+    assert len(fw.tuning.refine_schedule(tmp_path / "run.csv", "sgd")) == 16_434
+
+
+def test_of_a_step_made_again_the_last_row_counts(tmp_path):
+    """In the file of a run that was resumed from an earlier step, or begun again."""
+    for steps, skipped, norms in (
+        ([1, 2, 3, 4, 3, 4, 5], (), [1, 2, 5, 6, 7]),
+        ([1, 2, 2, 3, 3, 4], (2,), [1, 2, 5, 6]),
+        ([1, 2, 3, 4, 5, 1, 2, 3], (), [6, 7, 8]),
+        ([0, 1, 2], (0,), [2, 3]),
+    ):
+        columns = rows_of(steps, skipped)
+        write_rows(tmp_path / "run.csv", columns)
+        for source in (columns, tmp_path / "run.csv"):
+            assert refinement(source, "sgd", smoothing=0.0).smoothed.tolist() == norms
+
+
+def test_a_record_of_skipped_steps_has_no_norms():
+    with pytest.raises(ValueError, match="one number per step, of two steps at least"):
+        refinement(rows_of([0, 0], skipped=(0, 1)), "sgd")
+
+
 def test_norms_that_are_not_finite_keep_the_places_of_the_others():
     norms = np.linspace(3.0, 1.0, 50)
     holes = norms.copy()

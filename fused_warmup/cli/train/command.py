@@ -126,7 +126,7 @@ def save_results(record: Record, telemetry: Telemetry, console: PlainConsole) ->
         console: Console for the table.
     """
     record = _json_values(record)
-    kept = Telemetry()
+    kept = Telemetry(keep_all=True)
     kept.load_rows(telemetry.rows()[: len(record["ours"]["losses"])])
     history = kept.history()
     columns = {name: history[name].tolist() for name in COLUMNS}

@@ -123,6 +123,7 @@ class FusedLoop(TrainingLoop):
             max_grad_norm=config.max_grad_norm or None,
             average=fw.EMA(config.ema) if config.ema else None,
             backend=config.backend,
+            telemetry="all",
         )
         self.sharpness: SharpnessRecorder | None = None
         if config.sharpness_every:

@@ -15,11 +15,16 @@ from .csv_table import read_csv
 
 # first column in exports of experiment trackers
 _STEPS = ("step", "_step")
+# columns of a telemetry that tell whether it is complete
+_RECORD = ("step", "skipped")
 COLUMNS = {"sgd": "grad_norm", "adam": "grad_norm_l1"}
 
 
 def read_norms(owner: str, source: Any, kind: str, column: str | None = None) -> np.ndarray:
     """Return one norm per step; rows of steps that were skipped are left out.
+
+    If there are columns ``step`` and ``skipped``, as in a telemetry, every step must have a row. Of a step
+    that a resumed run made again, the last row is taken.
 
     Args:
         owner: Name of the caller, for error messages.
@@ -32,7 +37,8 @@ def read_norms(owner: str, source: Any, kind: str, column: str | None = None) ->
 
     Raises:
         TypeError: If the source has another type.
-        ValueError: If a column is missing, the file was cut short or is ambiguous, or a norm is negative.
+        ValueError: If a column or the row of a step is missing, the file was cut short or is ambiguous, or a
+            norm is negative.
         OSError: If the file cannot be read.
     """
     wanted = COLUMNS[check.one_of(owner, "kind", kind, tuple(COLUMNS))] if column is None else column
@@ -46,6 +52,8 @@ def read_norms(owner: str, source: Any, kind: str, column: str | None = None) ->
         norms = _array(owner, source[wanted])
         skipped = _array(owner, source["skipped"]) if "skipped" in source else np.zeros(len(norms))
         norms = norms[skipped == 0.0]
+        if all(name in source for name in _RECORD):
+            norms = norms[_last_rows(owner, _array(owner, source["step"])[skipped == 0.0])]
     else:
         norms = _array(owner, source)
     if norms.ndim != 1 or len(norms) < 2:
@@ -56,6 +64,23 @@ def read_norms(owner: str, source: Any, kind: str, column: str | None = None) ->
     if not np.isfinite(norms).any():
         check.fail(owner, "norms", "have an entry that is finite", "none")
     return norms
+
+
+def _last_rows(owner: str, steps: np.ndarray) -> np.ndarray:
+    """Return whether each row is the last one of its step; raise if a step has none."""
+    smallest_from = np.minimum.accumulate(steps[::-1])[::-1]
+    last = steps < np.append(smallest_from[1:], np.inf)
+    rows = int(last.sum())
+    if rows and steps[-1] > rows:
+        check.fail(
+            owner,
+            "norms",
+            f"have rows of all {int(steps[-1])} updates of the run",
+            rows,
+            'Make the optimizer with telemetry="all", or call opt.telemetry.stream_to(path) before the run '
+            "and pass that path. The norms of a part of a run may be passed as numbers.",
+        )
+    return last
 
 
 def _array(owner: str, numbers: Any) -> np.ndarray:
@@ -69,7 +94,7 @@ def _array(owner: str, numbers: Any) -> np.ndarray:
 
 
 def _read_csv(owner: str, path: Path, wanted: str, *, named: bool) -> dict[str, list[float]]:
-    """Return the wanted column of a file with a header line, and the column ``skipped`` if it has one.
+    """Return the wanted column of a file with a header line, and ``step`` and ``skipped`` of a telemetry.
 
     A file without the wanted column may have a single column, or a column of steps followed by the norms.
     """
@@ -85,7 +110,7 @@ def _read_csv(owner: str, path: Path, wanted: str, *, named: bool) -> dict[str, 
             table.fail(table.header_line, "have the names of the columns", header)
     columns = {wanted: table.numbers(take, "Name the one to take.")}
     if "skipped" in header:
-        columns["skipped"] = table.numbers("skipped")
+        columns |= {name: table.numbers(name) for name in _RECORD if name in header}
     return columns
 
 
