@@ -17,8 +17,8 @@ from ..plan.structs import ROW_COUNTERS
 class Counts:
     """Counts of the parameters that have states.
 
-    The state of a parameter has its count as torch keeps it, a float32; ``exact`` goes on beyond 2**24. Other code
-    may write the float, and the next step then goes on from there.
+    The state of a parameter has its count as torch keeps it, a float32; ``exact`` goes on beyond 2**24. Other
+    code may write the float, and the next step goes on from there.
 
     Attributes:
         steps: Entry ``step`` of the state of each parameter, 0-dim float32, by the identity of the parameter.
@@ -83,7 +83,7 @@ class Counts:
             self.exact[:, 0].index_copy_(0, send(places, device), send(values, device))
 
     def select(self, params: Sequence[Tensor]) -> tuple[list[int], Tensor]:
-        """Return the positions of those parameters that have counts, and the exact counts, int64 of ``[n]``."""
+        """Return the positions of the parameters that have counts, and the exact counts, int64 of ``[n]``."""
         slots = [self._slots.get(id(param), -1) for param in params]
         found = [i for i, slot in enumerate(slots) if slot >= 0]
         if self.exact is None:

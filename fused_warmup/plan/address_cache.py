@@ -49,8 +49,8 @@ class TensorReader(NamedTuple):
 
     Attributes:
         signatures: Makes ``TensorSignatures``.
-        extents: Returns the struct ``TensorExtent`` of each tensor; its dtype is -1 unless the tensor is a plain
-            one, a ``Tensor`` or ``Parameter`` with contiguous elements of a supported dtype.
+        extents: Returns the struct ``TensorExtent`` of each tensor; its dtype is -1 unless the tensor is a
+            plain one, a ``Tensor`` or ``Parameter`` with contiguous elements of a supported dtype.
         groups_unchanged: Returns whether groups still hold the same parameters.
         states_unchanged: Returns whether dictionaries still hold the same objects under the same keys.
         plain_copies: Returns copies of dictionaries as plain ones, whatever their classes do on access.

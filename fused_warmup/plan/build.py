@@ -78,8 +78,8 @@ class Found(NamedTuple):
         rows: Parameters that have or may get a state, in the order of the groups.
         reaches: Bytes from the first element of each row to the end of its last, int64 of ``[rows]``.
         active: Positions among the rows of those that have or get a state now.
-        waiting: Parameters without a row: frozen ones, and ones that no backend takes. The table is built again
-            when one of them gets a gradient.
+        waiting: Parameters without a row: frozen ones, and ones that no backend takes. The table is built
+            again when one of them gets a gradient.
     """
 
     rows: list[Row]

@@ -22,16 +22,16 @@ def reach_of(tensor: Tensor) -> int:
 def check_disjoint(owner: str, rows: Sequence[Row], addresses: np.ndarray, reaches: np.ndarray) -> int:
     """Raise if two parameters share memory.
 
-    The tensors are sorted by address once. Only where the stretches of memory from first to last element
-    intersect, as those of the columns of a matrix do, are their elements marked in a map of that memory, so that
-    the time grows with the elements and not with the pairs of tensors.
+    The tensors are sorted by address once. Those whose stretches of memory intersect, like the columns of a
+    matrix, are compared by their places within the common stride; if that does not decide, their elements are
+    marked in a map of the memory. Neither takes time for each pair of tensors.
 
     Args:
         owner: Name of the optimizer class.
         rows: The parameters.
         addresses: Address of each, uint64 of ``[rows]``.
-        reaches: Bytes from the first element of each to the end of its last, int64 of ``[rows]``; 0 for an empty
-            one.
+        reaches: Bytes from the first element of each to the end of its last, int64 of ``[rows]``; 0 for an
+            empty one.
 
     Returns:
         The number of elements that were marked.
@@ -47,38 +47,62 @@ def check_disjoint(owner: str, rows: Sequence[Row], addresses: np.ndarray, reach
     marked = 0
     # runs of tensors each of which begins before those in front of it end
     for run in np.split(meets, np.flatnonzero(np.diff(meets) > 1) + 1) if len(meets) else ():
-        members = order[run[0] : run[-1] + 2]
-        found, count = _mark([rows[i].local for i in members], begins[run[0] : run[-1] + 2])
+        places = slice(run[0], run[-1] + 2)
+        members = order[places].tolist()
+        tensors, offsets = [rows[i].local for i in members], begins[places] - begins[run[0]]
+        if _are_apart(tensors, offsets, reaches[members]):
+            continue
+        found, count = _mark(tensors, offsets, reaches[members])
         marked += count
         if found is not None:
             i, j = sorted(rows[members[k]].index for k in found)
             raise ValueError(
-                f"{owner}: parameters must not share memory, got {i} and {j} over the same addresses; give the "
-                "tensor that both are views of."
+                f"{owner}: parameters must not share memory, got {i} and {j} over the same addresses; give "
+                "the tensor that both are views of."
             )
     return marked
 
 
-def _mark(tensors: Sequence[Tensor], addresses: np.ndarray) -> tuple[tuple[int, int] | None, int]:
+def _outer_dimension(tensor: Tensor) -> tuple[int, int]:
+    """Return the largest stride of a tensor in bytes, and the length of its dimension."""
+    dimensions = [(stride, n) for n, stride in zip(tensor.shape, tensor.stride(), strict=True) if n > 1]
+    stride, n = max(dimensions, default=(0, 1))
+    return stride * tensor.element_size(), n
+
+
+def _are_apart(tensors: Sequence[Tensor], offsets: np.ndarray, reaches: np.ndarray) -> bool:
+    """Return whether tensors of one outer stride lie in disjoint places within it."""
+    outer = [_outer_dimension(tensor) for tensor in tensors]
+    stride = outer[0][0]
+    if stride == 0 or any(own != stride for own, _ in outer):
+        return False
+    inner = reaches - stride * (np.array([n for _, n in outer], np.int64) - 1)
+    order = np.argsort(offsets % stride, kind="stable")
+    begins, lengths = (offsets % stride)[order], inner[order]
+    # the place after the last one is the first one, a stride later
+    return bool((begins + lengths <= np.append(begins[1:], begins[0] + stride)).all())
+
+
+def _mark(
+    tensors: Sequence[Tensor], offsets: np.ndarray, reaches: np.ndarray
+) -> tuple[tuple[int, int] | None, int]:
     """Return the positions of two tensors that share memory, or None, and the number of elements marked."""
-    offsets = addresses - addresses[0]
-    # the largest unit in which all addresses and strides are whole
-    steps = [
+    sizes = [t.element_size() for t in tensors]
+    # the largest unit in which all offsets and strides are whole; a dimension of one element has any stride
+    strides = [
         t.element_size() * stride
         for t in tensors
         for n, stride in zip(t.shape, t.stride(), strict=True)
         if n > 1
     ]
-    unit = int(np.gcd.reduce([*offsets, *steps, *(t.element_size() for t in tensors)]))
-    spans = [reach_of(t) for t in tensors]
-    size = max(int(o) + span for o, span in zip(offsets, spans, strict=True)) // unit
-    taken = torch.zeros(size, dtype=torch.bool, device="cpu")
+    unit = int(np.gcd.reduce([*offsets.tolist(), *strides, *sizes]))
+    taken = torch.zeros(int((offsets + reaches).max()) // unit, dtype=torch.bool, device="cpu")
     marked = 0
-    for k, (tensor, offset) in enumerate(zip(tensors, offsets, strict=True)):
-        own = _cells(taken, tensor, int(offset), unit)
-        marked += own.numel()
+    for k, (tensor, offset) in enumerate(zip(tensors, offsets.tolist(), strict=True)):
+        own = _cells(taken, tensor, offset, unit)
+        marked += tensor.numel()
         if bool(own.any()):
-            return (_partner(tensors[: k + 1], offsets, unit, size), k), marked
+            return (_partner(taken, tensors[: k + 1], offsets.tolist(), unit), k), marked
         own.fill_(True)
     return None, marked
 
@@ -86,14 +110,15 @@ def _mark(tensors: Sequence[Tensor], addresses: np.ndarray) -> tuple[tuple[int, 
 def _cells(taken: Tensor, tensor: Tensor, offset: int, unit: int) -> Tensor:
     """Return the part of a map of memory, one cell for each unit of bytes, that a tensor lies in."""
     size = tensor.element_size() // unit
-    strides = [stride * size for stride in tensor.stride()]
+    # any stride serves for a dimension of one element
+    strides = [stride * size if n > 1 else 1 for n, stride in zip(tensor.shape, tensor.stride(), strict=True)]
     return taken.as_strided((*tensor.shape, size), (*strides, 1), offset // unit)
 
 
-def _partner(tensors: Sequence[Tensor], offsets: np.ndarray, unit: int, size: int) -> int:
+def _partner(taken: Tensor, tensors: Sequence[Tensor], offsets: Sequence[int], unit: int) -> int:
     """Return the position of a tensor that shares memory with the last one."""
     *others, last = tensors
-    taken = torch.zeros(size, dtype=torch.bool, device="cpu")
-    _cells(taken, last, int(offsets[len(others)]), unit).fill_(True)
-    cells = (_cells(taken, t, int(offset), unit) for t, offset in zip(others, offsets, strict=False))
+    taken.zero_()
+    _cells(taken, last, offsets[len(others)], unit).fill_(True)
+    cells = (_cells(taken, t, offset, unit) for t, offset in zip(others, offsets, strict=False))
     return next(k for k, own in enumerate(cells) if bool(own.any()))

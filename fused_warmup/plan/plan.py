@@ -1,8 +1,8 @@
 """Packed table of one optimizer: the memory that a step reads and writes.
 
 Static columns are built once. A step reads the addresses of the gradients again and compares those of the
-parameters, because a training loop may move either. Rows of parameters that had no gradient when the table was
-built are filled when the first one comes.
+parameters, because a training loop may move either. The row of a parameter that had no gradient when the
+table was built is filled when the first one comes.
 """
 
 from __future__ import annotations
@@ -49,7 +49,8 @@ class Plan:
         state: State of the optimizer by parameter.
         norms: Norm of each group that is kept on a sphere, 0-dim float64 on the device; None for others.
         average: Average that the rows keep.
-        record: Device tensors ``row_counters``, ``counters``, ``pending_scalars`` and ``ring_buffer`` (or None).
+        record: Device tensors ``row_counters``, ``counters``, ``pending_scalars`` and ``ring_buffer``, which
+            may be None.
         device: Where the tensors are.
         is_split: Whether other processes hold other parts of the model, and so of its norms.
 

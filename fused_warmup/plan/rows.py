@@ -25,8 +25,8 @@ class Row:
         work: Tensor that kernels update: the local tensor if it is dense, else a dense copy of it.
         channels: Number of stretches of memory that a rule may treat separately.
         states: States of the rule in the order in which it takes them; laid out like the parameter.
-        step: Number of updates that it has had, 0-dim float32 as in torch; None before its first gradient. Like
-            all states it has memory of its own, so that a pickle of it is small.
+        step: Number of updates that it has had, 0-dim float32 as in torch; None before its first gradient.
+            Like all states it has memory of its own, so that a pickle of it is small.
         average: Weight average, or None.
         n_averaged: Number of values in its average, 0-dim int64; None without an average.
         initialized: Whether the second moment was prepared before the first step.

@@ -66,7 +66,8 @@ class StateCache:
             rows: The rows.
             positions: Positions of these rows in the table.
         """
-        objects, places = [], []
+        objects: list[Any] = []
+        places: list[int] = []
         for row in rows:
             own = peek(self._state, row.param)
             assert own is not None
@@ -98,8 +99,8 @@ class StateCache:
             self._n_states,
             np.array([len(row.states) for row in rows], np.int64),
         ])
-        averaged = np.array([row.average is not None for row in rows], bool)
-        self._has_average = np.concatenate([self._has_average, averaged])
+        has_average = np.array([row.average is not None for row in rows], bool)
+        self._has_average = np.concatenate([self._has_average, has_average])
         self._length = len(self._state)
 
     def fill(self, columns: np.ndarray, first: int = 0) -> None:
