@@ -148,9 +148,9 @@ FAULTS: dict[tuple[str, str], list[tuple[str, ...]]] = {
         ('self._columns["grad_dtype"] = self._columns["dtype"]', "pass", f"{GAPS} dtype_and_back"),
     ],
     ("plan/groups.py", PLAN): [
-        ("self._values = [None] * len(self._values)", "pass", AUTOWU),
+        ("self._values = [None] * len(self.hypers)", "pass", AUTOWU),
         ("return list(map(_read, value)) if isinstance(value, Sequence) else object()", "return value", HIDDEN),
-        ("if _are_equal(values, self._values):", "if [v[1:] for v in values] == [v[1:] for v in self._values if v]:", HIDDEN),
+        ("if _are_equal(values, self._values):", "if [v[1:] for v in values] == [v[1:] for v in self._values or () if v]:", HIDDEN),
         ("return check.on_host(value, object())", "return object()", "plan/test_groups.py"),
         ("return tuple(map(_read, value))", "return value", "plan/test_groups.py"),
         ("if old is None or now[1:] != old[1:]:", "if True:", "plan/test_groups.py"),

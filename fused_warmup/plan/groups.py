@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from numbers import Number
 from operator import itemgetter
@@ -54,8 +55,9 @@ class GroupTable:
         self.has_spheres = self.random_start = False
         self._owner, self._chunk_groups, self._buffers, self._step = owner, chunk_groups, buffers, step
         # what each group held at the last reading
-        self._values: list[tuple[Any, ...] | None] = []
+        self._values: list[tuple[Any, ...] | None] | None = None
         self._places: list[Places] = []
+        self._all_rates: Tensor | None = None
 
     def refresh(
         self,
@@ -80,8 +82,10 @@ class GroupTable:
         values = list(map(read, groups))
         if _are_equal(values, self._values):
             return False
-        known = len(groups) == len(self._values)
-        held = self._values if known else [None] * len(groups)
+        first = self._values is None
+        held = self._values or []
+        if len(held) != len(groups):
+            held = [None] * len(groups)
         rates: dict[int, float] = {}
         made: dict[int, Hyper] = {}
         readings = list(held)
@@ -93,25 +97,25 @@ class GroupTable:
                 made[i] = make(groups[i])
             elif now != old:
                 rates[i] = check.number(self._owner, "lr", given[0])
-        if not rates and not made:
+        if not rates and not made and not first:
             return False
-        if is_capturing(self._buffers.device) and self._values:
+        if is_capturing(self._buffers.device) and not first:
             raise RuntimeError(
                 f"{self._owner}: hyper-parameters must stay as they were at the step before while a graph is "
                 "captured, got other ones. A schedule moves on the device."
             )
         # written only after all values are valid
         self._values = readings
-        self._write(rates, made, len(groups))
-        return bool(made)
-
-    def _write(self, rates: Mapping[int, float], made: Mapping[int, Hyper], count: int) -> None:
-        """Write the hyper-parameters of changed groups into the table."""
-        old = self.hypers
-        if len(old) != count:
+        if len(self.hypers) != len(groups) or first:
             self.hypers = list(made.values())
             self._pack()
-            return
+        else:
+            self._write(rates, made)
+        return bool(made)
+
+    def _write(self, rates: Mapping[int, float], made: Mapping[int, Hyper]) -> None:
+        """Write the hyper-parameters of changed groups into the table."""
+        old = self.hypers
         for i, lr in rates.items():
             old[i].lr = lr
         self.hypers = [made.get(i, h) for i, h in enumerate(old)] if made else old
@@ -130,21 +134,23 @@ class GroupTable:
 
     def forget(self) -> None:
         """Read all hyper-parameters again at the next step, because a schedule changed by itself."""
-        self._values = [None] * len(self._values)
+        self._values = [None] * len(self.hypers)
 
     def _pack(self) -> None:
         """Fill the columns of the groups and the segments of their schedules."""
         self.random_start = any(h.init == "random" for h in self.hypers)
         self._places, segments, values = pack_schedules(self.hypers)
         self._packed = pack_rows(self.hypers, self._places)
-        if len(self.rates) != len(self.hypers):
-            shape, device = (len(self.hypers), len(RATES)), self._buffers.device
-            self.rates = torch.zeros(shape, dtype=torch.float64, device=device)
+        if self._all_rates is None or len(self.rates) != len(self.hypers):
+            # telemetry has the rate of the first group, also where there is none
+            shape, device = (max(1, len(self.hypers)), len(RATES)), self._buffers.device
+            self._all_rates = torch.full(shape, math.nan, dtype=torch.float64, device=device)
+            self.rates = self._all_rates[: len(self.hypers)]
         self._step.point_to(
             hypers=self._buffers.upload("hypers", self._packed),
             segments=self._buffers.upload("segments", segments),
             values=self._buffers.upload("values", values),
-            rates=self.rates,
+            rates=self._all_rates,
         )
         self._step.set(n_groups=len(self.hypers))
         self._pack_spheres()
