@@ -277,6 +277,10 @@ FAULTS: dict[tuple[str, str], list[tuple[str, ...]]] = {
         ("(part % GRAIN == 0)", "True"),
         ("& (chunk.offset % GRAIN == 0)", "", "interpreted.py -k odd_channels"),
     ],
+    ("backends/threads.py", "optim/test_fork.py"): [
+        ("1 if _pool.lost else max(", "max("),
+        ("self.lost = self.lost or self.used", "self.lost = True"),
+    ],
     ("backends/reference.py", "optim/test_failure_modes.py -k scaler"): [
         ("grad_norm * unscale, grad_norm_l1 * unscale", "grad_norm * unscale, grad_norm_l1", f"{GAPS} scaled_gradients"),
     ],
