@@ -18,12 +18,24 @@ def fail(
     raise error(f"{message} {hint}" if hint else message)
 
 
+def on_host(value: torch.Tensor | np.ndarray, otherwise: Any) -> Any:
+    """Return the numbers of a tensor or array on the host, ``otherwise`` for a tensor on another device."""
+    if isinstance(value, np.ndarray):
+        return value.tolist()
+    if value.device.type != "cpu":
+        return otherwise
+    return value.item() if value.numel() == 1 else value.tolist()
+
+
 def number(
     owner: str, name: str, value: Any, low: float = 0.0, high: float = math.inf, *, ends: str = "[)"
 ) -> float:
     """Return ``value`` as a finite float in an interval with the brackets ``ends``."""
-    if isinstance(value, torch.Tensor) and value.numel() == 1 and value.device.type == "cpu":
-        value = value.item()
+    # most values, at every step of a schedule; an end that is 0 is a usual value and finite
+    if type(value) is float and (low < value < high or (value == low == 0.0 and ends[0] == "[")):
+        return value
+    if isinstance(value, torch.Tensor) and value.numel() == 1:
+        value = on_host(value, value)
     if isinstance(value, bool) or not hasattr(value, "__float__") or isinstance(value, torch.Tensor):
         fail(owner, name, "be a number", value, error=TypeError)
     try:
@@ -55,6 +67,8 @@ def whole(owner: str, name: str, value: Any, low: int = 0, high: int = 2**62 - 1
 
 def flag(owner: str, name: str, value: Any) -> bool:
     """Return ``value`` as a bool; the integers 0 and 1 are allowed."""
+    if value is True or value is False:
+        return value
     if not isinstance(value, (bool, int, np.bool_, np.integer)) or value not in (0, 1):
         fail(owner, name, "be True or False", value, error=TypeError)
     return bool(value)
@@ -71,7 +85,10 @@ def betas(owner: str, value: Any) -> tuple[float, float]:
     """Return the two decay rates of the exponential averages, each in [0, 1)."""
     if isinstance(value, (torch.Tensor, np.ndarray)):
         value = value.tolist()
-    if isinstance(value, (str, bytes)) or not isinstance(value, Sequence) or len(value) != 2:
+    is_sequence = isinstance(value, (tuple, list)) or (
+        isinstance(value, Sequence) and not isinstance(value, (str, bytes))
+    )
+    if not is_sequence or len(value) != 2:
         fail(owner, "betas", "be a pair of numbers", value, error=TypeError)
     return number(owner, "betas[0]", value[0], 0.0, 1.0), number(owner, "betas[1]", value[1], 0.0, 1.0)
 

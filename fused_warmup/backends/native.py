@@ -9,14 +9,7 @@ import torch
 from .. import _checks as check
 from ..plan.plan import Plan
 from ..plan.vector_tables import OPERATIONS, PreconditionerTable, VectorTable
-
-# a thread for fewer elements costs more than it saves
-_ELEMENTS_PER_THREAD = 1 << 14
-
-
-def _threads(numel: int) -> int:
-    """Return the number of OpenMP threads for a step of this size."""
-    return max(1, min(torch.get_num_threads(), numel // _ELEMENTS_PER_THREAD))
+from .threads import threads_for
 
 
 class CpuBackend:
@@ -45,11 +38,11 @@ class CpuBackend:
 
     def step(self, plan: Plan) -> None:
         """Make one step, with the same bits for any number of threads."""
-        self._cpu.step(self._isa, self._rules[plan.rule], plan.address, _threads(plan.numel))
+        self._cpu.step(self._isa, self._rules[plan.rule], plan.address, threads_for(plan.numel))
 
     def vectors(self, operation: str, table: VectorTable) -> None:
         """Apply one of ``vector_tables.OPERATIONS``, with the same bits for any number of threads."""
-        self._cpu.vectors(self._isa, OPERATIONS.index(operation), table.address, _threads(table.numel))
+        self._cpu.vectors(self._isa, OPERATIONS.index(operation), table.address, threads_for(table.numel))
 
     def preconditioner(self, plan: Plan, table: PreconditionerTable) -> bool:
         """Compute the preconditioner of the next step, if its rule has one."""
@@ -57,7 +50,7 @@ class CpuBackend:
         if plan.rule not in rules:
             return False
         rule = rules.index(plan.rule)
-        self._cpu.preconditioner(self._isa, rule, plan.address, table.address, _threads(plan.numel))
+        self._cpu.preconditioner(self._isa, rule, plan.address, table.address, threads_for(plan.numel))
         return True
 
 

@@ -88,7 +88,9 @@ class ReferenceBackend:
                 )
             s = common_scalars(h, effective_lr, weight_decay, clip_coef * unscale)
             rule.scalars(h, effective_lr, step, s)
-            start_exp_avg_sq(h, step, row.initialized, grad_norm * clip_coef, settings.init_norm_sq, s)
+            if row.work.numel():
+                # else the random start may be that of no element, whose norm is 0
+                start_exp_avg_sq(h, step, row.initialized, grad_norm * clip_coef, settings.init_norm_sq, s)
             rect = s.rect if math.isnan(rect) else rect
             arithmetic = torch.float64 if row.work.dtype == torch.float64 else torch.float32
             param, grad = row.work.to(arithmetic), grad.to(arithmetic)
@@ -100,8 +102,10 @@ class ReferenceBackend:
             for state, new in zip(row.states, states, strict=True):
                 state.copy_(new)
         for g, h in enumerate(plan.groups.hypers) if not skipped else ():
-            if h.sphere:
-                _rescale([row for row in plan.rows if row.group == g], h.radius, plan.groups.norms[g])
+            norm = plan.groups.norms[g]
+            # a table without rows has no norm for a sphere that was asked for later
+            if h.sphere and norm is not None:
+                _rescale([row for row in plan.rows if row.group == g], h.radius, norm)
         kind, decay, start, every = plan.average
         averaged = not skipped and is_averaged(kind, start, every, t + 1)
         for row in plan.rows if averaged else ():
@@ -116,7 +120,7 @@ class ReferenceBackend:
         if ring_buffer is not None:
             line = [
                 float(counters[0]),
-                float(plan.groups.rates[0, 0]),
+                float(plan.groups.rates[0, 0]) if len(plan.groups.rates) else math.nan,
                 grad_norm,
                 grad_norm_l1,
                 clip_coef,

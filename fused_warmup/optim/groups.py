@@ -39,9 +39,11 @@ def make_hyper(owner: str, spec: RuleSpec, group: Mapping[str, Any]) -> Hyper:
 
 def _plain_schedule(owner: str, key: str, schedule: Any) -> Schedule | None:
     """Return a schedule as segments; only the learning rate may have an adaptive one."""
+    if schedule is None:
+        return None
     if key == "schedule" and isinstance(schedule, AdaptiveSchedule):
         return schedule.schedule
-    if schedule is not None and not isinstance(schedule, Schedule):
+    if not isinstance(schedule, Schedule):
         hint = "Arbitrary functions of the step go to torch.optim.lr_scheduler.LambdaLR."
         check.fail(owner, key, "be a fused_warmup schedule or None", schedule, hint, TypeError)
     return schedule
@@ -58,7 +60,7 @@ def restore_schedules(group: Any, held: AdaptiveSchedule | None) -> None:
             what was saved.
     """
     for key in SCHEDULE_KEYS:
-        if isinstance(group[key], Mapping):
+        if group[key] is not None and isinstance(group[key], Mapping):
             schedule = restored(group[key])
             if held is not None and isinstance(schedule, AdaptiveSchedule) and type(held) is type(schedule):
                 held.load_state_dict(schedule.state_dict())

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
+from numbers import Number
 from operator import itemgetter
 from typing import Any
 
@@ -15,7 +17,7 @@ from ..schedules import Schedule
 from ..schedules.adaptive import AdaptiveSchedule
 from .address_cache import addresses_of
 from .device_buffers import DeviceBuffers, is_capturing
-from .hyper import Hyper, pack_hypers
+from .hyper import Hyper, Places, pack_rows, pack_schedules
 from .step_struct import StepStruct
 from .structs import RATES, STRUCTS
 
@@ -52,9 +54,10 @@ class GroupTable:
         self.norms = norms
         self.has_spheres = self.random_start = False
         self._owner, self._chunk_groups, self._buffers, self._step = owner, chunk_groups, buffers, step
-        # values of the groups at the last reading; None for values that can change in place
-        self._rates_read: list[Any] = []
-        self._others_read: list[Any] = []
+        # what each group held at the last reading
+        self._values: list[tuple[Any, ...] | None] | None = None
+        self._places: list[Places] = []
+        self._all_rates: Tensor | None = None
 
     def refresh(
         self,
@@ -75,63 +78,79 @@ class GroupTable:
         Raises:
             RuntimeError: If they changed while a graph is captured.
         """
-        read = itemgetter(*keys)
-        rates, others = [group["lr"] for group in groups], [read(group) for group in groups]
-        try:
-            if rates == self._rates_read and others == self._others_read:
-                return False
-            known = len(groups) == len(self._others_read)
-            same_rate = [known and a == b for a, b in zip(rates, self._rates_read, strict=False)]
-            same_others = [known and a == b for a, b in zip(others, self._others_read, strict=False)]
-        except (RuntimeError, ValueError):
-            # a tensor or array of many elements cannot be compared: make() will name it
-            known = False
-        if not known:
-            same_rate = same_others = [False] * len(groups)
-        if is_capturing(self._buffers.device) and self._others_read:
+        read = itemgetter("lr", *keys)
+        values = list(map(read, groups))
+        if _are_equal(values, self._values):
+            return False
+        first = self._values is None
+        held = self._values or []
+        if len(held) != len(groups):
+            held = [None] * len(groups)
+        rates: dict[int, float] = {}
+        made: dict[int, Hyper] = {}
+        readings = list(held)
+        for i, (given, old) in enumerate(zip(values, held, strict=True)):
+            if _are_equal(given, old):
+                continue
+            readings[i] = now = _read_all(given)
+            if old is None or now[1:] != old[1:]:
+                made[i] = make(groups[i])
+            elif now != old:
+                rates[i] = check.number(self._owner, "lr", given[0])
+        if not rates and not made and not first:
+            return False
+        if is_capturing(self._buffers.device) and not first:
             raise RuntimeError(
                 f"{self._owner}: hyper-parameters must stay as they were at the step before while a graph is "
                 "captured, got other ones. A schedule moves on the device."
             )
-        hypers = list(self.hypers) if len(self.hypers) == len(groups) else [Hyper(0.0)] * len(groups)
-        changed: dict[int, float] = {}
-        for i, group in enumerate(groups):
-            if not same_others[i]:
-                hypers[i] = make(group)
-            elif not same_rate[i]:
-                changed[i] = check.number(self._owner, "lr", group["lr"])
         # written only after all values are valid
-        for i, lr in changed.items():
-            hypers[i].lr = lr
-        only_rates = all(same_others)
-        self.hypers = hypers
-        self._rates_read = [_snapshot(rate) for rate in rates]
-        self._others_read = [
-            tuple(map(_snapshot, values)) if all(map(_is_comparable, values)) else None for values in others
-        ]
-        if only_rates:
-            self._packed["lr"] = [h.lr for h in hypers]
-            self._buffers.reupload("hypers")
-        else:
+        self._values = readings
+        if len(self.hypers) != len(groups) or first:
+            self.hypers = list(made.values())
             self._pack()
-        return not only_rates
+        else:
+            self._write(rates, made)
+        return bool(made)
+
+    def _write(self, rates: Mapping[int, float], made: Mapping[int, Hyper]) -> None:
+        """Write the hyper-parameters of changed groups into the table."""
+        old = self.hypers
+        for i, lr in rates.items():
+            old[i].lr = lr
+        self.hypers = [made.get(i, h) for i, h in enumerate(old)] if made else old
+        if any(_schedules(h) != _schedules(old[i]) for i, h in made.items()):
+            self._pack()
+            return
+        if rates:
+            self._packed["lr"][list(rates)] = list(rates.values())
+        if made:
+            indices = list(made)
+            self._packed[indices] = pack_rows(list(made.values()), [self._places[i] for i in indices])
+            self.random_start = any(h.init == "random" for h in self.hypers)
+        self._buffers.reupload("hypers")
+        if any((h.sphere, h.radius) != (old[i].sphere, old[i].radius) for i, h in made.items()):
+            self._pack_spheres()
 
     def forget(self) -> None:
         """Read all hyper-parameters again at the next step, because a schedule changed by itself."""
-        self._others_read = [None] * len(self._others_read)
+        self._values = [None] * len(self.hypers)
 
     def _pack(self) -> None:
         """Fill the columns of the groups and the segments of their schedules."""
         self.random_start = any(h.init == "random" for h in self.hypers)
-        self._packed, segments, values = pack_hypers(self.hypers)
-        if len(self.rates) != len(self.hypers):
-            shape, device = (len(self.hypers), len(RATES)), self._buffers.device
-            self.rates = torch.zeros(shape, dtype=torch.float64, device=device)
+        self._places, segments, values = pack_schedules(self.hypers)
+        self._packed = pack_rows(self.hypers, self._places)
+        if self._all_rates is None or len(self.rates) != len(self.hypers):
+            # telemetry has the rate of the first group, also where there is none
+            shape, device = (max(1, len(self.hypers)), len(RATES)), self._buffers.device
+            self._all_rates = torch.full(shape, math.nan, dtype=torch.float64, device=device)
+            self.rates = self._all_rates[: len(self.hypers)]
         self._step.point_to(
             hypers=self._buffers.upload("hypers", self._packed),
             segments=self._buffers.upload("segments", segments),
             values=self._buffers.upload("values", values),
-            rates=self.rates,
+            rates=self._all_rates,
         )
         self._step.set(n_groups=len(self.hypers))
         self._pack_spheres()
@@ -160,16 +179,40 @@ class GroupTable:
         return any(group.get("norm", norm) is not norm for group, norm in known)
 
 
-def _is_comparable(value: Any) -> bool:
-    """Return whether a change of a hyper-parameter shows in a comparison with its snapshot."""
-    if isinstance(value, (tuple, list)):
-        return all(map(_is_comparable, value))
-    # an adaptive schedule reports when it has changed
-    return value is None or isinstance(value, (bool, int, float, str, Schedule, AdaptiveSchedule))
+# kinds of values that never change in place; an adaptive schedule reports when it has changed
+_ATOMS = {type(None), bool, int, float, str}
+_PLAIN = (*_ATOMS, Number, np.generic, Schedule, AdaptiveSchedule)
 
 
-def _snapshot(value: Any) -> Any:
-    """Return a copy of a hyper-parameter to compare with later; None where none can be taken."""
-    if not _is_comparable(value):
-        return None
-    return list(value) if isinstance(value, list) else value
+def _read(value: Any) -> Any:
+    """Return what a hyper-parameter holds now, to compare with it later.
+
+    What cannot be read on the host, such as a tensor on a device, differs from all other values.
+    """
+    if type(value) in _ATOMS:
+        return value
+    if isinstance(value, (Tensor, np.ndarray)):
+        return check.on_host(value, object())
+    if isinstance(value, tuple):
+        return tuple(map(_read, value))
+    if isinstance(value, _PLAIN):
+        return value
+    return list(map(_read, value)) if isinstance(value, Sequence) else object()
+
+
+def _read_all(values: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Return readings of the hyper-parameters of a group."""
+    return tuple([value if type(value) in _ATOMS else _read(value) for value in values])
+
+
+def _are_equal(a: Any, b: Any) -> bool:
+    """Return whether values are equal; False for a tensor or array of many elements, which cannot compare."""
+    try:
+        return bool(a == b)
+    except (RuntimeError, TypeError, ValueError):
+        return False
+
+
+def _schedules(hyper: Hyper) -> tuple[Schedule | None, Schedule | None]:
+    """Return the two schedules of a group."""
+    return hyper.schedule, hyper.weight_decay_schedule

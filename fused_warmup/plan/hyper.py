@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
+from operator import attrgetter
 from typing import NamedTuple
 
 import numpy as np
@@ -73,31 +74,55 @@ class AverageSettings(NamedTuple):
         return 0 if self.kind is None or step < self.start else (step - self.start) // self.every + 1
 
 
-def pack_hypers(hypers: Sequence[Hyper]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Return the columns Hyper, Segment and values of the groups; each schedule is packed once."""
+# fields of the struct before and after the start of the second moment, which is a code there
+_NAMES = [field.name for field in fields(rules.Hyper)]
+_INIT = _NAMES.index("init")
+_before_init, _after_init = attrgetter(*_NAMES[:_INIT]), attrgetter(*_NAMES[_INIT + 1 :])
+
+# first segment and number of segments of the learning rate, then of the weight decay
+Places = tuple[int, int, int, int]
+
+
+def pack_rows(hypers: Sequence[Hyper], places: Sequence[Places]) -> np.ndarray:
+    """Return the column Hyper of groups whose schedules are at the given places."""
+    rows = [
+        (*_before_init(h), INIT_KINDS[h.init], *_after_init(h), *place, 0)
+        for h, place in zip(hypers, places, strict=True)
+    ]
+    return np.array(rows, STRUCTS["Hyper"])
+
+
+def pack_schedules(hypers: Sequence[Hyper]) -> tuple[list[Places], np.ndarray, np.ndarray]:
+    """Return the places of the schedules of each group, and the columns Segment and values.
+
+    Each schedule is packed once.
+    """
     segments: list[tuple[float, ...]] = []
     values: list[float] = []
-    places: dict[Schedule, tuple[int, int]] = {}
+    equal: dict[Schedule, tuple[int, int]] = {}
+    # the hash of a long table takes long, and groups often share one object
+    same: dict[int, tuple[int, int]] = {id(None): (0, 0)}
 
-    def place(schedule: Schedule | None) -> tuple[int, int]:
-        if schedule is None:
-            return 0, 0
-        if schedule not in places:
-            places[schedule] = len(segments), len(schedule.segments)
-            begin = 0
-            for s in schedule.segments:
-                kind = SEGMENT_KINDS.index(s.kind)
-                segments.append((begin, s.steps or 0, s.start, s.end, s.shape, kind, len(values)))
-                values.extend(s.values)
-                begin += s.steps or 0
-        return places[schedule]
+    def pack(schedule: Schedule) -> tuple[int, int]:
+        place, begin = (len(segments), len(schedule.segments)), 0
+        for s in schedule.segments:
+            kind = SEGMENT_KINDS.index(s.kind)
+            segments.append((begin, s.steps or 0, s.start, s.end, s.shape, kind, len(values)))
+            values.extend(s.values)
+            begin += s.steps or 0
+        return place
 
-    table = np.zeros(len(hypers), STRUCTS["Hyper"])
-    plain = [f.name for f in fields(rules.Hyper) if f.name != "init"]
-    for packed, h in zip(table, hypers, strict=True):
-        for name in plain:
-            packed[name] = getattr(h, name)
-        packed["init"] = INIT_KINDS[h.init]
-        packed["lr_segment"], packed["lr_segments"] = place(h.schedule)
-        packed["decay_segment"], packed["decay_segments"] = place(h.weight_decay_schedule)
-    return table, np.array(segments, STRUCTS["Segment"]), np.array(values, np.float64)
+    for h in hypers:
+        for schedule in (h.schedule, h.weight_decay_schedule):
+            if schedule is not None and id(schedule) not in same:
+                if schedule not in equal:
+                    equal[schedule] = pack(schedule)
+                same[id(schedule)] = equal[schedule]
+    places = [(*same[id(h.schedule)], *same[id(h.weight_decay_schedule)]) for h in hypers]
+    return places, np.array(segments, STRUCTS["Segment"]), np.array(values, np.float64)
+
+
+def pack_hypers(hypers: Sequence[Hyper]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Return the columns Hyper, Segment and values of the groups."""
+    places, segments, values = pack_schedules(hypers)
+    return pack_rows(hypers, places), segments, values

@@ -7,7 +7,7 @@ import pytest
 import torch
 from click.testing import CliRunner
 
-from benchmarks import gpu
+from benchmarks import gpu, growth
 from fused_warmup import _cpu
 from fused_warmup.cli import machine
 from fused_warmup.cli.bench import cases as bench_cases
@@ -229,3 +229,50 @@ def test_gpu_benchmark_has_the_tensors_of_gpt():
 def test_gpu_benchmark_needs_a_gpu(capsys):
     assert gpu.main([]) == 1
     assert "must be there, got none" in capsys.readouterr().err
+
+
+def grown(times):
+    """What ``growth.measure`` returns where every measure takes the given times by size."""
+    return {
+        n: {name: dict.fromkeys(growth.MEASURES, t) for name in growth.OPTIMIZERS} for n, t in times.items()
+    }
+
+
+def test_exponents_of_growth():
+    found = grown({10: 5.0, 100: 1e-3, 1_000: 1e-1, 10_000: 10.0})
+    assert growth.exponent(found, "ours", "constructor") == pytest.approx(2.0)
+    assert growth.would_take(found, 100_000, "ours", "constructor") == pytest.approx(1_000.0)
+    # one size is no growth, and what was left out once stays so
+    assert growth.exponent(grown({100: 1.0}), "ours", "constructor") is None
+    assert growth.would_take(grown({100: 1.0}), 1_000, "ours", "constructor") == 0.0
+    assert growth.would_take(grown({100: 1.0, 1_000: None}), 10_000, "ours", "constructor") > growth.LIMIT
+
+
+def test_cells_of_growth_that_would_take_too_long_are_left_out(monkeypatch):
+    monkeypatch.setattr(growth, "LIMIT", 0.0)
+    monkeypatch.setattr(
+        growth, "would_take", lambda found, n, name, measure: float(n > 1 and "load" in measure)
+    )
+    found = growth.measure((1, 2), per_group=True, budget=0.0)
+    assert [m for m, value in found[2]["fused"].items() if value is None] == ["load_state_dict, step"]
+    assert all(value is not None for value in found[1]["fused"].values())
+    (row,) = [row for row in growth.growth_rows(found) if row[0].startswith("load_state_dict")]
+    assert row[1] != "–"
+    assert row[2:] == ["–", "–"]
+
+
+def test_page_of_growth(monkeypatch, capsys):
+    monkeypatch.setattr(growth, "EXPERTS", (8, 3, 2))
+    monkeypatch.setattr(growth, "MOST_LIVES", 1)
+    # in a process of its own for each optimizer otherwise
+    growth.print_memory("ours", 1_000)
+    grown_by = float(capsys.readouterr().out)
+    monkeypatch.setattr(growth, "memory", lambda n: dict.fromkeys(growth.OPTIMIZERS, grown_by))
+    page = growth.build_page((1, 12), (1, 2), (100,), 0.0)
+    for measure in growth.MEASURES:
+        assert page.count(f"\n| {measure}") == 2
+    assert "| tensors | 1 | 12 | exponent |" in page
+    assert "| groups | 1 | 2 | exponent |" in page
+    assert "Each of 2 steps has gradients of 3" in page
+    assert "nan" not in page.split("##", 1)[1]
+    assert all(len(set(chosen)) == 3 for chosen in growth.route(2, 8, 3))

@@ -144,7 +144,8 @@ NEVER_WAIT = (
             "tracked_states",
         )
     ),
-    *("optim/averaging.py", "backends/native.py", "backends/triton/launch.py", "backends/__init__.py"),
+    *("optim/averaging.py", "backends/native.py", "backends/threads.py", "backends/triton/launch.py"),
+    "backends/__init__.py",
 )
 STEP = {
     "optim/base.py": ("step", "_prepare", "record_loss"),

@@ -360,6 +360,65 @@ def test_betas_written_in_place_inside_their_pair(pair, which, backend):
         torch.testing.assert_close(a, b, rtol=1e-6, atol=0.0)
 
 
+# nothing to work on
+
+
+@pytest.mark.parametrize("radius", [None, 2.0])
+def test_a_sphere_that_is_asked_for_before_any_gradient(radius, backend):
+    """A table without rows has no norm of it; the first gradient brings one."""
+    (param,) = make_params(torch.float64, [(5,)])
+    start = float(param.detach().norm())
+    opt = fw.SGD([param], lr=0.1, backend=backend)
+    opt.step()
+    opt.param_groups[0].update(projection="sphere", radius=radius)
+    opt.step()
+    assert "norm" not in opt.param_groups[0]
+    set_grads([param], 0)
+    opt.step()
+    wanted = start if radius is None else radius
+    assert float(param.detach().norm()) == pytest.approx(wanted, rel=1e-12)
+    assert float(opt.param_groups[0]["norm"]) == pytest.approx(wanted, rel=1e-12)
+
+
+def test_a_random_start_of_no_element(backend):
+    """Empty tensors step alone first; another one then starts as it would without them."""
+    results = []
+    for with_empty in (True, False):
+        torch.manual_seed(0)
+        empty, param = make_params(torch.float32, [(0, 3), (5,)])
+        params = [empty, param] if with_empty else [param]
+        opt = fw.Adam(params, lr=0.1, exp_avg_sq_init="random", backend=backend)
+        if with_empty:
+            for _ in range(2):
+                empty.grad = torch.zeros_like(empty)
+                opt.step()
+            assert int(opt.state[empty]["step"]) == 2
+        for step in range(2):
+            set_grads([param], step)
+            opt.step()
+        results.append(tensors_of(opt, [param]))
+    assert int(opt.state[param]["step"]) == 2
+    for one, other in zip(*results, strict=True):
+        assert one.isfinite().all()
+        assert_same_bits("with and without the empty tensor", one, other)
+
+
+def test_steps_without_any_group(backend):
+    """They change nothing, as in torch; there is no rate to report, and the group that comes back goes on."""
+    params = make_params(torch.float64, [(5,), (5,)])
+    params[1].data.copy_(params[0])
+    opt, other = fw.SGD(params[:1], lr=0.1, backend=backend), torch.optim.SGD(params[1:], lr=0.1)
+    for both in (opt, other):
+        held = both.param_groups
+        for empty in (False, True, False, True):
+            both.param_groups = [] if empty else held
+            set_grads([p for g in both.param_groups for p in g["params"]], 0)
+            both.step()
+    torch.testing.assert_close(*params)
+    assert np.array_equal(opt.telemetry.history()["lr"], [0.1, np.nan, 0.1, np.nan], equal_nan=True)
+    assert opt.get_last_lr() == []
+
+
 # what tells a table that it is out of date, with and without the extension
 
 WATCHERS = {
