@@ -18,6 +18,7 @@ from ..backends.base import Backend
 from ..plan import build, tensors
 from ..plan.address_cache import select_reader
 from ..plan.device_buffers import is_capturing
+from ..plan.groups import GroupReadings
 from ..plan.hyper import AverageSettings, Hyper, Settings
 from ..plan.plan import Plan
 from ..plan.rows import Row
@@ -295,7 +296,9 @@ class Session:
         for group in groups:
             for param in group["params"][:1]:
                 self._refuse_capture(param.device)
-        hypers = [self.adopt_group(group) for group in groups]
+        readings = GroupReadings() if self.previous is None else self.previous.groups.readings.copy()
+        readings.refresh(owner, groups, self._keys, self.adopt_group)
+        hypers = readings.hypers
         names = [spec.state_names(group) for group in groups]
         known = (
             {}
@@ -337,6 +340,7 @@ class Session:
             [list(group["params"]) for group in groups],
             names,
             self.state,
+            readings,
             self._norms(hypers, device),
             self.average_settings,
             {

@@ -17,9 +17,76 @@ from ..schedules import Schedule
 from ..schedules.adaptive import AdaptiveSchedule
 from .address_cache import addresses_of
 from .device_buffers import DeviceBuffers, is_capturing
-from .hyper import Hyper, Places, pack_rows, pack_schedules
+from .hyper import Hyper, pack_rows, pack_schedules
 from .step_struct import StepStruct
 from .structs import RATES, STRUCTS
+
+
+class GroupReadings:
+    """Hyper-parameters of groups, and the values that they were made from.
+
+    Attributes:
+        hypers: Validated hyper-parameters of each group.
+    """
+
+    def __init__(self) -> None:
+        self.hypers: list[Hyper] = []
+        # what each group held at the last reading; None for what must be read again
+        self._values: list[tuple[Any, ...] | None] = []
+
+    def copy(self) -> GroupReadings:
+        """Return a copy for another table; an adaptive schedule is asked again."""
+        copied = GroupReadings()
+        copied.hypers = list(self.hypers)
+        copied._values = [
+            None if values is None or _is_adaptive(values) else values for values in self._values
+        ]
+        return copied
+
+    def refresh(
+        self,
+        owner: str,
+        groups: Sequence[Mapping[str, Any]],
+        keys: Sequence[str],
+        make: Callable[[Mapping[str, Any]], Hyper],
+    ) -> tuple[dict[int, float], dict[int, Hyper]]:
+        """Read groups again, and make the hyper-parameters of those that changed.
+
+        Args:
+            owner: Name of the optimizer class, for messages.
+            groups: Parameter groups of the optimizer.
+            keys: Names of the hyper-parameters besides ``lr``.
+            make: Validates a group; raises for bad values.
+
+        Returns:
+            New learning rates of groups in which nothing else changed, and hyper-parameters of the other
+            groups that changed. Both are in place already.
+        """
+        values = list(map(itemgetter("lr", *keys), groups))
+        if _are_equal(values, self._values):
+            return {}, {}
+        rates: dict[int, float] = {}
+        made: dict[int, Hyper] = {}
+        readings = [*self._values[: len(groups)], *[None] * (len(groups) - len(self._values))]
+        for i, (given, old) in enumerate(zip(values, readings, strict=True)):
+            if _are_equal(given, old):
+                continue
+            readings[i] = now = _read_all(given)
+            if old is None or now[1:] != old[1:]:
+                made[i] = make(groups[i])
+            elif now != old:
+                rates[i] = check.number(owner, "lr", given[0])
+        # written only after all values are valid
+        self._values = readings
+        known = self.hypers
+        self.hypers = [made[i] if i in made else known[i] for i in range(len(groups))]
+        for i, lr in rates.items():
+            self.hypers[i].lr = lr
+        return rates, made
+
+    def forget(self) -> None:
+        """Read all groups again at the next step, because a schedule changed by itself."""
+        self._values = [None] * len(self._values)
 
 
 class GroupTable:
@@ -27,13 +94,14 @@ class GroupTable:
 
     Args:
         owner: Name of the optimizer class, for messages.
+        readings: Hyper-parameters of the groups.
         norms: Norm of each group that is kept on a sphere, 0-dim float64 on the device; None for others.
         chunk_groups: Group of each chunk, in ascending order.
         buffers: Buffers of the table.
         step: The ``Step`` struct, whose fields on the groups are written here.
 
     Attributes:
-        hypers: Validated hyper-parameters of each group.
+        readings: As given.
         rates: Learning rate and weight decay that the last step applied, float64 of ``[groups, 2]``.
         norms: As given.
         has_spheres: Whether any group is kept on a sphere.
@@ -44,20 +112,23 @@ class GroupTable:
     def __init__(
         self,
         owner: str,
+        readings: GroupReadings,
         norms: list[Tensor | None],
         chunk_groups: np.ndarray,
         buffers: DeviceBuffers,
         step: StepStruct,
     ) -> None:
-        self.hypers: list[Hyper] = []
+        self.readings, self.norms = readings, norms
         self.rates = torch.empty(0, device=buffers.device)
-        self.norms = norms
         self.has_spheres = self.random_start = False
         self._owner, self._chunk_groups, self._buffers, self._step = owner, chunk_groups, buffers, step
-        # what each group held at the last reading
-        self._values: list[tuple[Any, ...] | None] | None = None
-        self._places: list[Places] = []
         self._all_rates: Tensor | None = None
+        self._pack()
+
+    @property
+    def hypers(self) -> list[Hyper]:
+        """Validated hyper-parameters of each group."""
+        return self.readings.hypers
 
     def refresh(
         self,
@@ -78,47 +149,22 @@ class GroupTable:
         Raises:
             RuntimeError: If they changed while a graph is captured.
         """
-        read = itemgetter("lr", *keys)
-        values = list(map(read, groups))
-        if _are_equal(values, self._values):
+        old = self.hypers
+        if is_capturing(self._buffers.device):
+            rates, made = self.readings.copy().refresh(self._owner, groups, keys, make)
+            if rates or made:
+                raise RuntimeError(
+                    f"{self._owner}: hyper-parameters must stay as they were at the step before while a graph "
+                    "is captured, got other ones. A schedule moves on the device."
+                )
             return False
-        first = self._values is None
-        held = self._values or []
-        if len(held) != len(groups):
-            held = [None] * len(groups)
-        rates: dict[int, float] = {}
-        made: dict[int, Hyper] = {}
-        readings = list(held)
-        for i, (given, old) in enumerate(zip(values, held, strict=True)):
-            if _are_equal(given, old):
-                continue
-            readings[i] = now = _read_all(given)
-            if old is None or now[1:] != old[1:]:
-                made[i] = make(groups[i])
-            elif now != old:
-                rates[i] = check.number(self._owner, "lr", given[0])
-        if not rates and not made and not first:
-            return False
-        if is_capturing(self._buffers.device) and not first:
-            raise RuntimeError(
-                f"{self._owner}: hyper-parameters must stay as they were at the step before while a graph is "
-                "captured, got other ones. A schedule moves on the device."
-            )
-        # written only after all values are valid
-        self._values = readings
-        if len(self.hypers) != len(groups) or first:
-            self.hypers = list(made.values())
-            self._pack()
-        else:
-            self._write(rates, made)
+        rates, made = self.readings.refresh(self._owner, groups, keys, make)
+        if rates or made:
+            self._write(rates, made, old)
         return bool(made)
 
-    def _write(self, rates: Mapping[int, float], made: Mapping[int, Hyper]) -> None:
+    def _write(self, rates: Mapping[int, float], made: Mapping[int, Hyper], old: Sequence[Hyper]) -> None:
         """Write the hyper-parameters of changed groups into the table."""
-        old = self.hypers
-        for i, lr in rates.items():
-            old[i].lr = lr
-        self.hypers = [made.get(i, h) for i, h in enumerate(old)] if made else old
         if any(_schedules(h) != _schedules(old[i]) for i, h in made.items()):
             self._pack()
             return
@@ -134,7 +180,7 @@ class GroupTable:
 
     def forget(self) -> None:
         """Read all hyper-parameters again at the next step, because a schedule changed by itself."""
-        self._values = [None] * len(self.hypers)
+        self.readings.forget()
 
     def _pack(self) -> None:
         """Fill the columns of the groups and the segments of their schedules."""
@@ -211,6 +257,11 @@ def _are_equal(a: Any, b: Any) -> bool:
         return bool(a == b)
     except (RuntimeError, TypeError, ValueError):
         return False
+
+
+def _is_adaptive(values: tuple[Any, ...]) -> bool:
+    """Return whether one of the readings is an adaptive schedule."""
+    return any(isinstance(value, AdaptiveSchedule) for value in values)
 
 
 def _schedules(hyper: Hyper) -> tuple[Schedule | None, Schedule | None]:

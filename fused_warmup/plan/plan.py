@@ -20,7 +20,7 @@ from .address_cache import AddressCache, address_of, addresses_of, select_reader
 from .chunks import PIECE, chunks
 from .device_buffers import DeviceBuffers, is_capturing
 from .gradients import GradientTable
-from .groups import GroupTable
+from .groups import GroupReadings, GroupTable
 from .hyper import AverageSettings, Settings
 from .overlaps import check_disjoint
 from .rows import Row
@@ -47,6 +47,7 @@ class Plan:
         members: Parameters of each group.
         names: Names of the states that each group keeps.
         state: State of the optimizer by parameter.
+        readings: Hyper-parameters of the groups.
         norms: Norm of each group that is kept on a sphere, 0-dim float64 on the device; None for others.
         average: Average that the rows keep.
         record: Device tensors ``row_counters``, ``counters``, ``pending_scalars`` and ``ring_buffer``, which
@@ -75,6 +76,7 @@ class Plan:
         members: list[list[Tensor]],
         names: Sequence[tuple[str, ...]],
         state: Mapping[Tensor, dict[str, Any]],
+        readings: GroupReadings,
         norms: list[Tensor | None],
         average: AverageSettings,
         record: Mapping[str, Tensor | None],
@@ -99,9 +101,9 @@ class Plan:
         self._reserved = np.ones(len(rows), bool)
         self._columns = _pack_rows(rows, self._param_cache.addresses, [len(own) for own in names])
         self._enter([i for i, row in enumerate(rows) if not row.is_reserved])
-        self._pack(norms)
+        self._pack(readings, norms)
 
-    def _pack(self, norms: list[Tensor | None]) -> None:
+    def _pack(self, readings: GroupReadings, norms: list[Tensor | None]) -> None:
         """Fill the columns that change only when the set of tensors does."""
         counters = self.record["row_counters"]
         size = STRUCTS["RowCounters"].itemsize
@@ -149,7 +151,7 @@ class Plan:
             average_every=every,
         )
         chunk_groups = self._columns["group"][self._chunks["row"]]
-        self.groups = GroupTable(self.owner, norms, chunk_groups, self.buffers, self._step)
+        self.groups = GroupTable(self.owner, readings, norms, chunk_groups, self.buffers, self._step)
 
     @property
     def n_chunks(self) -> int:
