@@ -71,8 +71,8 @@ def restore_schedules(group: Any, held: AdaptiveSchedule | None) -> None:
 def complete_groups(groups: list[dict[str, Any]], defaults: Mapping[str, Any]) -> None:
     """Give groups that came from elsewhere the hyper-parameters that they lack."""
     for group in groups:
-        for key, value in defaults.items():
-            group.setdefault(key, value)
+        for key in defaults.keys() - group.keys():
+            group[key] = defaults[key]
 
 
 def check_common(owner: str, common: Mapping[str, Any], group: Mapping[str, Any]) -> None:

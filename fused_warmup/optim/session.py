@@ -377,8 +377,8 @@ class Session:
         if is_capturing(device):
             raise RuntimeError(
                 f"{self.owner}: states and table must stand before a graph is captured, got parameters, "
-                "groups, states or averages that are new or were moved. Call init_state() before the capture, "
-                "with the gradients that the graph will write in .grad."
+                "groups, states or averages that are new or were moved. Call init_state() before the "
+                "capture, with the gradients that the graph will write in .grad."
             )
 
     def _checked_counts(self, rows: list[Row], names: list[tuple[str, ...]]) -> list[tuple[int, int] | None]:

@@ -38,9 +38,8 @@ class GroupReadings:
         """Return a copy for another table; an adaptive schedule is asked again."""
         copied = GroupReadings()
         copied.hypers = list(self.hypers)
-        copied._values = [
-            None if values is None or _is_adaptive(values) else values for values in self._values
-        ]
+        known = (None if values is None or _is_adaptive(values) else values for values in self._values)
+        copied._values = list(known)
         return copied
 
     def refresh(
@@ -261,7 +260,7 @@ def _are_equal(a: Any, b: Any) -> bool:
 
 def _is_adaptive(values: tuple[Any, ...]) -> bool:
     """Return whether one of the readings is an adaptive schedule."""
-    return any(isinstance(value, AdaptiveSchedule) for value in values)
+    return any(type(value) not in _ATOMS and isinstance(value, AdaptiveSchedule) for value in values)
 
 
 def _schedules(hyper: Hyper) -> tuple[Schedule | None, Schedule | None]:
