@@ -1,338 +1,283 @@
-"""Sides of a lockstep: the same optimizer on several backends or in torch, and the comparison of two sides."""
+"""The frame of a lockstep: sides made alike, changed alike, and compared after each operation."""
 
 from __future__ import annotations
 
-import io
-import math
+import copy
+import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
-import pytest
 import torch
-from cases import assert_close, assert_same_bits
-from torch import Tensor, nn
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
+from lockstep_sides import (
+    LAYOUTS,
+    SHAPES,
+    Comparison,
+    Side,
+    Spec,
+    check_last_row,
+    compare_with_torch,
+    give_gradient,
+    normal,
+    synchronize,
+    through_file,
+)
 
 import fused_warmup as fw
 
-DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
-# nothing, one element, a channel, around a block of the kernel, and an image
-SHAPES = [(), (0,), (1,), (7,), (3, 5), (2, 3, 4), (0, 3), (2, 3, 2, 2), (513,)]
+MOST_PARAMS = 7
 
-# the tolerances of test_properties.py, which says why; no row of theirs is as long as the sums there
-ULPS = {torch.float32: 4.0, torch.float64: 4.0, torch.bfloat16: 1.0, torch.float16: 1.0}
-NORM_RTOL = 1e-12
-L1_RTOL = 16 * 2.0**-24
-COUNTS = ("step", "n_averaged")
-MOMENTS = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq", "momentum_buffer")
-
-
-def _turned(values: Tensor) -> Tensor:
-    """Return a view with the dimensions in the opposite order."""
-    return values.permute(tuple(reversed(range(values.dim()))))
-
-
-LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
-    "rows": lambda v: v.clone(memory_format=torch.contiguous_format),
-    "columns": lambda v: _turned(_turned(v).contiguous()),
-    "channels last": lambda v: v.movedim(1, -1).contiguous().movedim(-1, 1) if v.dim() > 2 else v.clone(),
-    "every second": lambda v: torch.stack([v, v], -1)[..., 0],
-    "padded": lambda v: torch.cat([v, v[..., :1]], -1)[..., : v.shape[-1]] if v.dim() else v.clone(),
-    "offset": lambda v: torch.cat([v.new_zeros(3), v.reshape(-1)])[3:].view(v.shape),
+ALWAYS = [
+    {"lr": 1e-3},
+    {"lr": 0.03},
+    {"lr": torch.tensor(0.02, dtype=torch.float64)},
+    {"weight_decay": 0.0},
+    {"weight_decay": 0.093},
+    {"maximize": True},
+    {"maximize": False},
+]
+MEANS = [{"betas": (0.9, 0.999)}, {"betas": [0.8, 0.9]}, {"betas": (0.0, 0.5)}, {"eps": 1e-8}, {"eps": 1e-3}]
+DECOUPLED = [{"decoupled_weight_decay": True}, {"decoupled_weight_decay": False}]
+AMSGRAD = [{"amsgrad": True}, {"amsgrad": False}]
+MOMENTUM = [
+    {"momentum": 0.0, "dampening": 0.0, "nesterov": False},
+    {"momentum": 0.9, "dampening": 0.0, "nesterov": False},
+    {"momentum": 0.9, "dampening": 0.0, "nesterov": True},
+    {"momentum": 0.8, "dampening": 0.3, "nesterov": False},
+]
+PROJECTED = [{"delta": 0.0}, {"delta": 0.1}, {"delta": 1e3}, {"wd_ratio": 0.5}, {"nesterov": True}]
+# edits of a group, of which those of torch come first
+EDITS: dict[str, list[dict[str, Any]]] = {
+    "Adam": [*ALWAYS, *MEANS, *DECOUPLED],
+    "AdamW": [*ALWAYS, *MEANS],
+    "RAdam": [*ALWAYS, *MEANS, {"betas": (0.8, 0.95)}, *DECOUPLED],
+    "SGD": [*ALWAYS, *MOMENTUM],
+    "GIAdam": [*ALWAYS, *MEANS, *DECOUPLED, *AMSGRAD, {"exp_avg_sq_init_scale": 0.25}],
+    "LAMB": [
+        *ALWAYS,
+        *MEANS,
+        {"bias_correction": False},
+        {"grad_averaging": False},
+        {"trust_clip": 1.0},
+        {"always_adapt": True},
+        {"norm_clip": (0.5, 20.0)},
+        {"decay_mode": "gradient"},
+        {"decay_mode": "decoupled"},
+    ],
+    "AdamP": [*ALWAYS, *MEANS, *PROJECTED],
+    "SGDP": [*ALWAYS, *MOMENTUM, *PROJECTED],
 }
-# of a gradient that has another dtype than its parameter
-OTHER_DTYPE = {
-    torch.float32: torch.bfloat16,
-    torch.float64: torch.float32,
-    torch.bfloat16: torch.float32,
-    torch.float16: torch.float32,
+OWN_EDITS: dict[str, list[dict[str, Any]]] = {
+    "Adam": [
+        *AMSGRAD,
+        {"exp_avg_sq_init": "grad"},
+        {"exp_avg_sq_init_scale": 0.25},
+    ],
+    "RAdam": [{"rho_threshold": 4.0}, {"unrectified": "skip"}, {"unrectified": "momentum"}],
+}
+# of a first group, and without empty parameters: where none that starts at random has an element, or where init_state()
+# came before the edit, the squares that were drawn sum to 0, the reference divides by it and the kernels make NaN
+RANDOM = {"exp_avg_sq_init": "random"}
+SPHERE = [
+    {"projection": "sphere", "radius": None, "weight_decay": 0.0},
+    {"projection": "sphere", "radius": 3.0, "weight_decay": 0.0},
+    {"projection": None, "radius": None},
+]
+SCHEDULES = [
+    None,
+    fw.schedules.warmup(3).then(fw.schedules.cosine(1.0, 0.1, 4)),
+    fw.schedules.table([0.1, 0.9, 0.3]).then(fw.schedules.constant(0.25)),
+]
+AVERAGES = [None, fw.EMA(0.9), fw.EMA(0.8, every=2), fw.SWA(1), fw.SWA(2, every=3)]
+GRADIENTS = ["new", "kept", "left", "none", "zero", "columns", "every second", "expanded"]
+OWN_GRADIENTS = [*GRADIENTS, "other dtype", "sparse"]
+COPIES: dict[str, Callable[[Any], Any]] = {
+    "as it is": lambda saved: saved,
+    "deepcopy": copy.deepcopy,
+    "file": through_file,
 }
 
-
-@dataclass(frozen=True)
-class Spec:
-    """One parameter."""
-
-    shape: tuple[int, ...]
-    dtype: torch.dtype
-    layout: str
-
-    def make(self, seed: int) -> nn.Parameter:
-        return nn.Parameter(LAYOUTS[self.layout](normal(self.shape, seed).to(self.dtype)))
+INDEX = st.integers(0, MOST_PARAMS - 1)
 
 
-def normal(shape: Sequence[int], seed: int) -> Tensor:
-    """Return normal numbers, float64, that depend on the seed only."""
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+def of_machine(name: str) -> st.SearchStrategy[Any]:
+    """Return the strategy that the machine has under a name."""
+    return st.runner().flatmap(lambda machine: getattr(machine, name))
 
 
-def give_gradient(param: Tensor, kind: str, values: Tensor) -> None:
-    """Set ``.grad`` to values in one of the ways in which training loops do."""
-    values = values.to(param.dtype)
-    if kind == "left":
-        return
-    if kind == "kept" and param.grad is not None and param.grad.dtype == param.dtype:
-        # not where elements share memory
-        if param.grad.is_contiguous():
-            param.grad.copy_(values)
-            return
-        kind = "new"
-    param.grad = None
-    if kind == "none":
-        return
-    if kind == "other dtype":
-        param.grad_dtype = None
-        values = values.to(OTHER_DTYPE[param.dtype])
-    elif kind == "zero":
-        values = torch.zeros_like(values)
-    elif kind == "expanded":
-        values = values.flatten()[:1].sum().expand(values.shape)
-    elif kind == "sparse":
-        values = values.to_sparse()
-    elif kind in LAYOUTS:
-        values = LAYOUTS[kind](values)
-    param.grad = values
+def spec_of(dtypes: Sequence[torch.dtype]) -> st.SearchStrategy[Spec]:
+    return st.builds(Spec, st.sampled_from(SHAPES), st.sampled_from(dtypes), st.sampled_from(list(LAYOUTS)))
 
 
-def through_file(saved: Any) -> Any:
-    """Return what comes back from a file that only tensors and plain types may be in."""
-    file = io.BytesIO()
-    torch.save(saved, file)
-    file.seek(0)
-    return torch.load(file, weights_only=True)
+def operation(**arguments: st.SearchStrategy[Any]) -> Callable[[Callable[..., None]], Any]:
+    """Make a rule of a method; a step follows, with gradients of the kinds ``then``, unless there are none."""
+
+    def decorate(method: Callable[..., None]) -> Any:
+        def operate(self: Machine, then: list[str], **drawn: Any) -> None:
+            self.agreed = False
+            method(self, **drawn)
+            if then:
+                self.advance(then)
+
+        operate.__name__ = method.__name__
+        return rule(then=st.just([]) | of_machine("gradients"), **arguments)(operate)
+
+    return decorate
 
 
-@dataclass
-class Side:
-    """One optimizer with its parameters.
-
-    Attributes:
-        backend: Name of the backend, or ``"torch"`` for torch's optimizer.
-        name: Name of the class.
-        params: All parameters in the order in which they were made; groups may have them in another one.
-        settings: Options of the whole optimizer; torch's has none of them, so ``step`` does what they say.
-        held: A state that somebody holds.
-        saved: A state dict of the past.
-        evaluated: Copies of the parameters while averages were in their place.
-        left_out: A list of a group's parameters, before one was left out.
-    """
-
-    backend: str
-    name: str
-    params: list[nn.Parameter]
-    settings: dict[str, Any]
-    opt: Any = None
-    held: Tensor | None = None
-    saved: Any = None
-    evaluated: list[Tensor] = field(default_factory=list)
-    left_out: list[Tensor] = field(default_factory=list)
-
-    @property
-    def is_ours(self) -> bool:
-        return self.backend != "torch"
-
-    @property
-    def groups(self) -> list[dict[str, Any]]:
-        return self.opt.param_groups
-
-    def make(self, groups: list[dict[str, Any]]) -> Any:
-        """Return a new optimizer over groups."""
-        if self.is_ours:
-            return getattr(fw, self.name)(groups, lr=0.01, backend=self.backend, **self.settings)
-        return getattr(torch.optim, self.name)(groups, lr=0.01, foreach=False)
-
-    def renew(self) -> None:
-        """Replace the optimizer by a new one that has made no step; its hyper-parameters are the defaults."""
-        self.opt = self.make([{"params": list(group["params"])} for group in self.groups])
-
-    def set(self, name: str, value: Any) -> None:
-        """Change an option of the whole optimizer."""
-        self.settings[name] = value
-        if self.is_ours:
-            setattr(self.opt, name, value)
-
-    def copy_by(self, copied: Callable[[Any], Any]) -> None:
-        """Replace the optimizer and its parameters by copies."""
-        self.opt, self.params = copied((self.opt, self.params))
-        self.held = None
-
-    def states(self, i: int) -> dict[str, Any]:
-        """Return the states of a parameter; none are made."""
-        return self.opt.state.get(self.params[i], {})
-
-    def step(self, closure: Callable[[], Any] | None = None) -> None:
-        """Make one step; that of torch is clipped and averaged as our options say."""
-        if self.is_ours:
-            self.opt.step(closure)
-            return
-        if closure is not None:
-            closure()
-        found = [p for group in self.groups for p in group["params"] if p.grad is not None]
-        kept, largest = [p.grad for p in found], self.settings.get("max_grad_norm")
-        if largest is not None and kept:
-            coef = (largest / (torch.nn.utils.get_total_norm(kept) + 1e-6)).clamp(max=1.0)
-            for p in found:
-                p.grad = p.grad * coef
-        self.opt.step()
-        for p, grad in zip(found, kept, strict=True):
-            p.grad = grad
-        if self.settings.get("average") is not None:
-            self._average()
-
-    @torch.no_grad()
-    def _average(self) -> None:
-        """Average the parameters of torch's optimizer, in entries of its states."""
-        average = self.settings["average"]
-        for p in (p for group in self.groups for p in group["params"]):
-            if p.grad is None and "average" not in self.opt.state.get(p, {}):
-                continue
-            state = self.opt.state[p]
-            n = int(state.get("n_averaged", 0)) + 1
-            weight = 1.0 / n if isinstance(average, fw.SWA) or n == 1 else 1.0 - average.decay
-            held = state.get("average", torch.zeros_like(p))
-            state["average"] = held + weight * (p - held)
-            state["n_averaged"] = torch.tensor(float(n))
-
-
-def largest(tensor: Tensor | None) -> float:
-    """Return the largest finite magnitude, 0 if there is none."""
-    if tensor is None or not tensor.numel():
-        return 0.0
-    return float(tensor.detach().to_dense().double().abs().nan_to_num(0.0, 0.0, 0.0).max())
-
-
-def _assert_near(name: str, actual: Tensor, expected: Tensor, ulps: float, scale: float = 1e-30) -> None:
-    """Compare up to a number of roundings at the largest element or ``scale``, NaN and infinities exactly."""
-    assert actual.dtype == expected.dtype, name
-    eps = torch.finfo(expected.dtype).eps
-    assert_close(name, actual, expected, ulps * eps * max(largest(expected), scale))
-
-
-class Comparison:
-    """Compares our optimizer on two backends, after each operation of a sequence.
+class Machine(RuleBasedStateMachine):
+    """Sides of one optimizer, and the steps and comparisons that rules of a subclass share.
 
     Args:
-        actual: The backend that is tested.
-        expected: The reference.
-
-    Attributes:
-        seen: Largest gradient, decay included, that each parameter had: the roundings of a gradient that decay
-            cancels are those of the terms.
-        inherited: What roundings changed the clip coefficient by; the gradients inherit it.
+        name: Name of the optimizer class.
     """
 
-    def __init__(self, actual: Side, expected: Side) -> None:
-        self.actual, self.expected = actual, expected
-        self.seen: dict[int, float] = {}
-        self.inherited = 0.0
+    backends: tuple[str, ...] = ("cpu", "reference", "torch")
+    dtypes: tuple[torch.dtype, ...] = (torch.float64,)
+    kinds: tuple[str, ...] = tuple(GRADIENTS)
+    averages: tuple[Any, ...] = (None, fw.EMA(0.9), fw.SWA(1))
+    poisons: tuple[float, ...] = (float("nan"),)
 
-    def note_gradients(self, scale: float) -> None:
-        """Note the sizes of the gradients that the next step sees."""
-        for group in self.actual.groups:
-            for p in group["params"]:
-                i = next(i for i, own in enumerate(self.actual.params) if own is p)
-                size = largest(p.grad) / scale + group["weight_decay"] * largest(p)
-                self.seen[i] = max(self.seen.get(i, 0.0), size)
+    def __init__(self, name: str) -> None:
+        super().__init__()
+        self.name, self.clock, self.agreed = name, 0, False
+        self.sides: list[Side] = []
 
-    def ulps(self, dtype: torch.dtype) -> float:
-        inherited = 4.0 * self.inherited / torch.finfo(dtype).eps
-        return ULPS[dtype] + (inherited if dtype.itemsize > 2 else 0.0)
+    # what the rules draw from
 
-    def params(self) -> None:
-        """Compare parameters and gradients."""
-        for i, (a, b) in enumerate(zip(self.actual.params, self.expected.params, strict=True)):
-            _assert_near(f"parameter {i}", a, b, self.ulps(a.dtype))
-            assert (a.grad is None) == (b.grad is None)
-            if a.grad is not None:
-                grads = (LAYOUTS["rows"](p.grad.to_dense()) for p in (a, b))
-                assert_same_bits(f"gradient {i}", *grads)
+    @property
+    def spec(self) -> st.SearchStrategy[Spec]:
+        return spec_of(self.dtypes)
 
-    def evaluated(self) -> None:
-        """Compare what the parameters were inside of ``averaged_parameters``."""
-        for i, (a, b) in enumerate(zip(self.actual.evaluated, self.expected.evaluated, strict=True)):
-            _assert_near(f"average {i}", a, b, self.ulps(a.dtype))
+    @property
+    def specs(self) -> st.SearchStrategy[list[Spec]]:
+        return st.lists(self.spec, min_size=1, max_size=4)
 
-    def states(self) -> None:
-        """Compare states, counts, averages and whatever users keep beside them."""
-        for i in range(len(self.actual.params)):
-            mine, theirs = self.actual.states(i), self.expected.states(i)
-            assert mine.keys() == theirs.keys()
-            for key, value in theirs.items():
-                name, own = f"{key} of parameter {i}", mine[key]
-                if key in COUNTS:
-                    assert int(own) == int(value), name
-                elif key == "average":
-                    # it is of the stored parameter
-                    dtype = self.actual.params[i].dtype
-                    ulps = self.ulps(dtype) * torch.finfo(dtype).eps / torch.finfo(value.dtype).eps
-                    _assert_near(name, own, value, ulps)
-                elif key in MOMENTS:
-                    size = self.seen.get(i, 0.0)
-                    size = size if key in ("exp_avg", "momentum_buffer") else size**2
-                    _assert_near(name, own, value, self.ulps(value.dtype), size)
-                elif isinstance(value, Tensor):
-                    assert_same_bits(name, own, value)
-                else:
-                    assert repr(own) == repr(value), name
+    @property
+    def gradients(self) -> st.SearchStrategy[list[str]]:
+        return st.lists(st.sampled_from(self.kinds), min_size=1, max_size=5)
 
-    def telemetry(self) -> None:
-        """Compare all rows."""
-        mine, theirs = (side.opt.telemetry.history() for side in (self.actual, self.expected))
-        assert mine.keys() == theirs.keys()
-        for key, value in theirs.items():
-            rtol = L1_RTOL if key == "grad_norm_l1" else NORM_RTOL
-            torch.testing.assert_close(mine[key], value, rtol=rtol, atol=0.0, equal_nan=True, msg=key)
+    @property
+    def edits(self) -> st.SearchStrategy[dict[str, Any]]:
+        return st.sampled_from(EDITS[self.name])
 
-    def note_clipping(self) -> None:
-        """Note how far apart the clip coefficients of the last step are."""
-        mine, theirs = (side.opt.telemetry.latest()["clip_coef"] for side in (self.actual, self.expected))
-        apart = abs(mine - theirs) / theirs if theirs > 0.0 else 0.0
-        self.inherited = max(self.inherited, apart)
+    @property
+    def starts(self) -> st.SearchStrategy[dict[str, Any]]:
+        """Edits of the first group before it has states; torch's Adam cannot turn ``amsgrad`` on later."""
+        return self.edits | st.just({"amsgrad": True}) if self.name in ("Adam", "AdamW") else self.edits
 
-    def groups(self) -> None:
-        """Compare what the steps write into the groups."""
-        for mine, theirs in zip(self.actual.groups, self.expected.groups, strict=True):
-            assert mine.keys() == theirs.keys()
-            if "norm" in theirs:
-                torch.testing.assert_close(mine["norm"], theirs["norm"], rtol=NORM_RTOL, atol=0.0)
+    # the sides
 
+    @initialize(
+        specs=of_machine("specs"),
+        first=st.integers(0, 3),
+        hyper=st.lists(of_machine("starts"), max_size=4),
+        average=of_machine("averages_drawn"),
+        limit=st.sampled_from([None, None, 0.5, 1e6]),
+        looks=st.sampled_from([True, True, False]),
+    )
+    def begin(
+        self, specs: list[Spec], first: int, hyper: list[dict], average: Any, limit: float | None, looks: bool
+    ) -> None:
+        # states that nobody reads are not compared by the steps: where this does not look, they are compared at
+        # the end only
+        self.looks = looks
+        if RANDOM in hyper:
+            specs = [spec for spec in specs if 0 not in spec.shape] or [Spec((7,), self.dtypes[0], "rows")]
+        for backend in self.backends:
+            params = [spec.make(i) for i, spec in enumerate(specs)]
+            options = {"average": average, "max_grad_norm": limit}
+            side = Side(backend, self.name, params, options)
+            groups = [{"params": params[:first], **self.merged(hyper)}, {"params": params[first:]}]
+            side.opt = side.make([group for group in groups if group["params"]])
+            self.sides.append(side)
+        self.comparison = Comparison(self.sides[0], self.sides[1])
 
-def compare_with_torch(mine: Side, theirs: Side, *, states: bool) -> None:
-    """Compare parameters and every state that torch's optimizer keeps, with the tolerances of test_reference.py."""
-    for i, (a, b) in enumerate(zip(mine.params, theirs.params, strict=True)):
-        assert_close(f"parameter {i} in torch", a, b, 1e-12, 1e-12)
-        for key, value in theirs.states(i).items() if states else ():
-            if key == "average":
-                assert_close(f"average {i} in torch", mine.states(i)[key], value, 4 * 2.0**-52, 4 * 2.0**-52)
-            elif key == "step" and mine.name == "SGD":
-                # torch's keeps no count; this one came from a state dict of ours
-                continue
-            elif key in (*COUNTS, *MOMENTS) and value is not None:
-                assert_close(f"{key} {i} in torch", torch.as_tensor(mine.states(i)[key]), value, 1e-13, 1e-12)
+    @property
+    def averages_drawn(self) -> st.SearchStrategy[Any]:
+        return st.sampled_from(self.averages)
 
+    def merged(self, edits: list[dict[str, Any]]) -> dict[str, Any]:
+        """Return the values of edits for one side, tensors and lists of their own."""
+        merged: dict[str, Any] = {}
+        for edit in edits:
+            merged |= self.completed(edit)
+        return copy.deepcopy(merged)
 
-@torch.no_grad()
-def synchronize(source: Side, target: Side, *, states: bool) -> None:
-    """Copy values, so that every step starts from the same ones on both sides and roundings do not add up."""
-    for i, (a, b) in enumerate(zip(source.params, target.params, strict=True)):
-        b.data.copy_(a.data)
-        for key, value in target.states(i).items() if states else ():
-            if key in (*MOMENTS, "average") and value is not None:
-                value.copy_(source.states(i)[key])
+    def completed(self, edit: dict[str, Any]) -> dict[str, Any]:
+        return edit
 
+    @property
+    def ours(self) -> list[Side]:
+        return self.sides[:2]
 
-def check_last_row(side: Side, norm: float) -> None:
-    """Check the telemetry of the last step against the options of the optimizer and the norm of its gradients."""
-    row, group = side.opt.telemetry.latest(), side.groups[0]
-    schedule, t = group["schedule"], int(row["step"] - 1 + row["skipped"])
-    assert row["lr"] == approx(float(group["lr"]) * (1.0 if schedule is None else schedule(t)))
-    if not row["skipped"]:
-        assert row["grad_norm"] == approx(norm)
-    limit = side.settings.get("max_grad_norm")
-    ratio = math.inf if limit is None else limit / (row["grad_norm"] + 1e-6)
-    assert row["clip_coef"] == approx(1.0 if ratio >= 1.0 else ratio)
+    @property
+    def limit(self) -> float | None:
+        return self.sides[0].settings["max_grad_norm"]
 
+    def each(self, operate: Callable[[Side], Any], *, may_warn: bool = False) -> None:
+        """Do something on every side: with the same random numbers, and the same warnings on both of ours."""
+        said = []
+        for side in self.sides:
+            torch.manual_seed(self.clock)
+            with warnings.catch_warnings(record=True) as caught:
+                warnings.simplefilter("always")
+                operate(side)
+            said.append([str(warning.message) for warning in caught])
+        assert said[0] == said[1]
+        assert may_warn or not said[0]
 
-def approx(value: float) -> Any:
-    """Return a number that equals others up to the roundings of a sum in another order."""
-    return pytest.approx(value, rel=NORM_RTOL, abs=0.0, nan_ok=True)
+    def index(self, i: int) -> int:
+        return i % len(self.sides[0].params)
+
+    def group(self, side: Side, g: int) -> dict[str, Any]:
+        return side.groups[g % len(side.groups)]
+
+    def give(self, kinds: list[str], scale: float = 1.0) -> None:
+        """Set gradients; the kinds are repeated over the parameters."""
+        self.clock += 1
+        for i, param in enumerate(self.sides[0].params):
+            kind = kinds[i % len(kinds)]
+            if kind == "sparse" and (self.name != "SGD" or not param.dim()):
+                kind = "new"
+            values = normal(param.shape, 1000 * self.clock + i) * scale
+            for side in self.sides:
+                give_gradient(side.params[i], kind, values)
+
+    def advance(self, kinds: list[str], scale: float = 1.0) -> None:
+        """Make one step with gradients of some kinds."""
+        self.give(kinds, scale)
+        self.step(scale=scale)
+
+    def step(self, closure: Callable[[Side], Any] | None = None, scale: float = 1.0) -> None:
+        """Make one step with the gradients as they are."""
+        self.comparison.note_gradients(scale)
+        grads = [p.grad for group in self.ours[0].groups for p in group["params"] if p.grad is not None]
+        norm = sum(float(grad.to_dense().double().square().sum()) for grad in grads) ** 0.5 / scale
+        self.each(lambda side: side.step(None if closure is None else partial(closure, side)))
+        for side in self.ours:
+            check_last_row(side, norm)
+        self.comparison.note_clipping()
+
+    @invariant()
+    def sides_agree(self) -> None:
+        self.compare(states=self.looks)
+        for side in self.sides[1:]:
+            synchronize(self.sides[0], side, states=self.looks)
+        self.agreed = True
+
+    def compare(self, *, states: bool) -> None:
+        self.comparison.params()
+        if states:
+            self.comparison.states()
+            self.comparison.groups()
+            self.comparison.telemetry()
+        for side in self.sides[2:]:
+            compare_with_torch(self.sides[0], side, states=states)
+
+    def teardown(self) -> None:
+        # after a failure there is nothing more to say
+        if self.agreed:
+            self.compare(states=True)
