@@ -229,6 +229,11 @@ class Machine(RuleBasedStateMachine):
         assert said[0] == said[1]
         assert may_warn or not said[0]
 
+    def set(self, name: str, value: Any) -> None:
+        """Change an option of the whole optimizer."""
+        for side in self.sides:
+            side.set(name, value)
+
     def index(self, i: int) -> int:
         return i % len(self.sides[0].params)
 

@@ -39,7 +39,7 @@ from lockstep import (
     operation,
     spec_of,
 )
-from lockstep_sides import DTYPES, LAYOUTS, MOMENTS, Side, Spec, give_gradient, normal
+from lockstep_sides import DTYPES, LAYOUTS, MOMENTS, Side, Spec, give_gradient, normal, synchronize
 
 import fused_warmup as fw
 
@@ -157,13 +157,18 @@ class Lockstep(Machine):
         for side in self.sides:
             self.group(side, g).update(self.merged([edit]))
 
-    @operation(g=INDEX, factor=st.sampled_from([0.0, 0.5, 1.0]))
-    def write_into_values(self, g: int, factor: float) -> None:
+    @operation(g=INDEX, factor=st.sampled_from([0.0, 0.5]), kinds=of_machine("gradients"))
+    def write_into_values(self, g: int, factor: float, kinds: list[str]) -> None:
+        """A learning rate that is a tensor and betas that are a list show no new object."""
         for side in self.sides:
             group = self.group(side, g)
-            if isinstance(group["lr"], torch.Tensor):
-                group["lr"].mul_(factor)
-            if isinstance(group.get("betas"), list):
+            group["lr"] = torch.tensor(float(group["lr"]), dtype=torch.float64)
+            group |= {"betas": list(group["betas"])} if "betas" in group else {}
+        self.advance(kinds)
+        for side in self.sides:
+            group = self.group(side, g)
+            group["lr"].mul_(factor)
+            if "betas" in group:
                 group["betas"][0] *= factor
 
     @operation(g=INDEX, turned=st.booleans())
@@ -235,14 +240,13 @@ class Lockstep(Machine):
                 dtype = torch.int64 if how == "int64" and side.is_ours else torch.float32
                 state["step"] = torch.tensor(n, dtype=dtype)
 
-    @operation(i=INDEX)
-    def hold_a_state(self, i: int) -> None:
+    @operation(i=INDEX, factor=st.sampled_from([0.5, 2.0]), kinds=of_machine("gradients"))
+    def move_a_held_state(self, i: int, factor: float, kinds: list[str]) -> None:
+        """The optimizer cannot note it, for nothing is read from ``opt.state``."""
         for side in self.sides:
             state = side.states(self.index(i))
             side.held = next((state[key] for key in MOMENTS if state.get(key) is not None), None)
-
-    @operation(factor=st.sampled_from([0.5, 2.0]))
-    def move_what_is_held(self, factor: float) -> None:
+        self.advance(kinds)
         for side in self.sides:
             if side.held is not None:
                 side.held.data = side.held.data * factor
@@ -316,8 +320,12 @@ class Lockstep(Machine):
 
     @operation(limit=st.sampled_from([None, 0.5, 3.0, 1e6]))
     def change_max_grad_norm(self, limit: float | None) -> None:
-        for side in self.sides:
-            side.set("max_grad_norm", limit)
+        self.set("max_grad_norm", limit)
+
+    @precondition(lambda self: self.sides[0].settings["average"] is not None)
+    @operation(average=st.sampled_from([fw.EMA(0.5), fw.EMA(0.9), fw.SWA(1)]))
+    def change_average(self, average: Any) -> None:
+        self.set("average", average)
 
     @operation()
     def read(self) -> None:
@@ -448,9 +456,8 @@ class OwnLockstep(Lockstep):
         self.comparison.evaluated()
 
     @operation(average=of_machine("averages_drawn"))
-    def change_average(self, average: Any) -> None:
-        for side in self.sides:
-            side.set("average", average)
+    def begin_or_end_average(self, average: Any) -> None:
+        self.set("average", average)
 
     @operation(i=INDEX, how=st.sampled_from(["replaced", "written", "deleted", "count"]), n=st.integers(0, 9))
     def change_kept_average(self, i: int, how: str, n: int) -> None:
@@ -471,13 +478,11 @@ class OwnLockstep(Lockstep):
 
     @operation(nonfinite=st.sampled_from(["propagate", "skip"]))
     def change_nonfinite(self, nonfinite: str) -> None:
-        for side in self.sides:
-            side.set("nonfinite", nonfinite)
+        self.set("nonfinite", nonfinite)
 
     @operation(unscales=st.booleans())
     def change_unscale_grads(self, unscales: bool) -> None:
-        for side in self.sides:
-            side.set("unscale_grads", unscales)
+        self.set("unscale_grads", unscales)
 
     @operation(g=INDEX, key=st.sampled_from(["schedule", "weight_decay_schedule"]), n=st.integers(0, 2))
     def change_schedule(self, g: int, key: str, n: int) -> None:
@@ -492,6 +497,9 @@ class OwnLockstep(Lockstep):
     @precondition(lambda self: not self.has_spheres)
     @operation(i=INDEX, dtype=st.sampled_from(DTYPES))
     def change_dtype(self, i: int, dtype: torch.dtype) -> None:
+        # states that were not looked at have the roundings of the old dtype, which may be coarser
+        for side in self.sides[1:]:
+            synchronize(self.sides[0], side, states=True)
         for side in self.sides:
             param = side.params[self.index(i)]
             param.grad = None
