@@ -48,6 +48,7 @@ GAPS = "optim/test_gaps.py -k"
 OUTSIDE = "optim/test_outside.py"
 TORCH = "optim/test_torch_state.py"
 HIDDEN = "optim/test_hidden_state.py"
+LOCKSTEP = "optim/test_lockstep.py"
 
 # by file below fused_warmup or csrc, and the tests that should notice: lines of old text, new text, other tests
 FAULTS: dict[tuple[str, str], list[tuple[str, ...]]] = {
@@ -397,6 +398,18 @@ FAULTS: dict[tuple[str, str], list[tuple[str, ...]]] = {
         ("if len(y) > 3 else 0.0", "if len(y) > 30 else 0.0", f"{GAPS} four_losses"),
         ('self._steps = state["steps"]', "pass", f"{GAPS} a_fit_goes_on"),
     ],
+    ("plan/plan.py", LOCKSTEP): [
+        ("            and not (self._waiting and any(param.grad is not None for param in self._waiting))\n", ""),
+        ("            and self._state_addresses.is_valid()\n", ""),
+        ("row.work.copy_(row.local.detach())", "pass"),
+    ],
+    ("optim/state_dict.py", LOCKSTEP): [('record.set(loaded["step"], ', 'record.set(loaded["step"] + 1, ')],
+    ("backends/reference.py", LOCKSTEP): [
+        ("for row in plan.rows if averaged else ():", "for row, _ in active if averaged else ():"),
+        ("float(plan.groups.rates[0, 0]),", "plan.groups.hypers[0].lr,"),
+        ("_norms([grad for _, grad in active])", "_norms([grad for row, grad in active if row.group == 0])"),
+    ],
+    ("plan/groups.py", LOCKSTEP): [("list(value) if isinstance(value, list) else value", "value")],
 }  # fmt: skip
 
 # by file below csrc
