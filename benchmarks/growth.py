@@ -118,7 +118,8 @@ def would_take(found: Found, n: int, name: str, measure: str) -> float:
         return math.inf if known and known[-1][1] is None else 0.0
     (m0, t0), (m1, t1) = known
     exponent = math.log(max(t1, 1e-9) / max(t0, 1e-9)) / math.log(m1 / m0)
-    return float(t1 * (n / m1) ** max(exponent, 1.0))
+    # what grows faster than in proportion has a quadratic part, which prevails later
+    return float(t1 * (n / m1) ** (2.0 if exponent > 1.2 else max(exponent, 1.0)))
 
 
 def measure(sizes: tuple[int, ...], *, per_group: bool, budget: float) -> Found:

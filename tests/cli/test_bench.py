@@ -242,6 +242,12 @@ def test_exponents_of_growth():
     found = grown({10: 5.0, 100: 1e-3, 1_000: 1e-1, 10_000: 10.0})
     assert growth.exponent(found, "ours", "constructor") == pytest.approx(2.0)
     assert growth.would_take(found, 100_000, "ours", "constructor") == pytest.approx(1_000.0)
+    # a quadratic part that begins to show, and growth in proportion
+    bent = grown({1_000: 1.0, 10_000: 20.0})
+    assert growth.would_take(bent, 100_000, "ours", "constructor") == pytest.approx(2_000.0)
+    assert growth.would_take(
+        grown({1_000: 2.0, 10_000: 20.0}), 100_000, "ours", "constructor"
+    ) == pytest.approx(200.0)
     # one size is no growth, and what was left out once stays so
     assert growth.exponent(grown({100: 1.0}), "ours", "constructor") is None
     assert growth.would_take(grown({100: 1.0}), 1_000, "ours", "constructor") == 0.0
