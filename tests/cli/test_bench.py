@@ -242,6 +242,12 @@ def test_exponents_of_growth():
     found = grown({10: 5.0, 100: 1e-3, 1_000: 1e-1, 10_000: 10.0})
     assert growth.exponent(found, "ours", "constructor") == pytest.approx(2.0)
     assert growth.would_take(found, 100_000, "ours", "constructor") == pytest.approx(1_000.0)
+    # a quadratic part that begins to show, and growth in proportion
+    bent = grown({1_000: 1.0, 10_000: 30.0})
+    assert growth.would_take(bent, 100_000, "ours", "constructor") == pytest.approx(3_000.0)
+    assert growth.would_take(
+        grown({1_000: 2.0, 10_000: 20.0}), 100_000, "ours", "constructor"
+    ) == pytest.approx(200.0)
     # one size is no growth, and what was left out once stays so
     assert growth.exponent(grown({100: 1.0}), "ours", "constructor") is None
     assert growth.would_take(grown({100: 1.0}), 1_000, "ours", "constructor") == 0.0
@@ -256,9 +262,11 @@ def test_cells_of_growth_that_would_take_too_long_are_left_out(monkeypatch):
     found = growth.measure((1, 2), per_group=True, budget=0.0)
     assert [m for m, value in found[2]["fused"].items() if value is None] == ["load_state_dict, step"]
     assert all(value is not None for value in found[1]["fused"].values())
-    (row,) = [row for row in growth.growth_rows(found) if row[0].startswith("load_state_dict")]
-    assert row[1] != "–"
-    assert row[2:] == ["–", "–"]
+    rows = growth.growth_rows(found)
+    (k,) = [i for i, row in enumerate(rows) if row[0].startswith("load_state_dict")]
+    assert "–" not in rows[k][1:3]
+    assert rows[k + 1][1] != "–"
+    assert rows[k + 1][2] == "–"
 
 
 def test_page_of_growth(monkeypatch, capsys):
