@@ -445,8 +445,11 @@ class FusedOptimizer(Optimizer):
         # hooks get the returned dictionary, so they run after the packing
         hooks = self._optimizer_state_dict_post_hooks
         self._optimizer_state_dict_post_hooks = OrderedDict()
+        counts = self._session.planned_counts()
+        if counts is None:
+            self._session.drop_counts()
         try:
-            packed = pack_state(self._session, super().state_dict())
+            packed = pack_state(self._session, super().state_dict(), counts)
         finally:
             self._optimizer_state_dict_post_hooks = hooks
         for hook in hooks.values():

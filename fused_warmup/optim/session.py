@@ -50,6 +50,8 @@ _KEPT = (
 )
 
 
+# entries of a state that no optimizer of torch keeps alone
+_COUNTS = {"step", "n_averaged", "initialized"}
 # counts of a parameter without a state
 _NONE = (0, 0)
 
@@ -300,11 +302,8 @@ class Session:
         readings.refresh(owner, groups, self._keys, self.adopt_group)
         hypers = readings.hypers
         names = [spec.state_names(group) for group in groups]
-        known = (
-            {}
-            if self.previous is None or self.average != self.planned_average
-            else self.previous.valid_rows()
-        )
+        previous = self.previous if self.average == self.planned_average else None
+        known = {} if previous is None else previous.valid_rows(self.state)
         found = build.find_rows(
             owner, spec, groups, hypers, names, self.state, known, select_reader(), every=every
         )
@@ -449,15 +448,25 @@ class Session:
             # wrappers may restore states alone: schedules and averages continue from their counts
             self.counters[COUNTERS.index("step")].clamp_(min=max(made.values()))
 
-    def exact_counts(self) -> tuple[list[int], Tensor]:
-        """Return positions of parameters, and the exact numbers of their updates, int64 on the device."""
-        if (
-            self.plan is not None
-            and self.counts.exact is not None
-            and self.plan.is_current(self.param_groups)
-        ):
-            return [row.index for row in self.plan.rows], self.counts.exact[:, 0]
-        return self.counts.select(self.params)
+    def planned_counts(self) -> tuple[list[int], Tensor] | None:
+        """Return positions of parameters, and the exact numbers of their updates, int64 on the device.
+
+        None if parameters or states are not those of the plan.
+        """
+        plan, exact = self.plan, self.counts.exact
+        if plan is None or exact is None or not plan.is_current(self.param_groups):
+            return None
+        return [row.index for row in plan.rows], exact[:, 0]
+
+    def drop_counts(self) -> None:
+        """Drop the states of parameters that left the groups where they hold counts alone.
+
+        torch's SGD without momentum keeps no state, and ``state_dict`` cannot number such parameters.
+        """
+        members = set(map(id, self.params))
+        for param, own in list(self.state.items()):
+            if isinstance(param, Tensor) and id(param) not in members and own.keys() <= _COUNTS:
+                del self.state[param]
 
     def _norms(self, hypers: list[Hyper], device: torch.device) -> list[Tensor | None]:
         """Return the tensors that hold the norms of groups on a sphere; new ones are to be measured."""

@@ -31,7 +31,9 @@ _TORCH_STATES = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq", "momentum_buffer")
 _OWN = ("average", "step", "n_averaged", "initialized")
 
 
-def pack_state(session: Session, state_dict: dict[str, Any]) -> dict[str, Any]:
+def pack_state(
+    session: Session, state_dict: dict[str, Any], counts: tuple[list[int], Tensor] | None
+) -> dict[str, Any]:
     """Return torch's state dict in plain types, with one more entry for counters and telemetry.
 
     Tensors are those of the optimizer, as in torch: they follow later steps, counts and moments together.
@@ -39,6 +41,7 @@ def pack_state(session: Session, state_dict: dict[str, Any]) -> dict[str, Any]:
     Args:
         session: Session of the optimizer.
         state_dict: What ``torch.optim.Optimizer.state_dict`` returned for it; not changed.
+        counts: ``session.planned_counts()``.
 
     Returns:
         The state dict. ``step`` is float32 as torch keeps it; the exact int64 counts are in ``fused_warmup``.
@@ -61,9 +64,10 @@ def pack_state(session: Session, state_dict: dict[str, Any]) -> dict[str, Any]:
     for k in [k for k in tracked if not packed[k]]:
         # read before it had a state
         del packed[k]
-    if session.plan is None or not session.plan.is_current(session.param_groups):
+    if counts is None:
         _convert_counts(session, packed)
-    step_ids, steps = session.exact_counts()
+        counts = session.counts.select(session.params)
+    step_ids, steps = counts
     own = {
         "version": _VERSION,
         "rule": session.spec.name,

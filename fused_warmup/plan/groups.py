@@ -38,8 +38,8 @@ class GroupReadings:
         """Return a copy for another table; an adaptive schedule is asked again."""
         copied = GroupReadings()
         copied.hypers = list(self.hypers)
-        known = (None if values is None or _is_adaptive(values) else values for values in self._values)
-        copied._values = list(known)
+        again = [values is None or _is_adaptive(values) for values in self._values]
+        copied._values = [None if a else values for a, values in zip(again, self._values, strict=True)]
         return copied
 
     def refresh(

@@ -204,9 +204,9 @@ class Plan:
             and self.states.has_objects()
         )
 
-    def valid_rows(self) -> dict[int, Row]:
+    def valid_rows(self, state: Mapping[Tensor, Any]) -> dict[int, Row]:
         """Return the rows whose states another table can take over, by the identity of the parameter."""
-        return {} if self._param_cache.find_moved() is None else self.states.valid_rows()
+        return {} if self._param_cache.find_moved() is None else self.states.valid_rows(state)
 
     def keeps(self, n_states: Sequence[int]) -> bool:
         """Return whether the rows of each group keep, or will keep, so many states."""

@@ -134,9 +134,11 @@ class StateCache:
             self._dicts, self._names, self._objects
         )
 
-    def valid_rows(self) -> dict[int, Row]:
-        """Return the rows, by the identity of the parameter, if the dictionaries still hold their states."""
-        if self.find_moved() is None or not (self.has_owners() and self.has_objects()):
+    def valid_rows(self, state: Mapping[Tensor, Any]) -> dict[int, Row]:
+        """Return the rows, by the identity of the parameter, if ``state`` still holds their states."""
+        if state is not self._state or self.find_moved() is None:
+            return {}
+        if not (self.has_owners() and self.has_objects()):
             return {}
         for row, own in zip(self._kept, self._own, strict=True):
             row.initialized = bool(dict.get(own, "initialized", False))

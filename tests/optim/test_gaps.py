@@ -365,19 +365,21 @@ def test_betas_written_in_place_inside_their_pair(pair, which, backend):
 
 @pytest.mark.parametrize("radius", [None, 2.0])
 def test_a_sphere_that_is_asked_for_before_any_gradient(radius, backend):
-    """A table without rows has no norm of it; the first gradient brings one."""
-    (param,) = make_params(torch.float64, [(5,)])
-    start = float(param.detach().norm())
+    """The first step on it measures the norm, as that of an optimizer that is made with it."""
+    (param,), (other,) = make_params(torch.float64, [(5,)]), make_params(torch.float64, [(5,)])
+    wanted = float(param.detach().norm()) if radius is None else radius
     opt = fw.SGD([param], lr=0.1, backend=backend)
     opt.step()
     opt.param_groups[0].update(projection="sphere", radius=radius)
-    opt.step()
-    assert "norm" not in opt.param_groups[0]
-    set_grads([param], 0)
-    opt.step()
-    wanted = start if radius is None else radius
-    assert float(param.detach().norm()) == pytest.approx(wanted, rel=1e-12)
-    assert float(opt.param_groups[0]["norm"]) == pytest.approx(wanted, rel=1e-12)
+    fresh = fw.SGD([other], lr=0.1, projection="sphere", radius=radius, backend=backend)
+    for step in range(3):
+        for p, each in ((param, opt), (other, fresh)):
+            if step:
+                set_grads([p], step)
+            each.step()
+            assert float(each.param_groups[0]["norm"]) == pytest.approx(wanted, rel=1e-12)
+            assert float(p.detach().norm()) == pytest.approx(wanted, rel=1e-12)
+        assert_same_bits("parameter", param, other)
 
 
 def test_a_random_start_of_no_element(backend):

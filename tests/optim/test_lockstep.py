@@ -31,7 +31,6 @@ from lockstep import (
     MOST_PARAMS,
     OWN_EDITS,
     OWN_GRADIENTS,
-    RANDOM,
     SCHEDULES,
     SPHERE,
     Machine,
@@ -363,10 +362,6 @@ class OwnLockstep(Lockstep):
     def edits(self) -> st.SearchStrategy[dict[str, Any]]:
         own = OWN_EDITS.get(self.name, [])
         return st.sampled_from([*EDITS[self.name], *own, *(SPHERE if self.has_spheres else [])])
-
-    @property
-    def starts(self) -> st.SearchStrategy[dict[str, Any]]:
-        return self.edits | st.just(RANDOM) if self.name == "Adam" else self.edits
 
     @property
     def has_spheres(self) -> bool:

@@ -30,6 +30,8 @@ from peers import (
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+import fused_warmup as fw
+
 pytestmark = pytest.mark.pairwise
 
 
@@ -672,3 +674,23 @@ def test_some_case_keeps_every_state_of_torch() -> None:
         walk(opt, range(2))
         kept.update(opt.state[members(opt)[0]])
     assert kept == {"step", "exp_avg", "exp_avg_sq", "max_exp_avg_sq", "momentum_buffer"}
+
+
+@pytest.mark.parametrize("cls", ["SGD", "Adam"])
+def test_a_parameter_object_that_was_replaced(cls: str) -> None:
+    """``state_dict()`` works where torch keeps no state of it, and raises as torch does where it keeps one."""
+    found = []
+    for module in (torch.optim, fw):
+        old, new = (torch.nn.Parameter(torch.ones(3)) for _ in range(2))
+        opt = getattr(module, cls)([old], lr=0.1)
+        old.grad, new.grad = torch.ones(3), torch.ones(3)
+        opt.step()
+        opt.param_groups[0]["params"] = [new]
+        for _ in range(2):
+            try:
+                found.append(opt.state_dict()["param_groups"][0]["params"])
+            except KeyError:
+                found.append(KeyError)
+            opt.step()
+    assert found == (found[:2] * 2)
+    assert found[0] == ([0] if cls == "SGD" else KeyError)
