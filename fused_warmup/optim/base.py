@@ -266,7 +266,7 @@ class FusedOptimizer(Optimizer):
             params = [params] if isinstance(params, Tensor) else params
             if not isinstance(params, set):
                 params = unique_params(name, list(params))
-                plain = [p[1] if isinstance(p, tuple) else p for p in params]
+                plain = (p[1] if isinstance(p, tuple) else p for p in params)
                 self._session.check_params([p for p in plain if isinstance(p, Tensor)], hyper)
             param_group["params"] = params
             # the norm may come from another optimizer that had the group; this one measures its own

@@ -95,6 +95,8 @@ def check_common(owner: str, common: Mapping[str, Any], group: Mapping[str, Any]
 
 def unique_params(owner: str, params: list[Any]) -> list[Any]:
     """Return the entries of a new group, each parameter once; a tied weight may be listed twice."""
+    if len(set(map(id, params))) == len(params) and not any(type(entry) is tuple for entry in params):
+        return params
     first: dict[int, Any] = {}
     for entry in params:
         first.setdefault(id(entry[1] if isinstance(entry, tuple) else entry), entry)

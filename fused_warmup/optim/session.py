@@ -214,7 +214,7 @@ class Session:
         if plain.any():
             # the first step raises if they are on several devices
             self.resolve(params[int(plain.argmax())].device)
-        members = [(i, p, hyper) for i, p in enumerate(params, known)]
+        members = ((i, p, hyper) for i, p in enumerate(params, known))
         settings = self.max_grad_norm, self.nonfinite
         build.check_whole(self.owner, self.spec, members, *settings, is_split=self.split)
 
@@ -454,9 +454,10 @@ class Session:
         None if parameters or states are not those of the plan.
         """
         plan, exact = self.plan, self.counts.exact
-        if plan is None or exact is None or not plan.is_current(self.param_groups):
+        replaced = not isinstance(self.state, TrackedStates) or self.state.access.replaced
+        if plan is None or exact is None or not plan.is_current(self.param_groups, check_owners=replaced):
             return None
-        return [row.index for row in plan.rows], exact[:, 0]
+        return list(plan.indices), exact[:, 0]
 
     def drop_counts(self) -> None:
         """Drop the states of parameters that left the groups where they hold counts alone.

@@ -58,12 +58,7 @@ def pack_state(
                 group[key] = group[key].to_dict()
             elif isinstance(group.get(key), AdaptiveSchedule):
                 group[key] = live[id(group[key])]
-    packed = dict(state_dict["state"])
-    tracked = [k for k, state in packed.items() if type(state) is TrackedState]
-    packed.update(zip(tracked, select_reader().plain_copies([packed[k] for k in tracked]), strict=True))
-    for k in [k for k in tracked if not packed[k]]:
-        # read before it had a state
-        del packed[k]
+    packed = select_reader().plain_states(state_dict["state"], TrackedState)
     if counts is None:
         _convert_counts(session, packed)
         counts = session.counts.select(session.params)

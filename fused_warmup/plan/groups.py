@@ -153,8 +153,8 @@ class GroupTable:
             rates, made = self.readings.copy().refresh(self._owner, groups, keys, make)
             if rates or made:
                 raise RuntimeError(
-                    f"{self._owner}: hyper-parameters must stay as they were at the step before while a graph "
-                    "is captured, got other ones. A schedule moves on the device."
+                    f"{self._owner}: hyper-parameters must stay as they were at the step before while a "
+                    "graph is captured, got other ones. A schedule moves on the device."
                 )
             return False
         rates, made = self.readings.refresh(self._owner, groups, keys, make)

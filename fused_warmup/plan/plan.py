@@ -59,6 +59,7 @@ class Plan:
         groups: Hyper-parameters of the groups.
         gradients: Gradients of the step.
         states: States of the rows.
+        indices: Position of each row among all parameters.
         arrivals: Positions of rows without states that have a gradient now, int64; ``fill`` takes them in.
         scaling: ``grad_scale`` and ``found_inf`` of a ``GradScaler``, or None each.
         has_float64: Whether any parameter is float64.
@@ -94,6 +95,7 @@ class Plan:
         self._reader = select_reader()
         self._members, self._waiting, self._reaches = members, waiting, reaches
         self._params = [row.param for row in rows]
+        self.indices = [row.index for row in rows]
         self._shards = [row for row in rows if row.local is not row.param]
         self._strided = [row for row in rows if row.work is not row.local]
         self._param_cache = AddressCache(self._reader.signatures, [row.local for row in rows])
@@ -196,11 +198,16 @@ class Plan:
         self._has_reserved = bool(self._reserved.any())
         self.numel += sum(row.work.numel() for row in rows)
 
-    def is_current(self, groups: Sequence[Mapping[str, Any]]) -> bool:
-        """Return whether groups and states hold the parameters and tensors of the table."""
+    def is_current(self, groups: Sequence[Mapping[str, Any]], *, check_owners: bool) -> bool:
+        """Return whether groups and states hold the parameters and tensors of the table.
+
+        Args:
+            groups: Parameter groups of the optimizer as they are now.
+            check_owners: Whether the dictionaries of states may have been replaced.
+        """
         return (
             self._reader.groups_unchanged(groups, self._members)
-            and self.states.has_owners()
+            and not (check_owners and not self.states.has_owners())
             and self.states.has_objects()
         )
 
