@@ -40,6 +40,7 @@ cover: $(READY)
 bench: $(READY)
 	$(BIN)/python -m benchmarks
 	$(BIN)/python -m benchmarks.sharpness
+	$(BIN)/python -m benchmarks.growth
 
 # on a machine with a GPU: builds in place with the python, torch, nvcc, pybind11 and ninja that are there and
 # fetches nothing; another torch than the pinned one may warn

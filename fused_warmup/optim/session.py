@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import warnings
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.parameter import is_lazy
@@ -205,18 +204,22 @@ class Session:
 
     def check_params(self, params: list[Tensor], hyper: Hyper) -> None:
         """Resolve the backend, and raise for new parameters that it does not take."""
-        known = sum(len(group["params"]) for group in self.param_groups)
+
+        def numbered() -> Iterator[tuple[int, Tensor, Hyper]]:
+            # counted only where it is needed, because a constructor adds many groups
+            known = sum(len(group["params"]) for group in self.param_groups)
+            yield from ((i, param, hyper) for i, param in enumerate(params, known))
+
         plain = select_reader().extents(params)["dtype"] >= 0
-        for i in np.flatnonzero(~plain).tolist():
+        for (i, param, _), is_plain in zip(numbered() if not plain.all() else (), plain, strict=False):
             # these may be materialised before the first step, which checks them again
-            if not is_lazy(params[i]) and not params[i].is_meta:
-                self.resolve(tensors.check_param(self.owner, known + i, params[i], None).device)
+            if not is_plain and not is_lazy(param) and not param.is_meta:
+                self.resolve(tensors.check_param(self.owner, i, param, None).device)
         if plain.any():
             # the first step raises if they are on several devices
             self.resolve(params[int(plain.argmax())].device)
-        members = ((i, p, hyper) for i, p in enumerate(params, known))
         settings = self.max_grad_norm, self.nonfinite
-        build.check_whole(self.owner, self.spec, members, *settings, is_split=self.split)
+        build.check_whole(self.owner, self.spec, numbered(), *settings, is_split=self.split)
 
     def average_pairs(self) -> list[tuple[Tensor, Tensor]]:
         """Return the local memory of each averaged parameter and of its average."""
