@@ -86,7 +86,7 @@ Partial measure_chunk(const Row& row, uint64_t grad, const Chunk& chunk) {
 // the sums of every chunk; a chunk without a gradient has zeros
 void measure_chunks(const Step& step) {
   Partial* partials = at<Partial>(step.partials);
-#pragma omp for schedule(dynamic, 1)
+#pragma omp for schedule(dynamic, 1) nowait
   for (int64_t i = 0; i < step.n_chunks; ++i) {
     const Chunk& chunk = at<Chunk>(step.chunks)[i];
     const Row& row = at<Row>(step.rows)[chunk.row];

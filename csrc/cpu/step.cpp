@@ -79,7 +79,7 @@ struct Update {
 template <class Rule>
 void update(const Step& step) {
   // last chunk first: the gradients measured last are still in the cache
-#pragma omp for schedule(dynamic, 1)
+#pragma omp for schedule(dynamic, 1) nowait
   for (int64_t i = step.n_chunks - 1; i >= 0; --i) {
     const Chunk& chunk = at<Chunk>(step.chunks)[i];
     const Row& row = at<Row>(step.rows)[chunk.row];
@@ -114,23 +114,28 @@ StepDecision decide_step(const Step& step, const Partial& total) {
 template <class Rule>
 void run(const Step& step, int threads) {
   const Partial* partials = at<Partial>(step.partials);
-  StepDecision decision;
+  // Threads meet only where one needs the results of another: on a loaded machine each meeting may take as
+  // long as the scheduler leaves a thread waiting.
+  if (step.measure) {
+#pragma omp parallel num_threads(threads)
+    measure_chunks(step);
+  }
+  StepDecision decision =
+      decide_step<Rule>(step, step.measure ? combine_all(partials, step.n_chunks) : Partial{});
+  if (decision.skipped) return;
   const bool one_chunk_each = Rule::kSums > 0 && all_one_chunk(step);
 #pragma omp parallel num_threads(threads)
   {
-    if (step.measure) measure_chunks(step);
-#pragma omp single
-    decision = decide_step<Rule>(step, step.measure ? combine_all(partials, step.n_chunks) : Partial{});
-    if (!decision.skipped) {
-      if constexpr (Rule::kSums > 0)
-        update_layers<Rule>(step, one_chunk_each);
-      else
-        update<Rule>(step);
-      if (step.spheres) rescale_chunks(step);
+    if constexpr (Rule::kSums > 0)
+      update_layers<Rule>(step, one_chunk_each);
+    else
+      update<Rule>(step);
+    if (step.spheres) {
+#pragma omp barrier
+      rescale_chunks(step);
     }
   }
-  if (accumulates(step) && !decision.skipped)
-    record_norms(step, decision, combine_all(partials, step.n_chunks));
+  if (accumulates(step)) record_norms(step, decision, combine_all(partials, step.n_chunks));
 }
 
 #define FW_ENTRY(Rule) run<Rule>,

@@ -249,7 +249,7 @@ class Session:
             complete_groups(self.param_groups, self.defaults)
             with torch.no_grad():
                 plan, backend = self._build(every)
-            self.planned_average = self.average
+            self.planned_average, self.previous = self.average, None
             if not plan.refresh(self.param_groups, check_states=True, check_owners=True):
                 raise RuntimeError(f"{self.owner}: parameters must stay in place while step() runs.")
         elif plan.is_split:
@@ -301,12 +301,13 @@ class Session:
         for group in groups:
             for param in group["params"][:1]:
                 self._refuse_capture(param.device)
-        readings = GroupReadings() if self.previous is None else self.previous.groups.readings.copy()
+        old = self.plan or self.previous
+        readings = GroupReadings() if old is None else old.groups.readings.copy()
         readings.refresh(owner, groups, self._keys, self.adopt_group)
         hypers = readings.hypers
         names = [spec.state_names(group) for group in groups]
-        previous = self.previous if self.average == self.planned_average else None
-        known = {} if previous is None else previous.valid_rows(self.state)
+        same_average = self.average == self.planned_average
+        known = old.valid_rows(self.state) if old is not None and same_average else {}
         found = build.find_rows(
             owner, spec, groups, hypers, names, self.state, known, select_reader(), every=every
         )
