@@ -90,8 +90,7 @@ FW_HOST_DEVICE void start_exp_avg_sq(const Hyper& h, int64_t step, bool initiali
                                      double init_norm_sq, Scalars& s) {
   bool first = step == 1 && !initialized;
   if (first && h.init == kInitGrad) s.exp_avg_sq_from_grad = h.init_scale;
-  // a state that stood before the option was set has not been drawn, and stays zero
-  if (first && h.init == kInitRandom && init_norm_sq > 0.0)
+  if (first && h.init == kInitRandom)
     s.exp_avg_sq_scale = h.init_scale * grad_norm * grad_norm / init_norm_sq;
 }
 

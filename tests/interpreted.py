@@ -30,9 +30,11 @@ from optim.test_gaps import (
     check_first_look,
     test_a_gradient_of_zeros_is_at_right_angles_to_everything,  # noqa: F401
     test_a_random_start_of_no_element,  # noqa: F401
+    test_a_random_start_of_states_that_stand_already,  # noqa: F401
     test_a_sphere_that_is_asked_for_before_any_gradient,  # noqa: F401
     test_an_infinite_gradient_on_a_sphere_spoils_its_element_only,  # noqa: F401
     test_averages_of_parameters_that_jump,  # noqa: F401
+    test_experts_that_come_one_by_one,  # noqa: F401
     test_init_from_gradients_leaves_out_what_has_none,  # noqa: F401
     test_norms_of_scaled_gradients,  # noqa: F401
     test_steps_without_any_group,  # noqa: F401

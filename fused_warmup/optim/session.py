@@ -263,7 +263,8 @@ class Session:
         skip = self.nonfinite == "skip"
         measure = self.max_grad_norm is not None or skip or plan.groups.random_start
         plan.scale(grad_scale, found_inf)
-        plan.prepare(Settings(self.max_grad_norm, skip, measure, self.init_norm_sq))
+        # states that stood before a random start was asked for were not drawn, and stay zero at any scale
+        plan.prepare(Settings(self.max_grad_norm, skip, measure, self.init_norm_sq or 1.0))
         self.plan, self.backend = plan, backend
         return plan, backend
 

@@ -157,8 +157,7 @@ def start_exp_avg_sq(
     first = step == 1 and not initialized
     if first and h.init == "grad":
         s.exp_avg_sq_from_grad = h.init_scale
-    # a state that stood before the option was set has not been drawn, and stays zero
-    if first and h.init == "random" and init_norm_sq > 0.0:
+    if first and h.init == "random":
         s.exp_avg_sq_scale = h.init_scale * grad_norm * grad_norm / init_norm_sq
 
 

@@ -34,10 +34,12 @@ from backends.test_bitwise import (  # noqa: F401
 from cases import CASES, SCHEDULES, assert_close, assert_same_bits, make_params, set_grads, states_of
 from optim.test_gaps import (  # noqa: F401
     test_a_random_start_of_no_element,
+    test_a_random_start_of_states_that_stand_already,
     test_a_scale_and_a_decision_are_read_anew_one_by_one,
     test_a_sphere_that_is_asked_for_before_any_gradient,
     test_an_infinite_gradient_on_a_sphere_spoils_its_element_only,
     test_averages_of_parameters_that_jump,
+    test_experts_that_come_one_by_one,
     test_gradients_that_change_dtype_and_back,
     test_init_from_gradients_leaves_out_what_has_none,
     test_norms_of_scaled_gradients,

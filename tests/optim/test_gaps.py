@@ -15,6 +15,7 @@ import pytest
 import torch
 from cases import BACKENDS, CASES, assert_same_bits, make_params, set_grads, states_of
 from optim.test_failure_modes import mesh  # noqa: F401
+from plan.test_growth import check_late_gradients
 from torch.nn import Parameter
 from vector_cases import check_preconditioner
 
@@ -1169,3 +1170,25 @@ def test_a_fit_goes_on_from_its_state():
     second.load_state_dict(first.state_dict())
     assert first.votes(losses) == second.votes(losses)
     assert first.fitted == second.fitted
+
+
+def test_a_random_start_of_states_that_stand_already(backend):
+    """They were not drawn: the step is that of a start at zero."""
+    results = []
+    for init in ("random", "zeros"):
+        (param,) = make_params(torch.float32, [(5,)])
+        opt = fw.Adam([param], lr=0.1, backend=backend)
+        opt.init_state()
+        opt.param_groups[0]["exp_avg_sq_init"] = init
+        set_grads([param], 0)
+        opt.step()
+        results.append((param, opt.state[param]["exp_avg_sq"]))
+    for a, b in zip(*results, strict=True):
+        assert_same_bits("tensor", a, b)
+
+
+@pytest.mark.parametrize("name", ["adam", "lamb", "adamp"])
+def test_experts_that_come_one_by_one(backend, name):
+    """On backends that have no memory of their own for a row without states."""
+    case = next(case for case in CASES if case.name == name)
+    check_late_gradients(case, backend, max_grad_norm=0.5)

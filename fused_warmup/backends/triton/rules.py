@@ -118,12 +118,12 @@ def clip_coefficient(grad_norm, max_grad_norm):
 def start_exp_avg_sq(h, step, initialized, grad_norm, init_norm_sq, s):
     """Set the second moment before the first update of a row, see ``reference/rules.py``."""
     first = (step == 1) & (initialized == 0)
-    # a state that stood before the option was set has not been drawn, and stays zero
-    drawn = first & (h.init == INIT_RANDOM) & (init_norm_sq > 0.0)
     return Scalars(
         s,
         exp_avg_sq_from_grad=tl.where(first & (h.init == INIT_GRAD), h.init_scale, 0.0),
-        exp_avg_sq_scale=tl.where(drawn, h.init_scale * grad_norm * grad_norm / init_norm_sq, 1.0),
+        exp_avg_sq_scale=tl.where(
+            first & (h.init == INIT_RANDOM), h.init_scale * grad_norm * grad_norm / init_norm_sq, 1.0
+        ),
     )
 
 
