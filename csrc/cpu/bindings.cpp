@@ -141,12 +141,27 @@ py::dict plain_copy(PyObject* dict) {
   return copy;
 }
 
+// pauses Python's garbage collector
+class CollectorPause {
+ public:
+  CollectorPause() : enabled_(PyGC_Disable()) {}
+  ~CollectorPause() {
+    if (enabled_) PyGC_Enable();
+  }
+  CollectorPause(const CollectorPause&) = delete;
+
+ private:
+  const int enabled_;
+};
+
 // a copy of a dictionary in which values of a class of dictionaries are plain copies
 py::dict plain_states(py::dict states, py::type cls) {
   FW_CHECK(PyType_IsSubtype(reinterpret_cast<PyTypeObject*>(cls.ptr()), &PyDict_Type), "cls must be a dict");
   py::dict copy;
   PyObject *key, *value;
   Py_ssize_t place = 0;
+  // all copies stay: a collection would visit every object of the process for nothing
+  const CollectorPause pause;
   while (PyDict_Next(states.ptr(), &place, &key, &value)) {
     const bool plain = reinterpret_cast<PyObject*>(Py_TYPE(value)) != cls.ptr();
     const py::object kept = plain ? py::reinterpret_borrow<py::object>(value) : plain_copy(value);

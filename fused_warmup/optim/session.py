@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 import warnings
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -247,10 +249,12 @@ class Session:
         plan, backend = self.plan, self.backend
         if plan is None or backend is None or not self._refresh(plan):
             complete_groups(self.param_groups, self.defaults)
-            with torch.no_grad():
+            with torch.no_grad(), _uncollected():
                 plan, backend = self._build(every)
             self.planned_average, self.previous = self.average, None
-            if not plan.refresh(self.param_groups, check_states=True, check_owners=True):
+            if isinstance(self.state, TrackedStates):
+                self.state.access.noted = self.state.access.replaced = True
+            if not self._refresh(plan):
                 raise RuntimeError(f"{self.owner}: parameters must stay in place while step() runs.")
         elif plan.is_split:
             build.check_norms(self.owner, self.max_grad_norm, self.nonfinite)
@@ -546,6 +550,18 @@ class Session:
                     "record_loss(loss) before each step().",
                     stacklevel=4,
                 )
+
+
+@contextmanager
+def _uncollected() -> Iterator[None]:
+    """Pause the garbage collector while many objects are made that all stay."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
 
 
 def _given(positions: Sequence[int], counts: Sequence[tuple[int, int] | None]) -> dict[int, int]:

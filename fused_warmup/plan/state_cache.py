@@ -90,7 +90,8 @@ class StateCache:
         self._kept += rows
         self._params += [row.param for row in rows]
         # a dictionary of the user notes no access
-        self.is_tracked = self.is_tracked and set(map(type, self._own)) <= {TrackedState}
+        added = self._own[len(self._own) - len(rows) :]
+        self.is_tracked = self.is_tracked and set(map(type, added)) <= {TrackedState}
         self._objects += objects
         self._cache.extend(local_tensors(objects) if self._wholes else objects)
         self._rows = np.concatenate([self._rows, np.array(positions, np.int64)])

@@ -77,6 +77,8 @@ def matrix(rows, columns):
         (list(matrix(4000, 64).unbind(1)), 0),
         (list(matrix(50, 3000).split(3, 1)), 0),
         (list(matrix(3000, 50).t().split(1)), 0),
+        # the first column begins behind the others
+        ([(m := matrix(100, 50))[1:, 0], *m[:-1, 1:].unbind(1)], 0),
         # the tiles of a row of tiles begin in between each other, those of two rows do not
         ([t for band in matrix(100, 100).split(10) for t in band.split(10, 1)], 0),
         # two strides: an element is marked once; the end of the last row lies behind all columns
@@ -90,6 +92,7 @@ def matrix(rows, columns):
         "long columns",
         "blocks",
         "rows of a transpose",
+        "rolled",
         "tiles",
         "halves",
         "mixed",
@@ -97,6 +100,15 @@ def matrix(rows, columns):
 )
 def test_the_cost_grows_with_the_elements_at_most(views, marked):
     assert check(views) == marked
+
+
+def test_elements_at_odd_addresses():
+    memory = np.zeros(200, np.uint8)
+    first, second = (torch.from_numpy(memory[k : k + 128].view(np.float32))[::4] for k in (0, 14))
+    with pytest.raises(ValueError, match="must not share memory, got 0 and 1"):
+        check([first, second])
+    third = torch.from_numpy(memory[6:134].view(np.float32))[::4]
+    assert check([first, third]) == 0
 
 
 @pytest.mark.parametrize("backend", ["cpu", "reference"])
