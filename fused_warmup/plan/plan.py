@@ -213,7 +213,9 @@ class Plan:
 
     def valid_rows(self, state: Mapping[Tensor, Any]) -> dict[int, Row]:
         """Return the rows whose states another table can take over, by the identity of the parameter."""
-        return {} if self._param_cache.find_moved() is None else self.states.valid_rows(state)
+        if self._has_other_shards() or self._param_cache.find_moved() is None:
+            return {}
+        return self.states.valid_rows(state)
 
     def keeps(self, n_states: Sequence[int]) -> bool:
         """Return whether the rows of each group keep, or will keep, so many states."""
@@ -261,9 +263,13 @@ class Plan:
         return (
             self._reader.groups_unchanged(groups, self._members)
             and not (self.groups.has_spheres and self.groups.norms_moved(groups))
-            and not (self._shards and any(local_tensor(row.param) is not row.local for row in self._shards))
+            and not self._has_other_shards()
             and not (self._waiting and self._reader.any_gradient(self._waiting))
         )
+
+    def _has_other_shards(self) -> bool:
+        """Return whether a distributed parameter has another local tensor."""
+        return any(local_tensor(row.param) is not row.local for row in self._shards)
 
     def _follow_moves(self, check_states: bool) -> bool:
         """Update the addresses of parameters and states that have moved; return False if one has changed."""
