@@ -77,8 +77,8 @@ def matrix(rows, columns):
         (list(matrix(4000, 64).unbind(1)), 0),
         (list(matrix(50, 3000).split(3, 1)), 0),
         (list(matrix(3000, 50).t().split(1)), 0),
-        # the first column begins behind the others
-        ([(m := matrix(100, 50))[1:, 0], *m[:-1, 1:].unbind(1)], 0),
+        # a column that lies between two others begins behind both
+        ([(m := matrix(100, 50))[:, 5], m[:, 9], m[1:, 7]], 0),
         # the tiles of a row of tiles begin in between each other, those of two rows do not
         ([t for band in matrix(100, 100).split(10) for t in band.split(10, 1)], 0),
         # two strides: an element is marked once; the end of the last row lies behind all columns
