@@ -82,7 +82,7 @@ FAULTS: dict[tuple[str, str], list[tuple[str, ...]]] = {
         ("beyond(self._counts, _COUNT_REFERENCES)", "False"),
         ("self._reader.states_unchanged([self._state] * len(self._own), self._params, self._own)", "True"),
         ("set(map(type, added)) <= {TrackedState}", "True"),
-        ("len(self._state) == self._length and", "", f"{PLAN} {PLACES}"),
+        ("len(self._state) == self._length and", "", f"{STATES}"),
         ("return None if moved is None else len(moved) > 0", "return False", f"{PLAN} {PLACES} {GROWTH}"),
         ("        self._cache.accept()\n        self.fill(columns)\n", "        self._cache.accept()\n", GROWTH),
         ("addresses[ends + averaged]", "addresses[ends]", GROWTH),
