@@ -366,3 +366,63 @@ def test_weight_decay_schedule_counts_in_the_initialisation():
     x.grad = torch.ones(1)
     opt.init_from_gradients()
     assert opt.state[x]["exp_avg_sq"].item() == pytest.approx(1.1**2, rel=1e-6)
+
+
+READERS = {"python": address_cache.PYTHON_READER, "compiled": address_cache.select_reader()}
+
+
+@needs_exchange
+def test_both_readers_find_the_same_extents():
+    """Address, elements, bytes and dimensions of plain tensors; any other one is left to the checks."""
+    tensors = [tensor for tensor in odd_tensors().values() if tensor is not None]
+    tensors += [
+        torch.nn.Parameter(torch.zeros(3)),
+        torch.zeros(()),
+        torch.zeros(0, 3),
+        torch.zeros(2, dtype=torch.int32),
+    ]
+    tensors += [
+        torch.zeros(5, dtype=torch.float16),
+        torch.zeros(5, dtype=torch.bfloat16),
+        torch.zeros(4, 1, 2),
+    ]
+    python, compiled = (READERS[name].extents(tensors) for name in ("python", "compiled"))
+    assert python["dtype"].tolist() == compiled["dtype"].tolist()
+    plain = compiled["dtype"] >= 0
+    assert python[plain].tolist() == compiled[plain].tolist()
+    assert [t.data_ptr() for t, p in zip(tensors, plain, strict=True) if p] == compiled["address"][
+        plain
+    ].tolist()
+    assert [t.nbytes for t, p in zip(tensors, plain, strict=True) if p] == compiled["reach"][plain].tolist()
+    assert plain.tolist() == [
+        *(
+            name in ("same", "offset", "float64", "more dimensions", "other shape")
+            for name in odd_tensors()
+            if name != "none"
+        ),
+        *(True, True, False, False, True, True, True),
+    ]
+
+
+@pytest.mark.parametrize("how", READERS)
+def test_what_readers_say_of_many_objects(how):
+    reader = READERS[how]
+    first, second = torch.nn.Parameter(torch.zeros(2)), torch.nn.Parameter(torch.zeros(2))
+    assert not reader.any_gradient([first, second])
+    second.grad = torch.zeros(2)
+    assert reader.any_gradient([first, second])
+    assert not reader.any_gradient([first])
+    objects = [object(), object()]
+    assert not reader.referenced_beyond(objects, 1)
+    held = objects[1]
+    assert reader.referenced_beyond(objects, 1)
+    assert not reader.referenced_beyond(objects, 2)
+    assert held is objects[1]
+    opt = fw.Adam([first, second])
+    opt.step()
+    copied = reader.plain_states({0: opt.state[second], "mine": {"a": 1}, 1: 5}, type(opt.state[second]))
+    assert type(copied[0]) is dict
+    assert list(copied[0]) == ["exp_avg", "exp_avg_sq", "step"]
+    assert copied[0]["exp_avg"] is opt.state[second]["exp_avg"]
+    assert copied["mine"] == {"a": 1}
+    assert copied[1] == 5
