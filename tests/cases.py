@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -166,3 +167,11 @@ def assert_same_bits(name: str, actual: Tensor, expected: Tensor) -> None:
     assert actual.shape == expected.shape, name
     same = [t.detach().cpu().contiguous().view(-1).view(torch.uint8) for t in (actual, expected)]
     assert torch.equal(*same), f"{name}: bits differ"
+
+
+def through_file(saved: Any) -> Any:
+    """Return what comes back from a file that only tensors and plain types may be in."""
+    file = io.BytesIO()
+    torch.save(saved, file)
+    file.seek(0)
+    return torch.load(file, weights_only=True)

@@ -68,7 +68,7 @@ from vector_cases import check_operations, check_preconditioner, combination
 import fused_warmup as fw
 from fused_warmup.backends.triton import memory, rules, schedules
 from fused_warmup.backends.triton.launch import LANES, TritonBackend
-from fused_warmup.plan.hyper import AverageSettings, Hyper, pack_hypers
+from fused_warmup.plan.hyper import AverageSettings, Hyper, pack_rows, pack_schedules
 from fused_warmup.plan.structs import AVERAGE_KINDS, DTYPES, STRUCTS
 from fused_warmup.reference import rules as truth
 from fused_warmup.reference import schedules as truth_schedules
@@ -469,7 +469,9 @@ def test_schedules():
     """Every chain at every step of a hundred, and long after, in one block."""
     # a table that nothing follows must not read on when it is over
     chains = [*(s for s in SCHEDULES.values() if s is not None), fw.schedules.table([0.3, 0.7])]
-    hypers, segments, values = pack_hypers([Hyper(1.0, schedule=s) for s in (None, *chains)])
+    groups = [Hyper(1.0, schedule=s) for s in (None, *chains)]
+    places, segments, values = pack_schedules(groups)
+    hypers = pack_rows(groups, places)
     steps = [*range(100), 10**6, 2**40]
     table = [(h["lr_segment"], h["lr_segments"], t) for h in hypers for t in steps]
     n = 1 << (len(table) - 1).bit_length()
@@ -587,7 +589,8 @@ def test_scalars(rule):
     ]
     n = 1 << (len(cases) - 1).bit_length()
     cases += cases[:1] * (n - len(cases))
-    hypers, _, _ = pack_hypers([h for h, _ in cases])
+    groups = [h for h, _ in cases]
+    hypers = pack_rows(groups, pack_schedules(groups)[0])
     out = np.zeros(n, STRUCTS["Scalars"])
     columns = [torch.from_numpy(c.view(np.uint8).reshape(-1)) for c in (hypers, out)]
     step = torch.tensor([step for _, step in cases])

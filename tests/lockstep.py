@@ -9,6 +9,7 @@ from functools import partial
 from typing import Any
 
 import torch
+from cases import through_file
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 from lockstep_sides import (
@@ -22,7 +23,6 @@ from lockstep_sides import (
     give_gradient,
     normal,
     synchronize,
-    through_file,
 )
 
 import fused_warmup as fw

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -92,14 +91,6 @@ def give_gradient(param: Tensor, kind: str, values: Tensor) -> None:
     elif kind in LAYOUTS:
         values = LAYOUTS[kind](values)
     param.grad = values
-
-
-def through_file(saved: Any) -> Any:
-    """Return what comes back from a file that only tensors and plain types may be in."""
-    file = io.BytesIO()
-    torch.save(saved, file)
-    file.seek(0)
-    return torch.load(file, weights_only=True)
 
 
 @dataclass

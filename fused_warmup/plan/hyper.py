@@ -120,9 +120,3 @@ def pack_schedules(hypers: Sequence[Hyper]) -> tuple[list[Places], np.ndarray, n
                 same[id(schedule)] = equal[schedule]
     places = [(*same[id(h.schedule)], *same[id(h.weight_decay_schedule)]) for h in hypers]
     return places, np.array(segments, STRUCTS["Segment"]), np.array(values, np.float64)
-
-
-def pack_hypers(hypers: Sequence[Hyper]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Return the columns Hyper, Segment and values of the groups."""
-    places, segments, values = pack_schedules(hypers)
-    return pack_rows(hypers, places), segments, values

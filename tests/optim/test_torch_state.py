@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import io
 import pickle
 import re
 from collections.abc import Callable
@@ -12,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from cases import CASES, SCHEDULES, Case, assert_same_bits
+from cases import CASES, SCHEDULES, Case, assert_same_bits, through_file
 from peers import (
     CLASSES,
     TORCH_CASES,
@@ -129,16 +128,8 @@ COPIES: dict[str, Callable[[Any], Any]] = {
     "as it is": lambda saved: saved,
     "deepcopy": copy.deepcopy,
     "pickle": lambda saved: pickle.loads(pickle.dumps(saved)),
-    "file": lambda saved: load(saved),
+    "file": through_file,
 }
-
-
-def load(saved: Any) -> Any:
-    """Return what comes back from a file that only tensors and plain types may be in."""
-    file = io.BytesIO()
-    torch.save(saved, file)
-    file.seek(0)
-    return torch.load(file, weights_only=True)
 
 
 @each_class
