@@ -568,10 +568,10 @@ def test_weights_of_averages():
 @triton.jit
 def scalars_kernel(hypers, step, out, SCALARS: tl.constexpr, N: tl.constexpr):
     i = tl.arange(0, N)
-    h = memory.load_struct(hypers.to(tl.int64), i, memory.Hyper, i < N)
+    h = memory.load_struct(hypers.to(tl.int64), i, "Hyper", i < N)
     rates = memory.Rates(lr=h.lr, weight_decay=h.weight_decay)
     s = SCALARS(h, rates.lr, tl.load(step + i), rules.common_scalars(h, rates, 0.5))
-    memory.store_struct(out.to(tl.int64), i, s, memory.Scalars, i < N)
+    memory.store_struct(out.to(tl.int64), i, s, "Scalars", i < N)
 
 
 @pytest.mark.parametrize("rule", ALL_RULES)

@@ -11,14 +11,8 @@ import triton.language as tl
 from ...plan.structs import COUNT_LIMIT
 from .memory import (
     Counters,
-    Hyper,
     PendingScalars,
     Rates,
-    Row,
-    RowCounters,
-    Scalars,
-    Sphere,
-    Step,
     StepDecision,
     Telemetry,
     field,
@@ -58,19 +52,19 @@ def set_rates(step, t, LANES: tl.constexpr):
     for start in range(0, step.n_groups, LANES):
         group = start + tl.arange(0, LANES)
         known = group < step.n_groups
-        h = load_struct(step.hypers, group, Hyper, known)
+        h = load_struct(step.hypers, group, "Hyper", known)
         lr = h.lr * multiplier(step.segments, h.lr_segment, h.lr_segments, step.table_values, t)
         weight_decay = h.weight_decay * multiplier(
             step.segments, h.decay_segment, h.decay_segments, step.table_values, t
         )
         rates = Rates(lr=lr, weight_decay=weight_decay)
-        store_struct(step.rates, group, rates, Rates, known)
+        store_struct(step.rates, group, rates, "Rates", known)
 
 
 @triton.jit
 def updates_of(row, known):
     """Number of updates of rows: the exact count, unless other code has written the float of the state."""
-    exact = tl.load(field(row.counters, 0, RowCounters, "step"), known, 0)
+    exact = tl.load(field(row.counters, 0, "RowCounters", "step"), known, 0)
     shown = tl.load(row.step.to(tl.pointer_type(tl.float32)), known, 0.0)
     written = (shown != exact.to(tl.float32)) & (shown >= 0.0) & (shown < MAX_COUNT)
     return tl.where(written, shown.to(tl.int64), exact)
@@ -85,19 +79,19 @@ def count_average(step, decision, row, known):
     n_averaged = tl.load(count, kept, 0) + due.to(tl.int64)
     weight = tl.where(due, average_weight(step.average_kind, step.average_decay, n_averaged), 0.0)
     tl.store(count, n_averaged, kept)
-    tl.store(field(row.counters, 0, RowCounters, "average_weight"), weight, kept)
+    tl.store(field(row.counters, 0, "RowCounters", "average_weight"), weight, kept)
 
 
 @triton.jit
 def average_weight_of(row):
     """Weight of the parameter in its average at this step."""
-    return tl.load(field(row.counters, 0, RowCounters, "average_weight"))
+    return tl.load(field(row.counters, 0, "RowCounters", "average_weight"))
 
 
 @triton.jit
 def sphere_rates(step, group, lr, exponent, active):
     """Learning rates of rows, converted for groups on a sphere."""
-    sphere = load_struct(step.spheres, group, Sphere, active)
+    sphere = load_struct(step.spheres, group, "Sphere", active)
     there = active & (sphere.norm != 0)
     norm = tl.load(sphere.norm.to(tl.pointer_type(tl.float64)), there, 1.0)
     return tl.where(there, sphere_rate(lr, norm, exponent), lr)
@@ -127,18 +121,18 @@ def set_scalars(
         i = start + tl.arange(0, LANES)
         known = i < step.n_rows
         active = known & (tl.load(grad_of(step, i), known, 0) != 0)
-        row = load_struct(step.rows, i, Row, known)
+        row = load_struct(step.rows, i, "Row", known)
         count_average(step, decision, row, known)
         updates = updates_of(row, active) + 1
-        tl.store(field(row.counters, 0, RowCounters, "step"), updates, active)
+        tl.store(field(row.counters, 0, "RowCounters", "step"), updates, active)
         tl.store(row.step.to(tl.pointer_type(tl.float32)), updates.to(tl.float32), active)
-        h = load_struct(step.hypers, row.group, Hyper, active)
-        rates = load_struct(step.rates, row.group, Rates, active)
+        h = load_struct(step.hypers, row.group, "Hyper", active)
+        rates = load_struct(step.rates, row.group, "Rates", active)
         effective_lr = rates.lr
         if SPHERES:
             effective_lr = sphere_rates(step, row.group, effective_lr, LR_NORM_POWER(h, updates), active)
         s = scalars_of_rows(step, decision, row, h, rates, effective_lr, updates, SCALARS)
-        store_struct(step.scalars, i, s, Scalars, active)
+        store_struct(step.scalars, i, s, "Scalars", active)
         leader = tl.min(tl.where(active, i, step.n_rows))
         rect = tl.sum(tl.where(i == leader, s.rect, 0.0))
         first = tl.where((first != first) & (leader < step.n_rows), rect, first)
@@ -148,15 +142,15 @@ def set_scalars(
 @triton.jit
 def record(step, decision):
     """Write the telemetry row of this step, and advance the counters."""
-    counters = load_struct(step.counters, 0, Counters)
-    pending_scalars = load_struct(step.pending_scalars, 0, PendingScalars)
+    counters = load_struct(step.counters, 0, "Counters")
+    pending_scalars = load_struct(step.pending_scalars, 0, "PendingScalars")
     # wait until all threads have read the values that one of them overwrites
     tl.debug_barrier()
     made = tl.where(decision.skipped != 0, decision.t, decision.t + 1)
     if step.telemetry_capacity > 0:
         line = Telemetry(
             step=made,
-            lr=load_struct(step.rates, 0, Rates).lr,
+            lr=load_struct(step.rates, 0, "Rates").lr,
             grad_norm=decision.grad_norm,
             grad_norm_l1=decision.grad_norm_l1,
             clip_coef=decision.clip_coef,
@@ -166,20 +160,20 @@ def record(step, decision):
             sharpness=pending_scalars.sharpness,
         )
         place = counters.calls % step.telemetry_capacity
-        store_struct(step.telemetry, place, line, Telemetry)
+        store_struct(step.telemetry, place, line, "Telemetry")
     store_struct(
-        step.pending_scalars, 0, PendingScalars(loss=float("nan"), sharpness=float("nan")), PendingScalars
+        step.pending_scalars, 0, PendingScalars(loss=float("nan"), sharpness=float("nan")), "PendingScalars"
     )
-    store_struct(step.counters, 0, Counters(step=made, calls=counters.calls + 1), Counters)
+    store_struct(step.counters, 0, Counters(step=made, calls=counters.calls + 1), "Counters")
 
 
 @triton.jit
 def record_norms(step, decision, part):
     """Write the norms that the update has summed into the row that ``record`` wrote."""
-    last = load_struct(step.counters, 0, Counters).calls - 1
+    last = load_struct(step.counters, 0, "Counters").calls - 1
     line = last % step.telemetry_capacity
-    tl.store(field(step.telemetry, line, Telemetry, "grad_norm"), tl.sqrt(part.l2_sq) * decision.unscale)
-    tl.store(field(step.telemetry, line, Telemetry, "grad_norm_l1"), part.l1 * decision.unscale)
+    tl.store(field(step.telemetry, line, "Telemetry", "grad_norm"), tl.sqrt(part.l2_sq) * decision.unscale)
+    tl.store(field(step.telemetry, line, "Telemetry", "grad_norm_l1"), part.l1 * decision.unscale)
 
 
 @triton.jit
@@ -191,10 +185,10 @@ def decide_kernel(
     LANES: tl.constexpr,
 ):
     """Run the decide stage in one program."""
-    step = load_struct(step.to(tl.int64), 0, Step)
+    step = load_struct(step.to(tl.int64), 0, "Step")
     count = tl.where(step.measure != 0, step.n_chunks, 0)
     decision = decide(
-        step, load_struct(step.counters, 0, Counters).step, combine_all(step.partials, count, LANES)
+        step, load_struct(step.counters, 0, "Counters").step, combine_all(step.partials, count, LANES)
     )
     set_rates(step, decision.t, LANES)
     # other threads read the rates than wrote them
@@ -203,5 +197,5 @@ def decide_kernel(
     if decision.skipped == 0:
         rect = set_scalars(step, decision, SCALARS, LR_NORM_POWER, SPHERES, LANES)
     decision = StepDecision(decision, rect=rect)
-    store_struct(step.decision, 0, decision, StepDecision)
+    store_struct(step.decision, 0, decision, "StepDecision")
     record(step, decision)

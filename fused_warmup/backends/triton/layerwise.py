@@ -12,12 +12,6 @@ import triton.language as tl
 from .decide import average_weight_of, record_norms
 from .measure import measure_chunk
 from .memory import (
-    Chunk,
-    Hyper,
-    Row,
-    Scalars,
-    Step,
-    StepDecision,
     arithmetic,
     arrives_last,
     field,
@@ -121,13 +115,13 @@ def stage1_kernel(
     TAIL: tl.constexpr,
 ):
     """Run stage1 on every chunk."""
-    step = load_struct(step.to(tl.int64), 0, Step)
-    if load_struct(step.decision, 0, StepDecision).skipped == 0:
+    step = load_struct(step.to(tl.int64), 0, "Step")
+    if load_struct(step.decision, 0, "StepDecision").skipped == 0:
         for i in range(tl.program_id(0), step.n_chunks, tl.num_programs(0)):
-            chunk = load_struct(step.chunks, i, Chunk)
-            row = load_struct(step.rows, chunk.row, Row)
+            chunk = load_struct(step.chunks, i, "Chunk")
+            row = load_struct(step.rows, chunk.row, "Row")
             grad = tl.load(grad_of(step, chunk.row))
-            s = load_struct(step.scalars, chunk.row, Scalars)
+            s = load_struct(step.scalars, chunk.row, "Scalars")
             addresses = row.param | grad | row.state0 | row.state1
             aligned = is_aligned(addresses, chunk, channel_part(row, chunk))
             for k in tl.static_range(len(KINDS)):
@@ -165,7 +159,7 @@ def reduce_layer(
     A single channel is not tested on its own, because its sums are those of the layer.
     """
     lanes = tl.arange(0, LANES)
-    h = load_struct(step.hypers, row.group, Hyper)
+    h = load_struct(step.hypers, row.group, "Hyper")
     each = tl.cdiv(row.channel_size, PIECE)
     channels = row.numel // row.channel_size
     parts = zero_sums(LANES, N_SUMS)
@@ -189,10 +183,10 @@ def reduce_layer(
         (channels > 1) & (tl.sum(failed) == 0),
         SCALE_INVARIANT(h, layer, row.numel),
     )
-    s = load_struct(step.scalars, i, Scalars)
+    s = load_struct(step.scalars, i, "Scalars")
     # wait until all threads have read the scalars that one of them overwrites
     tl.debug_barrier()
-    store_struct(step.scalars, i, LAYER_SCALARS(h, layer, view != NO_VIEW, s), Scalars)
+    store_struct(step.scalars, i, LAYER_SCALARS(h, layer, view != NO_VIEW, s), "Scalars")
     if PROJECTS:
         for start in range(0, channels * each, LANES):
             piece = start + lanes
@@ -218,11 +212,11 @@ def reduce_layers_kernel(
     LANES: tl.constexpr,
 ):
     """Turn the sums of every row into its scalars and projection coefficients."""
-    step = load_struct(step.to(tl.int64), 0, Step)
-    decision = load_struct(step.decision, 0, StepDecision)
+    step = load_struct(step.to(tl.int64), 0, "Step")
+    decision = load_struct(step.decision, 0, "StepDecision")
     if decision.skipped == 0:
         for i in range(tl.program_id(0), step.n_rows, tl.num_programs(0)):
-            row = load_struct(step.rows, i, Row)
+            row = load_struct(step.rows, i, "Row")
             if (tl.load(grad_of(step, i)) != 0) & (row.numel > 0):
                 reduce_layer(
                     step, i, row, SCALE_INVARIANT, PROJECTION_COEF, LAYER_SCALARS, N_SUMS, PROJECTS, LANES
@@ -317,15 +311,15 @@ def stage2_kernel(
     LANES: tl.constexpr,
 ):
     """Run stage2 on every chunk, the last one first."""
-    step = load_struct(step.to(tl.int64), 0, Step)
-    decision = load_struct(step.decision, 0, StepDecision)
+    step = load_struct(step.to(tl.int64), 0, "Step")
+    decision = load_struct(step.decision, 0, "StepDecision")
     if decision.skipped == 0:
         for n in range(tl.program_id(0), step.n_chunks, tl.num_programs(0)):
-            chunk = load_struct(step.chunks, step.n_chunks - 1 - n, Chunk)
-            row = load_struct(step.rows, chunk.row, Row)
+            chunk = load_struct(step.chunks, step.n_chunks - 1 - n, "Chunk")
+            row = load_struct(step.rows, chunk.row, "Row")
             grad = tl.load(grad_of(step, chunk.row))
-            s = load_struct(step.scalars, chunk.row, Scalars)
-            needs_grad = NEEDS_GRAD(load_struct(step.hypers, row.group, Hyper), row.n_states)
+            s = load_struct(step.scalars, chunk.row, "Scalars")
+            needs_grad = NEEDS_GRAD(load_struct(step.hypers, row.group, "Hyper"), row.n_states)
             addresses = row.param | grad | row.state0 | row.state1 | row.average
             aligned = is_aligned(addresses, chunk, channel_part(row, chunk))
             weight = average_weight_of(row)
@@ -358,5 +352,5 @@ def stage2_kernel(
                 if on_sphere:
                     store_sum_sq(step, step.n_chunks - 1 - n, sum_sq)
         if SPHERES:
-            if arrives_last(field(step.decision, 0, StepDecision, "finished_blocks")):
+            if arrives_last(field(step.decision, 0, "StepDecision", "finished_blocks")):
                 finish_spheres(step, LANES)

@@ -10,10 +10,6 @@ import triton.language as tl
 
 from .memory import (
     VECTOR,
-    Chunk,
-    Partial,
-    Row,
-    Step,
     arithmetic,
     grad_of,
     item_size,
@@ -49,15 +45,15 @@ def measure_chunk(
             here = grad + chunk.offset * item_size(GRAD_DTYPES[k])
             part = measure_blocks(part, here, 0, whole, GRAD_DTYPES[k], BLOCK, True)
             part = measure_blocks(part, here, whole, chunk.count, GRAD_DTYPES[k], TAIL, False)
-    store_struct(step.partials, i, part, Partial)
+    store_struct(step.partials, i, part, "Partial")
 
 
 @triton.jit
 def measure_kernel(step, GRAD_DTYPES: tl.constexpr, BLOCK: tl.constexpr, TAIL: tl.constexpr):
     """Store the sums of every chunk of the gradients."""
-    step = load_struct(step.to(tl.int64), 0, Step)
+    step = load_struct(step.to(tl.int64), 0, "Step")
     for i in range(tl.program_id(0), step.n_chunks, tl.num_programs(0)):
-        chunk = load_struct(step.chunks, i, Chunk)
-        row = load_struct(step.rows, chunk.row, Row)
+        chunk = load_struct(step.chunks, i, "Chunk")
+        row = load_struct(step.rows, chunk.row, "Row")
         grad = tl.load(grad_of(step, chunk.row))
         measure_chunk(step, i, chunk, row, grad, GRAD_DTYPES, BLOCK, TAIL)

@@ -16,7 +16,7 @@ from ...plan.structs import DTYPES, STRUCTS
 
 # a constexpr, so that the layout is part of the key in the cache of compiled kernels
 LAYOUT = tl.constexpr({
-    name: (dtype.itemsize, [(field[1], field[0].str[1:]) for field in (dtype.fields or {}).values()])
+    name: (dtype.itemsize, [(field, at[1], at[0].str[1:]) for field, at in (dtype.fields or {}).items()])
     for name, dtype in STRUCTS.items()
 })
 BFLOAT16 = tl.constexpr(DTYPES[torch.bfloat16])
@@ -72,22 +72,44 @@ VectorOp = _struct("VectorOp")
 PreconditionerOp = _struct("PreconditionerOp")
 
 
+# kernels name a struct by a string: not all supported versions take a class as an argument
+_CLASSES = {
+    struct.__name__: struct
+    for struct in (
+        Row, Chunk, Hyper, Segment, Rates, Scalars, Sphere, Partial, Counters, RowCounters, PendingScalars,
+        Telemetry, StepDecision, Step, TensorSlice, VectorOp, PreconditionerOp,
+    )
+}  # fmt: skip
+
+
 @triton.constexpr_function
-def size_of(layout: Any, struct: Any) -> int:
+def class_of(struct: str) -> Any:
+    """Named tuple of a struct."""
+    return _CLASSES[struct]
+
+
+@triton.constexpr_function
+def size_of(layout: Any, struct: str) -> int:
     """Size of a struct in bytes."""
-    return int(layout[struct.__name__][0])
+    return int(layout[struct][0])
 
 
 @triton.constexpr_function
-def offset_of(layout: Any, struct: Any, i: int) -> int:
+def n_fields(layout: Any, struct: str) -> int:
+    """Number of the fields of a struct."""
+    return len(layout[struct][1])
+
+
+@triton.constexpr_function
+def offset_of(layout: Any, struct: str, i: int) -> int:
     """Offset of a field in its struct."""
-    return int(layout[struct.__name__][1][i][0])
+    return int(layout[struct][1][i][1])
 
 
 @triton.constexpr_function
-def pointer_of(layout: Any, struct: Any, i: int) -> Any:
+def pointer_of(layout: Any, struct: str, i: int) -> Any:
     """Type of a pointer to a field."""
-    return tl.pointer_type(_FIELD_TYPES[layout[struct.__name__][1][i][1]])
+    return tl.pointer_type(_FIELD_TYPES[layout[struct][1][i][2]])
 
 
 @triton.constexpr_function
@@ -115,16 +137,16 @@ def state_dtype(dtype: int) -> int:
 
 
 @triton.constexpr_function
-def position(struct: Any, name: str) -> int:
+def position(layout: Any, struct: str, name: str) -> int:
     """Index of a field in its struct."""
-    return int(struct._fields.index(name))
+    return [field for field, _, _ in layout[struct][1]].index(name)
 
 
 @triton.jit
 def field(column, index, STRUCT: tl.constexpr, NAME: tl.constexpr):
     """Pointer to a field of struct number ``index`` in a column."""
     place = column + index * size_of(LAYOUT, STRUCT)
-    i: tl.constexpr = position(STRUCT, NAME)
+    i: tl.constexpr = position(LAYOUT, STRUCT, NAME)
     return (place + offset_of(LAYOUT, STRUCT, i)).to(pointer_of(LAYOUT, STRUCT, i))
 
 
@@ -133,17 +155,17 @@ def load_struct(column, index, STRUCT: tl.constexpr, mask=None):
     """Load a struct from a column, or a block of structs with zeros where the mask is off."""
     place = column + index * size_of(LAYOUT, STRUCT)
     fields = ()
-    for i in tl.static_range(len(STRUCT._fields)):
+    for i in tl.static_range(n_fields(LAYOUT, STRUCT)):
         pointer = (place + offset_of(LAYOUT, STRUCT, i)).to(pointer_of(LAYOUT, STRUCT, i))
         fields = fields + (tl.load(pointer, mask=mask, other=None if mask is None else 0),)
-    return STRUCT(*fields)
+    return class_of(STRUCT)(*fields)
 
 
 @triton.jit
 def store_struct(column, index, value, STRUCT: tl.constexpr, mask=None):
     """Write a struct to a column, or a block of structs."""
     place = column + index * size_of(LAYOUT, STRUCT)
-    for i in tl.static_range(len(STRUCT._fields)):
+    for i in tl.static_range(n_fields(LAYOUT, STRUCT)):
         pointer = (place + offset_of(LAYOUT, STRUCT, i)).to(pointer_of(LAYOUT, STRUCT, i))
         tl.store(pointer, tl.cast(value[i], pointer.dtype.element_ty), mask=mask)
 

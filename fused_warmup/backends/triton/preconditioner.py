@@ -8,13 +8,8 @@ import triton.language as tl
 from .decide import decide, scalars_of_rows, set_rates, updates_of
 from .memory import (
     VECTOR,
-    Chunk,
-    Counters,
-    Hyper,
     Partial,
-    PreconditionerOp,
     Rates,
-    Row,
     Scalars,
     Step,
     arithmetic,
@@ -94,22 +89,22 @@ def preconditioner_kernel(
     LANES: tl.constexpr,
 ):
     """Compute every chunk of the measured rows; the table of the step is only read."""
-    step = load_struct(step.to(tl.int64), 0, Step)
-    call = load_struct(call.to(tl.int64), 0, PreconditionerOp)
-    t = load_struct(step.counters, 0, Counters).step
+    step = load_struct(step.to(tl.int64), 0, "Step")
+    call = load_struct(call.to(tl.int64), 0, "PreconditionerOp")
+    t = load_struct(step.counters, 0, "Counters").step
     l2_sq = tl.load(call.l2_sq.to(tl.pointer_type(tl.float64)))
     decision = decide(step, t, Partial(l1=l2_sq * 0.0, l2_sq=l2_sq, nonfinite=tl.full((), 0, tl.int64)))
     # every program writes the same rates, which its own threads read
     set_rates(Step(step, rates=call.rates), t, LANES)
     tl.debug_barrier()
     for i in range(tl.program_id(0), step.n_chunks, tl.num_programs(0)):
-        chunk = load_struct(step.chunks, i, Chunk)
+        chunk = load_struct(step.chunks, i, "Chunk")
         place = tl.load((call.offsets + chunk.row * 8).to(tl.pointer_type(tl.int64)))
         if place >= 0:
-            row = load_struct(step.rows, chunk.row, Row)
+            row = load_struct(step.rows, chunk.row, "Row")
             grad = tl.load(grad_of(step, chunk.row))
-            h = load_struct(step.hypers, row.group, Hyper)
-            rates = load_struct(call.rates, row.group, Rates)
+            h = load_struct(step.hypers, row.group, "Hyper")
+            rates = load_struct(call.rates, row.group, "Rates")
             factor = rates.lr / tl.load((call.thresholds + chunk.row * 8).to(tl.pointer_type(tl.float64)))
             updates = updates_of(row, True) + 1
             # learning rate 1, because the preconditioner does not contain the rate

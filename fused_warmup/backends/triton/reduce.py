@@ -62,7 +62,7 @@ def combine_all(partials, count, LANES: tl.constexpr):
     sums = zero_norms(LANES)
     for start in range(0, count, LANES):
         i = start + tl.arange(0, LANES)
-        sums = combine(sums, load_struct(partials, i, Partial, i < count))
+        sums = combine(sums, load_struct(partials, i, "Partial", i < count))
     return total(sums)
 
 

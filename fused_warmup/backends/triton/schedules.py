@@ -7,7 +7,7 @@ import triton.language as tl
 
 from ...plan.structs import AVERAGE_KINDS
 from ...schedules import SEGMENT_KINDS
-from .memory import Segment, load_struct
+from .memory import load_struct
 
 WARMUP = tl.constexpr(SEGMENT_KINDS.index("warmup"))
 CONSTANT = tl.constexpr(SEGMENT_KINDS.index("constant"))
@@ -61,9 +61,9 @@ def multiplier(segments, first, count, values, t):
     i = tl.zeros_like(count)
     for j in range(1, tl.max(count)):
         begun = j < count
-        begin = load_struct(segments, first + j, Segment, begun).begin
+        begin = load_struct(segments, first + j, "Segment", begun).begin
         i = tl.where(begun & (t >= begin), j, i)
-    segment = load_struct(segments, first + i, Segment, count > 0)
+    segment = load_struct(segments, first + i, "Segment", count > 0)
     return tl.where(count == 0, 1.0, segment_value(segment, values, t - segment.begin))
 
 

@@ -11,11 +11,6 @@ import triton.language as tl
 from .decide import average_weight_of
 from .memory import (
     VECTOR,
-    Chunk,
-    Row,
-    Sphere,
-    Step,
-    StepDecision,
     arithmetic,
     field,
     item_size,
@@ -32,7 +27,7 @@ from .rules import average_update, rescale, sphere_factor
 @triton.jit
 def is_on_sphere(step, group):
     """Return whether a group is on a sphere; only called if some group is."""
-    return tl.load(field(step.spheres, group, Sphere, "norm")) != 0
+    return tl.load(field(step.spheres, group, "Sphere", "norm")) != 0
 
 
 @triton.jit
@@ -45,7 +40,7 @@ def store_sum_sq(step, i, sum_sq):
 def finish_spheres(step, LANES: tl.constexpr):
     """Set the rescale factor of every group on a sphere, and its stored norm."""
     for group in range(0, step.n_groups):
-        sphere = load_struct(step.spheres, group, Sphere)
+        sphere = load_struct(step.spheres, group, "Sphere")
         if sphere.norm != 0:
             sum_sq = tl.zeros((LANES,), tl.float64)
             for start in range(0, sphere.n_chunks, LANES):
@@ -58,7 +53,7 @@ def finish_spheres(step, LANES: tl.constexpr):
             tl.debug_barrier()
             radius = tl.where(sphere.radius > 0.0, sphere.radius, norm)
             factor = sphere_factor(radius, tl.sum(sum_sq))
-            tl.store(field(step.spheres, group, Sphere, "factor"), factor)
+            tl.store(field(step.spheres, group, "Sphere", "factor"), factor)
             tl.store(held, radius)
 
 
@@ -98,13 +93,13 @@ def rescale_kernel(
     step, PARAM_DTYPES: tl.constexpr, AVERAGE: tl.constexpr, BLOCK: tl.constexpr, TAIL: tl.constexpr
 ):
     """Rescale and average every chunk of the groups on a sphere."""
-    step = load_struct(step.to(tl.int64), 0, Step)
-    decision = load_struct(step.decision, 0, StepDecision)
+    step = load_struct(step.to(tl.int64), 0, "Step")
+    decision = load_struct(step.decision, 0, "StepDecision")
     if decision.skipped == 0:
         for i in range(tl.program_id(0), step.n_chunks, tl.num_programs(0)):
-            chunk = load_struct(step.chunks, i, Chunk)
-            row = load_struct(step.rows, chunk.row, Row)
-            sphere = load_struct(step.spheres, row.group, Sphere)
+            chunk = load_struct(step.chunks, i, "Chunk")
+            row = load_struct(step.rows, chunk.row, "Row")
+            sphere = load_struct(step.spheres, row.group, "Sphere")
             aligned = ((row.param | row.average) % VECTOR == 0) & (chunk.offset % VECTOR == 0)
             whole = tl.where(aligned, chunk.count // BLOCK * BLOCK, 0)
             for k in tl.static_range(len(PARAM_DTYPES)):

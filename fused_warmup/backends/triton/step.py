@@ -12,12 +12,7 @@ import triton.language as tl
 from .decide import average_weight_of, record_norms
 from .memory import (
     VECTOR,
-    Chunk,
     Partial,
-    Row,
-    Scalars,
-    Step,
-    StepDecision,
     arithmetic,
     arrives_last,
     field,
@@ -116,15 +111,15 @@ def update_kernel(
     LANES: tl.constexpr,
 ):
     """Update and average every chunk, the last one first: gradients measured last are still in the cache."""
-    step = load_struct(step.to(tl.int64), 0, Step)
-    decision = load_struct(step.decision, 0, StepDecision)
+    step = load_struct(step.to(tl.int64), 0, "Step")
+    decision = load_struct(step.decision, 0, "StepDecision")
     if decision.skipped == 0:
         for n in range(tl.program_id(0), step.n_chunks, tl.num_programs(0)):
             i = step.n_chunks - 1 - n
-            chunk = load_struct(step.chunks, i, Chunk)
-            row = load_struct(step.rows, chunk.row, Row)
+            chunk = load_struct(step.chunks, i, "Chunk")
+            row = load_struct(step.rows, chunk.row, "Row")
             grad = tl.load(grad_of(step, chunk.row))
-            all_scalars = load_struct(step.scalars, chunk.row, Scalars)
+            all_scalars = load_struct(step.scalars, chunk.row, "Scalars")
             addresses = row.param | grad | row.state0 | row.state1 | row.state2 | row.average
             whole = tl.where(addresses % VECTOR == 0, chunk.count // BLOCK * BLOCK, 0)
             part = zero_part()
@@ -154,12 +149,12 @@ def update_kernel(
                     )  # fmt: skip
             if ACCUMULATE:
                 # the non-finite count is unused here, so it is not stored
-                store_struct(step.partials, i, Partial(part, nonfinite=0), Partial)
+                store_struct(step.partials, i, Partial(part, nonfinite=0), "Partial")
             if SPHERES:
                 if on_sphere:
                     store_sum_sq(step, i, sum_sq)
         if ACCUMULATE or SPHERES:
-            if arrives_last(field(step.decision, 0, StepDecision, "finished_blocks")):
+            if arrives_last(field(step.decision, 0, "StepDecision", "finished_blocks")):
                 if ACCUMULATE:
                     record_norms(step, decision, combine_all(step.partials, step.n_chunks, LANES))
                 if SPHERES:

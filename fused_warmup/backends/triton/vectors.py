@@ -9,9 +9,6 @@ from ...plan.structs import DTYPES as CODES
 from ...plan.vector_tables import OPERATIONS
 from .memory import (
     VECTOR,
-    Chunk,
-    TensorSlice,
-    VectorOp,
     arithmetic,
     arrives_last,
     item_size,
@@ -223,12 +220,12 @@ def vector_kernel(
     LANES: tl.constexpr,
 ):
     """Apply one operation to all chunks; the last program to finish adds up the sums of the chunks."""
-    call = load_struct(call.to(tl.int64), 0, VectorOp)
+    call = load_struct(call.to(tl.int64), 0, "VectorOp")
     width = call.n_basis + 2
     size_of_c: tl.constexpr = item_size(WIDE)
     for i in range(tl.program_id(0), call.n_chunks, tl.num_programs(0)):
-        chunk = load_struct(call.chunks, i, Chunk)
-        tensor = load_struct(call.slices, chunk.row, TensorSlice)
+        chunk = load_struct(call.chunks, i, "Chunk")
+        tensor = load_struct(call.slices, chunk.row, "TensorSlice")
         addresses = (
             tensor.param | tensor.snapshot | tensor.plus | tensor.minus | call.basis | call.scale | call.out
         )
