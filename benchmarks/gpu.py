@@ -15,7 +15,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -72,14 +72,16 @@ WORKLOADS = (
     Workload("10,000 x 64 bf16", [64] * 10_000, torch.bfloat16),
     Workload("465 groups x 65,536", [65_536] * 465, grouped=True),
 )
-# our class, torch's class, and whether torch has a fused kernel
-OPTIMIZERS: dict[str, tuple[type[fw.FusedOptimizer], type[torch.optim.Optimizer], bool]] = {
+# our class, torch's class or None, and whether torch has a fused kernel
+OPTIMIZERS: dict[str, tuple[Any, Any, bool]] = {
     "Adam": (fw.Adam, torch.optim.Adam, True),
     "AdamW": (fw.AdamW, torch.optim.AdamW, True),
     "RAdam": (fw.RAdam, torch.optim.RAdam, False),
     "SGD": (partial(fw.SGD, momentum=0.9), partial(torch.optim.SGD, momentum=0.9), True),
+    "LAMB": (fw.LAMB, None, False),
+    "AdamP": (fw.AdamP, None, False),
 }
-MODES = ("step", "clip + step", "clip + step + EMA", "captured step")
+MODES = ("step", "clip + step", "clip + step + EMA")
 
 
 @dataclass(frozen=True)
@@ -91,12 +93,13 @@ class Row:
         optimizer: Name of the update rule.
         mode: Stages of the step, one of ``MODES``.
         side: Name of the implementation.
-        device_us: Median microseconds between events around the step on an idle device.
+        device_us: Median microseconds of the device, queued behind other work, without waits for the host.
+        replay_us: The same for a replay of the captured step; None where it cannot be captured.
         host_us: Median microseconds until the call returned.
         gb_per_s: Bytes that our step must move / device time, 10^9 per second; None for peers.
         of_copy: ``gb_per_s`` / bytes per second of a device copy; None for peers.
-        ratio: Device time of the fastest peer / device time of our step; None for peers.
-        host_ratio: Host time of the fastest peer / host time of our step; None for peers.
+        ratio: Device time of the fastest peer / device time of our step; None without peers.
+        host_ratio: Host time of the fastest peer / host time of our step; None without peers.
     """
 
     workload: str
@@ -104,6 +107,7 @@ class Row:
     mode: str
     side: str
     device_us: float
+    replay_us: float | None
     host_us: float
     gb_per_s: float | None = None
     of_copy: float | None = None
@@ -111,25 +115,70 @@ class Row:
     host_ratio: float | None = None
 
 
-def event_times(step: Step) -> tuple[float, float]:
-    """Return the seconds of a step on the device, between two events, and on the host."""
-    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    torch.cuda.synchronize()
-    begin.record()
-    start = time.perf_counter()
-    step()
-    host = time.perf_counter() - start
-    end.record()
-    torch.cuda.synchronize()
-    return begin.elapsed_time(end) / 1e3, host
+@dataclass
+class Side:
+    """One implementation under test.
+
+    Attributes:
+        step: The step.
+        capturable: Whether a CUDA graph can capture it.
+        replay: The replay of the captured step, once there is one.
+        device: Seconds of the step on the device, round by round.
+        replayed: Seconds of the replay on the device.
+        host: Seconds until the call returned.
+    """
+
+    step: Step
+    capturable: bool
+    replay: Step | None = None
+    device: list[float] = field(default_factory=list)
+    replayed: list[float] = field(default_factory=list)
+    host: list[float] = field(default_factory=list)
+
+    def measure(self, clock: Clock) -> None:
+        """Add one round."""
+        self.host.append(clock.host(self.step))
+        self.device.append(clock.device(self.step, self.host[-1]))
+        if self.replay is not None:
+            self.replayed.append(clock.device(self.replay, self.host[-1]))
 
 
-def clock_times(step: Step) -> tuple[float, float]:
-    """Return the seconds of a step on the CPU as both device and host time."""
-    start = time.perf_counter()
-    step()
-    took = time.perf_counter() - start
-    return took, took
+class Clock:
+    """Times of a step on the CPU, which are both device and host time."""
+
+    def host(self, step: Step) -> float:
+        """Return the seconds until the call returns."""
+        start = time.perf_counter()
+        step()
+        return time.perf_counter() - start
+
+    def device(self, step: Step, host: float) -> float:
+        """Return the seconds of the device, for a step whose call takes ``host`` seconds."""
+        return self.host(step)
+
+
+class DeviceClock(Clock):
+    """Times of a step on a CUDA device."""
+
+    # cycles of the busy kernel in a second; a lower clock only makes it last longer
+    CYCLES = 2e9
+
+    def host(self, step: Step) -> float:
+        """Return the seconds until the call returns, on an idle device."""
+        torch.cuda.synchronize()
+        seconds = super().host(step)
+        torch.cuda.synchronize()
+        return seconds
+
+    def device(self, step: Step, host: float) -> float:
+        """Return the seconds between events around the step, all queued while the device is busy."""
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        torch.cuda._sleep(int((1.5 * host + 1e-4) * self.CYCLES))
+        begin.record()
+        step()
+        end.record()
+        torch.cuda.synchronize()
+        return begin.elapsed_time(end) / 1e3
 
 
 def captured(step: Step) -> Step:
@@ -141,17 +190,21 @@ def captured(step: Step) -> Step:
     return graph.replay
 
 
-def peers(workload: Workload, optimizer: str, mode: str) -> dict[str, StepFactory]:
-    """Return the factories of the code that a user would write today, by name."""
+def peers(workload: Workload, optimizer: str, mode: str) -> dict[str, tuple[StepFactory, bool]]:
+    """Return the factories of the code that a user would write today, and whether it can be captured, by name."""
     _, theirs, has_fused = OPTIMIZERS[optimizer]
-    options = {"capturable": True} if mode == "captured step" and optimizer != "SGD" else {}
-    factories = {"torch foreach": torch_step(theirs, foreach=True, **options)}
+    if theirs is None:
+        return {}
+    options = {"capturable": True} if optimizer != "SGD" else {}
+    factories = {"torch foreach": (torch_step(theirs, foreach=True), optimizer == "SGD")}
     if has_fused:
-        factories["torch fused"] = torch_step(theirs, fused=True, **options)
+        factories["torch fused"] = torch_step(theirs, fused=True, **options), True
+    elif torch.cuda.is_available():
+        factories["torch capturable"] = torch_step(theirs, foreach=True, **options), True
     if optimizer == "AdamW" and mode == "step":
-        factories["optimi"] = optimi
-        factories["torch compiled"] = compiled(theirs)
-    return {name: with_stages(factory, workload, mode) for name, factory in factories.items()}
+        factories["optimi"] = optimi, False
+        factories["torch compiled"] = compiled(theirs), False
+    return {name: (with_stages(make, workload, mode), can) for name, (make, can) in factories.items()}
 
 
 def with_stages(factory: StepFactory, workload: Workload, mode: str) -> StepFactory:
@@ -189,41 +242,24 @@ def compiled(optimizer: Callable[..., torch.optim.Optimizer]) -> StepFactory:
     return make
 
 
-def all_steps(
+def sides(
     workload: Workload, optimizer: str, mode: str, params: Sequence[nn.Parameter], backends: Sequence[str]
-) -> tuple[dict[str, Step], int]:
-    """Return our steps by backend and the peers' by name, and the bytes that our step must move."""
+) -> tuple[dict[str, Side], int]:
+    """Return our sides by backend and the peers' by name, and the bytes that our step must move."""
     options: dict[str, Any] = {"max_grad_norm": MAX_NORM} if "clip" in mode else {}
     if "EMA" in mode:
         options["average"] = fw.EMA(DECAY)
-    steps: dict[str, Step] = {}
+    found: dict[str, Side] = {}
     kind = OPTIMIZERS[optimizer][0]
     traffic = kind(workload.groups(params), backend=backends[0], **options).traffic()
     for backend in backends:
-        steps[backend] = ours(kind, backend=backend, **options)(workload.groups(params))
-    for name, factory in peers(workload, optimizer, mode).items():
+        found[backend] = Side(ours(kind, backend=backend, **options)(workload.groups(params)), True)
+    for name, (factory, capturable) in peers(workload, optimizer, mode).items():
         try:
-            steps[name] = factory(params)
+            found[name] = Side(factory(params), capturable)
         except ImportError:
             continue
-    return steps, traffic.read + traffic.written
-
-
-def interleaved_medians(
-    steps: dict[str, Step], times: Callable[[Step], tuple[float, float]], rounds: int
-) -> tuple[dict[str, float], dict[str, float]]:
-    """Return the median device seconds and the median host seconds of interleaved rounds, by name."""
-    device: dict[str, list[float]] = {name: [] for name in steps}
-    host: dict[str, list[float]] = {name: [] for name in steps}
-    for _ in range(rounds):
-        for name, step in steps.items():
-            on_device, on_host = times(step)
-            device[name].append(on_device)
-            host[name].append(on_host)
-    return (
-        {name: statistics.median(seconds) for name, seconds in device.items()},
-        {name: statistics.median(seconds) for name, seconds in host.items()},
-    )
+    return found, traffic.read + traffic.written
 
 
 def measure(
@@ -237,37 +273,44 @@ def measure(
 ) -> Iterator[Row]:
     """Yield the rows of all implementations on one workload."""
     params = workload.params(device, 1000 if quick else 1)
-    steps, n_bytes = all_steps(workload, optimizer, mode, params, backends)
-    for step in steps.values():
+    found, n_bytes = sides(workload, optimizer, mode, params, backends)
+    for side in found.values():
         # RAdam is rectified from the sixth step on
         for _ in range(7):
-            step()
-    if mode == "captured step":
-        steps = {name: captured(step) for name, step in steps.items()}
-    times = event_times if device == "cuda" else clock_times
-    on_device, on_host = interleaved_medians(steps, times, rounds=3 if quick else 15)
-    peer_names = [name for name in steps if name not in backends]
-    fastest_on_device = min(on_device[name] for name in peer_names)
-    fastest_on_host = min(on_host[name] for name in peer_names)
-    for name in steps:
-        row = Row(workload.name, optimizer, mode, name, on_device[name] * 1e6, on_host[name] * 1e6)
+            side.step()
+        if side.capturable and device == "cuda":
+            side.replay = captured(side.step)
+    for _ in range(3 if quick else 15):
+        for side in found.values():
+            side.measure(clock_of(device))
+    peer_sides = [side for name, side in found.items() if name not in backends]
+    for name, side in found.items():
+        seconds, host = statistics.median(side.device), statistics.median(side.host)
+        replay = statistics.median(side.replayed) * 1e6 if side.replayed else None
+        row = Row(workload.name, optimizer, mode, name, seconds * 1e6, replay, host * 1e6)
         if name in backends:
-            speed = n_bytes / on_device[name] / 1e9
-            row = replace(
-                row,
-                gb_per_s=speed,
-                of_copy=speed / copy,
-                ratio=fastest_on_device / on_device[name],
-                host_ratio=fastest_on_host / on_host[name],
-            )
+            speed = n_bytes / seconds / 1e9
+            row = replace(row, gb_per_s=speed, of_copy=speed / copy)
+            if peer_sides:
+                row = replace(
+                    row,
+                    ratio=min(statistics.median(peer.device) for peer in peer_sides) / seconds,
+                    host_ratio=min(statistics.median(peer.host) for peer in peer_sides) / host,
+                )
         yield row
 
 
-def copy_speed(device: str, times: Callable[[Step], tuple[float, float]], n_bytes: int) -> float:
+def clock_of(device: str) -> Clock:
+    """Return the clock for tensors on a device."""
+    return DeviceClock() if device == "cuda" else Clock()
+
+
+def copy_speed(device: str, n_bytes: int) -> float:
     """Return the speed of a copy on the device in 10^9 bytes per second, read and written."""
     a = torch.ones(n_bytes // 4, device=device)
     b = torch.empty_like(a)
-    seconds = statistics.median(times(lambda: b.copy_(a))[0] for _ in range(20))
+    clock = clock_of(device)
+    seconds = statistics.median(clock.device(lambda: b.copy_(a), 1e-3) for _ in range(20))
     return 2 * n_bytes / seconds / 1e9
 
 
@@ -296,7 +339,10 @@ def driver() -> str:
     return match.group(1) if match else "unknown"
 
 
-HEADINGS = ["work", "side", "device, µs", "host, µs", "GB/s", "of copy", "device ratio", "host ratio"]
+HEADINGS = [
+    *("work", "side", "device, µs", "replay, µs", "host, µs"),
+    *("GB/s", "of copy", "device ratio", "host ratio"),
+]
 
 
 def to_markdown(rows: Sequence[Row], where: dict[str, Any]) -> str:
@@ -310,6 +356,7 @@ def to_markdown(rows: Sequence[Row], where: dict[str, Any]) -> str:
             f"{r.workload}: {r.optimizer}, {r.mode}",
             r.side,
             cell(r.device_us, ".1f"),
+            cell(r.replay_us, ".1f"),
             cell(r.host_us, ".1f"),
             cell(r.gb_per_s, ".0f"),
             cell(r.of_copy, ".2f"),
@@ -325,7 +372,8 @@ def to_markdown(rows: Sequence[Row], where: dict[str, Any]) -> str:
         f"{where.get('memory_gib')} GiB; {named}.",
         f"Copy of {COPY_BYTES >> 20} MiB on the device: {where['copy_gb_per_s']} GB/s read and written.",
         "",
-        "Device: time between events around the step on an idle device. Host: time until the call returned.",
+        "Device: time between events around the step, queued while the device was busy, so that it never waited",
+        "for the host. Replay: the same for a replay of the captured step. Host: time until the call returned.",
         "Medians of interleaved rounds in one process. GB/s: bytes that our step must move / device time.",
         "Ratio: time of the fastest peer / time of our step; above 1 our step is faster.",
         "",
@@ -339,7 +387,7 @@ def main(arguments: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu", description=__doc__)
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--quick", action="store_true", help="tensors a thousand times smaller, few rounds")
-    parser.add_argument("--filter", default="", help="only rows whose name contains this")
+    parser.add_argument("--filter", default="", help="only rows whose name matches this expression")
     parser.add_argument("--seconds", type=float, default=240.0, help="stop starting rows after so long")
     options = parser.parse_args(arguments)
     if options.device == "cuda" and not torch.cuda.is_available():
@@ -347,21 +395,25 @@ def main(arguments: Sequence[str]) -> int:
         return 1
     wanted = ("cuda", "triton") if options.device == "cuda" else ("cpu", "reference")
     backends = [name for name in wanted if name in fw.available_backends()]
-    times = event_times if options.device == "cuda" else clock_times
-    copy = copy_speed(options.device, times, COPY_BYTES >> (10 if options.quick else 0))
-    modes = MODES if options.device == "cuda" else MODES[:-1]
+    copy = copy_speed(options.device, COPY_BYTES >> (10 if options.quick else 0))
     rows: list[Row] = []
     left_out = []
     start = time.monotonic()
-    for workload, optimizer, mode in itertools.product(WORKLOADS, OPTIMIZERS, modes):
+    for workload, optimizer, mode in itertools.product(WORKLOADS, OPTIMIZERS, MODES):
         name = f"{workload.name}: {optimizer}, {mode}"
-        if options.filter not in name:
+        if not re.search(options.filter, name):
             continue
         if time.monotonic() - start > options.seconds:
             left_out.append(name)
             continue
-        rows += measure(workload, optimizer, mode, options.device, backends, options.quick, copy)
-        print("\n".join(map(str, rows[-5:])), flush=True)
+        try:
+            found = list(measure(workload, optimizer, mode, options.device, backends, options.quick, copy))
+        except RuntimeError as error:
+            left_out.append(f"{name}: {error}")
+            print(left_out[-1], flush=True)
+            continue
+        rows += found
+        print("\n".join(map(str, found)), flush=True)
         gc.collect()
     where = machine(options.device, copy, backends) | {"left_out": left_out}
     if options.device == "cuda" and not options.quick and not options.filter:
