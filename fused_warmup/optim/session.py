@@ -307,7 +307,7 @@ class Session:
             for param in group["params"][:1]:
                 self._refuse_capture(param.device)
         old = self.plan or self.previous
-        readings = GroupReadings() if old is None else old.groups.readings.copy()
+        readings = GroupReadings() if old is None else old.groups.readings.for_another_table()
         readings.refresh(owner, groups, self._keys, self.adopt_group)
         hypers = readings.hypers
         names = [spec.state_names(group) for group in groups]

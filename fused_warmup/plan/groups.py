@@ -35,11 +35,15 @@ class GroupReadings:
         self._values: list[tuple[Any, ...] | None] = []
 
     def copy(self) -> GroupReadings:
-        """Return a copy for another table; an adaptive schedule is asked again."""
+        """Return a copy."""
         copied = GroupReadings()
-        copied.hypers = list(self.hypers)
-        again = [values is None or _is_adaptive(values) for values in self._values]
-        copied._values = [None if a else values for a, values in zip(again, self._values, strict=True)]
+        copied.hypers, copied._values = list(self.hypers), list(self._values)
+        return copied
+
+    def for_another_table(self) -> GroupReadings:
+        """Return a copy that asks an adaptive schedule again."""
+        copied = self.copy()
+        copied._values = [None if v is None or _is_adaptive(v) else v for v in copied._values]
         return copied
 
     def refresh(

@@ -1,5 +1,6 @@
 """What only a GPU can show: graphs, streams, no waits, more than 2**31 elements, AMP. ``make gpu`` runs it."""
 
+import contextlib
 import math
 
 import pytest
@@ -24,13 +25,15 @@ def backend(request):
     return request.param
 
 
-@pytest.fixture
+@contextlib.contextmanager
 def no_waits():
-    """Any wait for the device raises inside the test."""
+    """Any wait for the device raises inside."""
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")
-    yield
-    torch.cuda.set_sync_debug_mode("default")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
 
 
 def params_on(device, shapes=SHAPES, dtype=torch.float32, seed=0):
@@ -129,14 +132,15 @@ def test_one_step_on_a_sphere(rule, dtype, backend):
     check_steps(rule, dtype, backend, [(17, 31), (), (40_000,)], 4, device="cuda")
 
 
-def test_no_wait_on_a_sphere(backend, no_waits):
+def test_no_wait_on_a_sphere(backend):
     params = params_on("cuda")
     opt = fw.RAdam(params, backend=backend, projection="sphere", radius=2.0, max_grad_norm=1.0)
-    for step in range(5):
-        for p in params:
-            p.grad = torch.ones_like(p)
-        opt.param_groups[0]["radius"] = 2.0 + step
-        opt.step()
+    with no_waits():
+        for step in range(5):
+            for p in params:
+                p.grad = torch.ones_like(p)
+            opt.param_groups[0]["radius"] = 2.0 + step
+            opt.step()
 
 
 def test_capture_after_init_state(backend):
@@ -222,19 +226,19 @@ def test_what_a_replay_would_not_see_raises(change, backend):
 
 
 @pytest.mark.parametrize("clip", [None, 1.0], ids=["unclipped", "clipped"])
-def test_no_wait(clip, backend, no_waits):
+def test_no_wait(clip, backend):
     """Steps with new gradients, learning rates from the host, losses, and pages of telemetry copied away."""
     params = params_on("cuda")
     schedule, average = fw.schedules.warmup(100), fw.EMA(0.9)
     opt = fw.RAdam(params, backend=backend, schedule=schedule, max_grad_norm=clip, average=average)
     grads = [torch.randn_like(p) for p in params]
-    for step in range(1100):
-        for p, grad in zip(params, grads, strict=True):
-            p.grad = grad.clone() if step % 7 == 0 else grad
-        opt.param_groups[0]["lr"] = 1e-3 / (1 + step)
-        opt.record_loss(grads[3].sum())
-        opt.step()
-    torch.cuda.set_sync_debug_mode("default")
+    with no_waits():
+        for step in range(1100):
+            for p, grad in zip(params, grads, strict=True):
+                p.grad = grad.clone() if step % 7 == 0 else grad
+            opt.param_groups[0]["lr"] = 1e-3 / (1 + step)
+            opt.record_loss(grads[3].sum())
+            opt.step()
     assert len(opt.telemetry) == 1100
     assert not opt.telemetry.history()["loss"].isnan().any()
 
@@ -359,7 +363,9 @@ def test_backends_agree():
     for p, q in zip(*runs, strict=True):
         assert_close("param", p, q, 1e-6, 1e-6)
     for name, value in opts[0].telemetry.latest().items():
-        assert value == pytest.approx(opts[1].telemetry.latest()[name], rel=1e-12, nan_ok=True)
+        # the magnitudes of a pack of four are summed in float32 by the C++ kernels
+        rel = 3 * 2.0**-24 if name == "grad_norm_l1" else 1e-12
+        assert value == pytest.approx(opts[1].telemetry.latest()[name], rel=rel, nan_ok=True)
 
 
 @pytest.mark.parametrize("count", [3, 700])

@@ -197,7 +197,11 @@ def check_steps(rule, dtype, backend, shapes, steps, device="cpu"):
         ref.step()
         for i, (a, b) in enumerate(pairs):
             stores = 1.53 if not 3 <= i < 6 else 0.51
-            assert_close(f"param {i} at {step}", a, b, 0.04 * unit + 8 * state_unit, stores * unit)
+            bound = 0.04 * unit + 8 * state_unit
+            if dtype == torch.float64:
+                # the reference rounds as often, and the factor of a sphere scales what was rounded before it
+                bound *= 2 * max(1.0, float(b.detach().abs().max())) if b.numel() else 1.0
+            assert_close(f"param {i} at {step}", a, b, bound, stores * unit)
             for name, value in states_of(ref, b).items():
                 loose = stores * unit + 8 * state_unit if name == "average" else 4 * state_unit
                 assert_close(f"{name} {i} at {step}", states_of(opt, a)[name], value, loose, loose)

@@ -166,6 +166,17 @@ CHANGES = {
 }
 
 
+@pytest.mark.parametrize("schedule", [fw.schedules.warmup(9), fw.AutoWU(40, 10)], ids=["fixed", "adaptive"])
+def test_a_schedule_of_any_kind_is_captured_after_a_step(capture, schedule):
+    params, opt = made(0, schedule=schedule)
+    fill_grads(params, 0)
+    opt.record_loss(1.0)
+    opt.step()
+    with capture:
+        opt.step()
+    assert [float(opt.state[p]["step"]) for p in params] == [2.0] * 3
+
+
 @pytest.mark.parametrize("change", CHANGES)
 def test_what_a_replay_would_not_see_raises(capture, change):
     """Nothing is changed by the refused step, and the same step runs when no graph is captured."""
