@@ -131,11 +131,13 @@ void launch(void (*kernel)(Parameters...), int64_t blocks, int threads, void* st
   FW_CUDA_CHECK(cudaGetLastError());
 }
 
-// blocks to launch for so many chunks; max_blocks bounds them, 0 for as many as run at a time
+// blocks to launch for so many chunks, each of which takes as many chunks as the others or one less;
+// max_blocks bounds them, 0 for as many as run at a time
 inline int64_t grid(int64_t resident, int64_t max_blocks, int64_t n_chunks) {
-  if (max_blocks > 0) resident = max_blocks;
-  if (resident > n_chunks) resident = n_chunks;
-  return resident > 0 ? resident : 1;
+  const int64_t most = max_blocks > 0 ? max_blocks : resident;
+  if (n_chunks <= most || most < 1) return n_chunks > 0 ? n_chunks : 1;
+  const int64_t each = (n_chunks + most - 1) / most;
+  return (n_chunks + each - 1) / each;
 }
 
 }  // namespace

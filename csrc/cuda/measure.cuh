@@ -93,14 +93,23 @@ FW_DEVICE void add_partial_pack(NormSum& sum, const ChunkPointers<P, G>& s, int3
 
 template <class P, class G>
 FW_DEVICE NormSum measure_chunk(const Row& row, uint64_t grad_address, const Chunk& chunk) {
+  using C = typename ChunkPointers<P, G>::C;
+  constexpr int N = kPack<P>, kStride = kThreads * N, kPacks = 4;
   const ChunkPointers<P, G> s(row, grad_address, chunk);
   NormSum sum;
-#pragma unroll 2
-  for (int32_t i = threadIdx.x * kPack<P>; i < s.count; i += kThreads * kPack<P>) {
+  int32_t i = threadIdx.x * N;
+#pragma unroll 1
+  for (; s.whole(i + (kPacks - 1) * kStride); i += kPacks * kStride) {
+    G grad[kPacks][N];
+    for (int p = 0; p < kPacks; ++p) load(s.grad + i + p * kStride, grad[p]);
+    for (int p = 0; p < kPacks; ++p) add_pack<C>(sum, grad[p]);
+  }
+#pragma unroll 1
+  for (; i < s.count; i += kStride) {
     if (s.whole(i)) {
-      G grad[kPack<P>];
+      G grad[N];
       load(s.grad + i, grad);
-      add_pack<typename ChunkPointers<P, G>::C>(sum, grad);
+      add_pack<C>(sum, grad);
     } else {
       add_partial_pack(sum, s, i);
     }

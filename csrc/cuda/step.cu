@@ -17,65 +17,97 @@
 namespace fw {
 namespace {
 
-// updates N elements from i on; all loads come before the first result is needed
+// N elements of each state, in registers
+template <int kStates, int N, class C>
+struct States {
+  C state0[N], state1[N], state2[N];
+
+  template <class Pointers>
+  FW_DEVICE void load_from(const Pointers& s, int32_t i) {
+    if constexpr (kStates > 0) load(s.state0 + i, state0);
+    if constexpr (kStates > 1) load(s.state1 + i, state1);
+    if constexpr (kStates > 2) load(s.state2 + i, state2);
+  }
+
+  template <class Pointers>
+  FW_DEVICE void store_to(const Pointers& s, int32_t i) const {
+    if constexpr (kStates > 0) store(state0, s.state0 + i);
+    if constexpr (kStates > 1) store(state1, s.state1 + i);
+    if constexpr (kStates > 2) store(state2, s.state2 + i);
+  }
+};
+
+// updates N elements of a parameter and their states
 template <class Rule, int kStates, int N, class P, class G, class C>
-FW_DEVICE void update_part(const ChunkPointers<P, G>& s, int32_t i, const ScalarsOf<C>& scalars, P* param,
+FW_DEVICE void update_part(States<kStates, N, C>& states, const ScalarsOf<C>& scalars, P* param,
                            const G* raw_grad, bool accumulate, NormSum& sum) {
-  C state0[N], state1[N], state2[N], grad[N];
-  if constexpr (kStates > 0) load(s.state0 + i, state0);
-  if constexpr (kStates > 1) load(s.state1 + i, state1);
-  if constexpr (kStates > 2) load(s.state2 + i, state2);
+  C grad[N];
   widen_all(raw_grad, grad);
   if constexpr (N > 1)
     if (accumulate) add_pack<C>(sum, grad);
   for (int k = 0; k < N; ++k) {
     C value = static_cast<C>(widen(param[k])), state[kMaxStates] = {};
-    if constexpr (kStates > 0) state[0] = state0[k];
-    if constexpr (kStates > 1) state[1] = state1[k];
-    if constexpr (kStates > 2) state[2] = state2[k];
+    if constexpr (kStates > 0) state[0] = states.state0[k];
+    if constexpr (kStates > 1) state[1] = states.state1[k];
+    if constexpr (kStates > 2) state[2] = states.state2[k];
     Rule::template update<kStates>(value, grad[k], state, scalars);
     narrow(value, param[k]);
-    if constexpr (kStates > 0) state0[k] = state[0];
-    if constexpr (kStates > 1) state1[k] = state[1];
-    if constexpr (kStates > 2) state2[k] = state[2];
+    if constexpr (kStates > 0) states.state0[k] = state[0];
+    if constexpr (kStates > 1) states.state1[k] = state[1];
+    if constexpr (kStates > 2) states.state2[k] = state[2];
   }
-  if constexpr (kStates > 0) store(state0, s.state0 + i);
-  if constexpr (kStates > 1) store(state1, s.state1 + i);
-  if constexpr (kStates > 2) store(state2, s.state2 + i);
 }
 
-template <class Rule, int kStates, int N, class P, class G, class C>
-FW_DEVICE void update_pack(const ChunkPointers<P, G>& s, int32_t i, const ScalarsOf<C>& scalars, C weight,
-                           bool accumulate, NormSum& sum, SumSq& sum_sq) {
-  constexpr int kPart = kStates == 3 && N > kPack<C> ? kPack<C> : N;
-  G grad[N];
-  P param[N];
-  load(s.grad + i, grad);
-  load(s.param + i, param);
-  for (int k = 0; k < N; k += kPart)
-    update_part<Rule, kStates, kPart>(s, i + k, scalars, param + k, grad + k, accumulate, sum);
-  store(param, s.param + i);
-  sum_sq.add(param);
-  if (s.average)
-    for (int k = 0; k < N; k += kPart) average_part<kPart>(s.average + i + k, param + k, weight);
+// updates kPacks packs of N elements from i on, a stride apart; all loads come before the first result
+template <class Rule, int kStates, int kPacks, int N, class P, class G, class C>
+FW_DEVICE void update_packs(const ChunkPointers<P, G>& s, int32_t i, const ScalarsOf<C>& scalars, C weight,
+                            bool accumulate, NormSum& sum, SumSq& sum_sq) {
+  constexpr int kPart = kStates == 3 && N > kPack<C> ? kPack<C> : N, kStride = kThreads * N;
+  G grad[kPacks][N];
+  P param[kPacks][N];
+  for (int p = 0; p < kPacks; ++p) load(s.grad + i + p * kStride, grad[p]);
+  for (int p = 0; p < kPacks; ++p) load(s.param + i + p * kStride, param[p]);
+  for (int k = 0; k < N; k += kPart) {
+    States<kStates, kPart, C> states[kPacks];
+    for (int p = 0; p < kPacks; ++p) states[p].load_from(s, i + p * kStride + k);
+    for (int p = 0; p < kPacks; ++p) {
+      update_part<Rule>(states[p], scalars, param[p] + k, grad[p] + k, accumulate, sum);
+      states[p].store_to(s, i + p * kStride + k);
+    }
+  }
+  for (int p = 0; p < kPacks; ++p) {
+    store(param[p], s.param + i + p * kStride);
+    sum_sq.add(param[p]);
+    if (s.average)
+      for (int k = 0; k < N; k += kPart)
+        average_part<kPart>(s.average + i + p * kStride + k, param[p] + k, weight);
+  }
 }
 
 template <class Rule, int kStates, class P, class G>
 FW_DEVICE NormSum update_states(const ChunkPointers<P, G>& s, const Scalars& row_scalars,
                                 double average_weight, bool accumulate, SumSq& sum_sq) {
   using C = typename ChunkPointers<P, G>::C;
+  constexpr int N = kPack<P>, kStride = kThreads * N;
+  // two packs of float32 with two states fit into the registers of a thread
+  constexpr int kPacks = sizeof(P) == sizeof(float) && kStates < 3 ? 2 : 1;
   const ScalarsOf<C> scalars(row_scalars);
   const C weight = static_cast<C>(average_weight);
   NormSum sum;
+  int32_t i = threadIdx.x * N;
+  if constexpr (kPacks > 1)
 #pragma unroll 1
-  for (int32_t i = threadIdx.x * kPack<P>; i < s.count; i += kThreads * kPack<P>) {
+    for (; s.whole(i + (kPacks - 1) * kStride); i += kPacks * kStride)
+      update_packs<Rule, kStates, kPacks, N>(s, i, scalars, weight, accumulate, sum, sum_sq);
+#pragma unroll 1
+  for (; i < s.count; i += kStride) {
     if (s.whole(i)) {
-      update_pack<Rule, kStates, kPack<P>>(s, i, scalars, weight, accumulate, sum, sum_sq);
+      update_packs<Rule, kStates, 1, N>(s, i, scalars, weight, accumulate, sum, sum_sq);
     } else {
       if (accumulate) add_partial_pack(sum, s, i);
 #pragma unroll 1
       for (int32_t k = i; k < s.end(i); ++k)
-        update_pack<Rule, kStates, 1>(s, k, scalars, weight, false, sum, sum_sq);
+        update_packs<Rule, kStates, 1, 1>(s, k, scalars, weight, false, sum, sum_sq);
     }
   }
   return sum;
