@@ -106,10 +106,10 @@ FW_HOST_DEVICE Scalars scalars_of(const Step& step, const StepDecision& decision
 }
 
 template <class Rule>
-FW_HOST_DEVICE void set_scalars(const Step& step, const StepDecision& decision, int64_t row) {
-  const Row& r = at<Row>(step.rows)[row];
-  const Rates& rates = at<Rates>(step.rates)[r.group];
-  at<Scalars>(step.scalars)[row] = scalars_of<Rule>(step, decision, rates, row, updates_of(r));
+FW_HOST_DEVICE void set_scalars(const Step& step, const StepDecision& decision, const Rates& rates,
+                                int64_t row) {
+  const int64_t updates = updates_of(at<Row>(step.rows)[row]);
+  at<Scalars>(step.scalars)[row] = scalars_of<Rule>(step, decision, rates, row, updates);
 }
 
 // writes the projection coefficient of one channel for all of its pieces

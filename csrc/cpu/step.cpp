@@ -102,7 +102,7 @@ StepDecision decide_step(const Step& step, const Partial& total) {
     if (last >= 0 && same_scalars(step, row, last)) {
       at<Scalars>(step.scalars)[row] = at<Scalars>(step.scalars)[last];
     } else {
-      set_scalars<Rule>(step, decision, row);
+      set_scalars<Rule>(step, decision, at<Rates>(step.rates)[r.group], row);
     }
     if (last < 0) decision.rect = at<Scalars>(step.scalars)[row].rect;
     last = row;

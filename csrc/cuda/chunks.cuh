@@ -27,7 +27,7 @@ struct GradPointers {
   int64_t count;
   uint64_t grads[kSize];
 };
-constexpr int kFewPointers = 480;
+constexpr int kFewPointers = 472;
 // launches with more than 4 KiB of arguments cost more; 32,764 bytes is CUDA's limit
 static_assert(sizeof(Step) + sizeof(GradPointers<kFewPointers>) <= 4096, "small arguments");
 static_assert(sizeof(Step) + sizeof(GradPointers<kMaxInlinePointers>) <= 32764, "arguments of a kernel");
@@ -44,6 +44,34 @@ FW_DEVICE void save_grad_pointers(const Step& step, const GradPointers<kSize>& p
   for (int64_t row = first; row < pointers.count; row += int64_t(gridDim.x) * blockDim.x)
     at<uint64_t>(step.grads)[row] = pointers.grads[row];
 }
+
+// Tiles of the longest chunk. Blocks that run together take neighbouring tiles, and so memory that lies
+// together; sums over layers and spheres go by whole chunks.
+FW_HOST_DEVICE int64_t tiles_of_chunk(const Step& step) { return step.spheres ? 1 : step.n_tiles; }
+
+// one of the tiles of a chunk
+struct Tile {
+  int64_t chunk;
+  int32_t index, count;
+
+  FW_DEVICE Tile(const Step& step, int64_t chunk, int32_t index) : chunk(chunk), index(index), count(1) {
+    const int32_t elements = at<Chunk>(step.chunks)[chunk].count;
+    if (tiles_of_chunk(step) > 1 && elements > kTile) count = (elements + kTile - 1) / kTile;
+  }
+
+  // true if the chunk has fewer tiles than the longest one
+  FW_DEVICE bool is_empty() const { return index >= count; }
+
+  // its elements, as a chunk
+  FW_DEVICE Chunk part(const Step& step) const {
+    Chunk part = at<Chunk>(step.chunks)[chunk];
+    if (count == 1) return part;
+    const int32_t begin = index * kTile, left = part.count - begin;
+    part.offset += begin;
+    part.count = left < kTile ? left : kTile;
+    return part;
+  }
+};
 
 template <class T>
 FW_DEVICE T* column(uint64_t address, int64_t offset) {

@@ -1,5 +1,6 @@
-// The decide stage, by one block: clipping, counters, learning rates, the scalars of every row, and the
-// telemetry row. No mathematics here: decide.h calls rules.h and schedules.h.
+// The decide stage: clipping, counters, learning rates, the scalars of every row, and the telemetry row. Each
+// block takes some rows; all of them make the same decision, and the last one to finish records it. No
+// mathematics here: decide.h calls rules.h and schedules.h.
 // SPDX-License-Identifier: Apache-2.0
 #pragma once
 #include "measure.cuh"
@@ -7,33 +8,55 @@
 namespace fw {
 namespace {
 
-// counters and scalars of all rows that have a gradient
-template <class Rule, int kSize>
-FW_DEVICE void set_rows(const Step& step, const GradPointers<kSize>& pointers, StepDecision& decision) {
-  __shared__ int first_of_tile;
-  const Row* rows = at<Row>(step.rows);
-  Scalars* scalars = at<Scalars>(step.scalars);
-  bool found = false;
-  for (int64_t begin = 0; begin < step.n_rows; begin += blockDim.x) {
-    const int64_t row = begin + threadIdx.x;
-    const bool active = row < step.n_rows && grad_of(step, pointers, row);
-    if (row < step.n_rows) count_average(step, decision, rows[row]);
-    if (active) count_update(rows[row]);
-    if (threadIdx.x == 0) first_of_tile = kDecideThreads;
-    __syncthreads();
-    if (active && (threadIdx.x == 0 || !grad_of(step, pointers, row - 1)))
-      atomicMin(&first_of_tile, threadIdx.x);
-    __syncthreads();
-    // most rows share the scalars of the first, and double arithmetic is slow on many devices
-    const int64_t first = begin + first_of_tile;
-    const bool own = active && (row == first || !same_scalars(step, row, first));
-    if (own) set_scalars<Rule>(step, decision, row);
-    __syncthreads();
-    if (active && !own) scalars[row] = scalars[first];
-    if (!found && row == first) decision.rect = scalars[row].rect;
-    found = found || first_of_tile < kDecideThreads;
-    __syncthreads();
+// the least number that any thread of a block brings
+FW_DEVICE int32_t block_min(int32_t number) {
+  __shared__ int32_t least;
+  for (int distance = kWarp / 2; distance > 0; distance /= 2) {
+    const int32_t other = __shfl_down_sync(~0u, number, distance);
+    number = other < number ? other : number;
   }
+  // other threads may still read the number of the previous call
+  __syncthreads();
+  if (threadIdx.x == 0) least = number;
+  __syncthreads();
+  if (threadIdx.x % kWarp == 0) atomicMin(&least, number);
+  __syncthreads();
+  return least;
+}
+
+// counters and scalars of one tile of rows, one for each thread
+template <class Rule, int kSize>
+FW_DEVICE void set_rows(const Step& step, const GradPointers<kSize>& pointers, const StepDecision& decision,
+                        int64_t begin) {
+  __shared__ bool copies[kDecideThreads];
+  constexpr int kWords = sizeof(Scalars) / sizeof(uint64_t);
+  const int64_t row = begin + threadIdx.x;
+  const Row* rows = at<Row>(step.rows);
+  const bool active = row < step.n_rows && grad_of(step, pointers, row);
+  if (row < step.n_rows) count_average(step, decision, rows[row]);
+  if (active) count_update(rows[row]);
+  const int64_t first = begin + block_min(active ? static_cast<int32_t>(threadIdx.x) : kDecideThreads);
+  // most rows share the scalars of the first, and double arithmetic is slow on many devices
+  const bool own = active && (row == first || !same_scalars(step, row, first));
+  if (own) set_scalars<Rule>(step, decision, rates_of(step, decision, rows[row].group), row);
+  copies[threadIdx.x] = active && !own;
+  __syncthreads();
+  // neighbouring threads write neighbouring words
+  uint64_t* words = at<uint64_t>(step.scalars);
+  for (int i = threadIdx.x; i < kDecideThreads * kWords; i += kDecideThreads)
+    if (copies[i / kWords]) words[begin * kWords + i] = words[first * kWords + i % kWords];
+  __syncthreads();
+}
+
+// the rectification of the first row that has a gradient, by one block
+FW_DEVICE double first_rect(const Step& step) {
+  for (int64_t begin = 0; begin < step.n_rows; begin += kDecideThreads) {
+    const int64_t row = begin + threadIdx.x;
+    const bool active = row < step.n_rows && __ldcg(at<uint64_t>(step.grads) + row);
+    const int32_t first = block_min(active ? static_cast<int32_t>(threadIdx.x) : kDecideThreads);
+    if (first < kDecideThreads) return __ldcg(&at<Scalars>(step.scalars)[begin + first].rect);
+  }
+  return NAN;
 }
 
 template <class Rule, int kSize>
@@ -44,14 +67,19 @@ __global__ void __launch_bounds__(kDecideThreads, 1)
   const Partial total = step.measure ? sum_chunks(step) : Partial{};
   if (threadIdx.x == 0) decision = decide(step, total);
   __syncthreads();
-  for (int64_t group = threadIdx.x; group < step.n_groups; group += blockDim.x)
+  const int64_t stride = int64_t(gridDim.x) * kDecideThreads;
+  const int64_t begin = int64_t(blockIdx.x) * kDecideThreads;
+  for (int64_t group = begin + threadIdx.x; group < step.n_groups; group += stride)
     set_rates(step, decision, group);
-  __syncthreads();
-  if (!decision.skipped) set_rows<Rule>(step, pointers, decision);
-  __syncthreads();
+  for (int64_t row = begin; row < step.n_rows && !decision.skipped; row += stride)
+    set_rows<Rule>(step, pointers, decision, row);
+  StepDecision& shared = *at<StepDecision>(step.decision);
+  if (gridDim.x > 1 && !arrives_last(&shared.decided)) return;
+  const double rect = decision.skipped ? NAN : first_rect(step);
   if (threadIdx.x == 0) {
+    decision.rect = rect;
     record(step, decision);
-    *at<StepDecision>(step.decision) = decision;
+    shared = decision;
   }
 }
 

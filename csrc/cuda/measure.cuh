@@ -31,9 +31,8 @@ struct NormSum {
 };
 
 // the sum over the first kThreads threads of a block, in thread 0
-FW_DEVICE Partial block_sum(const Partial& part) {
+FW_DEVICE Partial block_sum(Partial total) {
   __shared__ Partial of_warp[kDecideThreads / kWarp];
-  Partial total = part;
   for (int distance = kWarp / 2; distance > 0; distance /= 2) {
     Partial other;
     other.l1 = __shfl_down_sync(~0u, total.l1, distance);
@@ -48,26 +47,33 @@ FW_DEVICE Partial block_sum(const Partial& part) {
   return threadIdx.x == 0 ? combine_all(of_warp, kThreads / kWarp) : total;
 }
 
+// written by other blocks: bypass L1
+FW_DEVICE Partial load_partial(const Partial* from) {
+  Partial part;
+  part.l1 = __ldcg(&from->l1);
+  part.l2_sq = __ldcg(&from->l2_sq);
+  part.nonfinite = __ldcg(&from->nonfinite);
+  return part;
+}
+
+FW_DEVICE Partial block_sum(const NormSum& sum) {
+  return block_sum(Partial{sum.l1, sum.l2_sq, sum.nonfinite});
+}
+
 // the sum over all chunks, in thread 0
 FW_DEVICE Partial sum_chunks(const Step& step) {
   const Partial* partials = at<Partial>(step.partials);
   Partial total = {};
   if (threadIdx.x < kThreads) {
-#pragma unroll 4
-    for (int64_t i = threadIdx.x; i < step.n_chunks; i += kThreads) {
-      // written by other blocks: bypass L1
-      Partial part;
-      part.l1 = __ldcg(&partials[i].l1);
-      part.l2_sq = __ldcg(&partials[i].l2_sq);
-      part.nonfinite = __ldcg(&partials[i].nonfinite);
-      combine(total, part);
-    }
+#pragma unroll 8
+    for (int64_t i = threadIdx.x; i < step.n_chunks; i += kThreads)
+      combine(total, load_partial(partials + i));
   }
   return block_sum(total);
 }
 
 FW_DEVICE void store_chunk_sum(const Step& step, int64_t chunk, const NormSum& sum) {
-  Partial total = block_sum(Partial{sum.l1, sum.l2_sq, sum.nonfinite});
+  const Partial total = block_sum(sum);
   if (threadIdx.x == 0) at<Partial>(step.partials)[chunk] = total;
 }
 
@@ -135,9 +141,15 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerProcessor)
     measure_kernel(const __grid_constant__ Step step, const __grid_constant__ GradPointers<kSize> pointers) {
   save_grad_pointers(step, pointers);
   for (int64_t i = blockIdx.x; i < step.n_chunks; i += gridDim.x) {
-    const Chunk chunk = at<Chunk>(step.chunks)[i];
-    const uint64_t grad_address = grad_of(step, pointers, chunk.row);
-    store_chunk_sum(step, i, visit<true>(Measure{}, at<Row>(step.rows)[chunk.row], grad_address, chunk));
+    const int32_t index = at<Chunk>(step.chunks)[i].row;
+    const Row& row = at<Row>(step.rows)[index];
+    const uint64_t grad_address = grad_of(step, pointers, index);
+    Partial total = {};
+    // tile by tile, as an update sums them
+#pragma unroll 1
+    for (Tile tile(step, i, 0); tile.index < tile.count; ++tile.index)
+      combine(total, block_sum(visit<true>(Measure{}, row, grad_address, tile.part(step))));
+    if (threadIdx.x == 0) at<Partial>(step.partials)[i] = total;
   }
 }
 

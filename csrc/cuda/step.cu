@@ -139,7 +139,7 @@ struct Update {
       stage2_states<Rule, Rule::kMinStates, P, G>(step, row, grad_address, chunk, sum_sq);
       return NormSum{};
     }
-    if (sum_sq.wanted) sum_sq.sum_sq = measure_chunk<P, P>(row, row.param, chunk).l2_sq;
+    if (sum_sq.wanted) sum_sq.sum_sq += measure_chunk<P, P>(row, row.param, chunk).l2_sq;
     if (s.average) average_chunk(s, average_weight_of(row));
     return NormSum{};
   }
@@ -153,26 +153,53 @@ struct Update {
   }
 };
 
+// stores the sums over a tile; returns whether this completes the sums over its chunk
+FW_DEVICE bool store_tile_sum(const Step& step, const Tile& tile, const NormSum& sum) {
+  Partial* of_chunk = at<Partial>(step.partials) + tile.chunk;
+  const Partial part = block_sum(sum);
+  if (tile.count == 1) {
+    if (threadIdx.x == 0) *of_chunk = part;
+    return true;
+  }
+  Partial* of_tiles = at<Partial>(step.tile_partials) + tile.chunk * step.n_tiles;
+  int32_t* finished = at<int32_t>(step.finished_tiles) + tile.chunk;
+  if (threadIdx.x == 0) of_tiles[tile.index] = part;
+  if (!arrives_last(finished, 1, tile.count)) return false;
+  if (threadIdx.x == 0) {
+    Partial total = {};
+#pragma unroll 4
+    for (int32_t i = 0; i < tile.count; ++i) combine(total, load_partial(of_tiles + i));
+    *of_chunk = total;
+    *finished = 0;
+  }
+  return true;
+}
+
 template <class Rule, bool kDoubles>
 __global__ void __launch_bounds__(kThreads, kDoubles ? kBlocksPerProcessorOfDoubles : kBlocksPerProcessor)
     update_kernel(const __grid_constant__ Step step) {
   StepDecision& decision = *at<StepDecision>(step.decision);
   if (decision.skipped) return;
-  // last chunk first: the gradients measured last are still in the cache
-  for (int64_t i = step.n_chunks - 1 - blockIdx.x; i >= 0; i -= gridDim.x) {
-    const Chunk chunk = at<Chunk>(step.chunks)[i];
+  const bool norms = Rule::kSums == 0 && accumulates(step);
+  const int64_t tiles = tiles_of_chunk(step);
+  int32_t finished = 0;
+  for (int64_t i = blockIdx.x; i < step.n_chunks * tiles; i += gridDim.x) {
+    // last chunk first: the gradients measured last are still in the cache
+    const Tile tile(step, step.n_chunks - 1 - i / tiles, static_cast<int32_t>(i % tiles));
+    if (tile.is_empty()) continue;
+    const Chunk chunk = tile.part(step);
     const uint64_t grad_address = at<uint64_t>(step.grads)[chunk.row];
     const Row& row = at<Row>(step.rows)[chunk.row];
     SumSq sum_sq{0.0, sphere_of(step, row.group) != nullptr};
     const NormSum sum = visit<kDoubles>(Update<Rule>{step, sum_sq}, row, grad_address, chunk);
-    if (Rule::kSums == 0 && accumulates(step)) store_chunk_sum(step, i, sum);
+    finished += !norms || store_tile_sum(step, tile, sum);
     if (!sum_sq.wanted) continue;
     double total[1] = {sum_sq.sum_sq};
     share_block_sum(total);
-    if (threadIdx.x == 0) at<double>(step.squares)[i] = total[0];
+    if (threadIdx.x == 0) at<double>(step.squares)[tile.chunk] = total[0];
   }
-  const bool norms = Rule::kSums == 0 && accumulates(step);
-  if (!(norms || step.spheres) || !arrives_last(&decision.finished_blocks)) return;
+  if (!(norms || step.spheres) || finished == 0) return;
+  if (!arrives_last(&decision.finished, finished, static_cast<int32_t>(step.n_chunks))) return;
   if (norms) finish_norms(step, decision);
   if (step.spheres) finish_spheres(step);
 }
@@ -180,7 +207,7 @@ __global__ void __launch_bounds__(kThreads, kDoubles ? kBlocksPerProcessorOfDoub
 // the host side
 
 struct Grids {
-  int64_t measure = 0, stage1 = 0, reduce = 0, update = 0, rescale = 0;
+  int64_t measure = 0, decide = 0, stage1 = 0, reduce = 0, update = 0, rescale = 0;
 };
 
 // grid sizes on the current device; the first call loads the kernels
@@ -193,8 +220,8 @@ Grids grids_on(int device) {
   Grids& grids = known[device];
   if (grids.update == 0) {
     resident_blocks(measure_kernel<kMaxInlinePointers>, device);
-    resident_blocks(decide_kernel<Rule, kFewPointers>, device);
     resident_blocks(decide_kernel<Rule, kMaxInlinePointers>, device);
+    grids.decide = resident_blocks(decide_kernel<Rule, kFewPointers>, device);
     grids.measure = resident_blocks(measure_kernel<kFewPointers>, device);
     if constexpr (Rule::kSums > 0) {
       grids.stage1 = resident_blocks(stage1_kernel<Rule, kDoubles>, device);
@@ -209,6 +236,8 @@ Grids grids_on(int device) {
 template <class Rule, bool kDoubles, int kSize>
 void launch_all(const Launch& how, const Step& step) {
   const Grids grids = grids_on<Rule, kDoubles>(how.device);
+  const int64_t row_tiles = (step.n_rows + kDecideThreads - 1) / kDecideThreads;
+  const int64_t decides = grid(grids.decide, how.max_blocks, row_tiles);
   GradPointers<kSize> pointers;
   pointers.count = how.n_grads;
   memcpy(pointers.grads, how.grads, how.n_grads * sizeof(uint64_t));
@@ -217,9 +246,9 @@ void launch_all(const Launch& how, const Step& step) {
            step, pointers);
     GradPointers<kFewPointers> none;
     none.count = 0;
-    launch(decide_kernel<Rule, kFewPointers>, 1, kDecideThreads, how.stream, step, none);
+    launch(decide_kernel<Rule, kFewPointers>, decides, kDecideThreads, how.stream, step, none);
   } else {
-    launch(decide_kernel<Rule, kSize>, 1, kDecideThreads, how.stream, step, pointers);
+    launch(decide_kernel<Rule, kSize>, decides, kDecideThreads, how.stream, step, pointers);
   }
   if constexpr (Rule::kSums > 0) {
     launch(stage1_kernel<Rule, kDoubles>, grid(grids.stage1, how.max_blocks, step.n_chunks), kThreads,
@@ -227,8 +256,10 @@ void launch_all(const Launch& how, const Step& step) {
     launch(reduce_layers_kernel<Rule>, grid(grids.reduce, how.max_blocks, step.n_rows), kThreads, how.stream,
            step);
   }
-  launch(update_kernel<Rule, kDoubles>, grid(grids.update, how.max_blocks, step.n_chunks), kThreads,
-         how.stream, step);
+  const int64_t tiles = tiles_of_chunk(step), units = step.n_chunks * tiles;
+  // as many blocks as tiles: the device starts one where another ends
+  launch(update_kernel<Rule, kDoubles>, grid(tiles > 1 ? units : grids.update, how.max_blocks, units),
+         kThreads, how.stream, step);
   if (step.spheres)
     launch(rescale_kernel<kDoubles>, grid(grids.rescale, how.max_blocks, step.n_chunks), kThreads, how.stream,
            step);

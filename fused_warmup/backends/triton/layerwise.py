@@ -352,5 +352,5 @@ def stage2_kernel(
                 if on_sphere:
                     store_sum_sq(step, step.n_chunks - 1 - n, sum_sq)
         if SPHERES:
-            if arrives_last(field(step.decision, 0, "StepDecision", "finished_blocks")):
+            if arrives_last(field(step.decision, 0, "StepDecision", "finished")):
                 finish_spheres(step, LANES)

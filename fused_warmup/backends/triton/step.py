@@ -154,7 +154,7 @@ def update_kernel(
                 if on_sphere:
                     store_sum_sq(step, i, sum_sq)
         if ACCUMULATE or SPHERES:
-            if arrives_last(field(step.decision, 0, "StepDecision", "finished_blocks")):
+            if arrives_last(field(step.decision, 0, "StepDecision", "finished")):
                 if ACCUMULATE:
                     record_norms(step, decision, combine_all(step.partials, step.n_chunks, LANES))
                 if SPHERES:
