@@ -10,10 +10,14 @@ namespace fw {
 constexpr int kMaxStates = 3;
 // elements of a piece: a channel is summed piece by piece
 constexpr int kPiece = 2048;
-// elements of a tile, the part of a chunk that a block of the update takes
-constexpr int kTile = 2048;
+// bytes of a tile of a parameter, the part of a chunk that a block of the update takes
+constexpr int kTileBytes = 8192;
 
 enum DType : int32_t { kFloat32 = 0, kFloat64 = 1, kBFloat16 = 2, kFloat16 = 3 };
+
+FW_HOST_DEVICE int32_t elements_of_tile(int32_t dtype) {
+  return kTileBytes / (dtype == kFloat64 ? 8 : dtype == kFloat32 ? 4 : 2);
+}
 enum InitKind : int32_t { kInitZeros = 0, kInitGrad = 1, kInitRandom = 2 };
 enum AverageKind : int32_t { kAverageNone = 0, kAverageEma = 1, kAverageSwa = 2 };
 enum SegmentKind : int32_t {
@@ -175,11 +179,11 @@ enum SegmentKind : int32_t {
   X(int32_t, skipped)       \
   X(int32_t, finished)      \
   X(int32_t, decided)       \
-  X(int32_t, reserved)
+  X(int32_t, summed)
 
 // one call of step(): addresses of the columns, their lengths, and the settings of the optimizer; squares is
-// the sum of squares of each chunk of a group on a sphere. n_tiles is the number of tiles of the longest
-// chunk; each chunk has so many of tile_partials, and a count of the tiles that are finished.
+// the sum of squares of each chunk of a group on a sphere. n_tiles is the most tiles that a chunk has; each
+// chunk has room for so many sums in tile_partials.
 #define FW_STEP(X)               \
   X(uint64_t, rows)              \
   X(uint64_t, grads)             \
@@ -214,7 +218,6 @@ enum SegmentKind : int32_t {
   X(uint64_t, spheres)           \
   X(uint64_t, squares)           \
   X(uint64_t, tile_partials)     \
-  X(uint64_t, finished_tiles)    \
   X(int64_t, n_tiles)
 
 // what the host needs of a tensor in one stretch of memory; dtype is -1 for any other tensor. reach is the

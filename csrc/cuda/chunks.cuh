@@ -47,29 +47,33 @@ FW_DEVICE void save_grad_pointers(const Step& step, const GradPointers<kSize>& p
 
 // Tiles of the longest chunk. Blocks that run together take neighbouring tiles, and so memory that lies
 // together; sums over layers and spheres go by whole chunks.
-FW_HOST_DEVICE int64_t tiles_of_chunk(const Step& step) { return step.spheres ? 1 : step.n_tiles; }
+FW_HOST_DEVICE uint32_t tiles_of_chunk(const Step& step) {
+  return step.spheres ? 1 : static_cast<uint32_t>(step.n_tiles);
+}
 
-// one of the tiles of a chunk
+// one of the tiles of a chunk; part has its elements
 struct Tile {
   int64_t chunk;
   int32_t index, count;
+  Chunk part;
 
-  FW_DEVICE Tile(const Step& step, int64_t chunk, int32_t index) : chunk(chunk), index(index), count(1) {
-    const int32_t elements = at<Chunk>(step.chunks)[chunk].count;
-    if (tiles_of_chunk(step) > 1 && elements > kTile) count = (elements + kTile - 1) / kTile;
+  FW_DEVICE Tile(const Step& step, int64_t chunk, int32_t index)
+      : chunk(chunk), index(index), count(1), part(at<Chunk>(step.chunks)[chunk]) {
+    if (tiles_of_chunk(step) == 1) return;
+    const int32_t most = elements_of_tile(at<Row>(step.rows)[part.row].dtype), begin = index * most;
+    if (part.count <= most) return;
+    count = (part.count + most - 1) / most;
+    part.offset += begin;
+    part.count = part.count - begin < most ? part.count - begin : most;
   }
 
   // true if the chunk has fewer tiles than the longest one
   FW_DEVICE bool is_empty() const { return index >= count; }
 
-  // its elements, as a chunk
-  FW_DEVICE Chunk part(const Step& step) const {
-    Chunk part = at<Chunk>(step.chunks)[chunk];
-    if (count == 1) return part;
-    const int32_t begin = index * kTile, left = part.count - begin;
-    part.offset += begin;
-    part.count = left < kTile ? left : kTile;
-    return part;
+  // where the sums over it are stored
+  FW_DEVICE Partial& partial(const Step& step) const {
+    return count == 1 ? at<Partial>(step.partials)[chunk]
+                      : at<Partial>(step.tile_partials)[chunk * step.n_tiles + index];
   }
 };
 

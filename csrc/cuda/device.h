@@ -80,24 +80,18 @@ FW_DEVICE void share_block_sum(double (&sums)[N]) {
   }
 }
 
-// adds what a block has done to a counter; true in all threads of the block that brings it to the total,
-// which sees what every other block wrote before
-FW_DEVICE bool arrives_last(int32_t* finished, int32_t done, int32_t total) {
+// true in all threads of the last block to finish, which sees the writes of all others
+FW_DEVICE bool arrives_last(int32_t* finished) {
   __shared__ bool last;
   // the fence of thread 0 is for the writes of all threads, some of which may still read the previous answer
   __syncthreads();
   if (threadIdx.x == 0) {
     __threadfence();
-    last = atomicAdd(finished, done) + done == total;
+    last = atomicAdd(finished, 1) + 1 == static_cast<int32_t>(gridDim.x);
     __threadfence();
   }
   __syncthreads();
   return last;
-}
-
-// the same for a launch in which each block arrives once
-FW_DEVICE bool arrives_last(int32_t* finished) {
-  return arrives_last(finished, 1, static_cast<int>(gridDim.x));
 }
 
 // the host side

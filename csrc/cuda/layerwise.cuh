@@ -185,7 +185,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerProcessorOfSums)
     const uint64_t grad_address = at<uint64_t>(step.grads)[chunk.row];
     const NormSum sum =
         visit<kDoubles>(Stage1<Rule>{step}, at<Row>(step.rows)[chunk.row], grad_address, chunk);
-    if (accumulates(step)) store_chunk_sum(step, i, sum);
+    if (accumulates(step)) store_sum(at<Partial>(step.partials)[i], sum);
   }
 }
 

@@ -72,9 +72,9 @@ FW_DEVICE Partial sum_chunks(const Step& step) {
   return block_sum(total);
 }
 
-FW_DEVICE void store_chunk_sum(const Step& step, int64_t chunk, const NormSum& sum) {
+FW_DEVICE void store_sum(Partial& out, const NormSum& sum) {
   const Partial total = block_sum(sum);
-  if (threadIdx.x == 0) at<Partial>(step.partials)[chunk] = total;
+  if (threadIdx.x == 0) out = total;
 }
 
 // adds a pack in runs of the length that a thread updates at a time
@@ -123,6 +123,20 @@ FW_DEVICE NormSum measure_chunk(const Row& row, uint64_t grad_address, const Chu
   return sum;
 }
 
+// the sums over all chunks that have several tiles, from the sums over those
+FW_DEVICE void combine_tiles(const Step& step) {
+  const int64_t stride = int64_t(gridDim.x) * kThreads;
+  for (int64_t i = int64_t(blockIdx.x) * kThreads + threadIdx.x; i < step.n_chunks; i += stride) {
+    const Tile tile(step, i, 0);
+    if (tile.count == 1) continue;
+    const Partial* parts = &tile.partial(step);
+    Partial total = {};
+#pragma unroll 4
+    for (int32_t t = 0; t < tile.count; ++t) combine(total, parts[t]);
+    at<Partial>(step.partials)[i] = total;
+  }
+}
+
 // records the norms that an update has summed, by one block
 FW_DEVICE void finish_norms(const Step& step, StepDecision& decision) {
   const Partial total = sum_chunks(step);
@@ -147,8 +161,11 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerProcessor)
     Partial total = {};
     // tile by tile, as an update sums them
 #pragma unroll 1
-    for (Tile tile(step, i, 0); tile.index < tile.count; ++tile.index)
-      combine(total, block_sum(visit<true>(Measure{}, row, grad_address, tile.part(step))));
+    for (int32_t t = 0, count = 1; t < count; ++t) {
+      const Tile tile(step, i, t);
+      count = tile.count;
+      combine(total, block_sum(visit<true>(Measure{}, row, grad_address, tile.part)));
+    }
     if (threadIdx.x == 0) at<Partial>(step.partials)[i] = total;
   }
 }

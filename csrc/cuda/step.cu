@@ -1,9 +1,9 @@
-// The CUDA step in two launches, or three when the norms must be known beforehand: measure, decide, update.
-// A rule that needs sums over layers takes two more between decide and update: stage1 and reduce. Groups on a
-// sphere take one at the end: rescale. Compiled once per rule, which FW_RULE names. This file has the update
-// and the launches; measure.cuh, decide.cuh, layerwise.cuh and sphere.cuh have the other kernels.
-// No mathematics here: rules.h, schedules.h, reduce.h and decide.h have it.
-// SPDX-License-Identifier: Apache-2.0
+// The CUDA step in two launches, decide and update, and a third for the norms: measure before them where they
+// must be known, or finish where telemetry records them. A rule that needs sums over layers takes two more
+// between decide and update, stage1 and reduce, which finishes. Groups on a sphere take one at the end:
+// rescale. Compiled once per rule, which FW_RULE names. This file has the update and the launches;
+// measure.cuh, decide.cuh, layerwise.cuh and sphere.cuh have the other kernels. No mathematics here: rules.h,
+// schedules.h, reduce.h and decide.h have it. SPDX-License-Identifier: Apache-2.0
 #include <mutex>
 #include <vector>
 
@@ -153,61 +153,44 @@ struct Update {
   }
 };
 
-// stores the sums over a tile; returns whether this completes the sums over its chunk
-FW_DEVICE bool store_tile_sum(const Step& step, const Tile& tile, const NormSum& sum) {
-  Partial* of_chunk = at<Partial>(step.partials) + tile.chunk;
-  const Partial part = block_sum(sum);
-  if (tile.count == 1) {
-    if (threadIdx.x == 0) *of_chunk = part;
-    return true;
-  }
-  Partial* of_tiles = at<Partial>(step.tile_partials) + tile.chunk * step.n_tiles;
-  int32_t* finished = at<int32_t>(step.finished_tiles) + tile.chunk;
-  if (threadIdx.x == 0) of_tiles[tile.index] = part;
-  if (!arrives_last(finished, 1, tile.count)) return false;
-  if (threadIdx.x == 0) {
-    Partial total = {};
-#pragma unroll 4
-    for (int32_t i = 0; i < tile.count; ++i) combine(total, load_partial(of_tiles + i));
-    *of_chunk = total;
-    *finished = 0;
-  }
-  return true;
-}
-
 template <class Rule, bool kDoubles>
 __global__ void __launch_bounds__(kThreads, kDoubles ? kBlocksPerProcessorOfDoubles : kBlocksPerProcessor)
     update_kernel(const __grid_constant__ Step step) {
   StepDecision& decision = *at<StepDecision>(step.decision);
   if (decision.skipped) return;
   const bool norms = Rule::kSums == 0 && accumulates(step);
-  const int64_t tiles = tiles_of_chunk(step);
-  int32_t finished = 0;
-  for (int64_t i = blockIdx.x; i < step.n_chunks * tiles; i += gridDim.x) {
+  const uint32_t tiles = tiles_of_chunk(step), units = step.n_chunks * tiles;
+  for (uint32_t i = blockIdx.x; i < units; i += gridDim.x) {
     // last chunk first: the gradients measured last are still in the cache
-    const Tile tile(step, step.n_chunks - 1 - i / tiles, static_cast<int32_t>(i % tiles));
+    const Tile tile(step, step.n_chunks - 1 - i / tiles, i % tiles);
     if (tile.is_empty()) continue;
-    const Chunk chunk = tile.part(step);
-    const uint64_t grad_address = at<uint64_t>(step.grads)[chunk.row];
-    const Row& row = at<Row>(step.rows)[chunk.row];
+    const uint64_t grad_address = at<uint64_t>(step.grads)[tile.part.row];
+    const Row& row = at<Row>(step.rows)[tile.part.row];
     SumSq sum_sq{0.0, sphere_of(step, row.group) != nullptr};
-    const NormSum sum = visit<kDoubles>(Update<Rule>{step, sum_sq}, row, grad_address, chunk);
-    finished += !norms || store_tile_sum(step, tile, sum);
+    const NormSum sum = visit<kDoubles>(Update<Rule>{step, sum_sq}, row, grad_address, tile.part);
+    if (norms) store_sum(tile.partial(step), sum);
     if (!sum_sq.wanted) continue;
     double total[1] = {sum_sq.sum_sq};
     share_block_sum(total);
     if (threadIdx.x == 0) at<double>(step.squares)[tile.chunk] = total[0];
   }
-  if (!(norms || step.spheres) || finished == 0) return;
-  if (!arrives_last(&decision.finished, finished, static_cast<int32_t>(step.n_chunks))) return;
-  if (norms) finish_norms(step, decision);
-  if (step.spheres) finish_spheres(step);
+  if (step.spheres && arrives_last(&decision.finished)) finish_spheres(step);
+}
+
+// Records the norms that an update has summed. A launch of its own, because a block of the update that waited
+// for its writes to be seen by others would keep its place from the next one.
+__global__ void __launch_bounds__(kThreads) finish_kernel(const __grid_constant__ Step step) {
+  StepDecision& decision = *at<StepDecision>(step.decision);
+  if (decision.skipped) return;
+  if (tiles_of_chunk(step) > 1) combine_tiles(step);
+  if (gridDim.x == 1) __syncthreads();
+  if (gridDim.x == 1 || arrives_last(&decision.summed)) finish_norms(step, decision);
 }
 
 // the host side
 
 struct Grids {
-  int64_t measure = 0, decide = 0, stage1 = 0, reduce = 0, update = 0, rescale = 0;
+  int64_t measure = 0, decide = 0, stage1 = 0, reduce = 0, update = 0, finish = 0, rescale = 0;
 };
 
 // grid sizes on the current device; the first call loads the kernels
@@ -228,6 +211,7 @@ Grids grids_on(int device) {
       grids.reduce = resident_blocks(reduce_layers_kernel<Rule>, device);
     }
     grids.rescale = resident_blocks(rescale_kernel<kDoubles>, device);
+    grids.finish = resident_blocks(finish_kernel, device);
     grids.update = resident_blocks(update_kernel<Rule, kDoubles>, device);
   }
   return grids;
@@ -260,6 +244,10 @@ void launch_all(const Launch& how, const Step& step) {
   // as many blocks as tiles: the device starts one where another ends
   launch(update_kernel<Rule, kDoubles>, grid(tiles > 1 ? units : grids.update, how.max_blocks, units),
          kThreads, how.stream, step);
+  if (Rule::kSums == 0 && accumulates(step)) {
+    const int64_t blocks = tiles > 1 ? (step.n_chunks + kThreads - 1) / kThreads : 1;
+    launch(finish_kernel, grid(grids.finish, how.max_blocks, blocks), kThreads, how.stream, step);
+  }
   if (step.spheres)
     launch(rescale_kernel<kDoubles>, grid(grids.rescale, how.max_blocks, step.n_chunks), kThreads, how.stream,
            step);

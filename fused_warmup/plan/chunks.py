@@ -12,9 +12,9 @@ from .structs import STRUCTS
 CHUNK = 1 << 15
 # elements of a channel that are summed at a time
 PIECE = 1 << 11
-# elements of a tile, which a block or program of the update takes at a time. Blocks that run together then read
-# and write memory that lies together, and a device gives those that are over no more work.
-TILE = 1 << 11
+# bytes of a tile of a parameter, which a block of the update takes: blocks that run together then read and
+# write memory that lies together
+TILE_BYTES = 1 << 13
 # elements that fill vectors of every kind, so that a chunk of whole channels ends where vectors do if it can
 _ALIGNED = 16
 

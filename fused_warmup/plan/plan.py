@@ -17,7 +17,7 @@ from torch import Tensor
 
 from .. import _checks as check
 from .address_cache import AddressCache, address_of, addresses_of, select_reader
-from .chunks import PIECE, TILE, chunks
+from .chunks import PIECE, TILE_BYTES, chunks
 from .device_buffers import DeviceBuffers, is_capturing
 from .gradients import GradientTable
 from .groups import GroupReadings, GroupTable
@@ -61,7 +61,7 @@ class Plan:
         states: States of the rows.
         indices: Position of each row among all parameters.
         arrivals: Positions of rows without states that have a gradient now, int64; ``fill`` takes them in.
-        n_tiles: Number of tiles of the longest chunk; 1 for rules that sum over layers.
+        n_tiles: Most tiles that a chunk has; 1 for rules that sum over layers.
         scaling: ``grad_scale`` and ``found_inf`` of a ``GradScaler``, or None each.
         has_float64: Whether any parameter is float64.
         numel: Number of elements of the rows that have states.
@@ -119,8 +119,9 @@ class Plan:
         pieces = channels * -(-self._columns["channel_size"] // PIECE)
         self._columns["first_piece"] = np.cumsum(pieces) - pieces
         n_pieces = int(pieces.sum()) if self.spec.is_layerwise else 0
-        longest = int(self._chunks["count"].max(initial=1))
-        self.n_tiles = 1 if self.spec.is_layerwise else -(-longest // TILE)
+        item_sizes = np.array([dtype.itemsize for dtype in DTYPES])[self._columns["dtype"]]
+        longest = (self._chunks["count"] * item_sizes[self._chunks["row"]]).max(initial=1)
+        self.n_tiles = 1 if self.spec.is_layerwise else -(-int(longest) // TILE_BYTES)
         kind, decay, start, every = self.average
         ring_buffer, doubles = self.record["ring_buffer"], np.dtype(np.float64)
         rows = self.buffers.upload("rows", self._columns)
@@ -143,7 +144,6 @@ class Plan:
             projection_coefs=allocate("projection_coefs", doubles, n_pieces),
             decision=allocate("decision", STRUCTS["StepDecision"], 1),
             tile_partials=allocate("tile_partials", STRUCTS["Partial"], self.n_chunks * self.n_tiles),
-            finished_tiles=allocate("finished_tiles", np.dtype(np.int32), self.n_chunks),
             counters=self.record["counters"],
             pending_scalars=self.record["pending_scalars"],
             telemetry=ring_buffer,

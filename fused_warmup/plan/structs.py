@@ -86,7 +86,7 @@ _FIELDS: dict[str, list[tuple[str, str]]] = {
         *((name, "f8") for name in ("grad_norm", "grad_norm_l1", "clip_coef", "unscale", "rect")),
         ("skipped", "i4"),
         ("finished", "i4"),
-        *((name, "i4") for name in ("decided", "reserved")),
+        *((name, "i4") for name in ("decided", "summed")),
     ],
     "Step": [
         *(
@@ -111,7 +111,7 @@ _FIELDS: dict[str, list[tuple[str, str]]] = {
         *((name, "i8") for name in ("average_start", "average_every")),
         *((name, "i4") for name in ("average_kind", "skip_nonfinite", "measure", "clip")),
         *((name, "u8") for name in ("decision", "grad_scale", "found_inf", "sums", "projection_coefs")),
-        *((name, "u8") for name in ("spheres", "squares", "tile_partials", "finished_tiles")),
+        *((name, "u8") for name in ("spheres", "squares", "tile_partials")),
         ("n_tiles", "i8"),
     ],
     "TensorExtent": [

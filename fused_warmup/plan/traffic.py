@@ -54,12 +54,18 @@ def traffic(plan: Plan) -> Traffic:
     # sphere groups are read and written once more
     stages += [(n, n) for row in plan.rows if plan.groups.hypers[row.group].sphere for n in [row.work.nbytes]]
     return Traffic(
-        # decide and update, with the two parts of an update between sums; a pass before them for the norm
-        launches=(2 if layered is None else 4) + plan.settings.measure + plan.groups.has_spheres,
+        # decide and update, and one for the norm: before them, or after them for telemetry. Rules that sum
+        # over layers update in two parts with the sums between, and sum the norm there.
+        launches=(2 if layered is None else 4) + _takes_norm(plan, layered is None) + plan.groups.has_spheres,
         read=sum(read for read, _ in stages),
         written=sum(written for _, written in stages),
         numel=plan.numel,
     )
+
+
+def _takes_norm(plan: Plan, elementwise: bool) -> bool:
+    """Return whether a launch measures or finishes the norm of the gradients."""
+    return plan.settings.measure or (elementwise and plan.record["ring_buffer"] is not None)
 
 
 def _row_bytes(row: Row, grad_size: int, settings: Settings) -> tuple[int, int]:

@@ -25,7 +25,7 @@ from fused_warmup.backends.triton import launch, layerwise, preconditioner, vect
 from fused_warmup.backends.triton.decide import decide_kernel  # noqa: E402
 from fused_warmup.backends.triton.measure import measure_kernel  # noqa: E402
 from fused_warmup.backends.triton.sphere import rescale_kernel  # noqa: E402
-from fused_warmup.backends.triton.step import update_kernel  # noqa: E402
+from fused_warmup.backends.triton.step import finish_kernel, update_kernel  # noqa: E402
 
 pytestmark = pytest.mark.slow
 F32, F64, BF16, F16 = (DTYPES[d] for d in (torch.float32, torch.float64, torch.bfloat16, torch.float16))
@@ -246,7 +246,7 @@ class NoDevice:
 
 
 ALL_STAGES = (
-    *(measure_kernel, decide_kernel, update_kernel, rescale_kernel),
+    *(measure_kernel, decide_kernel, update_kernel, finish_kernel, rescale_kernel),
     *(layerwise.stage1_kernel, layerwise.reduce_layers_kernel, layerwise.stage2_kernel),
 )
 
@@ -287,7 +287,7 @@ def test_repeated_steps_compile_nothing(driver):
         if step == 0:
             assert compiled() == [0, 1, 1]
     assert compiled() == [0, 1, 1]
-    assert [name for name, _, _ in driver.launches] == ["decide_kernel", "update_kernel"] * 20
+    assert [name for name, _, _ in driver.launches] == ["decide_kernel", "update_kernel", "finish_kernel"] * 20
 
 
 def test_clipping_takes_three_launches_and_compiles_once(driver):
@@ -319,7 +319,7 @@ def test_layers_take_two_more_launches_and_compile_once(driver):
 
 @pytest.mark.parametrize(
     ("cls", "update"),
-    [(fw.Adam, ["update_kernel"]), (fw.AdamP, ["stage1_kernel", "reduce_layers_kernel", "stage2_kernel"])],
+    [(fw.Adam, ["update_kernel", "finish_kernel"]), (fw.AdamP, ["stage1_kernel", "reduce_layers_kernel", "stage2_kernel"])],
 )
 def test_spheres_take_one_more_launch_and_compile_once(driver, cls, update):
     """Whatever number of groups, norms and tensors."""
@@ -345,13 +345,13 @@ def test_init_state_compiles_and_loads_what_steps_may_need(driver):
     set_grads(params, 0)
     opt.init_state()
     assert compiled() == [1, 1, 2]
-    assert driver.loaded == 4
+    assert driver.loaded == 5
     assert driver.launches == []
     for clip in (None, 1.0):
         opt.max_grad_norm = clip
         opt.step()
     assert compiled() == [1, 1, 2]
-    assert driver.loaded == 4
+    assert driver.loaded == 5
 
 
 @pytest.mark.parametrize("operation", ["perturb", "finish", "combine"])

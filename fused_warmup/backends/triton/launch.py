@@ -22,7 +22,7 @@ from .measure import measure_kernel
 from .preconditioner import preconditioner_kernel
 from .rules import LAYER_RULES, RULES
 from .sphere import rescale_kernel
-from .step import update_kernel
+from .step import finish_kernel, update_kernel
 from .vectors import vector_kernel
 
 # elements that a program takes at a time: eight a thread, that is 16 bytes of bfloat16 or 32 of float32
@@ -92,6 +92,11 @@ def update_constants(
         "maxnreg": _registers(kinds, accumulate or spheres),
         **_OPTIONS,
     }
+
+
+def finish_constants(*, spheres: bool) -> dict[str, Any]:
+    """Return constants and options of ``finish_kernel``, see ``update_constants``."""
+    return {"SPHERES": spheres, "LANES": LANES, "maxnreg": 128, **_OPTIONS}
 
 
 def stage1_constants(rule: str, kinds: Kinds, *, accumulate: bool) -> dict[str, Any]:
@@ -287,7 +292,13 @@ class TritonBackend:
                 average=averages,
                 spheres=plan.groups.has_spheres,
             )
-            yield update_kernel, programs, constants
+            tiles = 1 if plan.groups.has_spheres else plan.n_tiles
+            # as many programs as tiles: the device starts one where another ends
+            most = self._programs or (_programs(plan.device) if tiles == 1 else plan.n_chunks * tiles)
+            yield update_kernel, max(1, min(plan.n_chunks * tiles, most)), constants
+            if accumulate:
+                blocks = 1 if tiles == 1 else min(-(-plan.n_chunks // LANES), most)
+                yield finish_kernel, max(1, blocks), finish_constants(spheres=plan.groups.has_spheres)
         else:
             yield stage1_kernel, programs, stage1_constants(plan.rule, plan.kinds, accumulate=accumulate)
             most = max(1, min(len(plan.rows), self._programs or _programs(plan.device)))
