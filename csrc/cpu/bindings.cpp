@@ -131,45 +131,6 @@ bool states_unchanged(py::list dicts, py::list keys, py::list objects) {
   return true;
 }
 
-// a plain copy of a dictionary, whatever its class does on access
-py::dict plain_copy(PyObject* dict) {
-  py::dict copy;
-  PyObject *key, *value;
-  Py_ssize_t place = 0;
-  while (PyDict_Next(dict, &place, &key, &value))
-    if (PyDict_SetItem(copy.ptr(), key, value) != 0) throw py::error_already_set();
-  return copy;
-}
-
-// pauses Python's garbage collector
-class CollectorPause {
- public:
-  CollectorPause() : enabled_(PyGC_Disable()) {}
-  ~CollectorPause() {
-    if (enabled_) PyGC_Enable();
-  }
-  CollectorPause(const CollectorPause&) = delete;
-
- private:
-  const int enabled_;
-};
-
-// a copy of a dictionary in which values of a class of dictionaries are plain copies
-py::dict plain_states(py::dict states, py::type cls) {
-  FW_CHECK(PyType_IsSubtype(reinterpret_cast<PyTypeObject*>(cls.ptr()), &PyDict_Type), "cls must be a dict");
-  py::dict copy;
-  PyObject *key, *value;
-  Py_ssize_t place = 0;
-  // all copies stay: a collection would visit every object of the process for nothing
-  const CollectorPause pause;
-  while (PyDict_Next(states.ptr(), &place, &key, &value)) {
-    const bool plain = reinterpret_cast<PyObject*>(Py_TYPE(value)) != cls.ptr();
-    const py::object kept = plain ? py::reinterpret_borrow<py::object>(value) : plain_copy(value);
-    if (PyDict_SetItem(copy.ptr(), key, kept.ptr()) != 0) throw py::error_already_set();
-  }
-  return copy;
-}
-
 // whether any object is referenced more often than that
 bool referenced_beyond(py::list objects, Py_ssize_t references) {
   for (size_t i = 0; i < objects.size(); ++i)
@@ -301,7 +262,6 @@ PYBIND11_MODULE(_cpu, m) {
         py::arg("address"), py::arg("threads"));
   m.def("groups_unchanged", &groups_unchanged, py::arg("groups"), py::arg("members"));
   m.def("states_unchanged", &states_unchanged, py::arg("dicts"), py::arg("keys"), py::arg("objects"));
-  m.def("plain_states", &plain_states, py::arg("states"), py::arg("cls"));
   m.def("referenced_beyond", &referenced_beyond, py::arg("objects"), py::arg("references"));
   m.def("any_gradient", &any_gradient, py::arg("tensors"));
   m.def("extents", &extents, py::arg("tensor_type"), py::arg("parameter_type"), py::arg("tensors"),

@@ -281,15 +281,17 @@ class Session:
             return plan.refresh(self.param_groups, check_states=True, check_owners=True)
         if not access.noted:
             return plan.refresh(self.param_groups, check_states=check_states)
-        # cleared before the comparison, because another thread may read or replace a state meanwhile
+        # cleared before the comparison, because another thread may read or replace a state meanwhile; what is
+        # let go before the references are counted was changed before the comparison
         replaced, valid = access.replaced, False
         access.noted = access.replaced = False
+        shared = plan.states.has_shared()
         try:
             valid = plan.refresh(self.param_groups, check_states=True, check_owners=replaced)
         finally:
             if not valid:
                 access.noted, access.replaced = True, access.replaced or replaced
-            elif not plan.states.is_tracked or plan.states.has_shared():
+            elif shared:
                 access.noted = True
         return valid
 
@@ -463,8 +465,15 @@ class Session:
         None if parameters or states are not those of the plan.
         """
         plan, exact = self.plan, self.counts.exact
-        replaced = not isinstance(self.state, TrackedStates) or self.state.access.replaced
-        if plan is None or exact is None or not plan.is_current(self.param_groups, check_owners=replaced):
+        access = self.state.access if isinstance(self.state, TrackedStates) else None
+        noted = access is None or access.noted
+        if (
+            plan is None
+            or exact is None
+            or not plan.is_current(
+                self.param_groups, check_states=noted, check_owners=access is None or access.replaced
+            )
+        ):
             return None
         return list(plan.indices), exact[:, 0]
 

@@ -53,8 +53,6 @@ class TensorReader(NamedTuple):
             plain one, a ``Tensor`` or ``Parameter`` with contiguous elements of a supported dtype.
         groups_unchanged: Returns whether groups still hold the same parameters.
         states_unchanged: Returns whether dictionaries still hold the same objects under the same keys.
-        plain_states: Returns a copy of a dictionary in which values of a class of dictionaries are plain,
-            whatever the class does on access.
         referenced_beyond: Returns whether any object has more references than a number.
         any_gradient: Returns whether any tensor has a gradient.
     """
@@ -63,7 +61,6 @@ class TensorReader(NamedTuple):
     extents: Callable[[list[Tensor]], np.ndarray]
     groups_unchanged: Callable[..., bool]
     states_unchanged: Callable[..., bool]
-    plain_states: Callable[[dict[Any, Any], type], dict[Any, Any]]
     referenced_beyond: Callable[[list[Any], int], bool]
     any_gradient: Callable[[list[Tensor]], bool]
 
@@ -127,12 +124,6 @@ def states_unchanged(dicts: Sequence[dict[Any, Any]], keys: Sequence[Any], objec
     """Return whether each dictionary still holds its object under its key."""
     # past the method of a tracked dictionary, which would note the access
     return all(dict.get(d, key) is value for d, key, value in zip(dicts, keys, objects, strict=True))
-
-
-def plain_states(states: dict[Any, Any], cls: type) -> dict[Any, Any]:
-    """Return a copy of a dictionary in which values of a class of dictionaries are plain copies."""
-    # past the methods of the class, which would note the access
-    return {k: dict(list(dict.items(v))) if type(v) is cls else v for k, v in states.items()}  # type: ignore[arg-type]
 
 
 def referenced_beyond(objects: list[Any], references: int) -> bool:
@@ -218,7 +209,6 @@ PYTHON_READER = TensorReader(
     python_extents,
     groups_unchanged,
     states_unchanged,
-    plain_states,
     referenced_beyond,
     any_gradient,
 )
@@ -237,7 +227,7 @@ def select_reader() -> TensorReader:
         from .. import _cpu
     except ImportError:
         return PYTHON_READER
-    names = ("groups_unchanged", "states_unchanged", "plain_states", "referenced_beyond", "any_gradient")
+    names = ("groups_unchanged", "states_unchanged", "referenced_beyond", "any_gradient")
     compiled = PYTHON_READER._replace(**{name: getattr(_cpu, name) for name in names})
     if not hasattr(Tensor, "__dlpack_c_exchange_api__"):
         return compiled

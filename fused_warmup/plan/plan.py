@@ -198,17 +198,20 @@ class Plan:
         self._has_reserved = bool(self._reserved.any())
         self.numel += sum(row.work.numel() for row in rows)
 
-    def is_current(self, groups: Sequence[Mapping[str, Any]], *, check_owners: bool) -> bool:
+    def is_current(
+        self, groups: Sequence[Mapping[str, Any]], *, check_states: bool, check_owners: bool
+    ) -> bool:
         """Return whether groups and states hold the parameters and tensors of the table.
 
         Args:
             groups: Parameter groups of the optimizer as they are now.
+            check_states: Whether the states may have been replaced.
             check_owners: Whether the dictionaries of states may have been replaced.
         """
         return (
             self._reader.groups_unchanged(groups, self._members)
             and not (check_owners and not self.states.has_owners())
-            and self.states.has_objects()
+            and not (check_states and not self.states.has_objects())
         )
 
     def valid_rows(self, state: Mapping[Tensor, Any]) -> dict[int, Row]:

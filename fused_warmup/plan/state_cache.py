@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -12,12 +13,14 @@ from .address_cache import AddressCache, TensorReader
 from .rows import Row
 from .structs import MAX_STATES
 from .tensors import local_tensors
-from .tracked_states import TrackedState, peek
+from .tracked_states import peek
 
 # references to a state: in the optimizer's dictionary, in its row and in three lists
 _OWN_REFERENCES = 5
 # references to a count: one more, by which the optimizer tells it from one that was put in its place
 _COUNT_REFERENCES = 6
+# references to the dictionary of a row: in the optimizer's, in two lists, and one more for each of its states
+_DICT_REFERENCES = 3
 # references to a distributed tensor, whose local part the row has: in the dictionary and in two lists
 _WHOLE_REFERENCES = 3
 
@@ -29,15 +32,11 @@ class StateCache:
         state: State of the optimizer by parameter.
         names: Names of the states that each group keeps.
         reader: Reads many tensors at once.
-
-    Attributes:
-        is_tracked: Whether the dictionaries of all states note accesses.
     """
 
     def __init__(
         self, state: Mapping[Tensor, dict[str, Any]], names: Sequence[tuple[str, ...]], reader: TensorReader
     ) -> None:
-        self.is_tracked = True
         self._state, self._reader, self._length = state, reader, len(state)
         self._written = [(*own, "step") for own in names]
         self._averaged = [(*own, "average", "step", "n_averaged") for own in names]
@@ -49,6 +48,8 @@ class StateCache:
         self._dicts: list[dict[str, Any]] = []
         self._names: list[str] = []
         self._objects: list[Any] = []
+        # dictionaries by the number of states
+        self._sized: defaultdict[int, list[dict[str, Any]]] = defaultdict(list)
         # states of which the row has all of the memory, and others
         self._plain: list[Any] = []
         self._counts: list[Any] = []
@@ -82,6 +83,7 @@ class StateCache:
                 self._wholes += states
             places.append(len(self._names))
             self._own.append(own)
+            self._sized[len(keys)].append(own)
             self._dicts += [own] * len(keys)
             self._names += keys
             self._counts += counts
@@ -89,9 +91,6 @@ class StateCache:
             objects += counts
         self._kept += rows
         self._params += [row.param for row in rows]
-        # a dictionary of the user notes no access
-        added = self._own[len(self._own) - len(rows) :]
-        self.is_tracked = self.is_tracked and set(map(type, added)) <= {TrackedState}
         self._objects += objects
         self._cache.extend(local_tensors(objects) if self._wholes else objects)
         self._rows = np.concatenate([self._rows, np.array(positions, np.int64)])
@@ -156,10 +155,14 @@ class StateCache:
         self.fill(columns)
 
     def has_shared(self) -> bool:
-        """Return whether code outside of the package holds a state, and so may move it at any time."""
+        """Return whether code outside of the package holds a state or the dictionary of a parameter.
+
+        It may replace or move states at any time.
+        """
         beyond = self._reader.referenced_beyond
         return (
-            beyond(self._plain, _OWN_REFERENCES)
+            any(beyond(own, _DICT_REFERENCES + n) for n, own in self._sized.items())
+            or beyond(self._plain, _OWN_REFERENCES)
             or beyond(self._counts, _COUNT_REFERENCES)
             or beyond(self._wholes, _WHOLE_REFERENCES)
         )
