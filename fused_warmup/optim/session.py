@@ -475,7 +475,7 @@ class Session:
             )
         ):
             return None
-        return list(plan.indices), exact[:, 0]
+        return list(plan.indices), exact.select(1, 0)
 
     def drop_counts(self) -> None:
         """Drop the states of parameters that left the groups where they hold counts alone.
