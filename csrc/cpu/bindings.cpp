@@ -159,22 +159,37 @@ fw::DlExchange* exchange_of(py::handle tensor_type) {
   return exchange;
 }
 
+// the extent of a tensor; the dtype -1 for one of another class than the two
+fw::TensorExtent extent_of(const fw::DlExchange* exchange, PyObject* types[2], PyObject* tensor) {
+  PyObject* type = reinterpret_cast<PyObject*>(Py_TYPE(tensor));
+  fw::TensorExtent extent = {};
+  extent.dtype = -1;
+  if (type != types[0] && type != types[1]) return extent;
+  fw::DlTensor head;
+  if (exchange->describe(tensor, &head) == 0)
+    extent = fw::extent_of(head);
+  else
+    PyErr_Clear();
+  return extent;
+}
+
+// the positions of tensors whose extent has no dtype
+py::list others(py::handle tensor_type, py::handle parameter_type, py::list tensors) {
+  const fw::DlExchange* const exchange = exchange_of(tensor_type);
+  PyObject* types[2] = {tensor_type.ptr(), parameter_type.ptr()};
+  py::list found;
+  for (size_t i = 0; i < tensors.size(); ++i)
+    if (extent_of(exchange, types, PyList_GET_ITEM(tensors.ptr(), i)).dtype < 0) found.append(i);
+  return found;
+}
+
 // writes the TensorExtent of every tensor; one of another class than the two has the dtype -1
 void extents(py::handle tensor_type, py::handle parameter_type, py::list tensors, std::uintptr_t out) {
-  fw::DlExchange* const exchange = exchange_of(tensor_type);
+  const fw::DlExchange* const exchange = exchange_of(tensor_type);
+  PyObject* types[2] = {tensor_type.ptr(), parameter_type.ptr()};
   fw::TensorExtent* extents = fw::at<fw::TensorExtent>(out);
-  for (size_t i = 0; i < tensors.size(); ++i) {
-    PyObject* tensor = PyList_GET_ITEM(tensors.ptr(), i);
-    PyObject* type = reinterpret_cast<PyObject*>(Py_TYPE(tensor));
-    fw::DlTensor head;
-    extents[i] = {};
-    extents[i].dtype = -1;
-    if (type != tensor_type.ptr() && type != parameter_type.ptr()) continue;
-    if (exchange->describe(tensor, &head) == 0)
-      extents[i] = fw::extent_of(head);
-    else
-      PyErr_Clear();
-  }
+  for (size_t i = 0; i < tensors.size(); ++i)
+    extents[i] = extent_of(exchange, types, PyList_GET_ITEM(tensors.ptr(), i));
 }
 
 // the signatures of a list of tensors, and the current addresses of tensors with those signatures
@@ -197,16 +212,24 @@ class TensorSignatures {
   // Writes the address of every tensor, or of its gradient: 0 for None and 1 for an empty tensor. Returns the
   // positions of the tensors of another type or signature, whose address is 0. Gradients are kept alive until
   // release(), because another thread may replace them while a step reads them without the GIL.
-  py::list read(py::list tensors, std::uintptr_t out, bool grads) {
+  // With an address `among` of as many numbers, tensors with a 0 there are not read.
+  py::list read(py::list tensors, std::uintptr_t out, bool grads, std::uintptr_t among) {
     FW_CHECK(tensors.size() == signatures_.size(), "tensors must be as many as the signatures");
     uint64_t* addresses = fw::at<uint64_t>(out);
+    const uint64_t* wanted = fw::at<const uint64_t>(among);
     py::list odd;
     release();
     for (size_t i = 0; i < signatures_.size(); ++i) {
+      if (wanted && !wanted[i]) continue;
       PyObject* tensor = PyList_GET_ITEM(tensors.ptr(), i);
       if (grads) {
         tensor = PyObject_GetAttr(tensor, grad_name_.ptr());
         if (!tensor) throw py::error_already_set();
+        if (tensor == Py_None) {
+          addresses[i] = 0;
+          Py_DECREF(tensor);
+          continue;
+        }
         held_.push_back(tensor);
       }
       addresses[i] = tensor == Py_None ? 0 : address_of(tensor, i);
@@ -264,11 +287,13 @@ PYBIND11_MODULE(_cpu, m) {
   m.def("states_unchanged", &states_unchanged, py::arg("dicts"), py::arg("keys"), py::arg("objects"));
   m.def("referenced_beyond", &referenced_beyond, py::arg("objects"), py::arg("references"));
   m.def("any_gradient", &any_gradient, py::arg("tensors"));
+  m.def("others", &others, py::arg("tensor_type"), py::arg("parameter_type"), py::arg("tensors"));
   m.def("extents", &extents, py::arg("tensor_type"), py::arg("parameter_type"), py::arg("tensors"),
         py::arg("out"));
   py::class_<TensorSignatures>(m, "TensorSignatures")
       .def(py::init<py::handle, py::list>(), py::arg("tensor_type"), py::arg("tensors"))
       .def("add", &TensorSignatures::add, py::arg("tensors"))
-      .def("read", &TensorSignatures::read, py::arg("tensors"), py::arg("out"), py::arg("grads") = false)
+      .def("read", &TensorSignatures::read, py::arg("tensors"), py::arg("out"), py::arg("grads") = false,
+           py::arg("among") = 0)
       .def("release", &TensorSignatures::release);
 }

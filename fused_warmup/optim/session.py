@@ -212,14 +212,15 @@ class Session:
             known = sum(len(group["params"]) for group in self.param_groups)
             yield from ((i, param, hyper) for i, param in enumerate(params, known))
 
-        plain = select_reader().extents(params)["dtype"] >= 0
-        for (i, param, _), is_plain in zip(numbered() if not plain.all() else (), plain, strict=False):
+        others = set(select_reader().others(params))
+        for k, (i, param, _) in enumerate(numbered() if others else ()):
             # these may be materialised before the first step, which checks them again
-            if not is_plain and not is_lazy(param) and not param.is_meta:
+            if k in others and not is_lazy(param) and not param.is_meta:
                 self.resolve(tensors.check_param(self.owner, i, param, None).device)
-        if plain.any():
+        plain = next((param for k, param in enumerate(params) if k not in others), None)
+        if plain is not None:
             # the first step raises if they are on several devices
-            self.resolve(params[int(plain.argmax())].device)
+            self.resolve(plain.device)
         settings = self.max_grad_norm, self.nonfinite
         build.check_whole(self.owner, self.spec, numbered(), *settings, is_split=self.split)
 

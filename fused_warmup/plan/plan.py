@@ -247,9 +247,13 @@ class Plan:
             return False
         if check_states and not self.states.has_objects():
             return False
-        if not self._is_valid(groups) or not self._follow_moves(check_states):
+        if not self._is_valid(groups):
             return False
-        recast = self.gradients.refresh()
+        self.gradients.read()
+        if not self._follow_moves(check_states):
+            self.release()
+            return False
+        recast = self.gradients.adopt()
         if recast:
             self._kinds = None
         if self.buffers.mirrored and not self.gradients.compare(recast):
@@ -276,7 +280,9 @@ class Plan:
 
     def _follow_moves(self, check_states: bool) -> bool:
         """Update the addresses of parameters and states that have moved; return False if one has changed."""
-        moved = self._param_cache.find_moved()
+        # an average and a norm on a sphere take all parameters, others are left alone without a gradient
+        every = check_states or self.gradients.odd or self.average.kind is not None or self.groups.has_spheres
+        moved = self._param_cache.find_moved(0 if every else self.gradients.address)
         states_moved = self.states.find_moved() if check_states else False
         if moved is None or states_moved is None:
             return False
