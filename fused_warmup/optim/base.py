@@ -25,7 +25,7 @@ from ..plan.traffic import Traffic, traffic
 from ..schedules import Schedule
 from ..schedules.adaptive import AdaptiveSchedule
 from .averaging import Average, swapped
-from .groups import check_common, complete_groups, make_hyper, unique_params
+from .groups import check_common, complete_groups, make_hyper, tensors_of, unique_params
 from .losses import checked_loss, reported_loss
 from .session import Session
 from .state_dict import load_state, pack_state
@@ -266,8 +266,7 @@ class FusedOptimizer(Optimizer):
             params = [params] if isinstance(params, Tensor) else params
             if not isinstance(params, set):
                 params = unique_params(name, list(params))
-                plain = (p[1] if isinstance(p, tuple) else p for p in params)
-                self._session.check_params([p for p in plain if isinstance(p, Tensor)], hyper)
+                self._session.check_params(tensors_of(params), hyper)
             param_group["params"] = params
             # the norm may come from another optimizer that had the group; this one measures its own
             param_group.pop("norm", None)

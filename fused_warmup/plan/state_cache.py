@@ -69,23 +69,24 @@ class StateCache:
         """
         objects: list[Any] = []
         places: list[int] = []
+        state, dicts, names, plain = self._state, self._dicts, self._names, self._plain
         for row in rows:
-            own = peek(self._state, row.param)
+            own = peek(state, row.param)
             assert own is not None
             averaged = row.average is not None
             keys = self._averaged[row.group] if averaged else self._written[row.group]
             counts = (row.step, row.n_averaged) if averaged else (row.step,)
             if row.local is row.param:
                 states = [*row.states, row.average] if averaged else row.states
-                self._plain += states
+                plain += states
             else:
                 states = [dict.__getitem__(own, key) for key in keys[: len(keys) - len(counts)]]
                 self._wholes += states
-            places.append(len(self._names))
+            places.append(len(names))
             self._own.append(own)
             self._sized[len(keys)].append(own)
-            self._dicts += [own] * len(keys)
-            self._names += keys
+            dicts += [own] * len(keys)
+            names += keys
             self._counts += counts
             objects += states
             objects += counts
@@ -93,14 +94,10 @@ class StateCache:
         self._params += [row.param for row in rows]
         self._objects += objects
         self._cache.extend(local_tensors(objects) if self._wholes else objects)
-        self._rows = np.concatenate([self._rows, np.array(positions, np.int64)])
-        self._places = np.concatenate([self._places, np.array(places, np.int64)])
-        self._n_states = np.concatenate([
-            self._n_states,
-            np.array([len(row.states) for row in rows], np.int64),
-        ])
-        has_average = np.array([row.average is not None for row in rows], bool)
-        self._has_average = np.concatenate([self._has_average, has_average])
+        self._rows = _appended(self._rows, positions)
+        self._places = _appended(self._places, places)
+        self._n_states = _appended(self._n_states, [len(row.states) for row in rows])
+        self._has_average = _appended(self._has_average, [row.average is not None for row in rows])
         self._length = len(self._state)
 
     def fill(self, columns: np.ndarray, first: int = 0) -> None:
@@ -166,3 +163,9 @@ class StateCache:
             or beyond(self._counts, _COUNT_REFERENCES)
             or beyond(self._wholes, _WHOLE_REFERENCES)
         )
+
+
+def _appended(array: np.ndarray, values: Sequence[int]) -> np.ndarray:
+    """Return an array with more values at its end."""
+    more = np.array(values, array.dtype)
+    return np.concatenate([array, more]) if len(array) else more

@@ -94,10 +94,8 @@ class TrackedStates(defaultdict[Any, Any]):
 
     def add(self, key: Any, entries: dict[str, Any]) -> None:
         """Set or complete the state of a parameter without noting an access."""
-        own = dict.get(self, key)
-        if own is None:
-            dict.__setitem__(self, key, entries)
-        else:
+        own = dict.setdefault(self, key, entries)
+        if own is not entries:
             own.update(entries)
 
     def __iter__(self) -> Iterator[Any]:
