@@ -228,6 +228,8 @@ FAULTS: dict[tuple[str, str], list[tuple[str, ...]]] = {
     ("optim/telemetry.py", "optim/test_telemetry.py"): [
         ("if self._uncopied == _CAPACITY:", "if self._uncopied == _CAPACITY + 1:"),
         ("max(self._calls, calls - _CAPACITY)", "self._calls"),
+        ("if not self._loaded or calls - self._loaded >= _CAPACITY:", "if True:"),
+        ("return np.concatenate([ring_buffer[begin:], ring_buffer[:beyond]])", "return ring_buffer"),
         ("rows = _between(ring_buffer, first, calls)", "rows = _between(ring_buffer, first + 1, calls + 1)"),
         ("self._copies.clear()\n        self._uncopied = 0", "self._uncopied = 0"),
         ("_calls = self._loaded = len(rows)\n        self._write(loaded, later=True)\n        return self._calls", "_calls = len(rows)\n        return 0", STATES),
