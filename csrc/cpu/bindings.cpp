@@ -131,45 +131,6 @@ bool states_unchanged(py::list dicts, py::list keys, py::list objects) {
   return true;
 }
 
-// a plain copy of a dictionary, whatever its class does on access
-py::dict plain_copy(PyObject* dict) {
-  py::dict copy;
-  PyObject *key, *value;
-  Py_ssize_t place = 0;
-  while (PyDict_Next(dict, &place, &key, &value))
-    if (PyDict_SetItem(copy.ptr(), key, value) != 0) throw py::error_already_set();
-  return copy;
-}
-
-// pauses Python's garbage collector
-class CollectorPause {
- public:
-  CollectorPause() : enabled_(PyGC_Disable()) {}
-  ~CollectorPause() {
-    if (enabled_) PyGC_Enable();
-  }
-  CollectorPause(const CollectorPause&) = delete;
-
- private:
-  const int enabled_;
-};
-
-// a copy of a dictionary in which values of a class of dictionaries are plain copies
-py::dict plain_states(py::dict states, py::type cls) {
-  FW_CHECK(PyType_IsSubtype(reinterpret_cast<PyTypeObject*>(cls.ptr()), &PyDict_Type), "cls must be a dict");
-  py::dict copy;
-  PyObject *key, *value;
-  Py_ssize_t place = 0;
-  // all copies stay: a collection would visit every object of the process for nothing
-  const CollectorPause pause;
-  while (PyDict_Next(states.ptr(), &place, &key, &value)) {
-    const bool plain = reinterpret_cast<PyObject*>(Py_TYPE(value)) != cls.ptr();
-    const py::object kept = plain ? py::reinterpret_borrow<py::object>(value) : plain_copy(value);
-    if (PyDict_SetItem(copy.ptr(), key, kept.ptr()) != 0) throw py::error_already_set();
-  }
-  return copy;
-}
-
 // whether any object is referenced more often than that
 bool referenced_beyond(py::list objects, Py_ssize_t references) {
   for (size_t i = 0; i < objects.size(); ++i)
@@ -198,22 +159,37 @@ fw::DlExchange* exchange_of(py::handle tensor_type) {
   return exchange;
 }
 
+// the extent of a tensor; the dtype -1 for one of another class than the two
+fw::TensorExtent extent_of(const fw::DlExchange* exchange, PyObject* types[2], PyObject* tensor) {
+  PyObject* type = reinterpret_cast<PyObject*>(Py_TYPE(tensor));
+  fw::TensorExtent extent = {};
+  extent.dtype = -1;
+  if (type != types[0] && type != types[1]) return extent;
+  fw::DlTensor head;
+  if (exchange->describe(tensor, &head) == 0)
+    extent = fw::extent_of(head);
+  else
+    PyErr_Clear();
+  return extent;
+}
+
+// the positions of tensors whose extent has no dtype
+py::list others(py::handle tensor_type, py::handle parameter_type, py::list tensors) {
+  const fw::DlExchange* const exchange = exchange_of(tensor_type);
+  PyObject* types[2] = {tensor_type.ptr(), parameter_type.ptr()};
+  py::list found;
+  for (size_t i = 0; i < tensors.size(); ++i)
+    if (extent_of(exchange, types, PyList_GET_ITEM(tensors.ptr(), i)).dtype < 0) found.append(i);
+  return found;
+}
+
 // writes the TensorExtent of every tensor; one of another class than the two has the dtype -1
 void extents(py::handle tensor_type, py::handle parameter_type, py::list tensors, std::uintptr_t out) {
-  fw::DlExchange* const exchange = exchange_of(tensor_type);
+  const fw::DlExchange* const exchange = exchange_of(tensor_type);
+  PyObject* types[2] = {tensor_type.ptr(), parameter_type.ptr()};
   fw::TensorExtent* extents = fw::at<fw::TensorExtent>(out);
-  for (size_t i = 0; i < tensors.size(); ++i) {
-    PyObject* tensor = PyList_GET_ITEM(tensors.ptr(), i);
-    PyObject* type = reinterpret_cast<PyObject*>(Py_TYPE(tensor));
-    fw::DlTensor head;
-    extents[i] = {};
-    extents[i].dtype = -1;
-    if (type != tensor_type.ptr() && type != parameter_type.ptr()) continue;
-    if (exchange->describe(tensor, &head) == 0)
-      extents[i] = fw::extent_of(head);
-    else
-      PyErr_Clear();
-  }
+  for (size_t i = 0; i < tensors.size(); ++i)
+    extents[i] = extent_of(exchange, types, PyList_GET_ITEM(tensors.ptr(), i));
 }
 
 // the signatures of a list of tensors, and the current addresses of tensors with those signatures
@@ -236,16 +212,24 @@ class TensorSignatures {
   // Writes the address of every tensor, or of its gradient: 0 for None and 1 for an empty tensor. Returns the
   // positions of the tensors of another type or signature, whose address is 0. Gradients are kept alive until
   // release(), because another thread may replace them while a step reads them without the GIL.
-  py::list read(py::list tensors, std::uintptr_t out, bool grads) {
+  // With an address `among` of as many numbers, tensors with a 0 there are not read.
+  py::list read(py::list tensors, std::uintptr_t out, bool grads, std::uintptr_t among) {
     FW_CHECK(tensors.size() == signatures_.size(), "tensors must be as many as the signatures");
     uint64_t* addresses = fw::at<uint64_t>(out);
+    const uint64_t* wanted = fw::at<const uint64_t>(among);
     py::list odd;
     release();
     for (size_t i = 0; i < signatures_.size(); ++i) {
+      if (wanted && !wanted[i]) continue;
       PyObject* tensor = PyList_GET_ITEM(tensors.ptr(), i);
       if (grads) {
         tensor = PyObject_GetAttr(tensor, grad_name_.ptr());
         if (!tensor) throw py::error_already_set();
+        if (tensor == Py_None) {
+          addresses[i] = 0;
+          Py_DECREF(tensor);
+          continue;
+        }
         held_.push_back(tensor);
       }
       addresses[i] = tensor == Py_None ? 0 : address_of(tensor, i);
@@ -301,14 +285,15 @@ PYBIND11_MODULE(_cpu, m) {
         py::arg("address"), py::arg("threads"));
   m.def("groups_unchanged", &groups_unchanged, py::arg("groups"), py::arg("members"));
   m.def("states_unchanged", &states_unchanged, py::arg("dicts"), py::arg("keys"), py::arg("objects"));
-  m.def("plain_states", &plain_states, py::arg("states"), py::arg("cls"));
   m.def("referenced_beyond", &referenced_beyond, py::arg("objects"), py::arg("references"));
   m.def("any_gradient", &any_gradient, py::arg("tensors"));
+  m.def("others", &others, py::arg("tensor_type"), py::arg("parameter_type"), py::arg("tensors"));
   m.def("extents", &extents, py::arg("tensor_type"), py::arg("parameter_type"), py::arg("tensors"),
         py::arg("out"));
   py::class_<TensorSignatures>(m, "TensorSignatures")
       .def(py::init<py::handle, py::list>(), py::arg("tensor_type"), py::arg("tensors"))
       .def("add", &TensorSignatures::add, py::arg("tensors"))
-      .def("read", &TensorSignatures::read, py::arg("tensors"), py::arg("out"), py::arg("grads") = false)
+      .def("read", &TensorSignatures::read, py::arg("tensors"), py::arg("out"), py::arg("grads") = false,
+           py::arg("among") = 0)
       .def("release", &TensorSignatures::release);
 }

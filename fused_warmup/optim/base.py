@@ -25,7 +25,7 @@ from ..plan.traffic import Traffic, traffic
 from ..schedules import Schedule
 from ..schedules.adaptive import AdaptiveSchedule
 from .averaging import Average, swapped
-from .groups import check_common, complete_groups, make_hyper, unique_params
+from .groups import check_common, complete_groups, make_hyper, tensors_of, unique_params
 from .losses import checked_loss, reported_loss
 from .session import Session
 from .state_dict import load_state, pack_state
@@ -192,8 +192,8 @@ class FusedOptimizer(Optimizer):
     def state(self) -> defaultdict[Tensor, Any]:
         """State by parameter, as torch keeps it.
 
-        Its tensors may be replaced or moved. Steps compare them as long as somebody holds one, which takes
-        about a quarter of a microsecond per parameter.
+        Its tensors may be replaced or moved. Steps compare them as long as somebody holds one, or the
+        dictionary of a parameter, which takes about a quarter of a microsecond per parameter.
         """
         return self._session.state
 
@@ -266,8 +266,7 @@ class FusedOptimizer(Optimizer):
             params = [params] if isinstance(params, Tensor) else params
             if not isinstance(params, set):
                 params = unique_params(name, list(params))
-                plain = (p[1] if isinstance(p, tuple) else p for p in params)
-                self._session.check_params([p for p in plain if isinstance(p, Tensor)], hyper)
+                self._session.check_params(tensors_of(params), hyper)
             param_group["params"] = params
             # the norm may come from another optimizer that had the group; this one measures its own
             param_group.pop("norm", None)
@@ -439,8 +438,8 @@ class FusedOptimizer(Optimizer):
         """Return the state in torch's format, tensors and plain types only.
 
         ``state`` and ``param_groups`` load into the ``torch.optim`` optimizer of the same name; the entry
-        ``fused_warmup`` holds counters and telemetry besides. As in torch, tensors are those of the optimizer
-        and follow its later steps; copy the state dict to keep one of the past in memory.
+        ``fused_warmup`` holds counters and telemetry besides. As in torch, dictionaries and tensors are those
+        of the optimizer and follow its later steps; make a deep copy to keep one of the past in memory.
         """
         # hooks get the returned dictionary, so they run after the packing
         hooks = self._optimizer_state_dict_post_hooks

@@ -6,6 +6,9 @@ import warnings
 from collections.abc import Mapping
 from typing import Any
 
+from torch import Tensor
+from torch.nn import Parameter
+
 from .. import _checks as check
 from ..plan.hyper import Hyper
 from ..plan.spec import RuleSpec
@@ -95,7 +98,7 @@ def check_common(owner: str, common: Mapping[str, Any], group: Mapping[str, Any]
 
 def unique_params(owner: str, params: list[Any]) -> list[Any]:
     """Return the entries of a new group, each parameter once; a tied weight may be listed twice."""
-    if len(set(map(id, params))) == len(params) and not any(type(entry) is tuple for entry in params):
+    if len(set(map(id, params))) == len(params) and tuple not in set(map(type, params)):
         return params
     first: dict[int, Any] = {}
     for entry in params:
@@ -105,3 +108,11 @@ def unique_params(owner: str, params: list[Any]) -> list[Any]:
             f"{owner}: got a parameter group with duplicate parameters; each is trained once.", stacklevel=4
         )
     return list(first.values())
+
+
+def tensors_of(params: list[Any]) -> list[Tensor]:
+    """Return the tensors of a new group, some of which may come with their names."""
+    if set(map(type, params)) <= {Tensor, Parameter}:
+        return params
+    unnamed = (entry[1] if isinstance(entry, tuple) else entry for entry in params)
+    return [entry for entry in unnamed if isinstance(entry, Tensor)]

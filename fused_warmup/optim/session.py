@@ -212,14 +212,15 @@ class Session:
             known = sum(len(group["params"]) for group in self.param_groups)
             yield from ((i, param, hyper) for i, param in enumerate(params, known))
 
-        plain = select_reader().extents(params)["dtype"] >= 0
-        for (i, param, _), is_plain in zip(numbered() if not plain.all() else (), plain, strict=False):
+        others = set(select_reader().others(params))
+        for k, (i, param, _) in enumerate(numbered() if others else ()):
             # these may be materialised before the first step, which checks them again
-            if not is_plain and not is_lazy(param) and not param.is_meta:
+            if k in others and not is_lazy(param) and not param.is_meta:
                 self.resolve(tensors.check_param(self.owner, i, param, None).device)
-        if plain.any():
+        plain = next((param for k, param in enumerate(params) if k not in others), None)
+        if plain is not None:
             # the first step raises if they are on several devices
-            self.resolve(params[int(plain.argmax())].device)
+            self.resolve(plain.device)
         settings = self.max_grad_norm, self.nonfinite
         build.check_whole(self.owner, self.spec, numbered(), *settings, is_split=self.split)
 
@@ -281,15 +282,17 @@ class Session:
             return plan.refresh(self.param_groups, check_states=True, check_owners=True)
         if not access.noted:
             return plan.refresh(self.param_groups, check_states=check_states)
-        # cleared before the comparison, because another thread may read or replace a state meanwhile
+        # cleared before the comparison, because another thread may read or replace a state meanwhile; what is
+        # let go before the references are counted was changed before the comparison
         replaced, valid = access.replaced, False
         access.noted = access.replaced = False
+        shared = plan.states.has_shared()
         try:
             valid = plan.refresh(self.param_groups, check_states=True, check_owners=replaced)
         finally:
             if not valid:
                 access.noted, access.replaced = True, access.replaced or replaced
-            elif not plan.states.is_tracked or plan.states.has_shared():
+            elif shared:
                 access.noted = True
         return valid
 
@@ -463,10 +466,17 @@ class Session:
         None if parameters or states are not those of the plan.
         """
         plan, exact = self.plan, self.counts.exact
-        replaced = not isinstance(self.state, TrackedStates) or self.state.access.replaced
-        if plan is None or exact is None or not plan.is_current(self.param_groups, check_owners=replaced):
+        access = self.state.access if isinstance(self.state, TrackedStates) else None
+        noted = access is None or access.noted
+        if (
+            plan is None
+            or exact is None
+            or not plan.is_current(
+                self.param_groups, check_states=noted, check_owners=access is None or access.replaced
+            )
+        ):
             return None
-        return list(plan.indices), exact[:, 0]
+        return list(plan.indices), exact.select(1, 0)
 
     def drop_counts(self) -> None:
         """Drop the states of parameters that left the groups where they hold counts alone.

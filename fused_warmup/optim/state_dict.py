@@ -13,12 +13,10 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from .. import _checks as check
-from ..plan.address_cache import select_reader
 from ..plan.spec import RuleSpec
 from ..plan.state_checks import checked_norm, checked_state, whole_count
 from ..plan.structs import COUNTERS, TELEMETRY
 from ..plan.tensors import state_like
-from ..plan.tracked_states import TrackedState
 from ..schedules import Schedule
 from ..schedules.adaptive import AdaptiveSchedule, adaptive_schedules, restored
 from .groups import SCHEDULE_KEYS, make_hyper
@@ -36,11 +34,12 @@ def pack_state(
 ) -> dict[str, Any]:
     """Return torch's state dict in plain types, with one more entry for counters and telemetry.
 
-    Tensors are those of the optimizer, as in torch: they follow later steps, counts and moments together.
+    Dictionaries and tensors of the parameters are those of the optimizer, as in torch: they follow later
+    steps, counts and moments together.
 
     Args:
         session: Session of the optimizer.
-        state_dict: What ``torch.optim.Optimizer.state_dict`` returned for it; not changed.
+        state_dict: What ``torch.optim.Optimizer.state_dict`` returned for it.
         counts: ``session.planned_counts()``.
 
     Returns:
@@ -58,9 +57,8 @@ def pack_state(
                 group[key] = group[key].to_dict()
             elif isinstance(group.get(key), AdaptiveSchedule):
                 group[key] = live[id(group[key])]
-    packed = select_reader().plain_states(state_dict["state"], TrackedState)
     if counts is None:
-        _convert_counts(session, packed)
+        _convert_counts(session, state_dict["state"])
         counts = session.counts.select(session.params)
     step_ids, steps = counts
     own = {
@@ -72,7 +70,7 @@ def pack_state(
         "init_norm_sq": session.init_norm_sq,
         "telemetry": session.telemetry.kept_rows() if session.telemetry.enabled else None,
     }
-    return {**state_dict, "state": packed, "param_groups": groups, "fused_warmup": own}
+    return {**state_dict, "param_groups": groups, "fused_warmup": own}
 
 
 def _convert_counts(session: Session, packed: dict[Any, Any]) -> None:

@@ -12,6 +12,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, NoReturn
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -62,6 +63,8 @@ class Telemetry:
         # count of calls up to which rows were taken, and eager steps since the last copy
         self._calls = 0
         self._uncopied = 0
+        # rows that were loaded, which the ring buffer lacks
+        self._loaded = 0
 
     def __getstate__(self) -> dict[str, Any]:
         """Return the attributes for pickle and deepcopy, without the file; waits for the device."""
@@ -134,6 +137,11 @@ class Telemetry:
 
     def kept_rows(self) -> Tensor:
         """Return the rows that go into a state dict; waits for the device."""
+        if self.ring_buffer is not None and self._stream is None and not self._keep_all:
+            calls = self._wait()
+            if not self._loaded or calls - self._loaded >= _CAPACITY:
+                rows = _between(_on_host(self.ring_buffer), max(0, calls - _CAPACITY), calls)
+                return torch.from_numpy(rows.copy())
         self._collect()
         return self._rows.last(None if self._keep_all else _CAPACITY)
 
@@ -151,19 +159,19 @@ class Telemetry:
         """Take all rows from the device; waits for it."""
         calls = self._wait()
         if self.ring_buffer is not None and calls > self._calls:
-            self._take(self.ring_buffer.cpu(), calls)
+            self._take(_on_host(self.ring_buffer), calls)
         self._uncopied = 0
 
     def _take_copies(self) -> None:
         """Take the rows of the copies that are complete."""
         while self._copies and self._copies[0].is_complete():
             copy = self._copies.popleft()
-            self._take(copy.ring_buffer, copy.counters.tolist()[_CALLS])
+            self._take(_on_host(copy.ring_buffer), copy.counters.tolist()[_CALLS])
 
-    def _take(self, ring_buffer: Tensor, calls: int) -> None:
+    def _take(self, ring_buffer: np.ndarray, calls: int) -> None:
         """Keep and write the rows of a ring buffer on the host that were not taken before."""
         first = max(self._calls, calls - _CAPACITY)
-        rows = ring_buffer[torch.arange(first, calls, device="cpu") % _CAPACITY]
+        rows = _between(ring_buffer, first, calls)
         self._calls = calls
         self._rows.append(rows)
         self._write(rows)
@@ -176,13 +184,13 @@ class Telemetry:
         """
         if self._stream is not None:
             self._collect()
-        rows = rows.to("cpu", torch.float64)
+        loaded = _on_host(rows.detach().to(torch.float64))
         self._rows = _KeptRows(None if self._keep_all else _KEPT)
-        self._rows.append(rows)
+        self._rows.append(loaded)
         self._copies.clear()
         self._uncopied = 0
-        self._calls = len(rows)
-        self._write(rows, later=True)
+        self._calls = self._loaded = len(rows)
+        self._write(loaded, later=True)
         return self._calls
 
     def history(self) -> dict[str, Tensor]:
@@ -256,7 +264,7 @@ class Telemetry:
         self._stream = stream
         if stream is not None:
             _STREAMING.add(self)
-            self._write(self._rows.last(None), later=True)
+            self._write(_on_host(self._rows.last(None)), later=True)
 
     def _complete_file(self) -> None:
         """Write the last rows and close the file, in the process that opened it."""
@@ -264,7 +272,7 @@ class Telemetry:
         if self._stream is not None and self._stream.is_owned():
             self.stream_to(None)
 
-    def _write(self, rows: Tensor, *, later: bool = False) -> None:
+    def _write(self, rows: np.ndarray, *, later: bool = False) -> None:
         """Append rows to the file, if there is one; only those after its last step if ``later``."""
         stream = self._stream
         if stream is None:
@@ -291,6 +299,21 @@ def _complete_files() -> None:
         telemetry._complete_file()
 
 
+def _on_host(tensor: Tensor) -> np.ndarray:
+    """Return the numbers of a tensor, which share its memory if it is on the CPU."""
+    values: np.ndarray = (tensor if tensor.device.type == "cpu" else tensor.cpu()).numpy()
+    return values
+
+
+def _between(ring_buffer: np.ndarray, first: int, end: int) -> np.ndarray:
+    """Return the rows of a ring buffer from one count of calls to another, as a view where they adjoin."""
+    begin = first % _CAPACITY
+    beyond = begin + end - first - _CAPACITY
+    if beyond <= 0:
+        return ring_buffer[begin : begin + end - first]
+    return np.concatenate([ring_buffer[begin:], ring_buffer[:beyond]])
+
+
 class _KeptRows:
     """The last rows on the host, in a circular buffer that grows up to a limit.
 
@@ -300,20 +323,20 @@ class _KeptRows:
 
     def __init__(self, limit: int | None) -> None:
         self.limit, self.added = limit, 0
-        self.buffer = torch.empty(0, len(TELEMETRY), dtype=torch.float64, device="cpu")
+        self.buffer = np.zeros((0, len(TELEMETRY)))
 
     def length_after(self, more: int) -> int:
         """Return the number of rows after some more."""
         return self.added + more if self.limit is None else min(self.added + more, self.limit)
 
-    def append(self, rows: Tensor) -> None:
+    def append(self, rows: np.ndarray) -> None:
         """Add rows; the oldest give way."""
         rows = rows[-self.limit :] if self.limit is not None else rows
         wanted = self.length_after(len(rows))
         if wanted > len(self.buffer):
             size = max(wanted, 2 * len(self.buffer))
             size = size if self.limit is None else min(size, self.limit)
-            grown = torch.zeros(size, len(TELEMETRY), dtype=torch.float64, device="cpu")
+            grown = np.zeros((size, len(TELEMETRY)))
             grown[: self.added] = self.buffer[: self.added]
             self.buffer = grown
         self.buffer[self._places(self.added, self.added + len(rows))] = rows
@@ -322,11 +345,12 @@ class _KeptRows:
     def last(self, count: int | None) -> Tensor:
         """Return a copy of the last rows, or of all with None."""
         count = self.length_after(0) if count is None else min(count, self.length_after(0))
-        return self.buffer[self._places(self.added - count, self.added)]
+        return torch.from_numpy(self.buffer[self._places(self.added - count, self.added)])
 
-    def _places(self, first: int, end: int) -> Tensor:
+    def _places(self, first: int, end: int) -> np.ndarray:
         """Return the places of rows in the buffer."""
-        return torch.arange(first, end, device="cpu") % max(1, len(self.buffer))
+        places: np.ndarray = np.arange(first, end) % max(1, len(self.buffer))
+        return places
 
 
 class _Copy:
@@ -401,7 +425,7 @@ class _CsvStream:
         """Return whether this process opened the file, rather than the one that forked it."""
         return os.getpid() == self._process
 
-    def write(self, rows: Tensor) -> None:
+    def write(self, rows: np.ndarray) -> None:
         """Append rows and flush the file, in the process that opened it."""
         if len(rows) and self.is_owned():
             self._writer.writerows(rows.tolist())

@@ -8,7 +8,7 @@ from __future__ import annotations
 import ctypes
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
+from functools import cache, partial
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -26,13 +26,14 @@ class TensorSignatures(Protocol):
     def add(self, tensors: list[Tensor]) -> None:
         """Append the signatures of more tensors."""
 
-    def read(self, tensors: list[Any], out: int, grads: bool = False) -> list[int]:
+    def read(self, tensors: list[Any], out: int, grads: bool = False, among: int = 0) -> list[int]:
         """Write the addresses of tensors: 0 for None or another signature, 1 for an empty tensor.
 
         Args:
             tensors: As many as there are signatures.
             out: Address of as many uint64.
             grads: Read the gradients of the tensors instead, and keep them alive until ``release``.
+            among: Address of as many uint64; tensors with a 0 there are not read. 0 reads all.
 
         Returns:
             Positions of the tensors that have another signature.
@@ -51,19 +52,18 @@ class TensorReader(NamedTuple):
         signatures: Makes ``TensorSignatures``.
         extents: Returns the struct ``TensorExtent`` of each tensor; its dtype is -1 unless the tensor is a
             plain one, a ``Tensor`` or ``Parameter`` with contiguous elements of a supported dtype.
+        others: Returns the positions of tensors that are no plain ones.
         groups_unchanged: Returns whether groups still hold the same parameters.
         states_unchanged: Returns whether dictionaries still hold the same objects under the same keys.
-        plain_states: Returns a copy of a dictionary in which values of a class of dictionaries are plain,
-            whatever the class does on access.
         referenced_beyond: Returns whether any object has more references than a number.
         any_gradient: Returns whether any tensor has a gradient.
     """
 
     signatures: Callable[[list[Tensor]], TensorSignatures]
     extents: Callable[[list[Tensor]], np.ndarray]
+    others: Callable[[list[Tensor]], list[int]]
     groups_unchanged: Callable[..., bool]
     states_unchanged: Callable[..., bool]
-    plain_states: Callable[[dict[Any, Any], type], dict[Any, Any]]
     referenced_beyond: Callable[[list[Any], int], bool]
     any_gradient: Callable[[list[Tensor]], bool]
 
@@ -88,7 +88,7 @@ class AddressCache:
 
     def _make_room(self) -> None:
         """Allocate memory for the addresses of the next comparison."""
-        self.now = np.zeros(len(self._tensors), np.uint64)
+        self.now = self.addresses.copy()
         self._out: int = self.now.ctypes.data
 
     def extend(self, tensors: list[Tensor]) -> None:
@@ -104,11 +104,17 @@ class AddressCache:
         self.addresses = np.concatenate([self.addresses, added])
         self._make_room()
 
-    def find_moved(self) -> np.ndarray | None:
-        """Return the positions of tensors with another address; None if a dtype, shape or stride changed."""
-        if self._signatures.read(self._tensors, self._out):
+    def find_moved(self, among: int = 0) -> np.ndarray | None:
+        """Return the positions of tensors with another address; None if a dtype, shape or stride changed.
+
+        Args:
+            among: Address of as many uint64; tensors with a 0 there are read only if another has moved.
+        """
+        if self._signatures.read(self._tensors, self._out, False, among):
             return None
-        return np.flatnonzero(self.now != self.addresses)
+        moved = np.flatnonzero(self.now != self.addresses)
+        # perhaps to where one was that has moved, too
+        return self.find_moved() if among and len(moved) else moved
 
     def accept(self) -> None:
         """Keep the addresses that ``find_moved`` has read."""
@@ -127,12 +133,6 @@ def states_unchanged(dicts: Sequence[dict[Any, Any]], keys: Sequence[Any], objec
     """Return whether each dictionary still holds its object under its key."""
     # past the method of a tracked dictionary, which would note the access
     return all(dict.get(d, key) is value for d, key, value in zip(dicts, keys, objects, strict=True))
-
-
-def plain_states(states: dict[Any, Any], cls: type) -> dict[Any, Any]:
-    """Return a copy of a dictionary in which values of a class of dictionaries are plain copies."""
-    # past the methods of the class, which would note the access
-    return {k: dict(list(dict.items(v))) if type(v) is cls else v for k, v in states.items()}  # type: ignore[arg-type]
 
 
 def referenced_beyond(objects: list[Any], references: int) -> bool:
@@ -160,6 +160,11 @@ def addresses_of(tensors: Sequence[Tensor | None]) -> list[int]:
     return [0 if tensor is None else tensor.data_ptr() for tensor in tensors]
 
 
+def _uint64_at(address: int, count: int) -> np.ndarray:
+    """Return the numbers at an address."""
+    return np.ctypeslib.as_array(ctypes.cast(address, ctypes.POINTER(ctypes.c_uint64)), (count,))
+
+
 class PythonSignatures:
     """``TensorSignatures`` without the extension, or for a torch without the DLPack exchange API."""
 
@@ -176,11 +181,14 @@ class PythonSignatures:
         self._kinds += [(t.dtype, t.device, t.layout) for t in tensors]
         self._types += [(Tensor, type(t)) for t in tensors]
 
-    def read(self, tensors: list[Any], out: int, grads: bool = False) -> list[int]:
+    def read(self, tensors: list[Any], out: int, grads: bool = False, among: int = 0) -> list[int]:
         """Write the addresses of tensors, see ``TensorSignatures``."""
-        addresses = np.ctypeslib.as_array(ctypes.cast(out, ctypes.POINTER(ctypes.c_uint64)), (len(tensors),))
+        addresses = _uint64_at(out, len(tensors))
+        wanted = _uint64_at(among, len(tensors)) if among else None
         odd = []
         for i, (t, like) in enumerate(zip(tensors, self._tensors, strict=True)):
+            if wanted is not None and not wanted[i]:
+                continue
             addresses[i] = 0
             t = t.grad if grads else t
             if t is None:
@@ -213,12 +221,17 @@ def python_extents(tensors: list[Tensor]) -> np.ndarray:
     return table
 
 
+def _python_others(tensors: list[Tensor]) -> list[int]:
+    """Return the positions of tensors that are no plain ones, see ``TensorReader``."""
+    return [i for i, dtype in enumerate(python_extents(tensors)["dtype"]) if dtype < 0]
+
+
 PYTHON_READER = TensorReader(
     PythonSignatures,
     python_extents,
+    _python_others,
     groups_unchanged,
     states_unchanged,
-    plain_states,
     referenced_beyond,
     any_gradient,
 )
@@ -231,15 +244,20 @@ def _compiled_extents(fill: Callable[..., None], tensors: list[Tensor]) -> np.nd
     return table
 
 
+@cache
 def select_reader() -> TensorReader:
     """Return the functions that read tensors, compiled if possible."""
     try:
         from .. import _cpu
     except ImportError:
         return PYTHON_READER
-    names = ("groups_unchanged", "states_unchanged", "plain_states", "referenced_beyond", "any_gradient")
+    names = ("groups_unchanged", "states_unchanged", "referenced_beyond", "any_gradient")
     compiled = PYTHON_READER._replace(**{name: getattr(_cpu, name) for name in names})
     if not hasattr(Tensor, "__dlpack_c_exchange_api__"):
         return compiled
     signatures = partial(_cpu.TensorSignatures, Tensor)
-    return compiled._replace(signatures=signatures, extents=partial(_compiled_extents, _cpu.extents))
+    return compiled._replace(
+        signatures=signatures,
+        extents=partial(_compiled_extents, _cpu.extents),
+        others=partial(_cpu.others, Tensor, Parameter),
+    )

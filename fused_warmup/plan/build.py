@@ -122,7 +122,9 @@ def find_rows(
     extents = reader.extents(params)
     due = _find_due(params, places, hypers, state, known, every)
     first = due.index(True) if True in due else 0
-    usual = _like(extents, first)
+    is_usual = _like(extents, first)
+    usual = is_usual.tolist()
+    by_channel = spec.by_channel
     device = tensors.check_param(owner, first, params[first], None).device if True in due else None
     rows: list[Row] = []
     active: list[int] = []
@@ -137,7 +139,8 @@ def find_rows(
             row.group, row.index = places[index], index
         elif usual[index]:
             row = Row(param, places[index], index, param, param)
-            row.channels = channels_of(param, True) if spec.by_channel else 1
+            if by_channel:
+                row.channels = channels_of(param, True)
         else:
             try:
                 local = tensors.check_param(owner, index, param, device)
@@ -147,12 +150,12 @@ def find_rows(
                 waiting.append(param)
                 continue
             device = local.device if device is None else device
-            row = make_row(param, places[index], index, local, spec.by_channel)
+            row = make_row(param, places[index], index, local, by_channel)
         if due[index]:
             active.append(len(rows))
         rows.append(row)
     _check_grads(owner, spec, rows, reader)
-    return Found(rows, _check_memory(owner, rows, extents, usual), active, waiting)
+    return Found(rows, _check_memory(owner, rows, extents, is_usual), active, waiting)
 
 
 def _find_due(
@@ -200,10 +203,12 @@ def _check_grads(owner: str, spec: RuleSpec, rows: Sequence[Row], reader: Tensor
 
 def _check_memory(owner: str, rows: Sequence[Row], extents: np.ndarray, usual: np.ndarray) -> np.ndarray:
     """Return the reaches of all rows; raise if two parameters share memory."""
-    indices = [row.index for row in rows]
-    addresses: np.ndarray = extents["address"][indices]
-    reaches: np.ndarray = extents["reach"][indices]
-    for k in np.flatnonzero(~usual[indices]).tolist():
+    if len(rows) < len(extents):
+        indices = [row.index for row in rows]
+        extents, usual = extents[indices], usual[indices]
+    addresses: np.ndarray = extents["address"].copy()
+    reaches: np.ndarray = extents["reach"].copy()
+    for k in () if usual.all() else np.flatnonzero(~usual).tolist():
         addresses[k], reaches[k] = address_of(rows[k].local), reach_of(rows[k].local)
     check_disjoint(owner, rows, addresses, reaches)
     return reaches

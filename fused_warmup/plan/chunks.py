@@ -27,7 +27,13 @@ def chunks(sizes: Sequence[int] | np.ndarray, channel_sizes: Sequence[int] | np.
         channel_sizes: Elements of each channel of a row. Channels of up to ``CHUNK`` elements are not cut,
             others are cut every ``CHUNK`` elements.
     """
-    size, channel = np.asarray(sizes, np.int64), np.maximum(np.asarray(channel_sizes, np.int64), 1)
+    size, channel = np.asarray(sizes, np.int64), np.asarray(channel_sizes, np.int64)
+    if ((size == channel) & (size > 0) & (size <= CHUNK)).all():
+        # the usual case at a usual cost
+        column = np.zeros(len(size), STRUCTS["Chunk"])
+        column["row"], column["count"] = np.arange(len(size)), size
+        return column
+    channel = np.maximum(channel, 1)
     whole = np.maximum(CHUNK // channel, 1)
     grain = _ALIGNED // np.gcd(channel, _ALIGNED)
     whole = np.where(whole >= grain, whole - whole % grain, whole)

@@ -30,6 +30,7 @@ class GradientTable:
     Attributes:
         is_stale: Whether the device has other addresses than those of this step.
         is_complete: Whether every row has a gradient.
+        odd: Positions of rows whose gradient is not laid out as they are; its address is 0 until ``adopt``.
     """
 
     def __init__(
@@ -52,11 +53,16 @@ class GradientTable:
         # addresses that the device has, if it keeps a copy
         self._uploaded = self._addresses.copy()
         self.column = buffers.upload("grads", self._addresses)
+        self.odd: list[int] = []
         self._cast: dict[int, torch.dtype] = {}
         self._adopted: dict[int, Tensor] = {}
 
-    def refresh(self) -> bool:
-        """Read the addresses of the gradients in ``.grad``.
+    def read(self) -> None:
+        """Read the addresses of the gradients in ``.grad``."""
+        self.odd = self._signatures.read(self._params, self.address, True)
+
+    def adopt(self) -> bool:
+        """Convert gradients that kernels cannot read in place.
 
         Returns:
             Whether a gradient has another dtype than at the step before.
@@ -65,8 +71,7 @@ class GradientTable:
             TypeError: If a gradient has a kind or dtype that no backend takes.
             ValueError: If a gradient does not fit its parameter.
         """
-        odd = self._signatures.read(self._params, self.address, True)
-        self._adopted = {i: self._adopt(i, self._params[i].grad) for i in odd} if odd else {}
+        self._adopted = {i: self._adopt(i, self._params[i].grad) for i in self.odd} if self.odd else {}
         for i, grad in self._adopted.items():
             self._addresses[i] = address_of(grad) if grad.numel() else 1
             if self._addresses[i] == 0:

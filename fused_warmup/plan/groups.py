@@ -122,7 +122,7 @@ class GroupTable:
         step: StepStruct,
     ) -> None:
         self.readings, self.norms = readings, norms
-        self.rates = torch.empty(0, device=buffers.device)
+        self.rates: Tensor
         self.has_spheres = self.random_start = False
         self._owner, self._chunk_groups, self._buffers, self._step = owner, chunk_groups, buffers, step
         self._all_rates: Tensor | None = None
@@ -190,15 +190,15 @@ class GroupTable:
         self.random_start = any(h.init == "random" for h in self.hypers)
         self._places, segments, values = pack_schedules(self.hypers)
         self._packed = pack_rows(self.hypers, self._places)
-        if self._all_rates is None or len(self.rates) != len(self.hypers):
+        if self._all_rates is None or self.rates.shape[0] != len(self.hypers):
             # telemetry has the rate of the first group, also where there is none
             shape, device = (max(1, len(self.hypers)), len(RATES)), self._buffers.device
             self._all_rates = torch.full(shape, math.nan, dtype=torch.float64, device=device)
             self.rates = self._all_rates[: len(self.hypers)]
         self._step.point_to(
             hypers=self._buffers.upload("hypers", self._packed),
-            segments=self._buffers.upload("segments", segments),
-            values=self._buffers.upload("values", values),
+            segments=self._buffers.upload("segments", segments) if len(segments) else None,
+            values=self._buffers.upload("values", values) if len(values) else None,
             rates=self._all_rates,
         )
         self._step.set(n_groups=len(self.hypers))
@@ -206,9 +206,10 @@ class GroupTable:
 
     def _pack_spheres(self) -> None:
         """Fill the column of the spheres if there are any."""
-        self.has_spheres = any(h.sphere for h in self.hypers)
+        had_spheres, self.has_spheres = self.has_spheres, any(h.sphere for h in self.hypers)
         if not self.has_spheres:
-            self._step.point_to(spheres=None, squares=None)
+            if had_spheres:
+                self._step.point_to(spheres=None, squares=None)
             return
         table = np.zeros(len(self.hypers), STRUCTS["Sphere"])
         norms = zip(self.norms, self.hypers, strict=True)

@@ -79,6 +79,8 @@ _NAMES = [field.name for field in fields(rules.Hyper)]
 _INIT = _NAMES.index("init")
 _before_init, _after_init = attrgetter(*_NAMES[:_INIT]), attrgetter(*_NAMES[_INIT + 1 :])
 
+_NO_SEGMENTS, _NO_VALUES = np.zeros(0, STRUCTS["Segment"]), np.zeros(0, np.float64)
+
 # first segment and number of segments of the learning rate, then of the weight decay
 Places = tuple[int, int, int, int]
 
@@ -102,6 +104,8 @@ def pack_schedules(hypers: Sequence[Hyper]) -> tuple[list[Places], np.ndarray, n
     equal: dict[Schedule, tuple[int, int]] = {}
     # the hash of a long table takes long, and groups often share one object
     same: dict[int, tuple[int, int]] = {id(None): (0, 0)}
+    if all(h.schedule is None and h.weight_decay_schedule is None for h in hypers):
+        return [(0, 0, 0, 0)] * len(hypers), _NO_SEGMENTS, _NO_VALUES
 
     def pack(schedule: Schedule) -> tuple[int, int]:
         place, begin = (len(segments), len(schedule.segments)), 0

@@ -39,6 +39,8 @@ def check_disjoint(owner: str, rows: Sequence[Row], addresses: np.ndarray, reach
     Raises:
         ValueError: If two share memory; both are named.
     """
+    if len(rows) < 2:
+        return 0
     filled = np.flatnonzero(reaches)
     order = filled[np.argsort(addresses[filled], kind="stable")]
     begins = addresses[order].astype(np.int64)

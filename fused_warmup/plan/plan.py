@@ -91,7 +91,6 @@ class Plan:
         self.buffers = DeviceBuffers(device)
         self.settings, self.average = Settings(), average
         self.scaling: tuple[Tensor | None, Tensor | None] = (None, None)
-        self.has_float64 = any(row.work.dtype == torch.float64 for row in rows)
         self.numel, self.arrivals = 0, np.zeros(0, np.int64)
         self._reader = select_reader()
         self._members, self._waiting, self._reaches = members, waiting, reaches
@@ -102,7 +101,9 @@ class Plan:
         self._param_cache = AddressCache(self._reader.signatures, [row.local for row in rows])
         self.states = StateCache(state, names, self._reader)
         self._reserved = np.ones(len(rows), bool)
-        self._columns = _pack_rows(rows, self._param_cache.addresses, [len(own) for own in names])
+        extents = self._reader.extents([row.work for row in rows])
+        self._columns = _pack_rows(rows, extents, self._param_cache.addresses, [len(own) for own in names])
+        self.has_float64 = bool((self._columns["dtype"] == DTYPES[torch.float64]).any())
         self._enter([i for i, row in enumerate(rows) if not row.is_reserved])
         self._pack(readings, norms)
 
@@ -202,19 +203,22 @@ class Plan:
         self._columns["initialized"][positions] = [row.initialized for row in rows]
         self._reserved[positions] = False
         self._has_reserved = bool(self._reserved.any())
-        self.numel += sum(row.work.numel() for row in rows)
+        self.numel += int(self._columns["numel"][positions].sum())
 
-    def is_current(self, groups: Sequence[Mapping[str, Any]], *, check_owners: bool) -> bool:
+    def is_current(
+        self, groups: Sequence[Mapping[str, Any]], *, check_states: bool, check_owners: bool
+    ) -> bool:
         """Return whether groups and states hold the parameters and tensors of the table.
 
         Args:
             groups: Parameter groups of the optimizer as they are now.
+            check_states: Whether the states may have been replaced.
             check_owners: Whether the dictionaries of states may have been replaced.
         """
         return (
             self._reader.groups_unchanged(groups, self._members)
             and not (check_owners and not self.states.has_owners())
-            and self.states.has_objects()
+            and not (check_states and not self.states.has_objects())
         )
 
     def valid_rows(self, state: Mapping[Tensor, Any]) -> dict[int, Row]:
@@ -250,9 +254,13 @@ class Plan:
             return False
         if check_states and not self.states.has_objects():
             return False
-        if not self._is_valid(groups) or not self._follow_moves(check_states):
+        if not self._is_valid(groups):
             return False
-        recast = self.gradients.refresh()
+        self.gradients.read()
+        if not self._follow_moves(check_states):
+            self.release()
+            return False
+        recast = self.gradients.adopt()
         if recast:
             self._kinds = None
         if self.buffers.mirrored and not self.gradients.compare(recast):
@@ -279,7 +287,9 @@ class Plan:
 
     def _follow_moves(self, check_states: bool) -> bool:
         """Update the addresses of parameters and states that have moved; return False if one has changed."""
-        moved = self._param_cache.find_moved()
+        # an average and a norm on a sphere take all parameters, others are left alone without a gradient
+        every = check_states or self.gradients.odd or self.average.kind is not None or self.groups.has_spheres
+        moved = self._param_cache.find_moved(0 if every else self.gradients.address)
         states_moved = self.states.find_moved() if check_states else False
         if moved is None or states_moved is None:
             return False
@@ -366,20 +376,29 @@ def _work_addresses(rows: Sequence[Row], addresses: np.ndarray) -> np.ndarray:
     return found
 
 
-def _pack_rows(rows: Sequence[Row], addresses: np.ndarray, n_states: Sequence[int]) -> np.ndarray:
+def _pack_rows(
+    rows: Sequence[Row], extents: np.ndarray, addresses: np.ndarray, n_states: Sequence[int]
+) -> np.ndarray:
     """Return the column ``Row`` of the table without the states.
 
     Args:
         rows: The rows.
+        extents: Extents of the tensors that kernels update.
         addresses: Addresses of their parameters.
         n_states: Number of states that each group keeps.
     """
     columns = np.zeros(len(rows), STRUCTS["Row"])
     columns["param"] = _work_addresses(rows, addresses)
-    columns["numel"] = [row.work.numel() for row in rows]
     columns["group"] = [row.group for row in rows]
-    columns["dtype"] = columns["grad_dtype"] = [DTYPES[row.work.dtype] for row in rows]
     columns["n_states"] = np.array(n_states, np.int32)[columns["group"]]
-    columns["projects"] = [row.work.dim() > 1 for row in rows]
+    columns["numel"], columns["dtype"], columns["projects"] = (
+        extents["numel"],
+        extents["dtype"],
+        extents["ndim"] > 1,
+    )
+    for i in map(int, np.flatnonzero(extents["dtype"] < 0)):
+        work = rows[i].work
+        columns[["numel", "dtype", "projects"]][i] = (work.numel(), DTYPES[work.dtype], work.dim() > 1)
+    columns["grad_dtype"] = columns["dtype"]
     columns["channel_size"] = columns["numel"] // np.array([row.channels for row in rows], np.int64)
     return columns

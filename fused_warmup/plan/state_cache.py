@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -12,12 +13,14 @@ from .address_cache import AddressCache, TensorReader
 from .rows import Row
 from .structs import MAX_STATES
 from .tensors import local_tensors
-from .tracked_states import TrackedState, peek
+from .tracked_states import peek
 
 # references to a state: in the optimizer's dictionary, in its row and in three lists
 _OWN_REFERENCES = 5
 # references to a count: one more, by which the optimizer tells it from one that was put in its place
 _COUNT_REFERENCES = 6
+# references to the dictionary of a row: in the optimizer's, in two lists, and one more for each of its states
+_DICT_REFERENCES = 3
 # references to a distributed tensor, whose local part the row has: in the dictionary and in two lists
 _WHOLE_REFERENCES = 3
 
@@ -29,15 +32,11 @@ class StateCache:
         state: State of the optimizer by parameter.
         names: Names of the states that each group keeps.
         reader: Reads many tensors at once.
-
-    Attributes:
-        is_tracked: Whether the dictionaries of all states note accesses.
     """
 
     def __init__(
         self, state: Mapping[Tensor, dict[str, Any]], names: Sequence[tuple[str, ...]], reader: TensorReader
     ) -> None:
-        self.is_tracked = True
         self._state, self._reader, self._length = state, reader, len(state)
         self._written = [(*own, "step") for own in names]
         self._averaged = [(*own, "average", "step", "n_averaged") for own in names]
@@ -49,6 +48,8 @@ class StateCache:
         self._dicts: list[dict[str, Any]] = []
         self._names: list[str] = []
         self._objects: list[Any] = []
+        # dictionaries by the number of states
+        self._sized: defaultdict[int, list[dict[str, Any]]] = defaultdict(list)
         # states of which the row has all of the memory, and others
         self._plain: list[Any] = []
         self._counts: list[Any] = []
@@ -68,40 +69,35 @@ class StateCache:
         """
         objects: list[Any] = []
         places: list[int] = []
+        state, dicts, names, plain = self._state, self._dicts, self._names, self._plain
         for row in rows:
-            own = peek(self._state, row.param)
+            own = peek(state, row.param)
             assert own is not None
             averaged = row.average is not None
             keys = self._averaged[row.group] if averaged else self._written[row.group]
             counts = (row.step, row.n_averaged) if averaged else (row.step,)
             if row.local is row.param:
                 states = [*row.states, row.average] if averaged else row.states
-                self._plain += states
+                plain += states
             else:
                 states = [dict.__getitem__(own, key) for key in keys[: len(keys) - len(counts)]]
                 self._wholes += states
-            places.append(len(self._names))
+            places.append(len(names))
             self._own.append(own)
-            self._dicts += [own] * len(keys)
-            self._names += keys
+            self._sized[len(keys)].append(own)
+            dicts += [own] * len(keys)
+            names += keys
             self._counts += counts
             objects += states
             objects += counts
         self._kept += rows
         self._params += [row.param for row in rows]
-        # a dictionary of the user notes no access
-        added = self._own[len(self._own) - len(rows) :]
-        self.is_tracked = self.is_tracked and set(map(type, added)) <= {TrackedState}
         self._objects += objects
         self._cache.extend(local_tensors(objects) if self._wholes else objects)
-        self._rows = np.concatenate([self._rows, np.array(positions, np.int64)])
-        self._places = np.concatenate([self._places, np.array(places, np.int64)])
-        self._n_states = np.concatenate([
-            self._n_states,
-            np.array([len(row.states) for row in rows], np.int64),
-        ])
-        has_average = np.array([row.average is not None for row in rows], bool)
-        self._has_average = np.concatenate([self._has_average, has_average])
+        self._rows = _appended(self._rows, positions)
+        self._places = _appended(self._places, places)
+        self._n_states = _appended(self._n_states, [len(row.states) for row in rows])
+        self._has_average = _appended(self._has_average, [row.average is not None for row in rows])
         self._length = len(self._state)
 
     def fill(self, columns: np.ndarray, first: int = 0) -> None:
@@ -156,10 +152,20 @@ class StateCache:
         self.fill(columns)
 
     def has_shared(self) -> bool:
-        """Return whether code outside of the package holds a state, and so may move it at any time."""
+        """Return whether code outside of the package holds a state or the dictionary of a parameter.
+
+        It may replace or move states at any time.
+        """
         beyond = self._reader.referenced_beyond
         return (
-            beyond(self._plain, _OWN_REFERENCES)
+            any(beyond(own, _DICT_REFERENCES + n) for n, own in self._sized.items())
+            or beyond(self._plain, _OWN_REFERENCES)
             or beyond(self._counts, _COUNT_REFERENCES)
             or beyond(self._wholes, _WHOLE_REFERENCES)
         )
+
+
+def _appended(array: np.ndarray, values: Sequence[int]) -> np.ndarray:
+    """Return an array with more values at its end."""
+    more = np.array(values, array.dtype)
+    return np.concatenate([array, more]) if len(array) else more

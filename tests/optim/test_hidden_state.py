@@ -10,8 +10,9 @@ import torch
 from cases import BACKENDS, CASES, assert_same_bits, make_params, set_grads
 
 import fused_warmup as fw
+from fused_warmup.plan import plan as plan_module
+from fused_warmup.plan.address_cache import PYTHON_READER
 from fused_warmup.plan.spec import RuleSpec
-from fused_warmup.plan.tracked_states import TrackedState
 from fused_warmup.reference import rules
 
 SHAPES = [(3,), (2, 3, 5), ()]
@@ -48,7 +49,9 @@ READS = {
     "a copy": lambda opt, p: copy.deepcopy(opt.state[p]),
     "state_dict": lambda opt, p: opt.state_dict() and None,
     "base class": lambda opt, p: torch.optim.Optimizer.state_dict(opt) and None,
-    "a kept dictionary": lambda opt, p: opt.state[p],
+    "a kept outer dictionary": lambda opt, p: opt.state,
+    "kept views": lambda opt, p: (opt.state.keys(), opt.state.values(), opt.state.items()),
+    "all values": lambda opt, p: [state["step"].item() for state in opt.state.values()] and None,
     "pickle": lambda opt, p: pickle.dumps(opt),
     "deepcopy": lambda opt, p: copy.deepcopy(opt),
     "repr": lambda opt, p: repr(opt),
@@ -80,6 +83,9 @@ def test_a_look_at_the_states_costs_one_comparison(case, read):
 
 
 HELD = {
+    "dictionary": lambda opt, p: opt.state[p],
+    "copy of the outer dictionary": lambda opt, p: opt.state.copy(),
+    "iterator": lambda opt, p: [it := iter(opt.state.values()), next(it)][0],
     "tensor": lambda opt, p: opt.state[p]["exp_avg"],
     "count": lambda opt, p: opt.state[p]["step"],
     "state_dict": lambda opt, p: opt.state_dict(),
@@ -120,12 +126,16 @@ FROM_KEPT = {
 @pytest.mark.parametrize("outer", [False, True])
 def test_a_dictionary_that_was_read_before_hands_out_states(how, outer):
     params, opt = made()
-    states, state = opt.state, opt.state[params[0]]
+    states, state = opt.state, None if outer else opt.state[params[0]]
     checks(opt)
-    assert checks(opt) == 0
+    # the dictionary of a parameter may be changed at any time
+    assert checks(opt) == (0 if outer else 4)
     held = FROM_KEPT[how](dict(states)[params[0]] if outer else state)
+    del state
     assert checks(opt) == 4
     del held
+    checks(opt)
+    assert checks(opt) == 0
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -169,6 +179,76 @@ def test_a_state_that_was_replaced_is_used(how, backend):
     assert (new != 2.0).all()
 
 
+READERS = {"compiled": plan_module.select_reader(), "python": PYTHON_READER}
+
+
+@pytest.fixture(params=READERS)
+def reader(request, monkeypatch):
+    """Take one of the readers for the plans of a test."""
+    monkeypatch.setattr(plan_module, "select_reader", lambda: READERS[request.param])
+
+
+@pytest.mark.usefixtures("reader")
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("how", REPLACED)
+def test_a_state_that_was_replaced_in_a_held_dictionary_is_used(how, backend):
+    params, opt = made(backend=backend)
+    held = opt.state_dict()["state"][0]
+    assert held is opt.state[params[0]]
+    assert checks(opt) == 4
+    new = torch.full_like(held["exp_avg"], 2.0)
+    REPLACED[how](held, new)
+    opt.step()
+    assert held["exp_avg"] is new
+    assert (new != 2.0).all()
+
+
+@pytest.mark.usefixtures("reader")
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_state_that_was_deleted_from_a_held_dictionary_starts_again(backend):
+    params, opt = made(backend=backend, betas=(0.5, 0.999))
+    held = opt.state[params[0]]
+    checks(opt)
+    del held["exp_avg"]
+    opt.step()
+    assert torch.equal(held["exp_avg"], 0.5 * params[0].grad)
+
+
+VIEWS = {
+    "values": lambda values, items: next(iter(values)),
+    "values reversed": lambda values, items: [*reversed(values)][-1],
+    "items": lambda values, items: next(iter(items))[1],
+    "items reversed": lambda values, items: [*reversed(items)][-1][1],
+}
+
+
+@pytest.mark.usefixtures("reader")
+@pytest.mark.parametrize("how", VIEWS)
+def test_a_view_that_was_made_before_hands_out_states(how):
+    params, opt = made()
+    views = opt.state.values(), opt.state.items()
+    checks(opt)
+    assert checks(opt) == 0
+    new = torch.full_like(params[0], 2.0).detach()
+    VIEWS[how](*views)["exp_avg"] = new
+    opt.step()
+    assert opt.state[params[0]]["exp_avg"] is new
+    assert (new != 2.0).all()
+
+
+def test_an_iterator_hands_out_states_between_steps():
+    params, opt = made()
+    iterator = iter(opt.state.items())
+    for _ in params:
+        opt.step()
+        opt.step()
+        _, state = next(iterator)
+        state["exp_avg"] = new = torch.full_like(state["exp_avg"], 2.0)
+        del state
+        opt.step()
+        assert (new != 2.0).all()
+
+
 def test_a_plain_dictionary_of_the_user_is_compared_at_each_step():
     """It notes nothing, so nothing may be taken for granted."""
     params, opt = made()
@@ -183,6 +263,17 @@ def test_a_plain_dictionary_of_the_user_is_compared_at_each_step():
     assert (mine["exp_avg"] != 3.0).all()
 
 
+def test_a_state_that_came_before_the_first_gradient_is_saved_as_in_torch():
+    params = make_params(torch.float32, SHAPES)
+    opt = fw.Adam(params)
+    set_grads(params[:2], 0)
+    opt.step()
+    opt.step()
+    opt.state[params[2]] = {**opt.state[params[1]], "step": 7}
+    step = opt.state_dict()["state"][2]["step"]
+    assert (step, step.dtype) == (7, torch.float32)
+
+
 def test_states_are_dictionaries_as_in_torch():
     params, opt = made()
     assert isinstance(opt.state, defaultdict)
@@ -195,9 +286,19 @@ def test_states_are_dictionaries_as_in_torch():
         assert type(state) is dict
         assert state.keys() == opt.state[params[0]].keys()
     assert type(copy.copy(opt.state)) is defaultdict
+    plain = dict(opt.state)
+    for both in (opt.state | {"mine": 1}, {"mine": 1} | opt.state):
+        assert type(both) in (dict, defaultdict)
+        assert both == {**plain, "mine": 1}
+    assert list(opt.state.values()) == list(plain.values())
+    assert list(opt.state.items()) == list(plain.items())
+    assert len(opt.state.values()) == len(opt.state.items()) == len(plain)
+    assert (params[0], plain[params[0]]) in opt.state.items()
+    assert ("missing", 1) not in opt.state.items()
+    assert opt.state.keys() == plain.keys()
     assert opt.state["global"] == {}
     loaded = pickle.loads(pickle.dumps(opt))
-    assert all(type(state) is TrackedState for state in loaded.state.values())
+    assert all(type(state) is dict for state in (*loaded.state.values(), *opt.state.values()))
 
 
 @pytest.mark.parametrize("betas", [[0.9, 0.999], (0.9, 0.999)])

@@ -589,3 +589,19 @@ def test_a_full_disk_ends_the_stream_and_not_the_run():
         write(telemetry, 1024)
     write(telemetry, 2048)
     assert len(telemetry) == 3072
+
+
+@pytest.mark.parametrize("later", [0, 3, 1022, 1030])
+def test_a_state_dict_holds_loaded_rows_and_later_ones(later):
+    x = torch.nn.Parameter(torch.zeros(3))
+    x.grad = torch.ones(3)
+    saved = fw.SGD([x])
+    for _ in range(5):
+        saved.step()
+    opt = fw.SGD([x])
+    opt.load_state_dict(saved.state_dict())
+    for _ in range(later):
+        opt.step()
+    rows = opt.state_dict()["fused_warmup"]["telemetry"]
+    assert rows[:, 0].tolist() == list(range(max(1, later + 6 - 1024), later + 6))
+    torch.testing.assert_close(rows, opt.telemetry.rows()[-1024:], rtol=0.0, atol=0.0, equal_nan=True)

@@ -7,6 +7,7 @@ import copy
 import pickle
 from contextlib import contextmanager
 
+import numpy as np
 import pytest
 import torch
 from cases import BACKENDS, CASES, assert_same_bits, make_params, set_grads
@@ -14,7 +15,8 @@ from cases import BACKENDS, CASES, assert_same_bits, make_params, set_grads
 import fused_warmup as fw
 from fused_warmup.optim import groups as group_rooms
 from fused_warmup.optim import session as sessions
-from fused_warmup.plan import build, device_buffers
+from fused_warmup.plan import address_cache, build, device_buffers
+from fused_warmup.plan import plan as plans
 
 # experts of several dtypes, one of two chunks, and one whose channels are sorted apart in memory
 SHAPES = [(4, 5), (3,), (33000,), (2, 3, 5), (0, 2), ()]
@@ -229,3 +231,71 @@ def test_a_parameter_that_no_backend_takes_is_refused_with_its_first_gradient_on
         opt.step()
     assert int(opt.state[whole]["step"]) == 1
     assert group_rooms.unique_params("Adam", [whole, odd]) == [whole, odd]
+
+
+# parameters without a gradient that a step must find where they are
+MOVED = {
+    "alone": {},
+    "averaged": {"average": fw.EMA(0.5)},
+    "on a sphere": {"projection": "sphere"},
+}
+
+
+@backends
+@pytest.mark.parametrize("reader", ["compiled", "python"])
+@pytest.mark.parametrize("options", MOVED)
+def test_parameters_that_moved_while_they_had_no_gradient(monkeypatch, backend, reader, options):
+    """One takes the memory that another has left; the twins stay in place."""
+    if reader == "python":
+        monkeypatch.setattr(plans, "select_reader", lambda: address_cache.PYTHON_READER)
+    both = []
+    for _ in range(2):
+        params = make_params(torch.float32, [(5,), (5,), (5,)])
+        opt = fw.Adam(params, lr=0.1, backend=backend, **MOVED[options])
+        set_grads(params, 0)
+        opt.step()
+        both.append((params, opt))
+    moved = both[0][0]
+    old = moved[1].data
+    moved[1].data = old.clone()
+    old.copy_(moved[0].data)
+    moved[0].data = old
+    for given in ([2], [0], [0, 2], [1], [0, 1, 2]):
+        for params, opt in both:
+            set_grads(params, len(given))
+            for i in {0, 1, 2} - set(given):
+                params[i].grad = None
+            opt.step()
+        for p, q in zip(*(params for params, _ in both), strict=True):
+            assert_same_bits("parameter", p, q)
+        if options == "averaged":
+            for p, q in zip(*(params for params, _ in both), strict=True):
+                averages = both[0][1].state[p]["average"], both[1][1].state[q]["average"]
+                assert_same_bits("average", *averages)
+
+
+@pytest.mark.parametrize("reader", ["compiled", "python"])
+def test_parameters_without_a_gradient_are_not_read(reader):
+    readers = {"compiled": address_cache.select_reader(), "python": address_cache.PYTHON_READER}
+    tensors = [torch.zeros(2) for _ in range(3)]
+    cache = address_cache.AddressCache(readers[reader].signatures, tensors)
+    tensors[1].data = torch.zeros(2)
+    among = np.array([1, 0, 1], np.uint64)
+    assert cache.find_moved(among.ctypes.data).tolist() == []
+    assert cache.find_moved().tolist() == [1]
+    cache.accept()
+    tensors[2].data, tensors[1].data = tensors[1].data, torch.zeros(2)
+    assert cache.find_moved(among.ctypes.data).tolist() == [1, 2]
+
+
+@backends
+def test_a_parameter_of_another_dtype_with_its_gradient(backend):
+    params = make_params(torch.float32, [(5,), (5,)])
+    opt = fw.SGD(params, lr=0.5, backend=backend)
+    set_grads(params, 0)
+    opt.step()
+    params[0].data = torch.ones(5, dtype=torch.float64)
+    params[0].grad = torch.ones(5, dtype=torch.float64)
+    opt.step()
+    assert params[0].dtype is torch.float64
+    assert params[0].tolist() == [0.5] * 5

@@ -418,11 +418,3 @@ def test_what_readers_say_of_many_objects(how):
     assert reader.referenced_beyond(objects, 1)
     assert not reader.referenced_beyond(objects, 2)
     assert held is objects[1]
-    opt = fw.Adam([first, second])
-    opt.step()
-    copied = reader.plain_states({0: opt.state[second], "mine": {"a": 1}, 1: 5}, type(opt.state[second]))
-    assert type(copied[0]) is dict
-    assert list(copied[0]) == ["exp_avg", "exp_avg_sq", "step"]
-    assert copied[0]["exp_avg"] is opt.state[second]["exp_avg"]
-    assert copied["mine"] == {"a": 1}
-    assert copied[1] == 5
