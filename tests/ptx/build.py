@@ -77,7 +77,7 @@ def run(*command: str | Path) -> None:
 def cuda_ptx(source: Path, arch: str, rule: str = "") -> str:
     """Return the PTX that nvcc makes of a source, with the flags of ``setup.py``."""
     assert NVCC
-    flags = [*setup_constant("NVCCFLAGS").split(), f"-arch=compute_{arch}", "-ptx"]
+    flags = [*setup_constant("NVCCFLAGS").split(), f"-arch=compute_{arch}", "-ptx", "-lineinfo"]
     if rule:
         flags.append(f"-DFW_RULE={rule}")
     sources = [source, *sorted(path for path in (ROOT / "csrc").rglob("*") if path.is_file())]

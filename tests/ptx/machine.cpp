@@ -104,7 +104,7 @@ struct RunningBlock : Block {
 Order order = kForward;
 std::mt19937 draw;
 const Entry* skipped_entry = nullptr;
-int skipped_line = -1;
+int skipped_line = -1, times_skipped = 0;
 
 std::mutex device;
 std::string finding;
@@ -140,7 +140,11 @@ void yield(Thread& t, int line) {
   if (order == kRandom) wait(t, kYielded, line);
 }
 
-bool is_skipped(const Thread& t, int line) { return line == skipped_line && t.block->entry == skipped_entry; }
+bool is_skipped(const Thread& t, int line) {
+  if (line != skipped_line || t.block->entry != skipped_entry) return false;
+  times_skipped += 1;
+  return true;
+}
 
 bool is_ordered(Thread& t, const Access& before) {
   RunningBlock& block = block_of(t);
@@ -422,9 +426,11 @@ extern "C" __attribute__((visibility("default"))) void ptx_configure(int order, 
   ptx::watches_global = races;
 }
 
-// leaves out one barrier or fence of a kernel; -1 leaves out none
-extern "C" __attribute__((visibility("default"))) void ptx_leave_out(const ptx::Entry* entry, int line) {
-  ptx::skipped_entry = entry, ptx::skipped_line = line;
+// leaves out one barrier or fence of a kernel from now on, none for -1; returns how often the one before was left out
+extern "C" __attribute__((visibility("default"))) int ptx_leave_out(const ptx::Entry* entry, int line) {
+  const int times = ptx::times_skipped;
+  ptx::skipped_entry = entry, ptx::skipped_line = line, ptx::times_skipped = 0;
+  return times;
 }
 
 // returns what was found, or null

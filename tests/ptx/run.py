@@ -51,6 +51,12 @@ def configure(order: str = "forward", seed: int = 1, races: bool = False) -> Non
     machine().ptx_configure(ORDERS.index(order), seed, races)
 
 
+# where functions begin in csrc/cuda and backends/triton
+HEAD = r"(?:def |FW_DEVICE [^(]* \*?|    (?=\w+_kernel\(const ))(\w+)\("
+# the kernels that have run, and their names
+launched: dict[Kernel, str] = {}
+
+
 class Kernel:
     """A kernel whose PTX can be launched.
 
@@ -61,6 +67,7 @@ class Kernel:
 
     def __init__(self, module: Module, name: str) -> None:
         self.code = module.translate(name)
+        self._lines = module.text.splitlines()
         machine()
         self._library = ctypes.CDLL(str(build.library(self.code)))
         self.entry = Entry.in_dll(self._library, "entry")
@@ -80,17 +87,37 @@ class Kernel:
         """Lines of the fences, and of the atomic operations that are fences, too."""
         return sorted({int(line) for line in re.findall(r"(?:\bfence\(t|, true), (\d+)\)", self.code)})
 
+    def source(self, line: int) -> tuple[str, str, int]:
+        """Return the source that a line of the PTX was made of: text, function, and place among equal texts there."""
+        while not (found := re.match(r"\s*\.loc\s+(\d+) (\d+) (.*)", self._lines[line - 1])):
+            line -= 1
+        # Triton lists where a function was inlined, from the innermost on
+        places = re.findall(r"(\w+\.py):(\d+)", found[3])
+        if not places:
+            file = next(text for text in self._lines if re.match(rf"\s*\.file\s+{found[1]} ", text))
+            places = [(file.strip('"').rpartition("/")[2], found[2])]
+        for name, place in places:
+            for path in (build.ROOT / "csrc/cuda" / name, build.ROOT / "fused_warmup/backends/triton" / name):
+                if path.exists():
+                    before = path.read_text().splitlines()[: int(place)]
+                    head = next(i for i in reversed(range(len(before))) if re.match(HEAD, before[i]))
+                    function, text = re.match(HEAD, before[head])[1], before[-1].strip()
+                    return text, function, sum(text in other for other in before[head:])
+        raise ValueError(line)
+
     @contextlib.contextmanager
-    def without(self, line: int) -> Iterator[None]:
-        """Leave out the barrier or fence of a line in the launches of the block."""
+    def without(self, line: int) -> Iterator[list[int]]:
+        """Leave out the barrier or fence of a line in the launches of the block; the list then has how often."""
+        times: list[int] = []
         machine().ptx_leave_out(ctypes.byref(self.entry), line)
         try:
-            yield
+            yield times
         finally:
-            machine().ptx_leave_out(None, -1)
+            times.append(machine().ptx_leave_out(None, -1))
 
     def launch(self, blocks: int, threads: int, addresses: Sequence[int | None]) -> None:
         """Run all blocks; the addresses are those of the arguments."""
+        launched[self] = self.entry.name.decode()
         pointers = (ctypes.c_void_p * len(addresses))(*addresses)
         found = machine().ptx_launch(ctypes.byref(self.entry), blocks, threads, pointers)
         if found:

@@ -51,7 +51,6 @@ class TritonKernel:
 
     def __init__(self, kernel: Any, target: int) -> None:
         self._kernel, self._target = kernel, target
-        self.made: set[run.Kernel] = set()
 
     def warmup(self, *arguments: Any, **constants: Any) -> None:
         """Compile nothing before it is needed."""
@@ -61,17 +60,15 @@ class TritonKernel:
 
     def _launch(self, programs: int, *columns: Tensor, **constants: Any) -> None:
         kernel = kernel_of(self._kernel, tuple(sorted(constants.items())), self._target)
-        self.made.add(kernel)
         # those of scratch memory, which no kernel uses, follow
         addresses = [column.data_ptr() for column in columns] + [0] * (len(kernel.sizes) - len(columns))
         values = [ctypes.c_uint64(address) for address in addresses]
         kernel.launch(programs, WARP * constants["num_warps"], [ctypes.addressof(value) for value in values])
 
 
-def replace_kernels(monkeypatch: Any, target: int) -> dict[str, TritonKernel]:
-    """Replace the kernels that the backend launches, and return what stands in for them by name."""
-    names = [name for name in vars(launch) if name.endswith("_kernel")]
-    made = {name: TritonKernel(getattr(launch, name), target) for name in names}
-    for name, kernel in made.items():
-        monkeypatch.setattr(launch, name, kernel)
-    return made
+def backend(monkeypatch: Any, target: int, programs: int) -> launch.TritonBackend:
+    """Return the Triton backend, whose kernels are replaced until the end of the test."""
+    for name, kernel in vars(launch).copy().items():
+        if name.endswith("_kernel"):
+            monkeypatch.setattr(launch, name, TritonKernel(kernel, target))
+    return launch.TritonBackend(programs)

@@ -96,6 +96,8 @@ TO_INTEGRAL = {"rni": "std::nearbyint", "rzi": "std::trunc", "rmi": "std::floor"
 HALVES = {
     ("", "f32", "f16"): ("float_of_half({0})", "f32"),
     ("", "f32", "bf16"): ("float_of_bfloat16({0})", "f32"),
+    ("", "f64", "f16"): ("double(float_of_half({0}))", "f64"),
+    ("", "f64", "bf16"): ("double(float_of_bfloat16({0}))", "f64"),
     ("rn", "f16", "f32"): ("half_of({0})", "b16"),
     ("rn", "bf16", "f32"): ("bfloat16_of({0})", "b16"),
     ("rn", "f16x2", "f32"): ("uint32_t(half_of({0})) << 16 | half_of({1})", "b32"),
@@ -171,6 +173,7 @@ def statements(text: str) -> Iterator[tuple[str, int]]:
 class Module:
     """The declarations and functions of a PTX text, before they are translated."""
 
+    text: str
     symbols: dict[str, tuple[str, str]] = field(default_factory=dict)
     tables: list[str] = field(default_factory=list)
     shared: dict[str, tuple[int, int]] = field(default_factory=dict)
@@ -234,7 +237,7 @@ class Module:
 
 def parse(text: str) -> Module:
     """Collect the functions and the memory of a PTX text."""
-    module, header, depth = Module(), "", 0
+    module, header, depth = Module(text), "", 0
     for statement, line in statements(text):
         if statement == "{" and depth == 0:
             name = re.search(r"\.(?:entry|func) ?(?:\([^)]*\) ?)?([\w$]+)", header)
@@ -266,6 +269,8 @@ class Function:
         self.scopes: list[dict[str, int]] = [{}]
         self.symbols = dict(module.symbols)
         self.called: set[str] = set()
+        self.label = ""
+        self.targets: dict[str, list[str]] = {}
         self.line = 0
         listed = re.search(re.escape(name) + r" ?\((.*)\)", self.header)
         self.params = [self._parameter(text) for text in split_list(listed[1])] if listed else []
@@ -308,6 +313,7 @@ class Function:
                 self.scopes.pop()
             return text
         if text.endswith(":"):
+            self.label = text[:-1]
             return f"{plain(text[:-1], 'at_')}: ;"
         if text.startswith("."):
             return self.declaration(text)
@@ -343,6 +349,9 @@ class Function:
             if self.module.local_end > LOCAL_LIMIT:
                 raise UnknownPtx(f"line {self.line}: local memory up to {self.module.local_end}")
             self.symbols[match[2]] = ("local", hex(begin))
+            return ""
+        if match := re.match(r"\.branchtargets (.*)", text):
+            self.targets[self.label] = split_list(match[1])
             return ""
         if re.match(r"\.(shared|pragma)\b", text):
             return ""
@@ -431,6 +440,10 @@ class Function:
             return special[base](parts, operands)
         if base == "bra":
             return f"goto {plain(operands[0], 'at_')};"
+        if operation == "brx.idx":
+            cases = enumerate(self.targets[operands[1]])
+            jumps = " ".join(f"case {i}: goto {plain(name, 'at_')};" for i, name in cases)
+            return f"switch ({self.value(operands[0], 'u32')}) {{ {jumps} }}"
         if base in ("ret", "exit"):
             return "return;"
         if base == "cvta":
