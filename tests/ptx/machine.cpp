@@ -426,7 +426,8 @@ extern "C" __attribute__((visibility("default"))) void ptx_configure(int order, 
   ptx::watches_global = races;
 }
 
-// leaves out one barrier or fence of a kernel from now on, none for -1; returns how often the one before was left out
+// leaves out one barrier or fence of a kernel from now on, none for -1; returns how often the one before was
+// left out
 extern "C" __attribute__((visibility("default"))) int ptx_leave_out(const ptx::Entry* entry, int line) {
   const int times = ptx::times_skipped;
   ptx::skipped_entry = entry, ptx::skipped_line = line, ptx::times_skipped = 0;

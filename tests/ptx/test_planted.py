@@ -131,7 +131,7 @@ def test_a_barrier_or_fence_can_be_left_out(planted, order, name):
     kernel = run.Kernel(planted, name)
     assert (len(kernel.barriers), len(kernel.fences)) == ((2, 0) if name == "sums_of_rows" else (1, 2))
     for line in kernel.barriers + kernel.fences:
-        with kernel.without(line), pytest.raises(run.Finding, match="race|read before it is written"):
+        with kernel.without(line), pytest.raises(run.Finding, match=r"race|read before it is written"):
             run_once()
     run_once()
 

@@ -150,7 +150,7 @@ VECTORS = [(torch.float32,), HALVES, (torch.float64,)]
     ids=str,
 )
 def test_vector_operations_have_the_bits_of_the_cpu_kernels(side, dtypes, monkeypatch):
-    """Elements; sums are added up in another order."""
+    """Elements; the CPU kernels begin their sums in float32, and add up in another order."""
     wide = torch.float64 if torch.float64 in dtypes else torch.float32
     shapes = [(3,), (0,), (), (1023,), (4097,), (8, 16)]
     results = []
@@ -176,7 +176,7 @@ def test_vector_operations_have_the_bits_of_the_cpu_kernels(side, dtypes, monkey
     for i, (a, b) in enumerate(zip(ours, theirs, strict=True)):
         assert_same_bits(f"result {i}", a, b)
     for a, b in zip(our_sums, their_sums, strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-9)
+        torch.testing.assert_close(a, b, rtol=0.0, atol=1e-6 * vectors.numel)
 
 
 @pytest.mark.rest
@@ -214,7 +214,7 @@ def test_preconditioner_is_that_of_the_reference(side, case, monkeypatch):
 
 def stages():
     """The names of the kernels that have run, without those of their rules and types."""
-    return {re.search(r"(?:^|\d)([a-z]\w*?)_kernel", name)[1] for name in run.launched.values()}
+    return {re.search(r"([a-z]+\d?(?:_[a-z]+)?)_kernel", name)[1] for name in run.launched.values()}
 
 
 @pytest.mark.parametrize("side", MAIN)
