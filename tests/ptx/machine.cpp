@@ -81,7 +81,7 @@ struct Fiber : Thread {
   State state = kReady;
   int line = 0;
   uint32_t value = 0, lane = 0;
-  // of the last fence, if there was one
+  // of the last fence; 0 covers nothing
   uint64_t fence_time = 0;
   unsigned fence_epoch = 0;
   // seen by an atomic operation, and visible after the next fence
@@ -270,7 +270,7 @@ void begin(RunningBlock& block, const Entry& entry, unsigned index, unsigned blo
   while (block.fibers.size() < threads) add_fiber(block);
   for (unsigned i = 0; i < threads; ++i) {
     Fiber& f = *block.fibers[i];
-    f.state = kReady, f.fence_time = 0, f.pending.clear();
+    f.state = kReady, f.fence_time = 0, f.fence_epoch = 0, f.pending.clear();
     block.ready.push_back(i);
   }
 }
@@ -411,7 +411,7 @@ void before_atomic(Thread& t, Space space, uint64_t address, bool strong, int li
   std::vector<Released>& list = released[address];
   for (const Released& seen : list)
     if (seen.block != t.block->index) self.pending.push_back(seen);
-  if (self.fence_time) list.push_back({t.block->index, int(t.index), self.fence_time, self.fence_epoch});
+  list.push_back({t.block->index, int(t.index), self.fence_time, self.fence_epoch});
   if (!strong || is_skipped(t, line)) return;
   for (const Released& seen : self.pending)
     block_of(t).acquired.push_back({seen, int(t.index), block_of(t).epoch});

@@ -53,6 +53,26 @@ KERNEL fence_of_another(const float* x, float* part, float* y, int* n) {
   collect<5, true, true>(x, part, y, n);
 }
 
+KERNEL write_after_the_fence(const float* x, float* part, float* y, int* finished) {
+  if (threadIdx.x == 0) {
+    __threadfence();
+    part[blockIdx.x] = x[blockIdx.x];
+    const bool last = atomicAdd(finished, 1) + 1 == gridDim.x;
+    __threadfence();
+    if (last)
+      for (int i = 0; i < gridDim.x; ++i) y[i] = __ldcg(part + i);
+  }
+}
+KERNEL read_before_the_barrier(const float* x, float* part, float* y, int* finished) {
+  if (threadIdx.x == 0) {
+    part[blockIdx.x] = x[blockIdx.x];
+    __threadfence();
+    atomicAdd(finished, 1);
+    __threadfence();
+  }
+  if (threadIdx.x == kWarp) y[blockIdx.x] = __ldcg(part + (blockIdx.x + 1) % gridDim.x);
+}
+
 KERNEL own_elements(float* y) { y[blockIdx.x * kThreads + threadIdx.x] = blockIdx.x; }
 KERNEL same_elements(float* y) { y[threadIdx.x] = blockIdx.x; }
 KERNEL neighbours(float* y) { y[blockIdx.x * kThreads + threadIdx.x / 2] = threadIdx.x; }
@@ -93,6 +113,14 @@ KERNEL returned_before_a_barrier(float* y) {
 KERNEL shuffle_of_half_a_warp(float* y) {
   float x = threadIdx.x;
   if (threadIdx.x % kWarp < 16) x = __shfl_down_sync(~0u, x, 1);
+  y[blockIdx.x * kThreads + threadIdx.x] = x;
+}
+KERNEL different_shuffles(float* y) {
+  float x = threadIdx.x;
+  if (threadIdx.x % kWarp < 16)
+    x = __shfl_down_sync(~0u, x, 1);
+  else
+    x = __shfl_xor_sync(~0u, x, 2);
   y[blockIdx.x * kThreads + threadIdx.x] = x;
 }
 KERNEL part_of_a_warp(float* y) {

@@ -67,7 +67,10 @@ ROW_DEFECTS = {
     "barrier_of_half_a_block": "threads wait at different places|threads have returned",
     "vectors_between_their_places": "not aligned.* of 16 bytes",
 }
-FENCE_DEFECTS = ("no_fence_before", "no_fence_after", "fence_of_another")
+FENCE_DEFECTS = (
+    *("no_fence_before", "no_fence_after", "fence_of_another"),
+    *("write_after_the_fence", "read_before_the_barrier"),
+)
 OWN_DEFECTS = {
     "same_elements": "write after write in global memory",
     "neighbours": "write after write in global memory",
@@ -76,6 +79,7 @@ OWN_DEFECTS = {
     "never_written": "read before it is written",
     "returned_before_a_barrier": "threads have returned while others wait",
     "shuffle_of_half_a_warp": "threads wait at different places|threads have returned",
+    "different_shuffles": "threads wait at different places",
     "part_of_a_warp": "a part of a warp",
 }
 
@@ -89,7 +93,7 @@ def test_defects_of_barriers_and_vectors(planted, order, name):
 @pytest.mark.parametrize("name", FENCE_DEFECTS)
 def test_missing_fences(planted, order, name):
     x, y = inputs()
-    with pytest.raises(run.Finding, match="read after write in global memory"):
+    with pytest.raises(run.Finding, match=r"(read after write|write after read) in global memory"):
         launch(planted, name, x, torch.zeros(BLOCKS), y, torch.zeros(1, dtype=torch.int32))
 
 
