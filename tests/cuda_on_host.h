@@ -13,6 +13,8 @@
 #include <functional>
 #include <memory>
 #include <mutex>
+#include <tuple>
+#include <type_traits>
 #include <vector>
 
 #define __device__
@@ -193,6 +195,11 @@ enum cudaDeviceAttr { cudaDevAttrMultiProcessorCount = 16 };
 extern "C" {
 __attribute__((visibility("default"))) inline int cuda_on_host_device = 0;
 __attribute__((visibility("default"))) inline int cuda_on_host_launches = 0;
+// makes launches in place of the fibers, where a test sets it: kernel, blocks, threads, and the number of
+// parameters, their copies and their sizes; returns an error
+__attribute__((visibility("default"))) inline int (*cuda_on_host_launcher)(const void*, unsigned, unsigned,
+                                                                           int, void* const*,
+                                                                           const size_t*) = nullptr;
 }
 inline cudaError_t cudaGetDevice(int* device) {
   *device = cuda_on_host_device;
@@ -220,6 +227,18 @@ template <class... Parameters, class... Arguments>
 cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(Parameters...),
                                const Arguments&... arguments) {
   cuda_on_host_launches += 1;
+  if (cuda_on_host_launcher) {
+    std::tuple<std::remove_const_t<Parameters>...> copies{arguments...};
+    return std::apply(
+        [&](auto&... copy) {
+          void* const addresses[] = {&copy...};
+          const size_t sizes[] = {sizeof copy...};
+          const unsigned blocks = config->gridDim.x, threads = config->blockDim.x;
+          return cudaError_t(cuda_on_host_launcher(reinterpret_cast<const void*>(kernel), blocks, threads,
+                                                   int(sizeof...(copy)), addresses, sizes));
+        },
+        copies);
+  }
   cuda_on_host::launch(config->gridDim, config->blockDim, [&] { kernel(arguments...); });
   return cudaSuccess;
 }

@@ -287,7 +287,11 @@ def test_repeated_steps_compile_nothing(driver):
         if step == 0:
             assert compiled() == [0, 1, 1]
     assert compiled() == [0, 1, 1]
-    assert [name for name, _, _ in driver.launches] == ["decide_kernel", "update_kernel", "finish_kernel"] * 20
+    assert [name for name, _, _ in driver.launches] == [
+        "decide_kernel",
+        "update_kernel",
+        "finish_kernel",
+    ] * 20
 
 
 def test_clipping_takes_three_launches_and_compiles_once(driver):
@@ -319,7 +323,10 @@ def test_layers_take_two_more_launches_and_compile_once(driver):
 
 @pytest.mark.parametrize(
     ("cls", "update"),
-    [(fw.Adam, ["update_kernel", "finish_kernel"]), (fw.AdamP, ["stage1_kernel", "reduce_layers_kernel", "stage2_kernel"])],
+    [
+        (fw.Adam, ["update_kernel", "finish_kernel"]),
+        (fw.AdamP, ["stage1_kernel", "reduce_layers_kernel", "stage2_kernel"]),
+    ],
 )
 def test_spheres_take_one_more_launch_and_compile_once(driver, cls, update):
     """Whatever number of groups, norms and tensors."""

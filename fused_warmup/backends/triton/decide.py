@@ -1,4 +1,4 @@
-"""The decide stage, by one program: clipping, counters, learning rates, scalars and telemetry.
+"""The decide stage: clipping, counters, learning rates, scalars and telemetry.
 
 The statements of ``csrc/decide.h``. No mathematics here: the rules and schedules have it.
 """
@@ -15,6 +15,7 @@ from .memory import (
     Rates,
     StepDecision,
     Telemetry,
+    arrives_last,
     field,
     grad_of,
     load_struct,
@@ -47,17 +48,22 @@ def decide(step, t, part):
 
 
 @triton.jit
-def set_rates(step, t, LANES: tl.constexpr):
-    """Write learning rate and weight decay of every group, after schedules."""
-    for start in range(0, step.n_groups, LANES):
+def rates_of(step, h, t):
+    """Learning rate and weight decay of a block of groups, after schedules."""
+    lr = h.lr * multiplier(step.segments, h.lr_segment, h.lr_segments, step.table_values, t)
+    weight_decay = h.weight_decay * multiplier(
+        step.segments, h.decay_segment, h.decay_segments, step.table_values, t
+    )
+    return Rates(lr=lr, weight_decay=weight_decay)
+
+
+@triton.jit
+def set_rates(step, t, program, programs, LANES: tl.constexpr):
+    """Write the rates of every group, shared among programs."""
+    for start in range(program * LANES, step.n_groups, programs * LANES):
         group = start + tl.arange(0, LANES)
         known = group < step.n_groups
-        h = load_struct(step.hypers, group, "Hyper", known)
-        lr = h.lr * multiplier(step.segments, h.lr_segment, h.lr_segments, step.table_values, t)
-        weight_decay = h.weight_decay * multiplier(
-            step.segments, h.decay_segment, h.decay_segments, step.table_values, t
-        )
-        rates = Rates(lr=lr, weight_decay=weight_decay)
+        rates = rates_of(step, load_struct(step.hypers, group, "Hyper", known), t)
         store_struct(step.rates, group, rates, "Rates", known)
 
 
@@ -115,9 +121,8 @@ def set_scalars(
     SPHERES: tl.constexpr,
     LANES: tl.constexpr,
 ):
-    """Count and prepare the update of every row with a gradient; returns the first rectification."""
-    first = decision.grad_norm * float("nan")
-    for start in range(0, step.n_rows, LANES):
+    """Count and prepare the update of every row with a gradient, shared among programs."""
+    for start in range(tl.program_id(0) * LANES, step.n_rows, tl.num_programs(0) * LANES):
         i = start + tl.arange(0, LANES)
         known = i < step.n_rows
         active = known & (tl.load(grad_of(step, i), known, 0) != 0)
@@ -127,16 +132,26 @@ def set_scalars(
         tl.store(field(row.counters, 0, "RowCounters", "step"), updates, active)
         tl.store(row.step.to(tl.pointer_type(tl.float32)), updates.to(tl.float32), active)
         h = load_struct(step.hypers, row.group, "Hyper", active)
-        rates = load_struct(step.rates, row.group, "Rates", active)
+        # computed again, because other programs write those of the table
+        rates = rates_of(step, h, decision.t)
         effective_lr = rates.lr
         if SPHERES:
             effective_lr = sphere_rates(step, row.group, effective_lr, LR_NORM_POWER(h, updates), active)
         s = scalars_of_rows(step, decision, row, h, rates, effective_lr, updates, SCALARS)
         store_struct(step.scalars, i, s, "Scalars", active)
-        leader = tl.min(tl.where(active, i, step.n_rows))
-        rect = tl.sum(tl.where(i == leader, s.rect, 0.0))
-        first = tl.where((first != first) & (leader < step.n_rows), rect, first)
-    return first
+
+
+@triton.jit
+def first_rect(step, LANES: tl.constexpr):
+    """Rectification of the first row that has a gradient; NaN without one."""
+    start = step.n_rows * 0
+    first = step.n_rows
+    while (first == step.n_rows) & (start < step.n_rows):
+        i = start + tl.arange(0, LANES)
+        has_grad = tl.load(grad_of(step, i), i < step.n_rows, 0) != 0
+        first = tl.min(tl.where(has_grad, i, step.n_rows))
+        start += LANES
+    return tl.load(field(step.scalars, first, "Scalars", "rect"), first < step.n_rows, float("nan"))
 
 
 @triton.jit
@@ -184,18 +199,19 @@ def decide_kernel(
     SPHERES: tl.constexpr,
     LANES: tl.constexpr,
 ):
-    """Run the decide stage in one program."""
+    """Run the decide stage; all programs make the same decision, and the last one to finish records it."""
     step = load_struct(step.to(tl.int64), 0, "Step")
     count = tl.where(step.measure != 0, step.n_chunks, 0)
     decision = decide(
         step, load_struct(step.counters, 0, "Counters").step, combine_all(step.partials, count, LANES)
     )
-    set_rates(step, decision.t, LANES)
-    # other threads read the rates than wrote them
-    tl.debug_barrier()
-    rect = decision.grad_norm * float("nan")
+    set_rates(step, decision.t, tl.program_id(0), tl.num_programs(0), LANES)
     if decision.skipped == 0:
-        rect = set_scalars(step, decision, SCALARS, LR_NORM_POWER, SPHERES, LANES)
-    decision = StepDecision(decision, rect=rect)
-    store_struct(step.decision, 0, decision, "StepDecision")
-    record(step, decision)
+        set_scalars(step, decision, SCALARS, LR_NORM_POWER, SPHERES, LANES)
+    if arrives_last(field(step.decision, 0, "StepDecision", "decided")):
+        rect = decision.grad_norm * float("nan")
+        if decision.skipped == 0:
+            rect = first_rect(step, LANES)
+        decision = StepDecision(decision, rect=rect)
+        store_struct(step.decision, 0, decision, "StepDecision")
+        record(step, decision)

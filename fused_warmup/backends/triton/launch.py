@@ -59,7 +59,7 @@ def decide_constants(rule: str, *, spheres: bool = False) -> dict[str, Any]:
         "LR_NORM_POWER": made.lr_norm_power,
         "SPHERES": spheres,
         "LANES": LANES,
-        # the only program, which may use all registers
+        # few programs, which may use all registers
         "maxnreg": 255,
         **_OPTIONS,
     }
@@ -282,7 +282,8 @@ class TritonBackend:
         telemetry, averages = plan.record["ring_buffer"] is not None, plan.average[0] is not None
         if measure:
             yield measure_kernel, programs, measure_constants(plan.kinds)
-        yield decide_kernel, 1, decide_constants(plan.rule, spheres=plan.groups.has_spheres)
+        blocks = min(-(-len(plan.rows) // LANES), self._programs or _programs(plan.device))
+        yield decide_kernel, max(1, blocks), decide_constants(plan.rule, spheres=plan.groups.has_spheres)
         accumulate = telemetry and not measure
         if plan.rule in RULES:
             constants = update_constants(

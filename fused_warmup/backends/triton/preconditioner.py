@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .decide import decide, scalars_of_rows, set_rates, updates_of
+from .decide import decide, rates_of, scalars_of_rows, set_rates, updates_of
 from .memory import (
     VECTOR,
     Partial,
@@ -94,21 +94,24 @@ def preconditioner_kernel(
     t = load_struct(step.counters, 0, "Counters").step
     l2_sq = tl.load(call.l2_sq.to(tl.pointer_type(tl.float64)))
     decision = decide(step, t, Partial(l1=l2_sq * 0.0, l2_sq=l2_sq, nonfinite=tl.full((), 0, tl.int64)))
-    # every program writes the same rates, which its own threads read
-    set_rates(Step(step, rates=call.rates), t, LANES)
-    tl.debug_barrier()
+    # for the caller: programs cannot wait for each other, so each computes the rates of its rows itself
+    if tl.program_id(0) == 0:
+        set_rates(Step(step, rates=call.rates), t, 0, 1, LANES)
     for i in range(tl.program_id(0), step.n_chunks, tl.num_programs(0)):
         chunk = load_struct(step.chunks, i, "Chunk")
         place = tl.load((call.offsets + chunk.row * 8).to(tl.pointer_type(tl.int64)))
         if place >= 0:
             row = load_struct(step.rows, chunk.row, "Row")
             grad = tl.load(grad_of(step, chunk.row))
+            # chains of segments belong to a block of groups, here to a block of one
+            group = row.group + tl.arange(0, 1)
+            rates = rates_of(step, load_struct(step.hypers, group, "Hyper", group >= 0), t)
             h = load_struct(step.hypers, row.group, "Hyper")
-            rates = load_struct(call.rates, row.group, "Rates")
-            factor = rates.lr / tl.load((call.thresholds + chunk.row * 8).to(tl.pointer_type(tl.float64)))
+            threshold = tl.load((call.thresholds + chunk.row * 8).to(tl.pointer_type(tl.float64)))
+            factor = tl.sum(rates.lr, 0) / threshold
             updates = updates_of(row, True) + 1
             # learning rate 1, because the preconditioner does not contain the rate
-            rates = Rates(rates, lr=rates.lr * 0.0 + 1.0)
+            rates = Rates(lr=tl.full((), 1.0, tl.float64), weight_decay=tl.sum(rates.weight_decay, 0))
             all_scalars = as_numbers(
                 scalars_of_rows(step, decision, row, h, rates, rates.lr, updates, SCALARS)
             )
