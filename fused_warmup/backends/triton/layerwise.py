@@ -10,8 +10,8 @@ import triton
 import triton.language as tl
 
 from .decide import average_weight_of, record_norms
-from .measure import measure_chunk
 from .memory import (
+    Partial,
     arithmetic,
     arrives_last,
     field,
@@ -37,7 +37,10 @@ from .reduce import (
     first_piece,
     is_aligned,
     load_sums,
+    norm_terms,
     tile_places,
+    zero_part,
+    zero_products,
     zero_sums,
 )
 from .rules import CHANNEL_VIEW, NO_VIEW, average_update, coef_in_view, projection_view
@@ -58,11 +61,12 @@ def stage1_tiles(
     DTYPE: tl.constexpr,
     GRAD_DTYPE: tl.constexpr,
     N_STATES: tl.constexpr,
+    ACCUMULATE: tl.constexpr,
     PIECES: tl.constexpr,
     COLUMNS: tl.constexpr,
     ALIGNED: tl.constexpr,
 ):
-    """Update the moments of a chunk, and sum the products of its update over pieces."""
+    """Update the moments of a chunk, and sum the products of its update over pieces; returns its norms."""
     C: tl.constexpr = arithmetic(DTYPE)
     STATE_DTYPE: tl.constexpr = state_dtype(DTYPE)
     states = (row.state0, row.state1, row.state2)
@@ -70,11 +74,10 @@ def stage1_tiles(
     part = channel_part(row, chunk)
     count = count_pieces(chunk, part)
     first = first_piece(row, chunk)
+    norms = zero_products(PIECES, COLUMNS, 2)
     for start in range(0, count, PIECES):
         i = start + tl.arange(0, PIECES)
-        sums = ()
-        for _ in tl.static_range(N_SUMS):
-            sums = sums + (tl.zeros((PIECES, COLUMNS // 4), tl.float64),)
+        sums = zero_products(PIECES, COLUMNS, N_SUMS)
         for column in range(0, tl.minimum(part, PIECE), COLUMNS):
             places, mask = tile_places(i, column, part, count, COLUMNS, ALIGNED)
             here = row.param + chunk.offset * item_size(DTYPE)
@@ -85,6 +88,8 @@ def stage1_tiles(
             for j in tl.static_range(N_STATES):
                 at = states[j] + chunk.offset * item_size(STATE_DTYPE)
                 state = state + (load_tile(at, places, mask, STATE_DTYPE, C, ALIGNED),)
+            if ACCUMULATE:
+                norms = add_products(norms, norm_terms(g.to(tl.float64)), mask)
             state = UPDATE_MOMENTS(param, g, state, s)
             for j in tl.static_range(N_STATES):
                 at = states[j] + chunk.offset * item_size(STATE_DTYPE)
@@ -95,6 +100,8 @@ def stage1_tiles(
         for k in tl.static_range(N_SUMS):
             out = (step.sums + ((first + i) * N_SUMS + k) * 8).to(tl.pointer_type(tl.float64))
             tl.store(out, tl.sum(sums[k], axis=1), i < count)
+    # the non-finite count is unused here
+    return Partial(l1=tl.sum(norms[0]), l2_sq=tl.sum(norms[1]), nonfinite=tl.full((), 0, tl.int64))
 
 
 @triton.jit
@@ -105,14 +112,11 @@ def stage1_kernel(
     REDUCTIONS: tl.constexpr,
     N_SUMS: tl.constexpr,
     KINDS: tl.constexpr,
-    GRAD_DTYPES: tl.constexpr,
     ACCUMULATE: tl.constexpr,
     PIECES: tl.constexpr,
     COLUMNS: tl.constexpr,
     ODD_PIECES: tl.constexpr,
     ODD_COLUMNS: tl.constexpr,
-    BLOCK: tl.constexpr,
-    TAIL: tl.constexpr,
 ):
     """Run stage1 on every chunk."""
     step = load_struct(step.to(tl.int64), 0, "Step")
@@ -124,22 +128,22 @@ def stage1_kernel(
             s = load_struct(step.scalars, chunk.row, "Scalars")
             addresses = row.param | grad | row.state0 | row.state1
             aligned = is_aligned(addresses, chunk, channel_part(row, chunk))
+            norms = zero_part()
             for k in tl.static_range(len(KINDS)):
                 kind = (row.dtype == KINDS[k][0]) & (row.grad_dtype == KINDS[k][1])
                 if (grad != 0) & kind & (row.n_states == KINDS[k][2]):
                     if aligned:
-                        stage1_tiles(
+                        norms = stage1_tiles(
                             step, row, grad, chunk, s, UPDATE_MOMENTS, DIRECTION, REDUCTIONS, N_SUMS,
-                            KINDS[k][0], KINDS[k][1], KINDS[k][2], PIECES, COLUMNS, True,
+                            KINDS[k][0], KINDS[k][1], KINDS[k][2], ACCUMULATE, PIECES, COLUMNS, True,
                         )  # fmt: skip
                     else:
-                        stage1_tiles(
+                        norms = stage1_tiles(
                             step, row, grad, chunk, s, UPDATE_MOMENTS, DIRECTION, REDUCTIONS, N_SUMS,
-                            KINDS[k][0], KINDS[k][1], KINDS[k][2], ODD_PIECES, ODD_COLUMNS, False,
+                            KINDS[k][0], KINDS[k][1], KINDS[k][2], ACCUMULATE, ODD_PIECES, ODD_COLUMNS, False,
                         )  # fmt: skip
             if ACCUMULATE:
-                # a second read, from the cache: the sums are in the order of the measure stage
-                measure_chunk(step, i, chunk, row, grad, GRAD_DTYPES, BLOCK, TAIL)
+                store_struct(step.partials, i, norms, "Partial")
 
 
 @triton.jit
@@ -257,7 +261,7 @@ def stage2_tiles(
     part = channel_part(row, chunk)
     count = count_pieces(chunk, part)
     first = first_piece(row, chunk)
-    sum_sq = (tl.zeros((PIECES, COLUMNS // 4), tl.float64),)
+    sum_sq = zero_products(PIECES, COLUMNS, 1)
     for start in range(0, count, PIECES):
         i = start + tl.arange(0, PIECES)
         projection_coef = tl.zeros((PIECES,), tl.float64)

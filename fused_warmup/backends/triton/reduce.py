@@ -34,12 +34,19 @@ def sum_fours(x):
 
 
 @triton.jit
+def norm_terms(x):
+    """Terms of the L1 norm and of the squared L2 norm."""
+    return tl.abs(x), x * x
+
+
+@triton.jit
 def accumulate(sums, grad):
     """Add a block of gradients to the sums of its lanes."""
     x = grad.to(tl.float64)
+    l1, l2_sq = norm_terms(x)
     return Partial(
-        l1=sums.l1 + sum_fours(tl.abs(x)),
-        l2_sq=sums.l2_sq + sum_fours(x * x),
+        l1=sums.l1 + sum_fours(l1),
+        l2_sq=sums.l2_sq + sum_fours(l2_sq),
         nonfinite=sums.nonfinite + sum_fours(tl.where(tl.abs(x) < float("inf"), 0, 1)),
     )
 
@@ -116,6 +123,15 @@ def add_products(sums, products, mask):
         fours = tl.reshape(x, (x.shape[0], x.shape[1] // 4, 4))
         added = added + (sums[k] + tl.sum(fours, axis=2),)
     return added
+
+
+@triton.jit
+def zero_products(PIECES: tl.constexpr, COLUMNS: tl.constexpr, N_SUMS: tl.constexpr):
+    """Sums of zero for every thread of a tile."""
+    sums = ()
+    for _ in tl.static_range(N_SUMS):
+        sums = sums + (tl.zeros((PIECES, COLUMNS // 4), tl.float64),)
+    return sums
 
 
 @triton.jit
