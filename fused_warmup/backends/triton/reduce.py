@@ -135,11 +135,11 @@ def zero_products(PIECES: tl.constexpr, COLUMNS: tl.constexpr, N_SUMS: tl.conste
 
 
 @triton.jit
-def load_sums(step, piece, known, N_SUMS: tl.constexpr):
-    """Load the sums of pieces; zeros where the mask is off."""
+def load_sums(column, index, known, N_SUMS: tl.constexpr):
+    """Load the sums of pieces or chunks; zeros where the mask is off."""
     sums = ()
     for k in tl.static_range(N_SUMS):
-        at = (step.sums + (piece * N_SUMS + k) * 8).to(tl.pointer_type(tl.float64))
+        at = (column + (index * N_SUMS + k) * 8).to(tl.pointer_type(tl.float64))
         sums = sums + (tl.load(at, known, 0.0),)
     return sums
 
@@ -163,9 +163,9 @@ def zero_sums(LANES: tl.constexpr, N_SUMS: tl.constexpr):
 
 
 @triton.jit
-def channel_sums(step, row, channel, known, each, LANES: tl.constexpr, N_SUMS: tl.constexpr):
-    """Sums over channels of ``each`` pieces."""
+def combine_sums(column, first, each, known, LANES: tl.constexpr, N_SUMS: tl.constexpr):
+    """Add up ``each`` consecutive sums of a column from ``first`` on."""
     sums = zero_sums(LANES, N_SUMS)
     for j in range(0, each):
-        sums = add_sums(sums, load_sums(step, row.first_piece + channel * each + j, known, N_SUMS))
+        sums = add_sums(sums, load_sums(column, first + j, known, N_SUMS))
     return sums
