@@ -317,6 +317,9 @@ def assert_like_the_reference(cls, dtype, params, backend, steps=3, **options):
         ref.step()
     for i, (p, q) in enumerate(zip(params, truth, strict=True)):
         assert_close(f"param {i} {tuple(p.shape)}", p, q, 8 * unit, 8 * unit)
+    ours, theirs = opt.telemetry.latest(), ref.telemetry.latest()
+    for name in ("grad_norm", "grad_norm_l1"):
+        assert ours[name] == pytest.approx(theirs[name], rel=8 * unit), name
 
 
 @pytest.mark.parametrize("backend", [name for name in BACKENDS if name != "reference"])
