@@ -87,4 +87,11 @@ FW_HOST_DEVICE void combine_channel(double (&total)[N], const Step& step, const 
   for (int64_t i = 0; i < each; ++i) combine(total, sums + i * N);
 }
 
+// the sums over consecutive chunks, and the numbers of their channels that are not scale-invariant
+template <int N>
+FW_HOST_DEVICE void combine_chunks(double (&total)[N], const Step& step, int64_t first, int64_t count) {
+  const double* sums = at<double>(step.chunk_sums) + first * N;
+  for (int64_t i = 0; i < count; ++i) combine(total, sums + i * N);
+}
+
 }  // namespace fw

@@ -32,9 +32,9 @@ enum SegmentKind : int32_t {
 };
 
 // One tensor. States and average are float32, or float64 for a float64 parameter. Its channels are contiguous
-// and follow one another; first_piece is the index of the first of their pieces. step and n_averaged are the
-// addresses of the counts in the state of the parameter: a float, as in torch, and an int64. A tensor that
-// has had no gradient yet may have neither states nor counts.
+// and follow one another; first_piece is the index of the first of their pieces, first_chunk that of the
+// first chunk. step and n_averaged are the addresses of the counts in the state of the parameter: a float, as
+// in torch, and an int64. A tensor that has had no gradient yet may have neither states nor counts.
 #define FW_ROW(X)          \
   X(uint64_t, param)       \
   X(uint64_t, state0)      \
@@ -52,7 +52,9 @@ enum SegmentKind : int32_t {
   X(int64_t, channel_size) \
   X(int64_t, first_piece)  \
   X(uint64_t, step)        \
-  X(uint64_t, n_averaged)
+  X(uint64_t, n_averaged)  \
+  X(int64_t, first_chunk)  \
+  X(int64_t, n_chunks)
 
 // part of one row, small enough for 32-bit indices: whole channels, or a part of one channel
 #define FW_CHUNK(X)  \
@@ -126,6 +128,13 @@ enum SegmentKind : int32_t {
   X(double, grad_weight)          \
   X(double, update_decay)
 
+// what the update of one row is projected in, a View of rules.h, and the projection coefficient of all
+// elements unless each channel has its own
+#define FW_LAYER_PROJECTION(X) \
+  X(double, coef)              \
+  X(int32_t, view)             \
+  X(int32_t, reserved)
+
 // The sphere of one group, and its range of chunks. norm: address of the group norm before the step, 0 if the
 // group is not on a sphere. radius: target norm, 0 to keep the current norm.
 #define FW_SPHERE(X)      \
@@ -182,8 +191,9 @@ enum SegmentKind : int32_t {
   X(int32_t, summed)
 
 // one call of step(): addresses of the columns, their lengths, and the settings of the optimizer; squares is
-// the sum of squares of each chunk of a group on a sphere. n_tiles is the most tiles that a chunk has; each
-// chunk has room for so many sums in tile_partials.
+// the sum of squares of each chunk of a group on a sphere. chunk_sums has, per chunk, the sums of a rule over
+// it and the number of its whole channels that are not scale-invariant. n_tiles is the most tiles that a
+// chunk has; each chunk has room for so many sums in tile_partials.
 #define FW_STEP(X)               \
   X(uint64_t, rows)              \
   X(uint64_t, grads)             \
@@ -215,6 +225,8 @@ enum SegmentKind : int32_t {
   X(uint64_t, found_inf)         \
   X(uint64_t, sums)              \
   X(uint64_t, projection_coefs)  \
+  X(uint64_t, chunk_sums)        \
+  X(uint64_t, layer_projections) \
   X(uint64_t, spheres)           \
   X(uint64_t, squares)           \
   X(uint64_t, tile_partials)     \
@@ -272,24 +284,25 @@ enum SegmentKind : int32_t {
   X(int32_t, doubles)           \
   X(int32_t, reserved)
 
-#define FW_STRUCTS(X)                   \
-  X(Row, FW_ROW)                        \
-  X(Chunk, FW_CHUNK)                    \
-  X(Hyper, FW_HYPER)                    \
-  X(Segment, FW_SEGMENT)                \
-  X(Rates, FW_RATES)                    \
-  X(Scalars, FW_SCALARS)                \
-  X(Sphere, FW_SPHERE)                  \
-  X(Partial, FW_PARTIAL)                \
-  X(Counters, FW_COUNTERS)              \
-  X(RowCounters, FW_ROW_COUNTERS)       \
-  X(PendingScalars, FW_PENDING_SCALARS) \
-  X(Telemetry, FW_TELEMETRY)            \
-  X(StepDecision, FW_STEP_DECISION)     \
-  X(Step, FW_STEP)                      \
-  X(TensorExtent, FW_TENSOR_EXTENT)     \
-  X(TensorSlice, FW_TENSOR_SLICE)       \
-  X(VectorOp, FW_VECTOR_OP)             \
+#define FW_STRUCTS(X)                     \
+  X(Row, FW_ROW)                          \
+  X(Chunk, FW_CHUNK)                      \
+  X(Hyper, FW_HYPER)                      \
+  X(Segment, FW_SEGMENT)                  \
+  X(Rates, FW_RATES)                      \
+  X(Scalars, FW_SCALARS)                  \
+  X(LayerProjection, FW_LAYER_PROJECTION) \
+  X(Sphere, FW_SPHERE)                    \
+  X(Partial, FW_PARTIAL)                  \
+  X(Counters, FW_COUNTERS)                \
+  X(RowCounters, FW_ROW_COUNTERS)         \
+  X(PendingScalars, FW_PENDING_SCALARS)   \
+  X(Telemetry, FW_TELEMETRY)              \
+  X(StepDecision, FW_STEP_DECISION)       \
+  X(Step, FW_STEP)                        \
+  X(TensorExtent, FW_TENSOR_EXTENT)       \
+  X(TensorSlice, FW_TENSOR_SLICE)         \
+  X(VectorOp, FW_VECTOR_OP)               \
   X(PreconditionerOp, FW_PRECONDITIONER_OP)
 
 #define FW_FIELD(type, name) type name;

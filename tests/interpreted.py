@@ -310,6 +310,11 @@ def test_layers_without_a_ratio():
     test_layers.test_layers_without_a_ratio("triton")
 
 
+@pytest.mark.parametrize("shape", [(40, 9), (3, 20_000), (2, 33_000)], ids=str)
+def test_layers_with_one_row_along_its_gradient(shape):
+    test_layers.test_one_row_along_its_gradient_stops_the_others(shape, "triton")
+
+
 # rows around vectors, tiles, pieces and chunks
 ROWS = [(7, 1), (40, 9), (3, 136), (18, 64), (2, 2049), (3, 4104), (1, 33_000), (1, 5), (4, 0)]
 

@@ -6,7 +6,7 @@
 namespace fw {
 
 // gradient pointers that fit into the arguments of one launch; more must be in the column already
-constexpr int64_t kMaxInlinePointers = 4056;
+constexpr int64_t kMaxInlinePointers = 4052;
 
 struct Launch {
   int device;

@@ -5,58 +5,16 @@
 #include "../decide.h"
 #include "chunks.cuh"
 #include "measure.cuh"
+#include "pieces.cuh"
 #include "sphere.cuh"
 
 namespace fw {
 namespace {
 
-// Splits the threads of a block into groups, each of which takes one piece of a channel. A group has as many
-// threads as the piece has packs, but at most a warp. All threads of the block make every call of visit, so
-// that they may exchange sums inside it; a group without a piece gets an empty one.
-template <class P, class G>
-struct ThreadGroup {
-  int32_t width, lane, group, groups;
-
-  FW_DEVICE explicit ThreadGroup(const Pieces& pieces) : width(1) {
-    const int32_t most = pieces.channel_size < kPiece ? pieces.channel_size : kPiece;
-    while (width < kWarp && width * kPack<P> < most) width *= 2;
-    lane = threadIdx.x % width;
-    group = threadIdx.x / width;
-    groups = kThreads / width;
-  }
-
-  // calls visit with the number of a piece and the pointers to its data
-  template <class Visit>
-  FW_DEVICE void visit(const Pieces& pieces, const Row& row, uint64_t grad_address, const Chunk& chunk,
-                       const Visit& visit) const {
-#pragma unroll 1
-    for (int32_t first = 0; first < pieces.count; first += groups) {
-      const int32_t i = first + group;
-      const Piece piece = i < pieces.count ? pieces[i] : Piece{0, 0};
-      visit(i, ChunkPointers<P, G>(row, grad_address,
-                                   Chunk{chunk.offset + piece.begin, piece.count, chunk.row}));
-    }
-  }
-
-  // calls pack(i) for the whole pack at element i, and element(i) for each element of an incomplete one
-  template <class Pack, class Element>
-  FW_DEVICE void share(const ChunkPointers<P, G>& s, const Pack& pack, const Element& element) const {
-#pragma unroll 1
-    for (int32_t i = lane * kPack<P>; i < s.count; i += width * kPack<P>) {
-      if (s.whole(i)) {
-        pack(i);
-      } else {
-#pragma unroll 1
-        for (int32_t k = i; k < s.end(i); ++k) element(k);
-      }
-    }
-  }
-};
-
-// updates the moments, and sums over the direction of the update
+// updates the moments, and sums over the direction of the update and over the gradient
 template <class Rule, int kStates, int N, class P, class G, class C>
 FW_DEVICE void stage1_pack(const ChunkPointers<P, G>& s, int32_t i, const ScalarsOf<C>& scalars,
-                           double (&sums)[Rule::kSums]) {
+                           double (&sums)[Rule::kSums], bool accumulate, NormSum& norms) {
   C state0[N], state1[N];
   G raw_grad[N];
   P raw_param[N];
@@ -64,6 +22,8 @@ FW_DEVICE void stage1_pack(const ChunkPointers<P, G>& s, int32_t i, const Scalar
   load(s.param + i, raw_param);
   if constexpr (kStates > 0) load(s.state0 + i, state0);
   if constexpr (kStates > 1) load(s.state1 + i, state1);
+  if constexpr (N > 1)
+    if (accumulate) add_pack<C>(norms, raw_grad);
   for (int k = 0; k < N; ++k) {
     const C param = static_cast<C>(widen(raw_param[k])), grad = static_cast<C>(widen(raw_grad[k]));
     C state[kMaxStates] = {};
@@ -104,22 +64,78 @@ FW_DEVICE void stage2_pack(const ChunkPointers<P, G>& s, int32_t i, const Scalar
   if (s.average) average_part<N>(s.average + i, param, weight);
 }
 
+// the packs of one of `threads` threads; norms are summed in the order of the measure stage, so that they
+// have the same bits
+template <class Rule, int kStates, class P, class G, class C>
+FW_DEVICE void stage1_packs(const ChunkPointers<P, G>& s, int32_t thread, int32_t threads,
+                            const ScalarsOf<C>& scalars, double (&sums)[Rule::kSums], bool accumulate,
+                            NormSum& norms) {
+  share_packs(
+      s, thread, threads,
+      [&](int32_t i) { stage1_pack<Rule, kStates, kPack<P>>(s, i, scalars, sums, accumulate, norms); },
+      [&](int32_t i) {
+        if (accumulate) add_partial_pack(norms, s, i);
+#pragma unroll 1
+        for (int32_t k = i; k < s.end(i); ++k)
+          stage1_pack<Rule, kStates, 1>(s, k, scalars, sums, false, norms);
+      });
+}
+
+// writes the coefficient that one channel is projected with if every channel is; returns 1 if the channel is
+// not scale-invariant, else 0
+template <class Rule>
+FW_DEVICE double judge_channel(const Step& step, const Row& row, int64_t channel, const double* sums) {
+  const Hyper& h = at<Hyper>(step.hypers)[row.group];
+  set_projection_coef(step, row, channel, coef_in_view<Rule>(kChannelView, h, sums, sums));
+  return Rule::scale_invariant(h, sums, row.channel_size) ? 0.0 : 1.0;
+}
+
+// a chunk of one channel, or a part of one
 template <class Rule, int kStates, class P, class G>
-FW_DEVICE void stage1_chunk(const Step& step, const Row& row, uint64_t grad_address, const Chunk& chunk) {
-  using C = typename ChunkPointers<P, G>::C;
-  const ScalarsOf<C> scalars(at<Scalars>(step.scalars)[chunk.row]);
+FW_DEVICE NormSum stage1_channel(const Step& step, const Row& row, uint64_t grad_address, const Chunk& chunk,
+                                 double (&found)[Rule::kSums + 1]) {
+  const ScalarsOf<typename ChunkPointers<P, G>::C> scalars(at<Scalars>(step.scalars)[chunk.row]);
+  double sums[Rule::kSums] = {};
+  NormSum norms;
+  stage1_packs<Rule, kStates>(ChunkPointers<P, G>(row, grad_address, chunk), threadIdx.x, kThreads, scalars,
+                              sums, accumulates(step), norms);
+  share_block_sum(sums);
+  for (int k = 0; k < Rule::kSums; ++k) found[k] = sums[k];
+  // a layer of one channel is tested as a layer
+  if constexpr (Rule::kProjects)
+    if (threadIdx.x == 0 && chunk.count == row.channel_size && chunk.count < row.numel)
+      found[Rule::kSums] = judge_channel<Rule>(step, row, chunk.offset / row.channel_size, sums);
+  return norms;
+}
+
+// a chunk of several channels
+template <class Rule, int kStates, class P, class G>
+FW_DEVICE NormSum stage1_channels(const Step& step, const Row& row, uint64_t grad_address, const Chunk& chunk,
+                                  double (&found)[Rule::kSums + 1]) {
+  const ScalarsOf<typename ChunkPointers<P, G>::C> scalars(at<Scalars>(step.scalars)[chunk.row]);
   const Pieces pieces(row, chunk);
   const ThreadGroup<P, G> threads(pieces);
+  NormSum norms;
   threads.visit(pieces, row, grad_address, chunk, [&](int32_t piece, const ChunkPointers<P, G>& s) {
     double sums[Rule::kSums] = {};
-    threads.share(
-        s, [&](int32_t i) { stage1_pack<Rule, kStates, kPack<P>>(s, i, scalars, sums); },
-        [&](int32_t i) { stage1_pack<Rule, kStates, 1>(s, i, scalars, sums); });
+    stage1_packs<Rule, kStates>(s, threads.lane, threads.width, scalars, sums, accumulates(step), norms);
     group_sum(sums, threads.width);
     double* out = at<double>(step.sums) + (pieces.first + piece) * Rule::kSums;
     for (int k = 0; k < Rule::kSums; ++k)
       if (threads.lane == 0 && s.count > 0) out[k] = sums[k];
   });
+  // wait for the sums over pieces
+  __syncthreads();
+  const int64_t first = chunk.offset / row.channel_size;
+#pragma unroll 1
+  for (int32_t i = threadIdx.x; i < chunk.count / pieces.channel_size; i += kThreads) {
+    double channel[Rule::kSums] = {};
+    combine_channel(channel, step, row, first + i);
+    for (int k = 0; k < Rule::kSums; ++k) found[k] += channel[k];
+    found[Rule::kSums] += judge_channel<Rule>(step, row, first + i, channel);
+  }
+  share_block_sum(found);
+  return norms;
 }
 
 template <class Rule, int kStates, class P, class G>
@@ -131,18 +147,22 @@ FW_DEVICE void stage2_chunk(const Step& step, const Row& row, uint64_t grad_addr
   const bool needs_grad = Rule::needs_grad(at<Hyper>(step.hypers)[row.group], row.n_states);
   const Pieces pieces(row, chunk);
   const ThreadGroup<P, G> threads(pieces);
+  LayerProjection layer = {};
+  if constexpr (Rule::kProjects) layer = at<LayerProjection>(step.layer_projections)[chunk.row];
   threads.visit(pieces, row, grad_address, chunk, [&](int32_t piece, ChunkPointers<P, G> s) {
     if (!(weight > C(0)) || sum_sq.wanted) s.average = nullptr;
-    C projection_coef = C(0);
-    if (Rule::kProjects && s.count > 0)
+    C projection_coef = static_cast<C>(layer.coef);
+    if (layer.view == kChannelView && s.count > 0)
       projection_coef = static_cast<C>(at<double>(step.projection_coefs)[pieces.first + piece]);
-    threads.share(
-        s,
+    share_packs(
+        s, threads.lane, threads.width,
         [&](int32_t i) {
           stage2_pack<Rule, kStates, kPack<P>>(s, i, scalars, projection_coef, weight, needs_grad, sum_sq);
         },
         [&](int32_t i) {
-          stage2_pack<Rule, kStates, 1>(s, i, scalars, projection_coef, weight, needs_grad, sum_sq);
+#pragma unroll 1
+          for (int32_t k = i; k < s.end(i); ++k)
+            stage2_pack<Rule, kStates, 1>(s, k, scalars, projection_coef, weight, needs_grad, sum_sq);
         });
   });
 }
@@ -159,20 +179,32 @@ FW_DEVICE void stage2_states(const Step& step, const Row& row, uint64_t grad_add
 template <class Rule>
 struct Stage1 {
   const Step& step;
+  int64_t index;
 
   template <class P, class G>
   FW_DEVICE NormSum run(const Row& row, uint64_t grad_address, const Chunk& chunk) const {
-    if (!grad_address) return NormSum{};
-    with_states<Rule::kMinStates, P, G>(row, grad_address, chunk);
-    // a second read, from the cache: in the order of the measure stage the norms have the same bits
-    return accumulates(step) ? measure_chunk<P, G>(row, grad_address, chunk) : NormSum{};
+    return grad_address ? with_states<Rule::kMinStates, P, G>(row, grad_address, chunk) : NormSum{};
   }
 
   template <int kStates, class P, class G>
-  FW_DEVICE void with_states(const Row& row, uint64_t grad_address, const Chunk& chunk) const {
+  FW_DEVICE NormSum with_states(const Row& row, uint64_t grad_address, const Chunk& chunk) const {
     if constexpr (kStates < Rule::kMaxStates)
       if (row.n_states > kStates) return with_states<kStates + 1, P, G>(row, grad_address, chunk);
-    stage1_chunk<Rule, kStates, P, G>(step, row, grad_address, chunk);
+    double found[Rule::kSums + 1] = {};
+    const NormSum norms = sum<kStates, P, G>(row, grad_address, chunk, found);
+    double* out = at<double>(step.chunk_sums) + index * (Rule::kSums + 1);
+    for (int k = 0; k <= Rule::kSums; ++k)
+      if (threadIdx.x == 0) out[k] = found[k];
+    return norms;
+  }
+
+  template <int kStates, class P, class G>
+  FW_DEVICE NormSum sum(const Row& row, uint64_t grad_address, const Chunk& chunk,
+                        double (&found)[Rule::kSums + 1]) const {
+    if constexpr (Rule::kProjects)
+      if (has_channels(row, chunk))
+        return stage1_channels<Rule, kStates, P, G>(step, row, grad_address, chunk, found);
+    return stage1_channel<Rule, kStates, P, G>(step, row, grad_address, chunk, found);
   }
 };
 
@@ -184,48 +216,43 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerProcessorOfSums)
     const Chunk chunk = at<Chunk>(step.chunks)[i];
     const uint64_t grad_address = at<uint64_t>(step.grads)[chunk.row];
     const NormSum sum =
-        visit<kDoubles>(Stage1<Rule>{step}, at<Row>(step.rows)[chunk.row], grad_address, chunk);
+        visit<kDoubles>(Stage1<Rule>{step, i}, at<Row>(step.rows)[chunk.row], grad_address, chunk);
     if (accumulates(step)) store_sum(at<Partial>(step.partials)[i], sum);
   }
 }
 
-// Turns the sums of one tensor into its scalars and projection coefficients. A single channel is not tested
-// on its own, because its sums are those of the layer.
+// Turns the sums of one tensor into its scalars and what its update is projected in. A single channel is not
+// tested on its own, because its sums are those of the layer.
 template <class Rule>
 FW_DEVICE void reduce_layer(const Step& step, int64_t index) {
   constexpr int kSums = Rule::kSums;
   const Row& row = at<Row>(step.rows)[index];
   const Hyper& h = at<Hyper>(step.hypers)[row.group];
-  const int64_t channels = row.numel / row.channel_size, pieces = channels * pieces_of_channel(row);
-  const double* sums = at<double>(step.sums) + row.first_piece * kSums;
+  const int64_t channels = row.numel / row.channel_size;
   // the last element counts the channels that are not scale-invariant
   double found[kSums + 1] = {}, layer[kSums];
-  if (channels == 1)
-#pragma unroll 4
-    for (int64_t i = threadIdx.x; i < pieces; i += kThreads)
-      for (int k = 0; k < kSums; ++k) found[k] += sums[i * kSums + k];
-  else
+  if (Rule::kProjects && channels > 1 && row.n_chunks > channels) {
+    // channels longer than a chunk, which no block of stage1 has whole
+    const int64_t each = row.n_chunks / channels;
     for (int64_t i = threadIdx.x; i < channels; i += kThreads) {
-      double channel[kSums] = {};
-      combine_channel(channel, step, row, i);
-      found[kSums] += Rule::scale_invariant(h, channel, row.channel_size) ? 0.0 : 1.0;
-      for (int k = 0; k < kSums; ++k) found[k] += channel[k];
+      double channel[kSums + 1] = {};
+      combine_chunks(channel, step, row.first_chunk + i * each, each);
+      channel[kSums] = judge_channel<Rule>(step, row, i, channel);
+      combine(found, channel);
     }
+  } else {
+#pragma unroll 4
+    for (int64_t i = threadIdx.x; i < row.n_chunks; i += kThreads)
+      combine_chunks(found, step, row.first_chunk + i, 1);
+  }
   share_block_sum(found);
+  if (threadIdx.x != 0) return;
   for (int k = 0; k < kSums; ++k) layer[k] = found[k];
   const View view = projection_view(Rule::kProjects && row.projects, channels > 1 && found[kSums] == 0.0,
                                     Rule::scale_invariant(h, layer, row.numel));
-  if (threadIdx.x == 0) Rule::layer_scalars(h, layer, view != kNoView, at<Scalars>(step.scalars)[index]);
-  if constexpr (Rule::kProjects) {
-    for (int64_t i = threadIdx.x; i < channels && view == kChannelView; i += kThreads) {
-      double channel[kSums] = {};
-      combine_channel(channel, step, row, i);
-      set_projection_coef(step, row, i, coef_in_view<Rule>(view, h, channel, layer));
-    }
-    const double shared = coef_in_view<Rule>(view, h, layer, layer);
-    for (int64_t i = threadIdx.x; i < pieces && view != kChannelView; i += kThreads)
-      at<double>(step.projection_coefs)[row.first_piece + i] = shared;
-  }
+  Rule::layer_scalars(h, layer, view != kNoView, at<Scalars>(step.scalars)[index]);
+  if constexpr (Rule::kProjects)
+    at<LayerProjection>(step.layer_projections)[index] = {coef_in_view<Rule>(view, h, layer, layer), view, 0};
 }
 
 template <class Rule>

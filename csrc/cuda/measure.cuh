@@ -4,6 +4,7 @@
 #pragma once
 #include "../decide.h"
 #include "chunks.cuh"
+#include "pieces.cuh"
 
 namespace fw {
 namespace {
@@ -123,6 +124,26 @@ FW_DEVICE NormSum measure_chunk(const Row& row, uint64_t grad_address, const Chu
   return sum;
 }
 
+// the same for a chunk of several channels, in the order in which stage1 sums over them
+template <class P, class G>
+FW_DEVICE NormSum measure_channels(const Row& row, uint64_t grad_address, const Chunk& chunk) {
+  using C = typename ChunkPointers<P, G>::C;
+  const Pieces pieces(row, chunk);
+  const ThreadGroup<P, G> threads(pieces);
+  NormSum sum;
+  threads.visit(pieces, row, grad_address, chunk, [&](int32_t, const ChunkPointers<P, G>& s) {
+    share_packs(
+        s, threads.lane, threads.width,
+        [&](int32_t i) {
+          G grad[kPack<P>];
+          load(s.grad + i, grad);
+          add_pack<C>(sum, grad);
+        },
+        [&](int32_t i) { add_partial_pack(sum, s, i); });
+  });
+  return sum;
+}
+
 // the sums over all chunks that have several tiles, from the sums over those
 FW_DEVICE void combine_tiles(const Step& step) {
   const int64_t stride = int64_t(gridDim.x) * kThreads;
@@ -146,7 +167,9 @@ FW_DEVICE void finish_norms(const Step& step, StepDecision& decision) {
 struct Measure {
   template <class P, class G>
   FW_DEVICE NormSum run(const Row& row, uint64_t grad_address, const Chunk& chunk) const {
-    return grad_address ? measure_chunk<P, G>(row, grad_address, chunk) : NormSum{};
+    if (!grad_address) return NormSum{};
+    if (has_channels(row, chunk)) return measure_channels<P, G>(row, grad_address, chunk);
+    return measure_chunk<P, G>(row, grad_address, chunk);
   }
 };
 

@@ -119,7 +119,10 @@ class Plan:
         channels = self._columns["numel"] // np.maximum(self._columns["channel_size"], 1)
         pieces = channels * -(-self._columns["channel_size"] // PIECE)
         self._columns["first_piece"] = np.cumsum(pieces) - pieces
-        n_pieces = int(pieces.sum()) if self.spec.is_layerwise else 0
+        n_chunks = np.bincount(self._chunks["row"], minlength=len(self.rows))
+        self._columns["n_chunks"], self._columns["first_chunk"] = n_chunks, np.cumsum(n_chunks) - n_chunks
+        layers = len(self.rows) if self.spec.is_layerwise else 0
+        n_pieces, n_parts = (int(pieces.sum()), self.n_chunks) if layers else (0, 0)
         item_sizes = np.array([dtype.itemsize for dtype in DTYPES])[self._columns["dtype"]]
         longest = (self._chunks["count"] * item_sizes[self._chunks["row"]]).max(initial=1)
         self.n_tiles = 1 if self.spec.is_layerwise else -(-int(longest) // TILE_BYTES)
@@ -143,6 +146,8 @@ class Plan:
             partials=allocate("partials", STRUCTS["Partial"], self.n_chunks),
             sums=allocate("sums", doubles, n_pieces * self.spec.n_sums),
             projection_coefs=allocate("projection_coefs", doubles, n_pieces),
+            chunk_sums=allocate("chunk_sums", doubles, n_parts * (self.spec.n_sums + 1)),
+            layer_projections=allocate("layer_projections", STRUCTS["LayerProjection"], layers),
             decision=allocate("decision", STRUCTS["StepDecision"], 1),
             tile_partials=allocate("tile_partials", STRUCTS["Partial"], self.n_chunks * self.n_tiles),
             counters=self.record["counters"],

@@ -38,6 +38,8 @@ _FIELDS: dict[str, list[tuple[str, str]]] = {
         ("first_piece", "i8"),
         ("step", "u8"),
         ("n_averaged", "u8"),
+        ("first_chunk", "i8"),
+        ("n_chunks", "i8"),
     ],
     "Chunk": [("offset", "i8"), ("count", "i4"), ("row", "i4")],
     "Hyper": [
@@ -58,6 +60,7 @@ _FIELDS: dict[str, list[tuple[str, str]]] = {
     ],
     "Rates": [("lr", "f8"), ("weight_decay", "f8")],
     "Scalars": _fields_of(rules.Scalars),
+    "LayerProjection": [("coef", "f8"), ("view", "i4"), ("reserved", "i4")],
     "Sphere": [
         ("norm", "u8"),
         *((name, "f8") for name in ("radius", "factor")),
@@ -111,6 +114,7 @@ _FIELDS: dict[str, list[tuple[str, str]]] = {
         *((name, "i8") for name in ("average_start", "average_every")),
         *((name, "i4") for name in ("average_kind", "skip_nonfinite", "measure", "clip")),
         *((name, "u8") for name in ("decision", "grad_scale", "found_inf", "sums", "projection_coefs")),
+        *((name, "u8") for name in ("chunk_sums", "layer_projections")),
         *((name, "u8") for name in ("spheres", "squares", "tile_partials")),
         ("n_tiles", "i8"),
     ],

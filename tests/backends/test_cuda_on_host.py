@@ -52,6 +52,7 @@ from optim.test_layers import (  # noqa: F401
     test_golden_projections,
     test_lamb_moves_every_layer_by_its_rate,
     test_layers_without_a_ratio,
+    test_one_row_along_its_gradient_stops_the_others,
     test_rows_are_those_of_the_shape_whatever_the_layout,
     test_rows_of_every_length,
     test_the_authors_package,
@@ -263,7 +264,7 @@ def test_spheres_take_one_more_launch(module, cls):
 @pytest.mark.parametrize("limit", ["small", "large"])
 def test_addresses_travel_with_the_launch_where_they_fit(module, limit, extra, clip):
     """And through the column where they do not, or have not changed; the first launch writes the column."""
-    count = {"small": 472, "large": module.MAX_INLINE_POINTERS}[limit] + extra
+    count = {"small": 468, "large": module.MAX_INLINE_POINTERS}[limit] + extra
     seen, carried = spied(module)
     case = next(case for case in CASES if case.name == "adamw")
     runs = pair(case, torch.float32, (CudaBackend(seen), CpuBackend()), [(2,)] * count, max_grad_norm=clip)
@@ -281,17 +282,14 @@ def test_addresses_travel_with_the_launch_where_they_fit(module, limit, extra, c
     assert [int(runs[0][1].state[p]["step"]) for p in (runs[0][0][0], runs[0][0][-1])] == [2, 4]
 
 
-@pytest.mark.parametrize("projection", [None, "sphere"])
-@pytest.mark.parametrize("dtype", list(EPS), ids=str)
-def test_alignment_does_not_change_a_bit(dtype, projection):
+def check_alignment(make, dtype, shape):
     """Vectors or single elements: parameters, states and norms, and nothing outside the views."""
-    size, results = 40_003, []
-    values = torch.randn(size).to(dtype)
-    grads = [torch.randn(size).to(dtype) for _ in range(3)]
+    values, results = torch.randn(shape).to(dtype), []
+    grads = [torch.randn(shape).to(dtype) for _ in range(3)]
     for offset in range(8):
         views = [guarded(values, Layout(offset=offset))]
         views[0].view.requires_grad_()
-        opt = fw.Adam([views[0].view], amsgrad=True, average=fw.EMA(0.9), projection=projection)
+        opt = make([views[0].view])
         for grad in grads:
             views.append(guarded(grad, Layout(offset=(3 * offset) % 8)))
             views[0].view.grad = views[-1].view
@@ -301,6 +299,20 @@ def test_alignment_does_not_change_a_bit(dtype, projection):
                 assert torch.equal(view.bytes_outside(), bytes_before)
         results.append(bits(opt))
     assert [i for i, result in enumerate(results) if result != results[0]] == []
+
+
+@pytest.mark.parametrize("projection", [None, "sphere"])
+@pytest.mark.parametrize("dtype", list(EPS), ids=str)
+def test_alignment_does_not_change_a_bit(dtype, projection):
+    options = {"amsgrad": True, "average": fw.EMA(0.9), "projection": projection}
+    check_alignment(lambda params: fw.Adam(params, **options), dtype, (40_003,))
+
+
+@pytest.mark.parametrize("shape", [(40_003,), (100, 333), (300, 120), (2, 33_001)], ids=str)
+@pytest.mark.parametrize("dtype", list(EPS), ids=str)
+def test_alignment_does_not_change_a_bit_of_layers(dtype, shape):
+    """Of one channel, of odd and of even channels, and of channels longer than a chunk."""
+    check_alignment(lambda params: fw.AdamP(params, delta=10.0, nesterov=True), dtype, shape)
 
 
 @pytest.mark.skipif(

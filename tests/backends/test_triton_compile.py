@@ -99,10 +99,10 @@ def measure(dtype):
 
 
 def stage1(rule, dtype, n_states, full):
-    """Stage1; with norms it reads the gradient once more."""
+    """Stage1, with or without norms."""
     constants = launch.stage1_constants(rule, ((dtype, dtype, n_states),), accumulate=full)
     state = n_states * SIZES[F64 if dtype == F64 else F32]
-    return layerwise.stage1_kernel, constants, (2 + full) * SIZES[dtype] + state, state
+    return layerwise.stage1_kernel, constants, 2 * SIZES[dtype] + state, state
 
 
 def stage2(rule, dtype, n_states, full):

@@ -250,6 +250,23 @@ def test_every_row_must_be_orthogonal_to_be_projected_by_row(backend):
 
 
 @each_backend
+@pytest.mark.parametrize("shape", [(600, 64), (20, 4097), (3, 20_000), (3, 33_000)], ids=str)
+def test_one_row_along_its_gradient_stops_the_others(shape, backend):
+    """Wherever it is: many rows in a chunk, one in a chunk, or several chunks to a row."""
+    value, grad = torch.randn(2, *shape, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    grad -= value * (grad * value).sum(1, keepdim=True) / value.square().sum(1, keepdim=True)
+    for along in (None, 0, shape[0] // 2, shape[0] - 1):
+        p = Parameter(value.clone())
+        opt = fw.SGDP([p], lr=0.1, weight_decay=0.5, wd_ratio=0.0, eps=1e-12, backend=backend)
+        p.grad = grad.clone()
+        if along is not None:
+            p.grad[along] += 100.0 * value[along]
+        opt.step()
+        decay = 0.0 if along is None else 0.05
+        assert_close(f"row {along}", p, value * (1 - decay) - 0.1 * p.grad, 1e-12)
+
+
+@each_backend
 def test_sixteen_bit_gradients_of_scale_invariant_rows_are_still_seen(backend):
     """The rounding of bfloat16 leaves a cosine far below the threshold, if the sums do not add to it."""
     torch.manual_seed(3)
@@ -300,6 +317,9 @@ def assert_like_the_reference(cls, dtype, params, backend, steps=3, **options):
         ref.step()
     for i, (p, q) in enumerate(zip(params, truth, strict=True)):
         assert_close(f"param {i} {tuple(p.shape)}", p, q, 8 * unit, 8 * unit)
+    ours, theirs = opt.telemetry.latest(), ref.telemetry.latest()
+    for name in ("grad_norm", "grad_norm_l1"):
+        assert ours[name] == pytest.approx(theirs[name], rel=8 * unit), name
 
 
 @pytest.mark.parametrize("backend", [name for name in BACKENDS if name != "reference"])

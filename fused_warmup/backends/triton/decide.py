@@ -212,6 +212,6 @@ def decide_kernel(
         rect = decision.grad_norm * float("nan")
         if decision.skipped == 0:
             rect = first_rect(step, LANES)
-        decision = StepDecision(decision, rect=rect)
-        store_struct(step.decision, 0, decision, "StepDecision")
-        record(step, decision)
+        decided = StepDecision(decision, rect=rect)
+        store_struct(step.decision, 0, decided, "StepDecision")
+        record(step, decided)

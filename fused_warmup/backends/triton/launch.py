@@ -101,17 +101,18 @@ def finish_constants(*, spheres: bool) -> dict[str, Any]:
 
 def stage1_constants(rule: str, kinds: Kinds, *, accumulate: bool) -> dict[str, Any]:
     """Return constants and options of ``stage1_kernel``, see ``update_constants``."""
-    made = LAYER_RULES[rule]
+    made, truth = LAYER_RULES[rule], reference.LAYER_RULES[rule]
     return {
         "UPDATE_MOMENTS": made.update_moments,
         "DIRECTION": made.direction,
         "REDUCTIONS": made.reductions,
-        "N_SUMS": reference.LAYER_RULES[rule].n_sums,
+        "SCALE_INVARIANT": made.scale_invariant,
+        "PROJECTION_COEF": made.projection_coef,
+        "N_SUMS": truth.n_sums,
+        "PROJECTS": truth.projects,
         "KINDS": kinds,
-        "GRAD_DTYPES": tuple(sorted({grad_dtype for _, grad_dtype, _ in kinds})),
         "ACCUMULATE": accumulate,
-        "BLOCK": BLOCK,
-        "TAIL": TAIL,
+        "LANES": LANES,
         "maxnreg": _layer_registers(kinds),
         **_TILES,
         **_OPTIONS,

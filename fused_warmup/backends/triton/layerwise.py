@@ -10,8 +10,9 @@ import triton
 import triton.language as tl
 
 from .decide import average_weight_of, record_norms
-from .measure import measure_chunk
 from .memory import (
+    LayerProjection,
+    Partial,
     arithmetic,
     arrives_last,
     field,
@@ -31,13 +32,15 @@ from .reduce import (
     add_products,
     add_sums,
     channel_part,
-    channel_sums,
     combine_all,
+    combine_sums,
     count_pieces,
     first_piece,
     is_aligned,
-    load_sums,
+    norm_terms,
     tile_places,
+    zero_part,
+    zero_products,
     zero_sums,
 )
 from .rules import CHANNEL_VIEW, NO_VIEW, average_update, coef_in_view, projection_view
@@ -58,11 +61,12 @@ def stage1_tiles(
     DTYPE: tl.constexpr,
     GRAD_DTYPE: tl.constexpr,
     N_STATES: tl.constexpr,
+    ACCUMULATE: tl.constexpr,
     PIECES: tl.constexpr,
     COLUMNS: tl.constexpr,
     ALIGNED: tl.constexpr,
 ):
-    """Update the moments of a chunk, and sum the products of its update over pieces."""
+    """Update the moments of a chunk, and sum the products of its update over pieces; returns its norms."""
     C: tl.constexpr = arithmetic(DTYPE)
     STATE_DTYPE: tl.constexpr = state_dtype(DTYPE)
     states = (row.state0, row.state1, row.state2)
@@ -70,11 +74,10 @@ def stage1_tiles(
     part = channel_part(row, chunk)
     count = count_pieces(chunk, part)
     first = first_piece(row, chunk)
+    norms = zero_products(PIECES, COLUMNS, 2)
     for start in range(0, count, PIECES):
         i = start + tl.arange(0, PIECES)
-        sums = ()
-        for _ in tl.static_range(N_SUMS):
-            sums = sums + (tl.zeros((PIECES, COLUMNS // 4), tl.float64),)
+        sums = zero_products(PIECES, COLUMNS, N_SUMS)
         for column in range(0, tl.minimum(part, PIECE), COLUMNS):
             places, mask = tile_places(i, column, part, count, COLUMNS, ALIGNED)
             here = row.param + chunk.offset * item_size(DTYPE)
@@ -85,6 +88,8 @@ def stage1_tiles(
             for j in tl.static_range(N_STATES):
                 at = states[j] + chunk.offset * item_size(STATE_DTYPE)
                 state = state + (load_tile(at, places, mask, STATE_DTYPE, C, ALIGNED),)
+            if ACCUMULATE:
+                norms = add_products(norms, norm_terms(g.to(tl.float64)), mask)
             state = UPDATE_MOMENTS(param, g, state, s)
             for j in tl.static_range(N_STATES):
                 at = states[j] + chunk.offset * item_size(STATE_DTYPE)
@@ -95,6 +100,64 @@ def stage1_tiles(
         for k in tl.static_range(N_SUMS):
             out = (step.sums + ((first + i) * N_SUMS + k) * 8).to(tl.pointer_type(tl.float64))
             tl.store(out, tl.sum(sums[k], axis=1), i < count)
+    # the non-finite count is unused here
+    return Partial(l1=tl.sum(norms[0]), l2_sq=tl.sum(norms[1]), nonfinite=tl.full((), 0, tl.int64))
+
+
+@triton.jit
+def judge_channels(
+    step, h, row, channel, known, sums, SCALE_INVARIANT: tl.constexpr, PROJECTION_COEF: tl.constexpr
+):
+    """Write the coefficients that channels are projected with if every channel is.
+
+    Returns:
+        1 for each channel that is not scale-invariant, else 0.
+    """
+    coef = coef_in_view(CHANNEL_VIEW, h, sums, sums, PROJECTION_COEF)
+    each = tl.cdiv(row.channel_size, PIECE)
+    for j in range(0, each):
+        piece = row.first_piece + channel * each + j
+        tl.store((step.projection_coefs + piece * 8).to(tl.pointer_type(tl.float64)), coef, known)
+    return tl.where(known & (SCALE_INVARIANT(h, sums, row.channel_size) == 0), 1.0, 0.0).to(tl.float64)
+
+
+@triton.jit
+def sum_chunk(
+    step,
+    index,
+    SCALE_INVARIANT: tl.constexpr,
+    PROJECTION_COEF: tl.constexpr,
+    N_SUMS: tl.constexpr,
+    PROJECTS: tl.constexpr,
+    LANES: tl.constexpr,
+):
+    """Add up the sums over the pieces of a chunk, and judge the channels that it has whole."""
+    # wait for the sums that other threads have stored
+    tl.debug_barrier()
+    # loaded again, so that stage1 need not keep them in registers
+    step = load_struct(step, 0, "Step")
+    chunk = load_struct(step.chunks, index, "Chunk")
+    row = load_struct(step.rows, chunk.row, "Row")
+    part = channel_part(row, chunk)
+    count, each = chunk.count // part, tl.cdiv(part, PIECE)
+    first, first_channel = first_piece(row, chunk), chunk.offset // row.channel_size
+    found = zero_sums(LANES, N_SUMS)
+    failed = tl.zeros((LANES,), tl.float64)
+    for start in range(0, count, LANES):
+        i = start + tl.arange(0, LANES)
+        sums = combine_sums(step.sums, first + i * each, each, i < count, LANES, N_SUMS)
+        found = add_sums(found, sums)
+        if PROJECTS:
+            # a layer of one channel is tested as a layer
+            if (part == row.channel_size) & (part < row.numel):
+                h = load_struct(step.hypers, row.group, "Hyper")
+                failed += judge_channels(
+                    step, h, row, first_channel + i, i < count, sums, SCALE_INVARIANT, PROJECTION_COEF
+                )
+    found = found + (failed,)
+    for k in tl.static_range(N_SUMS + 1):
+        out = (step.chunk_sums + (index * (N_SUMS + 1) + k) * 8).to(tl.pointer_type(tl.float64))
+        tl.store(out, tl.sum(found[k]))
 
 
 @triton.jit
@@ -103,19 +166,21 @@ def stage1_kernel(
     UPDATE_MOMENTS: tl.constexpr,
     DIRECTION: tl.constexpr,
     REDUCTIONS: tl.constexpr,
+    SCALE_INVARIANT: tl.constexpr,
+    PROJECTION_COEF: tl.constexpr,
     N_SUMS: tl.constexpr,
+    PROJECTS: tl.constexpr,
     KINDS: tl.constexpr,
-    GRAD_DTYPES: tl.constexpr,
     ACCUMULATE: tl.constexpr,
     PIECES: tl.constexpr,
     COLUMNS: tl.constexpr,
     ODD_PIECES: tl.constexpr,
     ODD_COLUMNS: tl.constexpr,
-    BLOCK: tl.constexpr,
-    TAIL: tl.constexpr,
+    LANES: tl.constexpr,
 ):
     """Run stage1 on every chunk."""
-    step = load_struct(step.to(tl.int64), 0, "Step")
+    address = step.to(tl.int64)
+    step = load_struct(address, 0, "Step")
     if load_struct(step.decision, 0, "StepDecision").skipped == 0:
         for i in range(tl.program_id(0), step.n_chunks, tl.num_programs(0)):
             chunk = load_struct(step.chunks, i, "Chunk")
@@ -124,22 +189,24 @@ def stage1_kernel(
             s = load_struct(step.scalars, chunk.row, "Scalars")
             addresses = row.param | grad | row.state0 | row.state1
             aligned = is_aligned(addresses, chunk, channel_part(row, chunk))
+            norms = zero_part()
             for k in tl.static_range(len(KINDS)):
                 kind = (row.dtype == KINDS[k][0]) & (row.grad_dtype == KINDS[k][1])
                 if (grad != 0) & kind & (row.n_states == KINDS[k][2]):
                     if aligned:
-                        stage1_tiles(
+                        norms = stage1_tiles(
                             step, row, grad, chunk, s, UPDATE_MOMENTS, DIRECTION, REDUCTIONS, N_SUMS,
-                            KINDS[k][0], KINDS[k][1], KINDS[k][2], PIECES, COLUMNS, True,
+                            KINDS[k][0], KINDS[k][1], KINDS[k][2], ACCUMULATE, PIECES, COLUMNS, True,
                         )  # fmt: skip
                     else:
-                        stage1_tiles(
+                        norms = stage1_tiles(
                             step, row, grad, chunk, s, UPDATE_MOMENTS, DIRECTION, REDUCTIONS, N_SUMS,
-                            KINDS[k][0], KINDS[k][1], KINDS[k][2], ODD_PIECES, ODD_COLUMNS, False,
+                            KINDS[k][0], KINDS[k][1], KINDS[k][2], ACCUMULATE, ODD_PIECES, ODD_COLUMNS, False,
                         )  # fmt: skip
+            if grad != 0:
+                sum_chunk(address, i, SCALE_INVARIANT, PROJECTION_COEF, N_SUMS, PROJECTS, LANES)
             if ACCUMULATE:
-                # a second read, from the cache: the sums are in the order of the measure stage
-                measure_chunk(step, i, chunk, row, grad, GRAD_DTYPES, BLOCK, TAIL)
+                store_struct(step.partials, i, norms, "Partial")
 
 
 @triton.jit
@@ -154,33 +221,33 @@ def reduce_layer(
     PROJECTS: tl.constexpr,
     LANES: tl.constexpr,
 ):
-    """Turn the sums of one tensor into its scalars and projection coefficients.
+    """Turn the sums of one tensor into its scalars and what its update is projected in.
 
     A single channel is not tested on its own, because its sums are those of the layer.
     """
     lanes = tl.arange(0, LANES)
     h = load_struct(step.hypers, row.group, "Hyper")
-    each = tl.cdiv(row.channel_size, PIECE)
     channels = row.numel // row.channel_size
-    parts = zero_sums(LANES, N_SUMS)
-    failed = tl.zeros((LANES,), tl.int32)
-    if channels == 1:
-        for start in range(0, each, LANES):
-            piece = start + lanes
-            parts = add_sums(parts, load_sums(step, row.first_piece + piece, piece < each, N_SUMS))
-    else:
-        for start in range(0, channels, LANES):
-            channel = start + lanes
-            sums = channel_sums(step, row, channel, channel < channels, each, LANES, N_SUMS)
-            radial = (channel < channels) & (SCALE_INVARIANT(h, sums, row.channel_size) == 0)
-            failed = tl.where(radial, 1, failed)
-            parts = add_sums(parts, sums)
+    # channels longer than a chunk, which no program of stage1 has whole
+    is_cut = (channels > 1) & (row.n_chunks > channels)
+    each = tl.where(is_cut, row.n_chunks // channels, 1)
+    # the last one counts the channels that are not scale-invariant
+    found = zero_sums(LANES, N_SUMS + 1)
+    failed = tl.zeros((LANES,), tl.float64)
+    for start in range(0, row.n_chunks // each, LANES):
+        part = start + lanes
+        known = part < row.n_chunks // each
+        sums = combine_sums(step.chunk_sums, row.first_chunk + part * each, each, known, LANES, N_SUMS + 1)
+        found = add_sums(found, sums)
+        if PROJECTS:
+            if is_cut:
+                failed += judge_channels(step, h, row, part, known, sums, SCALE_INVARIANT, PROJECTION_COEF)
     layer = ()
     for k in tl.static_range(N_SUMS):
-        layer = layer + (tl.sum(parts[k]),)
+        layer = layer + (tl.sum(found[k]),)
     view = projection_view(
         PROJECTS & (row.projects != 0),
-        (channels > 1) & (tl.sum(failed) == 0),
+        (channels > 1) & (tl.sum(found[N_SUMS] + failed) == 0.0),
         SCALE_INVARIANT(h, layer, row.numel),
     )
     s = load_struct(step.scalars, i, "Scalars")
@@ -188,16 +255,8 @@ def reduce_layer(
     tl.debug_barrier()
     store_struct(step.scalars, i, LAYER_SCALARS(h, layer, view != NO_VIEW, s), "Scalars")
     if PROJECTS:
-        for start in range(0, channels * each, LANES):
-            piece = start + lanes
-            known = piece < channels * each
-            sums = zero_sums(LANES, N_SUMS)
-            for j in range(0, tl.where(view == CHANNEL_VIEW, each, 0)):
-                place = row.first_piece + piece // each * each + j
-                sums = add_sums(sums, load_sums(step, place, known, N_SUMS))
-            projection_coef = coef_in_view(view, h, sums, layer, PROJECTION_COEF)
-            out = (step.projection_coefs + (row.first_piece + piece) * 8).to(tl.pointer_type(tl.float64))
-            tl.store(out, projection_coef, known)
+        projection = LayerProjection(coef=coef_in_view(view, h, layer, layer, PROJECTION_COEF), view=view)
+        store_struct(step.layer_projections, i, projection, "LayerProjection")
 
 
 @triton.jit
@@ -211,7 +270,7 @@ def reduce_layers_kernel(
     ACCUMULATE: tl.constexpr,
     LANES: tl.constexpr,
 ):
-    """Turn the sums of every row into its scalars and projection coefficients."""
+    """Turn the sums of every row into its scalars and what its update is projected in."""
     step = load_struct(step.to(tl.int64), 0, "Step")
     decision = load_struct(step.decision, 0, "StepDecision")
     if decision.skipped == 0:
@@ -257,13 +316,17 @@ def stage2_tiles(
     part = channel_part(row, chunk)
     count = count_pieces(chunk, part)
     first = first_piece(row, chunk)
-    sum_sq = (tl.zeros((PIECES, COLUMNS // 4), tl.float64),)
+    if PROJECTS:
+        layer = load_struct(step.layer_projections, chunk.row, "LayerProjection")
+        by_channel = layer.view == CHANNEL_VIEW
+    sum_sq = zero_products(PIECES, COLUMNS, 1)
     for start in range(0, count, PIECES):
         i = start + tl.arange(0, PIECES)
         projection_coef = tl.zeros((PIECES,), tl.float64)
         if PROJECTS:
             projection_coefs = (step.projection_coefs + (first + i) * 8).to(tl.pointer_type(tl.float64))
-            projection_coef = tl.load(projection_coefs, (i < count) & (grad != 0), 0.0)
+            own = tl.load(projection_coefs, (i < count) & (grad != 0) & by_channel, 0.0)
+            projection_coef = tl.where(by_channel, own, layer.coef)
         for column in range(0, tl.minimum(part, PIECE), COLUMNS):
             places, mask = tile_places(i, column, part, count, COLUMNS, ALIGNED)
             here = row.param + chunk.offset * item_size(DTYPE)

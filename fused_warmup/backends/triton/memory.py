@@ -59,6 +59,7 @@ Hyper = _struct("Hyper")
 Segment = _struct("Segment")
 Rates = _struct("Rates")
 Scalars = _struct("Scalars")
+LayerProjection = _struct("LayerProjection")
 Sphere = _struct("Sphere")
 Partial = _struct("Partial")
 Counters = _struct("Counters")
@@ -76,8 +77,8 @@ PreconditionerOp = _struct("PreconditionerOp")
 _CLASSES = {
     struct.__name__: struct
     for struct in (
-        Row, Chunk, Hyper, Segment, Rates, Scalars, Sphere, Partial, Counters, RowCounters, PendingScalars,
-        Telemetry, StepDecision, Step, TensorSlice, VectorOp, PreconditionerOp,
+        Row, Chunk, Hyper, Segment, Rates, Scalars, LayerProjection, Sphere, Partial, Counters, RowCounters,
+        PendingScalars, Telemetry, StepDecision, Step, TensorSlice, VectorOp, PreconditionerOp,
     )
 }  # fmt: skip
 

@@ -34,12 +34,19 @@ def sum_fours(x):
 
 
 @triton.jit
+def norm_terms(x):
+    """Terms of the L1 norm and of the squared L2 norm."""
+    return tl.abs(x), x * x
+
+
+@triton.jit
 def accumulate(sums, grad):
     """Add a block of gradients to the sums of its lanes."""
     x = grad.to(tl.float64)
+    l1, l2_sq = norm_terms(x)
     return Partial(
-        l1=sums.l1 + sum_fours(tl.abs(x)),
-        l2_sq=sums.l2_sq + sum_fours(x * x),
+        l1=sums.l1 + sum_fours(l1),
+        l2_sq=sums.l2_sq + sum_fours(l2_sq),
         nonfinite=sums.nonfinite + sum_fours(tl.where(tl.abs(x) < float("inf"), 0, 1)),
     )
 
@@ -119,11 +126,20 @@ def add_products(sums, products, mask):
 
 
 @triton.jit
-def load_sums(step, piece, known, N_SUMS: tl.constexpr):
-    """Load the sums of pieces; zeros where the mask is off."""
+def zero_products(PIECES: tl.constexpr, COLUMNS: tl.constexpr, N_SUMS: tl.constexpr):
+    """Sums of zero for every thread of a tile."""
+    sums = ()
+    for _ in tl.static_range(N_SUMS):
+        sums = sums + (tl.zeros((PIECES, COLUMNS // 4), tl.float64),)
+    return sums
+
+
+@triton.jit
+def load_sums(column, index, known, N_SUMS: tl.constexpr):
+    """Load the sums of pieces or chunks; zeros where the mask is off."""
     sums = ()
     for k in tl.static_range(N_SUMS):
-        at = (step.sums + (piece * N_SUMS + k) * 8).to(tl.pointer_type(tl.float64))
+        at = (column + (index * N_SUMS + k) * 8).to(tl.pointer_type(tl.float64))
         sums = sums + (tl.load(at, known, 0.0),)
     return sums
 
@@ -147,9 +163,9 @@ def zero_sums(LANES: tl.constexpr, N_SUMS: tl.constexpr):
 
 
 @triton.jit
-def channel_sums(step, row, channel, known, each, LANES: tl.constexpr, N_SUMS: tl.constexpr):
-    """Sums over channels of ``each`` pieces."""
+def combine_sums(column, first, each, known, LANES: tl.constexpr, N_SUMS: tl.constexpr):
+    """Add up ``each`` consecutive sums of a column from ``first`` on."""
     sums = zero_sums(LANES, N_SUMS)
     for j in range(0, each):
-        sums = add_sums(sums, load_sums(step, row.first_piece + channel * each + j, known, N_SUMS))
+        sums = add_sums(sums, load_sums(column, first + j, known, N_SUMS))
     return sums
