@@ -75,7 +75,7 @@ def wide_bytes(ptx, operation):
 def update(rule, dtype, n_states, full):
     """A plain update, or one that sums the norms and updates an average."""
     kinds = ((dtype, dtype, n_states),)
-    constants = launch.update_constants(rule, kinds, accumulate=full, average=full)
+    constants = launch.update_constants(rule, kinds, accumulate=full, average=full, tiled=not full)
     state = SIZES[F64 if dtype == F64 else F32]
     own = n_states + full
     return update_kernel, constants, 2 * SIZES[dtype] + own * state, SIZES[dtype] + own * state

@@ -34,14 +34,16 @@ def ledger(optimizer, dtype=torch.float32, grad_dtype=None, **options):
 
 @pytest.mark.parametrize(("optimizer", "options", "total"), TOTALS.values(), ids=TOTALS)
 def test_bytes_and_launches(optimizer, options, total):
-    """A measure pass reads the gradient once more; an average is read and written."""
-    plain = ledger(optimizer, **options)
+    """A measure pass reads the gradient once more; an average is read and written; telemetry takes a launch."""
+    plain = ledger(optimizer, **options, telemetry=False)
     assert (plain.launches, plain.per_parameter) == (2, total)
+    recorded = ledger(optimizer, **options)
+    assert (recorded.launches, recorded.per_parameter) == (3, total)
     for more in ({"max_grad_norm": 1.0}, {"nonfinite": "skip"}):
         measured = ledger(optimizer, **options, **more)
         assert (measured.launches, measured.per_parameter) == (3, total + 4)
     averaged = ledger(optimizer, **options, average=fw.EMA(0.9))
-    assert (averaged.launches, averaged.per_parameter) == (2, total + 8)
+    assert (averaged.launches, averaged.per_parameter) == (3, total + 8)
     both = ledger(optimizer, **options, average=fw.SWA(1), max_grad_norm=1.0)
     assert (both.launches, both.per_parameter) == (3, total + 12)
 
@@ -69,7 +71,7 @@ def test_bytes_and_launches_with_sums_over_layers(optimizer, options, total):
 
 @pytest.mark.parametrize(
     ("optimizer", "options", "launches", "total"),
-    [(fw.Adam, {}, 2, 28), (fw.Adam, {"max_grad_norm": 1.0}, 3, 32), (fw.SGDP, {"lr": 0.1}, 4, 20)],
+    [(fw.Adam, {}, 3, 28), (fw.Adam, {"max_grad_norm": 1.0}, 3, 32), (fw.SGDP, {"lr": 0.1}, 4, 20)],
 )
 def test_a_sphere_is_read_and_written_once_more(optimizer, options, launches, total):
     """By one launch for all of them; the groups that have none cost what they did."""
@@ -87,8 +89,9 @@ def test_a_sphere_is_read_and_written_once_more(optimizer, options, launches, to
     assert (mixed.launches, mixed.per_parameter) == (launches + 1, total + 4)
 
 
-def test_telemetry_costs_no_pass():
-    assert ledger(fw.Adam, telemetry=True) == ledger(fw.Adam, telemetry=False)
+def test_telemetry_costs_a_launch_and_no_pass():
+    on, off = (ledger(fw.Adam, telemetry=telemetry) for telemetry in (True, False))
+    assert (on.launches, on.read, on.written) == (off.launches + 1, off.read, off.written)
 
 
 @pytest.mark.parametrize("shapes", [[(4,)], [(4,)] * 500])

@@ -66,7 +66,7 @@ def decide_constants(rule: str, *, spheres: bool = False) -> dict[str, Any]:
 
 
 def update_constants(
-    rule: str, kinds: Kinds, *, accumulate: bool, average: bool, spheres: bool = False
+    rule: str, kinds: Kinds, *, accumulate: bool, average: bool, spheres: bool = False, tiled: bool = False
 ) -> dict[str, Any]:
     """Return constants and options of ``update_kernel``.
 
@@ -76,6 +76,7 @@ def update_constants(
         accumulate: Whether it sums the norms, because there was no measure stage.
         average: Whether parameters are averaged.
         spheres: Whether any group is on a sphere.
+        tiled: Whether a program takes a tile, which it cannot where it sums.
 
     Returns:
         Arguments by keyword.
@@ -86,6 +87,7 @@ def update_constants(
         "ACCUMULATE": accumulate,
         "AVERAGE": average,
         "SPHERES": spheres,
+        "TILED": tiled,
         "BLOCK": BLOCK,
         "TAIL": TAIL,
         "LANES": LANES,
@@ -94,9 +96,9 @@ def update_constants(
     }
 
 
-def finish_constants(*, spheres: bool) -> dict[str, Any]:
-    """Return constants and options of ``finish_kernel``, see ``update_constants``."""
-    return {"SPHERES": spheres, "LANES": LANES, "maxnreg": 128, **_OPTIONS}
+def finish_constants() -> dict[str, Any]:
+    """Return constants and options of ``finish_kernel``."""
+    return {"LANES": LANES, "maxnreg": 128, **_OPTIONS}
 
 
 def stage1_constants(rule: str, kinds: Kinds, *, accumulate: bool) -> dict[str, Any]:
@@ -287,20 +289,20 @@ class TritonBackend:
         yield decide_kernel, max(1, blocks), decide_constants(plan.rule, spheres=plan.groups.has_spheres)
         accumulate = telemetry and not measure
         if plan.rule in RULES:
+            tiled = plan.n_tiles > 1 and not (accumulate or plan.groups.has_spheres)
+            # as many programs as tiles: the device starts one where another ends
+            tiles = plan.n_chunks * plan.n_tiles
             constants = update_constants(
                 plan.rule,
                 plan.kinds,
                 accumulate=accumulate,
                 average=averages,
                 spheres=plan.groups.has_spheres,
+                tiled=tiled,
             )
-            tiles = 1 if plan.groups.has_spheres else plan.n_tiles
-            # as many programs as tiles: the device starts one where another ends
-            most = self._programs or (_programs(plan.device) if tiles == 1 else plan.n_chunks * tiles)
-            yield update_kernel, max(1, min(plan.n_chunks * tiles, most)), constants
+            yield update_kernel, min(tiles, self._programs or tiles) if tiled else programs, constants
             if accumulate:
-                blocks = 1 if tiles == 1 else min(-(-plan.n_chunks // LANES), most)
-                yield finish_kernel, max(1, blocks), finish_constants(spheres=plan.groups.has_spheres)
+                yield finish_kernel, 1, finish_constants()
         else:
             yield stage1_kernel, programs, stage1_constants(plan.rule, plan.kinds, accumulate=accumulate)
             most = max(1, min(len(plan.rows), self._programs or _programs(plan.device)))

@@ -106,17 +106,12 @@ def update_blocks(
 
 
 @triton.jit
-def tile_of(step, chunk, dtype, index, SPHERES: tl.constexpr):
+def tile_of(step, chunk, dtype, index):
     """Begin and length of a tile in a chunk of elements of a dtype code; the length is 0 past the end."""
-    index = index.to(tl.int32)
-    begin, count = index * 0, chunk.count
-    if not SPHERES:
-        if step.n_tiles > 1:
-            size = tl.where(dtype == FLOAT64, TILE_BYTES // 8, TILE_BYTES // 2)
-            size = tl.where(dtype == FLOAT32, TILE_BYTES // 4, size)
-            begin = index * size
-            count = tl.maximum(tl.minimum(chunk.count - begin, size), 0)
-    return begin, count
+    size = tl.where(dtype == FLOAT64, TILE_BYTES // 8, TILE_BYTES // 2)
+    size = tl.where(dtype == FLOAT32, TILE_BYTES // 4, size)
+    begin = index.to(tl.int32) * size
+    return begin, tl.maximum(tl.minimum(chunk.count - begin, size), 0)
 
 
 @triton.jit
@@ -127,27 +122,27 @@ def update_kernel(
     ACCUMULATE: tl.constexpr,
     AVERAGE: tl.constexpr,
     SPHERES: tl.constexpr,
+    TILED: tl.constexpr,
     BLOCK: tl.constexpr,
     TAIL: tl.constexpr,
     LANES: tl.constexpr,
 ):
-    """Update and average every tile of every chunk, the last chunk first.
+    """Update and average every chunk or tile, the last chunk first: its gradient is still in the cache.
 
-    Gradients measured last are still in the cache. Programs that run together take neighbouring tiles, and so
-    memory that lies together; sums over spheres go by whole chunks.
+    Programs that run together take neighbouring tiles, and so memory that lies together. Sums go by whole
+    chunks, because a program takes as long for a sum as for a tile.
     """
     step = load_struct(step.to(tl.int64), 0, "Step")
     decision = load_struct(step.decision, 0, "StepDecision")
-    tiles = step.n_tiles
-    if SPHERES:
-        tiles = tiles * 0 + 1
+    tiles = step.n_tiles if TILED else 1
     if decision.skipped == 0:
         for n in range(tl.program_id(0), step.n_chunks * tiles, tl.num_programs(0)):
-            i, tile = step.n_chunks - 1 - n // tiles, n % tiles
-            whole_chunk = load_struct(step.chunks, i, "Chunk")
-            row = load_struct(step.rows, whole_chunk.row, "Row")
-            begin, count = tile_of(step, whole_chunk, row.dtype, tile, SPHERES)
-            chunk = Chunk(whole_chunk, offset=whole_chunk.offset + begin, count=count)
+            i = step.n_chunks - 1 - n // tiles
+            chunk = load_struct(step.chunks, i, "Chunk")
+            row = load_struct(step.rows, chunk.row, "Row")
+            if TILED:
+                begin, count = tile_of(step, chunk, row.dtype, n % tiles)
+                chunk = Chunk(chunk, offset=chunk.offset + begin, count=count)
             grad = tl.load(grad_of(step, chunk.row))
             all_scalars = load_struct(step.scalars, chunk.row, "Scalars")
             addresses = row.param | grad | row.state0 | row.state1 | row.state2 | row.average
@@ -179,10 +174,7 @@ def update_kernel(
                     )  # fmt: skip
             if ACCUMULATE:
                 # the non-finite count is unused here, so it is not stored
-                partials = step.partials
-                if tiles > 1:
-                    partials = step.tile_partials
-                store_struct(partials, i * tiles + tile, Partial(part, nonfinite=0), "Partial")
+                store_struct(step.partials, i, Partial(part, nonfinite=0), "Partial")
             if SPHERES:
                 if on_sphere:
                     store_sum_sq(step, i, sum_sq)
@@ -192,21 +184,8 @@ def update_kernel(
 
 
 @triton.jit
-def combine_tiles(step, LANES: tl.constexpr):
-    """Add the sums over the tiles of every chunk; those past its end are zeros."""
-    for start in range(tl.program_id(0) * LANES, step.n_chunks, tl.num_programs(0) * LANES):
-        i = start + tl.arange(0, LANES)
-        sums = zero_norms(LANES)
-        for tile in range(0, step.n_tiles):
-            sums = combine(
-                sums, load_struct(step.tile_partials, i * step.n_tiles + tile, "Partial", i < step.n_chunks)
-            )
-        store_struct(step.partials, i, sums, "Partial", i < step.n_chunks)
-
-
-@triton.jit
-def finish_kernel(step, SPHERES: tl.constexpr, LANES: tl.constexpr):
-    """Record the norms that an update has summed.
+def finish_kernel(step, LANES: tl.constexpr):
+    """Record the norms that an update has summed, in one program.
 
     A launch of its own, because a program of the update that waited for its writes to be seen by others would
     keep its place from the next one.
@@ -214,8 +193,4 @@ def finish_kernel(step, SPHERES: tl.constexpr, LANES: tl.constexpr):
     step = load_struct(step.to(tl.int64), 0, "Step")
     decision = load_struct(step.decision, 0, "StepDecision")
     if decision.skipped == 0:
-        if not SPHERES:
-            if step.n_tiles > 1:
-                combine_tiles(step, LANES)
-        if arrives_last(field(step.decision, 0, "StepDecision", "summed")):
-            record_norms(step, decision, combine_all(step.partials, step.n_chunks, LANES))
+        record_norms(step, decision, combine_all(step.partials, step.n_chunks, LANES))
