@@ -176,11 +176,6 @@ inline int atomicAdd(int* to, int value) {
   *to += value;
   return before;
 }
-inline int atomicMin(int* to, int value) {
-  const int before = *to;
-  if (value < before) *to = value;
-  return before;
-}
 
 enum cudaError_t { cudaSuccess = 0, cudaErrorInvalidDevice = 101 };
 using cudaStream_t = void*;

@@ -10,17 +10,18 @@ namespace {
 
 // the least number that any thread of a block brings
 FW_DEVICE int32_t block_min(int32_t number) {
-  __shared__ int32_t least;
+  __shared__ int32_t of_warp[kDecideThreads / kWarp];
   for (int distance = kWarp / 2; distance > 0; distance /= 2) {
     const int32_t other = __shfl_down_sync(~0u, number, distance);
     number = other < number ? other : number;
   }
-  // other threads may still read the number of the previous call
+  // other threads may still read the numbers of the previous call
   __syncthreads();
-  if (threadIdx.x == 0) least = number;
+  if (threadIdx.x % kWarp == 0) of_warp[threadIdx.x / kWarp] = number;
   __syncthreads();
-  if (threadIdx.x % kWarp == 0) atomicMin(&least, number);
-  __syncthreads();
+  int32_t least = of_warp[0];
+  for (int warp = 1; warp < kDecideThreads / kWarp; ++warp)
+    if (of_warp[warp] < least) least = of_warp[warp];
   return least;
 }
 
@@ -28,7 +29,7 @@ FW_DEVICE int32_t block_min(int32_t number) {
 template <class Rule, int kSize>
 FW_DEVICE void set_rows(const Step& step, const GradPointers<kSize>& pointers, const StepDecision& decision,
                         int64_t begin) {
-  __shared__ bool copies[kDecideThreads];
+  __shared__ int32_t copies[kDecideThreads];
   constexpr int kWords = sizeof(Scalars) / sizeof(uint64_t);
   const int64_t row = begin + threadIdx.x;
   const Row* rows = at<Row>(step.rows);
@@ -45,7 +46,6 @@ FW_DEVICE void set_rows(const Step& step, const GradPointers<kSize>& pointers, c
   uint64_t* words = at<uint64_t>(step.scalars);
   for (int i = threadIdx.x; i < kDecideThreads * kWords; i += kDecideThreads)
     if (copies[i / kWords]) words[begin * kWords + i] = words[first * kWords + i % kWords];
-  __syncthreads();
 }
 
 // the rectification of the first row that has a gradient, by one block

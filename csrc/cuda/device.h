@@ -80,11 +80,10 @@ FW_DEVICE void share_block_sum(double (&sums)[N]) {
   }
 }
 
-// true in all threads of the last block to finish, which sees the writes of all others
+// True in all threads of the last block to finish, which sees what thread 0 of each other block has written,
+// and its other threads before their last barrier. A kernel calls it once.
 FW_DEVICE bool arrives_last(int32_t* finished) {
   __shared__ bool last;
-  // the fence of thread 0 is for the writes of all threads, some of which may still read the previous answer
-  __syncthreads();
   if (threadIdx.x == 0) {
     __threadfence();
     last = atomicAdd(finished, 1) + 1 == static_cast<int32_t>(gridDim.x);

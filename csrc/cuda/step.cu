@@ -183,8 +183,13 @@ __global__ void __launch_bounds__(kThreads) finish_kernel(const __grid_constant_
   StepDecision& decision = *at<StepDecision>(step.decision);
   if (decision.skipped) return;
   if (tiles_of_chunk(step) > 1) combine_tiles(step);
-  if (gridDim.x == 1) __syncthreads();
-  if (gridDim.x == 1 || arrives_last(&decision.summed)) finish_norms(step, decision);
+  // the sums that another thread of this block has combined; a single block reads them in the threads that
+  // did
+  if (gridDim.x > 1) {
+    __syncthreads();
+    if (!arrives_last(&decision.summed)) return;
+  }
+  finish_norms(step, decision);
 }
 
 // the host side

@@ -52,7 +52,7 @@ def configure(order: str = "forward", seed: int = 1, races: bool = False) -> Non
 
 
 # where functions begin in csrc/cuda and backends/triton
-HEAD = r"(?:def |FW_DEVICE [^(]* \*?|    (?=\w+_kernel\(const ))(\w+)\("
+HEAD = r"(?:def |FW_DEVICE [^(]* \*?|    (?=\w+_kernel\(const )|\) (?=\w+_kernel\(const ))(\w+)\("
 # the kernels that have run, and their names
 launched: dict[Kernel, str] = {}
 
@@ -197,13 +197,13 @@ def kernel_names(library: ctypes.CDLL, path: str) -> dict[int, str]:
     symbols = {name: int(place, 16) for place, name in re.findall(r"^(\w+) \w (\S+)$", listed, re.M)}
     known = "cuda_on_host_launches"
     base = ctypes.addressof(ctypes.c_int.in_dll(library, known)) - symbols[known]
-    places = re.findall(r"^(\w+) [tTwW] (_ZN2fw\S*_kernelI\S+)$", listed, re.M)
+    places = re.findall(r"^(\w+) [tTwW] (_ZN2fw\S*_kernel[IE]\S+)$", listed, re.M)
     return {base + int(place, 16): build.plain_symbol(name) for place, name in places}
 
 
 def source_of(symbol: str) -> tuple[str, str]:
     """Return the source in ``csrc/cuda`` that has a kernel, and its rule; any rule where it depends on none."""
-    stage = re.search(r"\d([a-z]\w*?_kernel)I", symbol)
+    stage = re.search(r"\d([a-z]\w*?_kernel)[IE]", symbol)
     assert stage, symbol
     if stage[1] in ("vector_kernel", "preconditioner_kernel"):
         return stage[1].removesuffix("_kernel").replace("vector", "vectors") + ".cu", ""

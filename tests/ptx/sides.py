@@ -55,13 +55,18 @@ def make_runs(case: Case, dtypes: Any, backends: Any, shapes: Any = SHAPES, **op
     return runs
 
 
-def step_all(runs: list[Any], steps: int = 4) -> None:
-    """Make steps; in the second gradients are missing, also the first, and in the third one is not a number."""
+def step_all(runs: list[Any], steps: int = 4, *, bare: bool = False) -> None:
+    """Make steps; in the second gradients are missing, also the first, and in the third one is not a number.
+
+    The first group has no gradients if ``bare``.
+    """
     for step in range(steps):
         for params, opt in runs:
             set_grads(params, step)
             if step == 1:
                 params[0].grad = params[3].grad = None
+            for p in params[::2] if bare else ():
+                p.grad = None
             if step == 2 and opt.nonfinite == "skip":
                 params[3].grad[-1, -1] = math.nan
             opt.step()
