@@ -339,10 +339,10 @@ def test_doctor_shows_the_ledger():
     assert result.exit_code == 0
     rows = [[cell.strip() for cell in line.split("│")[1:-1]] for line in result.output.splitlines()]
     totals = {(name, options): (launches, total) for name, options, launches, *_, total in filter(None, rows)}
-    assert totals["Adam, AdamW, GIAdam", "none"] == ("2", "28")
+    assert totals["Adam, AdamW, GIAdam", "none"] == ("3", "28")
     assert totals["Adam, AdamW, GIAdam", "clip"] == ("3", "32")
     assert totals["RAdam", "clip"] == ("3", "32")
-    assert totals["RAdam", "EMA"] == ("2", "36")
+    assert totals["RAdam", "EMA"] == ("3", "36")
     assert totals["AdamP", "clip"] == ("5", "44")
 
 
