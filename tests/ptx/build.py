@@ -86,7 +86,7 @@ def cuda_ptx(source: Path, arch: str, rule: str = "") -> str:
     return kept(path, lambda draft: run(NVCC, *flags, source, "-o", draft)).read_text()
 
 
-def library(code: str) -> Path:
+def kernel_library(code: str) -> Path:
     """Return the shared library of a translated kernel."""
     name = digest([code, (HERE / "machine.h").read_bytes(), *FLAGS])
 

@@ -69,7 +69,7 @@ class Kernel:
         self.code = module.translate(name)
         self._lines = module.text.splitlines()
         machine()
-        self._library = ctypes.CDLL(str(build.library(self.code)))
+        self._library = ctypes.CDLL(str(build.kernel_library(self.code)))
         self.entry = Entry.in_dll(self._library, "entry")
 
     @property
