@@ -35,12 +35,10 @@ FW_HOST_DEVICE StepDecision decide(const Step& step, const Partial& total) {
 
 FW_HOST_DEVICE Rates rates_of(const Step& step, const StepDecision& decision, int64_t group) {
   const Hyper& h = at<Hyper>(step.hypers)[group];
-  const Segment* segments = at<Segment>(step.segments);
-  const double* values = at<double>(step.values);
   Rates rates;
-  rates.lr = h.lr * multiplier(segments + h.lr_segment, h.lr_segments, values, decision.t);
+  rates.lr = h.lr * multiplier(at<Segment>(h.lr_segments), h.n_lr_segments, decision.t);
   rates.weight_decay =
-      h.weight_decay * multiplier(segments + h.decay_segment, h.decay_segments, values, decision.t);
+      h.weight_decay * multiplier(at<Segment>(h.decay_segments), h.n_decay_segments, decision.t);
   return rates;
 }
 

@@ -7,7 +7,7 @@
 namespace fw {
 
 // multiplier of one segment at its own step t >= 0; after the segment its end value is kept
-FW_HOST_DEVICE double segment_value(const Segment& segment, const double* values, int64_t t) {
+FW_HOST_DEVICE double segment_value(const Segment& segment, int64_t t) {
   double start = segment.start, end = segment.end, shape = segment.shape;
   if (segment.kind == kInverseSqrt) return start / sqrt(1.0 + static_cast<double>(t) / shape);
   if (segment.kind == kWarmup) t = t + 1;
@@ -24,18 +24,18 @@ FW_HOST_DEVICE double segment_value(const Segment& segment, const double* values
     case kPolynomial:
       return start + (end - start) * (1.0 - pow(1.0 - x, shape));
     case kTable:
-      return values[segment.first_value + t];
+      return at<double>(segment.table)[t];
     default:
       return start;
   }
 }
 
 // multiplier at step t of a chain of segments; an empty chain is the constant 1
-FW_HOST_DEVICE double multiplier(const Segment* segments, int32_t count, const double* values, int64_t t) {
+FW_HOST_DEVICE double multiplier(const Segment* segments, int32_t count, int64_t t) {
   if (count == 0) return 1.0;
   int32_t i = 0;
   while (i + 1 < count && t >= segments[i + 1].begin) i = i + 1;
-  return segment_value(segments[i], values, t - segments[i].begin);
+  return segment_value(segments[i], t - segments[i].begin);
 }
 
 // whether update number `step` enters the average

@@ -62,7 +62,8 @@ enum SegmentKind : int32_t {
   X(int32_t, count)  \
   X(int32_t, row)
 
-// the hyper-parameters of one parameter group, before schedules
+// The hyper-parameters of one parameter group, before schedules. It has the addresses of the segments of its
+// schedules, so that a captured graph, which reads it where it was, finds those of a schedule that was set later.
 #define FW_HYPER(X)            \
   X(double, lr)                \
   X(double, weight_decay)      \
@@ -87,21 +88,23 @@ enum SegmentKind : int32_t {
   X(int32_t, grad_averaging)   \
   X(int32_t, adapts)           \
   X(int32_t, decays_update)    \
-  X(int32_t, lr_segment)       \
-  X(int32_t, lr_segments)      \
-  X(int32_t, decay_segment)    \
-  X(int32_t, decay_segments)   \
-  X(int32_t, reserved)
+  X(int32_t, n_lr_segments)    \
+  X(int32_t, n_decay_segments) \
+  X(int32_t, reserved)         \
+  X(uint64_t, lr_segments)     \
+  X(uint64_t, decay_segments)
 
-// one segment of a schedule: begin and steps count optimizer steps; steps is 0 for a segment without end
+// one segment of a schedule: begin and steps count optimizer steps; steps is 0 for a segment without end. table is
+// the address of the values of a kTable.
 #define FW_SEGMENT(X) \
   X(int64_t, begin)   \
   X(int64_t, steps)   \
   X(double, start)    \
   X(double, end)      \
   X(double, shape)    \
+  X(uint64_t, table)  \
   X(int32_t, kind)    \
-  X(int32_t, first_value)
+  X(int32_t, reserved)
 
 // learning rate and weight decay of one group at this step, after schedules
 #define FW_RATES(X) \
@@ -199,8 +202,6 @@ enum SegmentKind : int32_t {
   X(uint64_t, grads)             \
   X(uint64_t, chunks)            \
   X(uint64_t, hypers)            \
-  X(uint64_t, segments)          \
-  X(uint64_t, values)            \
   X(uint64_t, rates)             \
   X(uint64_t, scalars)           \
   X(uint64_t, partials)          \

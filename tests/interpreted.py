@@ -462,11 +462,9 @@ def test_auto_never_takes_the_interpreter():
 
 
 @triton.jit
-def multiplier_kernel(segments, values, first, count, t, out, N: tl.constexpr):
+def multiplier_kernel(segments, count, t, out, N: tl.constexpr):
     i = tl.arange(0, N)
-    value = schedules.multiplier(
-        segments.to(tl.int64), tl.load(first + i), tl.load(count + i), values.to(tl.int64), tl.load(t + i)
-    )
+    value = schedules.multiplier(tl.load(segments + i), tl.load(count + i), tl.load(t + i))
     tl.store(out + i, value)
 
 
@@ -476,18 +474,18 @@ def test_schedules():
     chains = [*(s for s in SCHEDULES.values() if s is not None), fw.schedules.table([0.3, 0.7])]
     groups = [Hyper(1.0, schedule=s) for s in (None, *chains)]
     places, segments, values = pack_schedules(groups)
-    hypers = pack_rows(groups, places)
+    segments["table"] += np.uint64(values.ctypes.data)
+    hypers = pack_rows(groups, places, segments.ctypes.data)
     steps = [*range(100), 10**6, 2**40]
-    table = [(h["lr_segment"], h["lr_segments"], t) for h in hypers for t in steps]
+    table = [(h["lr_segments"], h["n_lr_segments"], t) for h in hypers for t in steps]
     n = 1 << (len(table) - 1).bit_length()
     table += [(0, 0, 0)] * (n - len(table))
     first, count, t = (
         torch.tensor([int(row[k]) for row in table], dtype=d)
-        for k, d in enumerate((torch.int32, torch.int32, torch.int64))
+        for k, d in enumerate((torch.int64, torch.int32, torch.int64))
     )
     out = torch.zeros(n, dtype=torch.float64)
-    columns = (torch.from_numpy(c.view(np.uint8).reshape(-1)) for c in (segments, values))
-    multiplier_kernel[(1,)](*columns, first, count, t, out, N=n)
+    multiplier_kernel[(1,)](first, count, t, out, N=n)
     expected = [1.0 if s is None else float(s(step)) for s in (None, *chains) for step in steps]
     assert_close("multiplier", out[: len(expected)], torch.tensor(expected, dtype=torch.float64), 0.0, 1e-13)
 

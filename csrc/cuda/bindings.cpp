@@ -81,6 +81,7 @@ void preconditioner(int rule, std::uintptr_t step, std::uintptr_t address, int d
 PYBIND11_MODULE(_cuda, m) {
   m.doc() = "CUDA kernels of fused_warmup.";
   m.attr("MAX_INLINE_POINTERS") = fw::kMaxInlinePointers;
+  m.attr("MAX_CAPTURED_POINTERS") = fw::kFewPointers;
   m.def("rules", &rules);
   m.def("prepare", &prepare, py::arg("rule"), py::arg("device"), py::arg("doubles"));
   m.def("step", &step, py::arg("rule"), py::arg("address"), py::arg("grads"), py::arg("n_grads"),

@@ -27,8 +27,7 @@ struct GradPointers {
   int64_t count;
   uint64_t grads[kSize];
 };
-constexpr int kFewPointers = 468;
-// launches with more than 4 KiB of arguments cost more; 32,764 bytes is CUDA's limit
+// 32,764 bytes is CUDA's limit
 static_assert(sizeof(Step) + sizeof(GradPointers<kFewPointers>) <= 4096, "small arguments");
 static_assert(sizeof(Step) + sizeof(GradPointers<kMaxInlinePointers>) <= 32764, "arguments of a kernel");
 

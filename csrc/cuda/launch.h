@@ -7,6 +7,9 @@ namespace fw {
 
 // gradient pointers that fit into the arguments of one launch; more must be in the column already
 constexpr int64_t kMaxInlinePointers = 4052;
+// as many as fit into 4 KiB together with a Step, which is what drivers before 12.1 take and costs less; graphs
+// are captured with no more
+constexpr int64_t kFewPointers = 468;
 
 struct Launch {
   int device;

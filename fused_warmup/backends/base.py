@@ -14,10 +14,12 @@ class Backend(Protocol):
     Attributes:
         name: The name that selects it.
         max_inline_pointers: Most gradient pointers that it passes in the arguments of a launch.
+        max_captured_pointers: Most of them in the arguments of a launch that a graph captures.
     """
 
     name: str
     max_inline_pointers: int
+    max_captured_pointers: int
 
     def prepare(self, plan: Plan) -> None:
         """Load the kernels of a new plan, which cannot be done while a CUDA graph is captured."""

@@ -22,6 +22,7 @@ class CpuBackend:
 
     name = "cpu"
     max_inline_pointers = 0
+    max_captured_pointers = 0
 
     def __init__(self, instruction_set: str | None = None) -> None:
         from .. import _cpu
@@ -70,6 +71,7 @@ class CudaBackend:
             from .. import _cuda as module
         self._cuda = module
         self.max_inline_pointers: int = self._cuda.MAX_INLINE_POINTERS
+        self.max_captured_pointers: int = self._cuda.MAX_CAPTURED_POINTERS
         self._max_blocks = max_blocks
         self._rules = {name: i for i, name in enumerate(self._cuda.rules())}
 

@@ -38,6 +38,7 @@ class ReferenceBackend:
 
     name = "reference"
     max_inline_pointers = 0
+    max_captured_pointers = 0
 
     def prepare(self, plan: Any) -> None:
         """Do nothing: there are no kernels to load."""

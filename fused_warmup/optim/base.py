@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections import OrderedDict, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -315,16 +316,21 @@ class FusedOptimizer(Optimizer):
             self.record_loss(value)
         if session.adaptive:
             session.warn_unfed()
-        if plan.gradients.is_stale and len(plan.rows) > backend.max_inline_pointers:
-            plan.gradients.upload()
-        backend.step(plan)
-        if plan.gradients.is_stale:
-            plan.gradients.note_upload()
+        capturing = plan.buffers.mirrored and is_capturing(plan.device)
+        if capturing:
+            with plan.captured_arguments(backend.max_captured_pointers):
+                backend.step(plan)
+        else:
+            if plan.gradients.is_stale and len(plan.rows) > backend.max_inline_pointers:
+                plan.gradients.upload()
+            backend.step(plan)
+            if plan.gradients.is_stale:
+                plan.gradients.note_upload()
         session.last_rates = plan.groups.rates
         if session.unscale_grads:
             plan.gradients.unscale(plan.scaling[0])
         changed = plan.finish()
-        if plan.buffers.mirrored and is_capturing(plan.device):
+        if capturing:
             session.keep_captured(plan)
         else:
             session.telemetry.advance()
@@ -341,7 +347,7 @@ class FusedOptimizer(Optimizer):
         """Allocate the states of all parameters now, and the table on the device.
 
         ``step()`` would do so when a parameter gets its first gradient, which it must not do while a CUDA
-        graph is captured. The gradients that a graph will write must be in ``.grad`` already.
+        graph is captured. Gradients that are there already tell the dtypes of those that a graph will write.
 
         Raises:
             TypeError: If a parameter or gradient is of a kind that no backend takes.
@@ -363,8 +369,22 @@ class FusedOptimizer(Optimizer):
 
         Schedules, step counts and averages move on the device by themselves; ``param_groups`` are read on
         the host, which a replay does not pass through. ``load_state_dict`` calls this.
+
+        Raises:
+            RuntimeError: If the graph captured last cannot follow a change: of the groups, of their states
+                (``amsgrad``, ``momentum``) or ``projection``, of ``max_grad_norm``, ``nonfinite`` or
+                ``average``.
         """
-        self._session.update_captured()
+        if not self._session.update_captured():
+            raise RuntimeError(self._describe_other_capture("update_captured()"))
+
+    def _describe_other_capture(self, caller: str) -> str:
+        """Return what is wrong where a captured graph goes on with other options than the optimizer."""
+        return (
+            f"{type(self).__name__}: {caller} must find the groups, states, projection, max_grad_norm, "
+            "nonfinite and average of the graph captured last, got others. Its replays go on with those of "
+            "the capture; capture it again."
+        )
 
     def traffic(self) -> Traffic:
         """Return launches and bytes of the next step for the gradients in ``.grad``; nothing is run."""
@@ -476,7 +496,8 @@ class FusedOptimizer(Optimizer):
             replaced = pre_hook(self, state_dict)
             state_dict = state_dict if replaced is None else replaced
         load_state(self._session, self.fixed, state_dict)
-        self.update_captured()
+        if not self._session.update_captured():
+            warnings.warn(self._describe_other_capture("load_state_dict"), stacklevel=2)
         for post_hook in self._optimizer_load_state_dict_post_hooks.values():
             post_hook(self)
 

@@ -78,6 +78,7 @@ class Session:
         split: Whether other processes hold other parameters of the same model, as under ZeRO.
         swapped: Whether averages are in the place of the parameters.
         captured: Plans that captured graphs read.
+        captured_options: Options of the whole optimizer that the last graph was captured with.
         fresh_norms: Norms of groups that are about to make their first step on a sphere.
         last_rates: Rates of the last step on its device; None before it.
     """
@@ -115,6 +116,7 @@ class Session:
         self.unfed_steps = 0
         self.swapped = False
         self.captured: list[Plan] = []
+        self.captured_options: tuple[Any, ...] = ()
         self.fresh_norms: dict[int, Tensor] = {}
         self.last_rates: Tensor | None = None
         self.plan: Plan | None = None
@@ -523,13 +525,27 @@ class Session:
     def keep_captured(self, plan: Plan) -> None:
         """Keep the plan that a graph reads, whatever plans later eager steps need."""
         plan.buffers.captured = True
-        if not any(plan is kept for kept in self.captured):
-            self.captured.append(plan)
+        self.captured = [kept for kept in self.captured if kept is not plan] + [plan]
+        self.captured_options = self._options
 
-    def update_captured(self) -> None:
-        """Let captured graphs see hyper-parameters that changed since the capture."""
+    @property
+    def _options(self) -> tuple[Any, ...]:
+        """Options of the whole optimizer that a step depends on."""
+        return self.max_grad_norm, self.nonfinite, self.average
+
+    def update_captured(self) -> bool:
+        """Let captured graphs see hyper-parameters that changed since the capture.
+
+        Returns:
+            Whether the graph that was captured last can follow all changes.
+        """
+        follows = True
         for plan in self.captured:
-            self._refresh_groups(plan)
+            follows = len(self.param_groups) == len(plan.groups.norms)
+            if len(self.param_groups) >= len(plan.groups.norms):
+                self._refresh_groups(plan)
+                follows = follows and self._fits(plan)
+        return follows and (not self.captured or self._options == self.captured_options)
 
     # recorded losses
 

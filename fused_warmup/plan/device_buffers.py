@@ -36,18 +36,20 @@ class DeviceBuffers:
     Attributes:
         mirrored: Whether columns are copies.
         tensors: The columns, uint8 of shape ``[bytes]``.
-        captured: Whether a graph was recorded that reads them: what is replaced then stays in memory.
+        captured: Whether a graph was recorded that reads them where they are.
     """
 
     def __init__(self, device: torch.device) -> None:
         self.device, self.mirrored = device, is_mirrored(device)
         self.tensors: dict[str, Tensor] = {}
         self.captured = False
-        self._replaced: list[Tensor] = []
         self._arrays: dict[str, np.ndarray] = {}
 
     def upload(self, name: str, array: np.ndarray) -> Tensor:
-        """Make a column of an array; one of the same size keeps its address, for captured graphs read it."""
+        """Make a column of an array; one of the same size keeps its address.
+
+        Captured graphs have the addresses of some columns in their arguments, and find the others there.
+        """
         data = _bytes(array)
         held = self.tensors.get(name)
         self._arrays[name] = array
@@ -56,8 +58,6 @@ class DeviceBuffers:
         elif held is not None and len(held) == len(data):
             self.reupload(name)
         else:
-            if held is not None and self.captured:
-                self._replaced.append(held)
             self.tensors[name] = torch.empty(len(data), dtype=torch.uint8, device=self.device)
             self.reupload(name)
         return self.tensors[name]

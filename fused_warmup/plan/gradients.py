@@ -28,6 +28,8 @@ class GradientTable:
         takes_sparse: Whether sparse gradients are made dense, or refused.
 
     Attributes:
+        addresses: Addresses of the gradients of this step, uint64 of ``[rows]``; 0 for none.
+        address: Address of these.
         is_stale: Whether the device has other addresses than those of this step.
         is_complete: Whether every row has a gradient.
         odd: Positions of rows whose gradient is not laid out as they are; its address is 0 until ``adopt``.
@@ -48,13 +50,15 @@ class GradientTable:
         self._takes_sparse = takes_sparse
         self._params = [row.param for row in rows]
         self._signatures = make_signatures([row.work for row in rows])
-        self._addresses = np.zeros(len(rows), np.uint64)
-        self.address: int = self._addresses.ctypes.data
+        self.addresses = np.zeros(len(rows), np.uint64)
+        self.address: int = self.addresses.ctypes.data
         # addresses that the device has, if it keeps a copy
-        self._uploaded = self._addresses.copy()
-        self.column = buffers.upload("grads", self._addresses)
+        self._uploaded = self.addresses.copy()
+        self.column = buffers.upload("grads", self.addresses)
         self.odd: list[int] = []
         self._cast: dict[int, torch.dtype] = {}
+        # whether the device has the dtypes of other gradients
+        self._recast = False
         self._adopted: dict[int, Tensor] = {}
 
     def read(self) -> None:
@@ -73,11 +77,11 @@ class GradientTable:
         """
         self._adopted = {i: self._adopt(i, self._params[i].grad) for i in self.odd} if self.odd else {}
         for i, grad in self._adopted.items():
-            self._addresses[i] = address_of(grad) if grad.numel() else 1
-            if self._addresses[i] == 0:
+            self.addresses[i] = address_of(grad) if grad.numel() else 1
+            if self.addresses[i] == 0:
                 name = describe(self._rows[i].index, self._rows[i].local)
                 check.fail(self._owner, f"the gradient of {name}", "hold data", "a null address")
-        self.is_complete = bool(self._addresses.all())
+        self.is_complete = bool(self.addresses.all())
         if not self._adopted and not self._cast:
             return False
         cast = {i: g.dtype for i, g in self._adopted.items() if g.dtype != self._rows[i].work.dtype}
@@ -106,27 +110,27 @@ class GradientTable:
             recast: Whether a gradient has another dtype than at the step before.
 
         Returns:
-            False if a captured graph reads the table, which must then stay as it is.
+            False if a captured graph reads gradients of other dtypes from the table.
 
         Raises:
-            RuntimeError: If the gradients are not those of the step before while a graph is captured.
+            RuntimeError: If a gradient has another dtype than at the step before while a graph is captured.
         """
-        changed = np.flatnonzero(self._addresses != self._uploaded)
-        self.is_stale = bool(len(changed))
-        if not len(changed) and not recast:
+        self.is_stale = bool((self.addresses != self._uploaded).any())
+        self._recast |= recast
+        if not self._recast:
             return True
         if is_capturing(self._buffers.device):
-            index = self._rows[int(changed[0])].index if len(changed) else "of another dtype"
             self.release()
             raise RuntimeError(
-                f"{self._owner}: gradients must stay where they were at the step before while a graph is "
-                f"captured, got another or no gradient for parameter {index}. Make one step before the "
-                "capture with the gradients that the graph will write, and keep them: "
-                "zero_grad(set_to_none=False)."
+                f"{self._owner}: gradients must have the dtypes of the step before while a graph is "
+                "captured, got another one. Call init_state() before the capture, with such gradients in "
+                ".grad."
             )
-        if recast and not self._buffers.captured:
-            self._buffers.reupload("rows")
-        return not self._buffers.captured
+        if self._buffers.captured:
+            return False
+        self._buffers.reupload("rows")
+        self._recast = False
+        return True
 
     def upload(self) -> None:
         """Send the addresses to the device."""
@@ -136,7 +140,7 @@ class GradientTable:
     def note_upload(self) -> None:
         """Note that the device has the addresses of this step."""
         if self.is_stale:
-            self._uploaded[:] = self._addresses
+            self._uploaded[:] = self.addresses
             self.is_stale = False
 
     @property
@@ -148,7 +152,7 @@ class GradientTable:
     @property
     def present(self) -> np.ndarray:
         """Whether each row has a gradient, bool of ``[rows]``."""
-        present: np.ndarray = self._addresses != 0
+        present: np.ndarray = self.addresses != 0
         return present
 
     def item_sizes(self) -> list[int]:

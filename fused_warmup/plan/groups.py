@@ -15,7 +15,7 @@ from torch import Tensor
 from .. import _checks as check
 from ..schedules import Schedule
 from ..schedules.adaptive import AdaptiveSchedule
-from .address_cache import addresses_of
+from .address_cache import address_of, addresses_of
 from .device_buffers import DeviceBuffers, is_capturing
 from .hyper import Hyper, pack_rows, pack_schedules
 from .step_struct import StepStruct
@@ -175,7 +175,9 @@ class GroupTable:
             self._packed["lr"][list(rates)] = list(rates.values())
         if made:
             indices = list(made)
-            self._packed[indices] = pack_rows(list(made.values()), [self._places[i] for i in indices])
+            self._packed[indices] = pack_rows(
+                list(made.values()), [self._places[i] for i in indices], self._segments
+            )
             self.random_start = any(h.init == "random" for h in self.hypers)
         self._buffers.reupload("hypers")
         if any((h.sphere, h.radius) != (old[i].sphere, old[i].radius) for i, h in made.items()):
@@ -189,7 +191,10 @@ class GroupTable:
         """Fill the columns of the groups and the segments of their schedules."""
         self.random_start = any(h.init == "random" for h in self.hypers)
         self._places, segments, values = pack_schedules(self.hypers)
-        self._packed = pack_rows(self.hypers, self._places)
+        # no address where there is nothing: the columns of an earlier schedule may stay behind
+        segments["table"] += np.uint64(self._send_schedules("values", values))
+        self._segments = self._send_schedules("segments", segments)
+        self._packed = pack_rows(self.hypers, self._places, self._segments)
         if self._all_rates is None or self.rates.shape[0] != len(self.hypers):
             # telemetry has the rate of the first group, also where there is none
             shape, device = (max(1, len(self.hypers)), len(RATES)), self._buffers.device
@@ -197,12 +202,14 @@ class GroupTable:
             self.rates = self._all_rates[: len(self.hypers)]
         self._step.point_to(
             hypers=self._buffers.upload("hypers", self._packed),
-            segments=self._buffers.upload("segments", segments) if len(segments) else None,
-            values=self._buffers.upload("values", values) if len(values) else None,
             rates=self._all_rates,
         )
         self._step.set(n_groups=len(self.hypers))
         self._pack_spheres()
+
+    def _send_schedules(self, name: str, array: np.ndarray) -> int:
+        """Return the address of a column of the schedules, 0 if there is nothing in it."""
+        return address_of(self._buffers.upload(name, array)) if len(array) else 0
 
     def _pack_spheres(self) -> None:
         """Fill the column of the spheres if there are any."""

@@ -81,37 +81,50 @@ _before_init, _after_init = attrgetter(*_NAMES[:_INIT]), attrgetter(*_NAMES[_INI
 
 _NO_SEGMENTS, _NO_VALUES = np.zeros(0, STRUCTS["Segment"]), np.zeros(0, np.float64)
 
-# first segment and number of segments of the learning rate, then of the weight decay
-Places = tuple[int, int, int, int]
+# first segment and number of segments of a schedule
+Place = tuple[int, int]
+# those of the learning rate and of the weight decay
+Places = tuple[Place, Place]
 
 
-def pack_rows(hypers: Sequence[Hyper], places: Sequence[Places]) -> np.ndarray:
-    """Return the column Hyper of groups whose schedules are at the given places."""
+def pack_rows(hypers: Sequence[Hyper], places: Sequence[Places], segments: int) -> np.ndarray:
+    """Return the column Hyper.
+
+    Args:
+        hypers: Hyper-parameters of the groups.
+        places: Places of their schedules in the column Segment.
+        segments: Address of that column.
+    """
+    size = STRUCTS["Segment"].itemsize
     rows = [
-        (*_before_init(h), INIT_KINDS[h.init], *_after_init(h), *place, 0)
-        for h, place in zip(hypers, places, strict=True)
+        (
+            *(*_before_init(h), INIT_KINDS[h.init], *_after_init(h)),
+            *(n_lr, n_decay, 0, segments + size * lr, segments + size * decay),
+        )
+        for h, ((lr, n_lr), (decay, n_decay)) in zip(hypers, places, strict=True)
     ]
     return np.array(rows, STRUCTS["Hyper"])
 
 
 def pack_schedules(hypers: Sequence[Hyper]) -> tuple[list[Places], np.ndarray, np.ndarray]:
-    """Return the places of the schedules of each group, and the columns Segment and values.
+    """Return the places of the schedules of each group, the column Segment and the values of all tables.
 
-    Each schedule is packed once.
+    Each schedule is packed once. The address of a table is counted from that of the values.
     """
     segments: list[tuple[float, ...]] = []
     values: list[float] = []
-    equal: dict[Schedule, tuple[int, int]] = {}
+    equal: dict[Schedule, Place] = {}
     # the hash of a long table takes long, and groups often share one object
-    same: dict[int, tuple[int, int]] = {id(None): (0, 0)}
+    same: dict[int, Place] = {id(None): (0, 0)}
     if all(h.schedule is None and h.weight_decay_schedule is None for h in hypers):
-        return [(0, 0, 0, 0)] * len(hypers), _NO_SEGMENTS, _NO_VALUES
+        return [((0, 0), (0, 0))] * len(hypers), _NO_SEGMENTS, _NO_VALUES
 
-    def pack(schedule: Schedule) -> tuple[int, int]:
+    def pack(schedule: Schedule) -> Place:
         place, begin = (len(segments), len(schedule.segments)), 0
         for s in schedule.segments:
             kind = SEGMENT_KINDS.index(s.kind)
-            segments.append((begin, s.steps or 0, s.start, s.end, s.shape, kind, len(values)))
+            table = len(values) * _NO_VALUES.itemsize
+            segments.append((begin, s.steps or 0, s.start, s.end, s.shape, table, kind, 0))
             values.extend(s.values)
             begin += s.steps or 0
         return place
@@ -122,5 +135,5 @@ def pack_schedules(hypers: Sequence[Hyper]) -> tuple[list[Places], np.ndarray, n
                 if schedule not in equal:
                     equal[schedule] = pack(schedule)
                 same[id(schedule)] = equal[schedule]
-    places = [(*same[id(h.schedule)], *same[id(h.weight_decay_schedule)]) for h in hypers]
+    places = [(same[id(h.schedule)], same[id(h.weight_decay_schedule)]) for h in hypers]
     return places, np.array(segments, STRUCTS["Segment"]), np.array(values, np.float64)

@@ -7,7 +7,8 @@ table was built is filled when the first one comes.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from itertools import compress
 from typing import Any
 
@@ -17,6 +18,7 @@ from torch import Tensor
 
 from .. import _checks as check
 from .address_cache import AddressCache, address_of, addresses_of, select_reader
+from .captured import CapturedArguments
 from .chunks import PIECE, TILE_BYTES, chunks
 from .device_buffers import DeviceBuffers, is_capturing
 from .gradients import GradientTable
@@ -116,6 +118,11 @@ class Plan:
         self._chunks = chunks(self._columns["numel"], self._columns["channel_size"])
         self._step = StepStruct()
         self.address = self._step.address
+        self._captured_step: Tensor | None = None
+        self._captures: CapturedArguments | None = None
+        if self.buffers.mirrored:
+            size = self._step.array.nbytes + 8 * len(self.rows)
+            self._captures = CapturedArguments(self.owner, size, self.device)
         channels = self._columns["numel"] // np.maximum(self._columns["channel_size"], 1)
         pieces = channels * -(-self._columns["channel_size"] // PIECE)
         self._columns["first_piece"] = np.cumsum(pieces) - pieces
@@ -182,10 +189,39 @@ class Plan:
 
     def step_column(self) -> Tensor:
         """Return the ``Step`` struct on the device, for kernels that take its address."""
+        if self._captured_step is not None:
+            return self._captured_step
         if self._step.is_stale:
             self.buffers.upload("step", self._step.array)
             self._step.is_stale = False
         return self.buffers.tensors["step"]
+
+    @contextmanager
+    def captured_arguments(self, max_pointers: int) -> Iterator[None]:
+        """Give the launches inside a copy of the struct and of the gradient addresses, for a captured graph.
+
+        Each replay writes the copy before it is read, so that graphs and eager steps do not disturb each
+        other.
+
+        Args:
+            max_pointers: Most gradient addresses that the backend passes in the arguments of a captured
+                launch; more are copied from memory of the host.
+        """
+        assert self._captures is not None
+        array, n_rows = self._step.array, len(self.rows)
+        grads, is_stale = array["grads"].copy(), self.gradients.is_stale
+        # from the memory pool of the graph, which may use it again once the launches have read it
+        column = torch.empty(array.nbytes + 8 * n_rows, dtype=torch.uint8, device=self.device)
+        array["grads"] = address_of(column) + array.nbytes
+        try:
+            self.gradients.is_stale = n_rows <= max_pointers
+            if not self.gradients.is_stale:
+                data = np.concatenate([array.view(np.uint8), self.gradients.addresses.view(np.uint8)])
+                column.copy_(self._captures.hold(data), non_blocking=True)
+            self._captured_step = column[: array.nbytes]
+            yield
+        finally:
+            array["grads"], self.gradients.is_stale, self._captured_step = grads, is_stale, None
 
     # when rows get states
 
@@ -271,6 +307,8 @@ class Plan:
         if self.buffers.mirrored and not self.gradients.compare(recast):
             self.release()
             return False
+        if self._captures is not None and not is_capturing(self.device):
+            self._captures.reserve()
         if self._has_reserved:
             self.arrivals = np.flatnonzero(self.gradients.present & self._reserved)
         for row in self._strided:

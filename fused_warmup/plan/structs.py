@@ -44,10 +44,9 @@ _FIELDS: dict[str, list[tuple[str, str]]] = {
     "Chunk": [("offset", "i8"), ("count", "i4"), ("row", "i4")],
     "Hyper": [
         *_fields_of(rules.Hyper),
-        *(
-            (name, "i4")
-            for name in ("lr_segment", "lr_segments", "decay_segment", "decay_segments", "reserved")
-        ),
+        *((name, "i4") for name in ("n_lr_segments", "n_decay_segments", "reserved")),
+        ("lr_segments", "u8"),
+        ("decay_segments", "u8"),
     ],
     "Segment": [
         ("begin", "i8"),
@@ -55,8 +54,9 @@ _FIELDS: dict[str, list[tuple[str, str]]] = {
         ("start", "f8"),
         ("end", "f8"),
         ("shape", "f8"),
+        ("table", "u8"),
         ("kind", "i4"),
-        ("first_value", "i4"),
+        ("reserved", "i4"),
     ],
     "Rates": [("lr", "f8"), ("weight_decay", "f8")],
     "Scalars": _fields_of(rules.Scalars),
@@ -99,8 +99,6 @@ _FIELDS: dict[str, list[tuple[str, str]]] = {
                 "grads",
                 "chunks",
                 "hypers",
-                "segments",
-                "values",
                 "rates",
                 "scalars",
                 "partials",

@@ -1,40 +1,30 @@
 """Steps that a CUDA graph records: what must stand before, what raises, and what survives.
 
-There is no graph here: the table is mirrored as on a GPU, and a flag says that a capture is under way. Graphs
-themselves are in test_gpu.py.
+The table is mirrored as on a GPU, a flag says that a capture is under way, and ``graphs.py`` records and replays
+what a CUDA graph would. Graphs of a device are in test_gpu.py.
 """
 
+import copy
+import warnings
+
+import cuda_on_host
 import pytest
 import torch
 from cases import assert_same_bits, make_params, set_grads
+from graphs import ASKING, Capture, Recorder
 
 import fused_warmup as fw
-from fused_warmup.optim import base, session
-from fused_warmup.plan import device_buffers, gradients, groups, plan
+from fused_warmup.backends.native import CpuBackend, CudaBackend
+from fused_warmup.optim import session
+from fused_warmup.plan import captured, device_buffers
 
 SHAPES = [(4, 5), (3,), (7,)]
-
-
-class Capture:
-    """Says that a graph is captured inside ``with``."""
-
-    def __init__(self) -> None:
-        self.active = False
-
-    def __call__(self, device: torch.device) -> bool:
-        return self.active
-
-    def __enter__(self) -> None:
-        self.active = True
-
-    def __exit__(self, *error: object) -> None:
-        self.active = False
 
 
 @pytest.fixture
 def capture(monkeypatch):
     state = Capture()
-    for module in (gradients, groups, base, session, device_buffers, plan):
+    for module in ASKING:
         monkeypatch.setattr(module, "is_capturing", state)
     monkeypatch.setattr(device_buffers, "is_mirrored", lambda device: True)
     return state
@@ -135,14 +125,6 @@ def test_a_step_is_captured_after_init_state(capture):
 
 
 CHANGES = {
-    "a gradient moved": (
-        lambda params, opt: setattr(params[1], "grad", params[1].grad.clone()),
-        r"gradients must stay where they were .* for parameter 1\. Make one step before the capture",
-    ),
-    "a gradient is missing": (
-        lambda params, opt: setattr(params[2], "grad", None),
-        r"gradients must stay where they were .* for parameter 2\. Make one step before the capture",
-    ),
     "a new group": (
         lambda params, opt: opt.add_param_group({"params": make_params(torch.float32, [(2,)])}),
         r"states and table must stand before a graph is captured, .* Call init_state\(\)",
@@ -203,21 +185,18 @@ def test_a_first_step_cannot_be_captured(capture):
     assert not opt.state
 
 
-def test_a_captured_table_outlives_eager_steps(capture):
-    """An eager step with other gradients gets a table of its own; the captured one stays as it was."""
+def test_eager_steps_leave_a_captured_table_as_it_is(capture):
+    """Also with other gradients, whose addresses are not those of the graph."""
     params, opt = made(2)
     with capture:
         opt.step()
-    captured = opt.session.plan
-    kept = {name: tensor.clone() for name, tensor in captured.buffers.tensors.items()}
+    table = opt.session.plan
+    kept = {name: tensor.clone() for name, tensor in table.buffers.tensors.items()}
     set_grads(params, 5)
     opt.step()
-    assert opt.session.plan is not captured
-    for name in ("rows", "grads", "chunks", "hypers"):
-        assert torch.equal(captured.buffers.tensors[name], kept[name])
-    # both tables speak of the same states, counts and telemetry
-    assert opt.session.plan.record == captured.record
-    assert [r.states for r in opt.session.plan.rows] == [r.states for r in captured.rows]
+    assert opt.session.plan is table
+    for name in ("rows", "chunks", "hypers"):
+        assert torch.equal(table.buffers.tensors[name], kept[name])
 
 
 def test_hyper_parameters_reach_a_captured_table(capture):
@@ -231,31 +210,6 @@ def test_hyper_parameters_reach_a_captured_table(capture):
     assert opt.session.plan.buffers.tensors["hypers"].data_ptr() == address
     assert column.view(torch.float64)[0] == 0.25
     assert before.view(torch.float64)[0] == 0.1
-
-
-def test_nothing_is_sent_while_a_graph_is_captured(capture):
-    """Kernels that take the settings by address would read memory that is long gone."""
-    _, opt = made(2)
-    opt.session.plan.step_column()
-    opt.max_grad_norm = 1.0
-    with capture:
-        opt.session.prepare(None, None)
-        with pytest.raises(
-            RuntimeError, match="table must stay as it is while a graph is captured, got other step"
-        ):
-            opt.session.plan.step_column()
-
-
-def test_a_longer_schedule_leaves_the_old_one_in_memory(capture):
-    """A graph that was captured before still reads it."""
-    _, opt = made(2, schedule=fw.schedules.constant(0.5))
-    with capture:
-        opt.step()
-    column = opt.session.plan.buffers.tensors["segments"]
-    opt.param_groups[0]["schedule"] = fw.schedules.warmup(3).then(fw.schedules.constant(1.0))
-    opt.update_captured()
-    assert opt.session.plan.buffers.tensors["segments"] is not column
-    assert any(held is column for held in opt.session.plan.buffers._replaced)
 
 
 def test_loading_fills_the_captured_buffers(capture):
@@ -353,3 +307,266 @@ def test_pages_are_copied_while_steps_go_on():
     _, opt = made(2500)
     assert opt.telemetry.history()["step"].tolist() == list(range(1, 2501))
     assert len(opt.telemetry) == 2500
+
+
+# graphs: a replay reads the arguments of its launches, and the memory that they point to
+
+
+@pytest.fixture(params=["cpu", "cuda", "cuda, addresses copied"])
+def recorder(request, capture, monkeypatch):
+    """Records the launches of every optimizer that is made."""
+    recorder = Recorder(capture)
+    if request.param == "cpu":
+        backend = CpuBackend()
+        monkeypatch.setattr(backend, "_cpu", recorder.compiled(backend._cpu))
+    else:
+        most = {} if request.param == "cuda" else {"MAX_CAPTURED_POINTERS": 2}
+        backend = CudaBackend(recorder.compiled(cuda_on_host.cached(), **most))
+    monkeypatch.setattr(session, "resolve", lambda name, device: backend)
+    return recorder
+
+
+class Training:
+    """A small network, its optimizer and batches in the same memory."""
+
+    def __init__(self, make=fw.Adam, **options):
+        torch.manual_seed(0)
+        self.model = torch.nn.Sequential(torch.nn.Linear(4, 3), torch.nn.Tanh(), torch.nn.Linear(3, 2))
+        self.x, self.y = torch.zeros(5, 4), torch.zeros(5, 2)
+        self.opt = make(self.model.parameters(), **{"lr": 0.1, **options})
+
+    def load(self, step):
+        generator = torch.Generator().manual_seed(step)
+        self.x.copy_(torch.randn(5, 4, generator=generator))
+        self.y.copy_(torch.randn(5, 2, generator=generator))
+
+    def backward(self):
+        loss = (self.model(self.x) - self.y).square().mean()
+        loss.backward()
+
+    def step(self, step):
+        """As a loop without graphs does."""
+        self.load(step)
+        self.opt.zero_grad(set_to_none=True)
+        self.backward()
+        self.opt.step()
+
+    def captured(self, recorder):
+        """Record as torch's documentation does: gradients are allocated while the graph is captured."""
+        self.opt.zero_grad(set_to_none=True)
+        with recorder.graph() as graph:
+            self.backward()
+            self.opt.step()
+        return graph
+
+    def replay(self, graph, step):
+        self.load(step)
+        graph.replay()
+
+
+def assert_same_training(a, b):
+    for p, q in zip(a.model.parameters(), b.model.parameters(), strict=True):
+        assert_same_bits("param", p, q)
+        for name, value in a.opt.state[p].items():
+            assert_same_bits(name, value, b.opt.state[q][name])
+    assert_same_bits("telemetry", a.opt.telemetry.rows(), b.opt.telemetry.rows())
+    assert a.opt.get_last_lr() == b.opt.get_last_lr()
+
+
+@pytest.mark.parametrize("make", [fw.Adam, fw.LAMB])
+@pytest.mark.parametrize(
+    "options", [{}, {"max_grad_norm": 0.5, "average": fw.EMA(0.9)}], ids=["plain", "clip"]
+)
+def test_the_pattern_of_torch(recorder, make, options):
+    """Eager steps, a capture that allocates its gradients, replays, eager steps between them."""
+    eager, training = Training(make, **options), Training(make, **options)
+    for step in range(3):
+        training.step(step)
+    graph = training.captured(recorder)
+    for step in range(3, 12):
+        training.step(step) if step in (6, 7) else training.replay(graph, step)
+    for step in range(12):
+        eager.step(step)
+    assert_same_training(training, eager)
+
+
+def test_several_graphs_with_gradients_of_their_own(recorder):
+    eager, training = Training(), Training()
+    training.step(0)
+    graphs = [training.captured(recorder) for _ in range(3)]
+    for step in range(1, 10):
+        training.replay(graphs[step % 3], step)
+        eager.step(step - 1)
+    eager.step(9)
+    assert_same_training(training, eager)
+
+
+def test_a_graph_of_some_gradients(recorder):
+    """A parameter without a gradient at the capture stays as it is in replays."""
+    eager, training = Training(), Training()
+    for one in (eager, training):
+        one.step(0)
+        one.model[0].requires_grad_(False)
+    graph = training.captured(recorder)
+    for step in range(1, 4):
+        training.replay(graph, step)
+        eager.step(step)
+    assert_same_training(training, eager)
+
+
+def test_gradients_that_moved_before_the_capture(recorder):
+    eager, training = Training(), Training()
+    training.step(0)
+    for p in training.model.parameters():
+        p.grad = p.grad.clone()
+    with recorder.graph() as graph:
+        training.opt.zero_grad(set_to_none=False)
+        training.backward()
+        training.opt.step()
+    for step in range(1, 4):
+        training.replay(graph, step)
+    for step in range(4):
+        eager.step(step)
+    assert_same_training(training, eager)
+
+
+LATER_SCHEDULES = {
+    "more segments": (
+        fw.schedules.constant(0.5),
+        fw.schedules.warmup(3).then(fw.schedules.constant(1.0)),
+    ),
+    "fewer segments": (
+        fw.schedules.warmup(3).then(fw.schedules.cosine(1.0, 0.5, 9)),
+        fw.schedules.constant(0.25),
+    ),
+    "none": (fw.schedules.constant(0.5), None),
+    "the first one": (None, fw.schedules.warmup(20)),
+    "a table": (fw.schedules.constant(0.5), fw.schedules.table([0.1 * i for i in range(99)])),
+    "another table": (fw.schedules.table([0.5, 0.25]), fw.schedules.table([0.1 * i for i in range(99)])),
+}
+
+
+@pytest.mark.parametrize("how", ["groups", "loaded"])
+@pytest.mark.parametrize("change", LATER_SCHEDULES)
+def test_a_graph_follows_another_schedule(recorder, change, how):
+    """Of the learning rate and the weight decay, whatever the number of their segments."""
+    first, second = LATER_SCHEDULES[change]
+    options = {"schedule": first, "weight_decay_schedule": first, "weight_decay": 0.1}
+    eager, training = Training(fw.AdamW, **options), Training(fw.AdamW, **options)
+    training.step(0)
+    eager.step(0)
+    graph = training.captured(recorder)
+    for step in range(1, 4):
+        training.replay(graph, step)
+        eager.step(step)
+    for one in (eager, training):
+        one.opt.zero_grad(set_to_none=True)
+        later = {"schedule": second, "weight_decay_schedule": second}
+        if how == "groups":
+            one.opt.param_groups[0].update(later)
+        else:
+            saved = copy.deepcopy(one.opt.state_dict())
+            saved["param_groups"][0].update(later)
+            with warnings.catch_warnings():
+                # of the other schedule
+                warnings.simplefilter("ignore")
+                one.opt.load_state_dict(saved)
+    if how == "groups":
+        training.opt.update_captured()
+    for step in range(4, 9):
+        training.replay(graph, step)
+        eager.step(step)
+    assert_same_training(training, eager)
+
+
+OTHERS = {
+    "a group": lambda opt: opt.add_param_group({"params": make_params(torch.float32, [(2,)])}),
+    "a state": lambda opt: opt.param_groups[0].update(amsgrad=True),
+    "a sphere": lambda opt: opt.param_groups[0].update(projection="sphere"),
+    "a norm to clip to": lambda opt: setattr(opt, "max_grad_norm", 1e-3),
+    "a policy": lambda opt: setattr(opt, "nonfinite", "skip"),
+    "an average": lambda opt: setattr(opt, "average", fw.EMA(0.5)),
+}
+
+
+@pytest.mark.parametrize("change", OTHERS)
+def test_a_graph_goes_on_as_captured(recorder, change):
+    """What a replay cannot follow changes nothing in it, and is said."""
+    eager, training = Training(max_grad_norm=1.0), Training(max_grad_norm=1.0)
+    training.step(0)
+    graph = training.captured(recorder)
+    saved = training.opt.state_dict()
+    OTHERS[change](training.opt)
+    message = r"Adam: {} must find the groups, states, projection, .* of the graph captured last, got others"
+    with pytest.raises(RuntimeError, match=message.format(r"update_captured\(\)")):
+        training.opt.update_captured()
+    if change in ("a norm to clip to", "a policy", "an average"):
+        with pytest.warns(UserWarning, match=message.format("load_state_dict")):
+            training.opt.load_state_dict(saved)
+    for step in range(1, 5):
+        training.replay(graph, step)
+    for step in range(5):
+        eager.step(step)
+    for p, q in zip(training.model.parameters(), eager.model.parameters(), strict=True):
+        assert_same_bits("param", p, q)
+
+
+def test_eager_steps_with_other_options_leave_the_graph_alone(recorder):
+    """An eager step in between that does not clip, and replays that do."""
+    eager, training = Training(max_grad_norm=0.1), Training(max_grad_norm=0.1)
+    training.step(0)
+    eager.step(0)
+    graph = training.captured(recorder)
+    for step in range(1, 7):
+        norm = 0.1 if step % 2 else None
+        eager.opt.max_grad_norm = norm
+        eager.step(step)
+        if step % 2:
+            training.replay(graph, step)
+        else:
+            training.opt.max_grad_norm = norm
+            training.step(step)
+    assert_same_training(training, eager)
+
+
+def test_captures_that_follow_one_another(recorder):
+    """The bytes of each are held for its replays; eager steps and init_state() make room."""
+    training = Training()
+    training.step(0)
+    copied = training.opt.session.backend.max_captured_pointers < 4
+    graphs = [training.captured(recorder) for _ in range(captured.ROOM)]
+    if copied:
+        with pytest.raises(RuntimeError, match="at most 8 graphs must be captured without an eager step"):
+            training.captured(recorder)
+    training.step(1)
+    graphs += [training.captured(recorder) for _ in range(2)]
+    eager = Training()
+    for step in range(2):
+        eager.step(step)
+    for step, graph in enumerate(graphs, 2):
+        training.replay(graph, step)
+        eager.step(step)
+    assert_same_training(training, eager)
+
+
+def test_gradients_of_another_dtype_are_not_captured(capture):
+    """The refused step changes nothing, and the next eager step reads them as they are."""
+    runs = []
+    for refused in (True, False):
+        params = make_params(torch.bfloat16, SHAPES)
+        opt = fw.Adam(params, lr=0.1)
+        set_grads(params, 0)
+        opt.step()
+        for p in params:
+            p.grad_dtype = None
+            p.grad = p.grad.float()
+        if refused:
+            with (
+                capture,
+                pytest.raises(RuntimeError, match="Adam: gradients must have the dtypes of the step before"),
+            ):
+                opt.step()
+        opt.step()
+        runs.append(params)
+    for p, q in zip(*runs, strict=True):
+        assert_same_bits("param", p, q)

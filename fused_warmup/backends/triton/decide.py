@@ -50,10 +50,8 @@ def decide(step, t, part):
 @triton.jit
 def rates_of(step, h, t):
     """Learning rate and weight decay of a block of groups, after schedules."""
-    lr = h.lr * multiplier(step.segments, h.lr_segment, h.lr_segments, step.table_values, t)
-    weight_decay = h.weight_decay * multiplier(
-        step.segments, h.decay_segment, h.decay_segments, step.table_values, t
-    )
+    lr = h.lr * multiplier(h.lr_segments, h.n_lr_segments, t)
+    weight_decay = h.weight_decay * multiplier(h.decay_segments, h.n_decay_segments, t)
     return Rates(lr=lr, weight_decay=weight_decay)
 
 

@@ -229,6 +229,7 @@ class TritonBackend:
 
     name = "triton"
     max_inline_pointers = 0
+    max_captured_pointers = 0
 
     def __init__(self, programs: int | None = None) -> None:
         self._programs = programs

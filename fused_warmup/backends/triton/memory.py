@@ -39,9 +39,7 @@ def _struct(name: str) -> Any:
 
     An instance is made from another one and the fields that differ, or from fields alone; the others are 0.
     """
-    # "values" is already an attribute of Triton's tuples
-    fields = ["table_values" if field == "values" else field for field in STRUCTS[name].names or ()]
-    base: Any = namedtuple(name, fields)  # type: ignore[misc]
+    base: Any = namedtuple(name, STRUCTS[name].names or ())  # type: ignore[misc]
 
     def new(cls: Any, *values: Any, **fields: Any) -> Any:
         if len(values) == 1:

@@ -29,7 +29,7 @@ def power(x, y):
 
 
 @triton.jit
-def segment_value(segment, values, t):
+def segment_value(segment, t):
     """Multiplier of a segment at its own step ``t >= 0``; after the segment its end value is kept."""
     start = segment.start
     end = segment.end
@@ -49,22 +49,22 @@ def segment_value(segment, values, t):
     ratio = tl.where(kind == EXPONENTIAL, end, 1.0) / tl.where(kind == EXPONENTIAL, start, 1.0)
     value = tl.where(kind == EXPONENTIAL, start * power(ratio, x), value)
     value = tl.where(kind == POLYNOMIAL, start + (end - start) * (1.0 - power(1.0 - x, shape)), value)
-    table = (kind == TABLE) & ~over
-    place = (values + (segment.first_value + t) * 8).to(tl.pointer_type(tl.float64))
-    value = tl.where(table, tl.load(place, mask=table, other=0.0), value)
+    listed = (kind == TABLE) & ~over
+    place = (segment.table + t * 8).to(tl.pointer_type(tl.float64))
+    value = tl.where(listed, tl.load(place, mask=listed, other=0.0), value)
     return tl.where(kind == INVERSE_SQRT, inverse_sqrt, tl.where(over, end, value))
 
 
 @triton.jit
-def multiplier(segments, first, count, values, t):
+def multiplier(segments, count, t):
     """Multiplier at step ``t`` of chains of segments; an empty chain is the constant 1."""
     i = tl.zeros_like(count)
     for j in range(1, tl.max(count)):
         begun = j < count
-        begin = load_struct(segments, first + j, "Segment", begun).begin
+        begin = load_struct(segments, j, "Segment", begun).begin
         i = tl.where(begun & (t >= begin), j, i)
-    segment = load_struct(segments, first + i, "Segment", count > 0)
-    return tl.where(count == 0, 1.0, segment_value(segment, values, t - segment.begin))
+    segment = load_struct(segments, i, "Segment", count > 0)
+    return tl.where(count == 0, 1.0, segment_value(segment, t - segment.begin))
 
 
 @triton.jit
