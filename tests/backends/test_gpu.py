@@ -209,20 +209,100 @@ def test_loading_reaches_the_captured_graph(backend):
     assert_same_run(eager, captured)
 
 
-@pytest.mark.parametrize("change", ["moved", "missing", "group"])
-def test_what_a_replay_would_not_see_raises(change, backend):
+def test_a_new_group_is_not_captured(backend):
     loop = Loop(lambda params: fw.Adam(params, lr=0.01, backend=backend))
     loop.step()
-    if change == "moved":
-        loop.params[4].grad = loop.params[4].grad.clone()
-    elif change == "missing":
-        loop.params[4].grad = None
-    else:
-        loop.opt.add_param_group({"params": params_on("cuda", [(3,)])})
+    loop.opt.add_param_group({"params": params_on("cuda", [(3,)])})
     torch.cuda.synchronize()
-    message = r"Adam: .* while a graph is captured|before a graph is captured"
+    message = r"Adam: .* before a graph is captured"
     with pytest.raises(RuntimeError, match=message), torch.cuda.graph(torch.cuda.CUDAGraph()):
         loop.opt.step()
+
+
+class Problem:
+    """A training step as in torch's documentation of graphs: gradients are allocated anew at every step."""
+
+    def __init__(self, backend, n=3, **options):
+        self.params = params_on("cuda", [(16,)] * n)
+        self.x = torch.zeros(16, device="cuda")
+        self.opt = fw.Adam(self.params, lr=0.01, backend=backend, **options)
+
+    def load(self, step):
+        self.x.copy_(torch.randn(16, generator=torch.Generator().manual_seed(step)))
+
+    def run(self):
+        # no product of matrices, whose bits may be others in a graph
+        torch.stack([(p * self.x - 1).square().sum() for p in self.params]).sum().backward()
+        self.opt.step()
+
+    def step(self, step):
+        self.load(step)
+        self.opt.zero_grad(set_to_none=True)
+        self.run()
+
+    def warm_up(self):
+        """Three steps on a side stream."""
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            for step in range(3):
+                self.step(step)
+        torch.cuda.current_stream().wait_stream(stream)
+
+    def captured(self, pool=None):
+        self.opt.zero_grad(set_to_none=True)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=pool):
+            self.run()
+        return graph
+
+    def replay(self, graph, step):
+        self.load(step)
+        graph.replay()
+
+
+def assert_same_problem(a, b):
+    torch.cuda.synchronize()
+    for p, q in zip(a.params, b.params, strict=True):
+        assert_same_bits("param", p, q)
+        for name, value in states_of(a.opt, p).items():
+            assert_same_bits(name, value, states_of(b.opt, q)[name])
+    assert_same_bits("telemetry", a.opt.telemetry.rows(), b.opt.telemetry.rows())
+
+
+@pytest.mark.parametrize("clip", [None, 0.1], ids=["unclipped", "clipped"])
+@pytest.mark.parametrize("n", [3, 500])
+def test_the_pattern_of_torch(n, clip, backend):
+    """With addresses in arguments, or copied; two graphs in one pool, eager steps between the replays."""
+    eager, problem = (Problem(backend, n, max_grad_norm=clip) for _ in range(2))
+    problem.warm_up()
+    pool = torch.cuda.graph_pool_handle()
+    graphs = [problem.captured(pool) for _ in range(2)]
+    for step in range(3, 15):
+        if step % 5 == 0:
+            problem.step(step)
+        else:
+            problem.replay(graphs[step % 2], step)
+    for step in range(15):
+        eager.step(step)
+    assert_same_problem(eager, problem)
+
+
+def test_a_graph_follows_another_schedule(backend):
+    eager, problem = (Problem(backend, schedule=fw.schedules.constant(0.5)) for _ in range(2))
+    problem.warm_up()
+    graph = problem.captured()
+    for step in range(3):
+        eager.step(step)
+    later = (fw.schedules.warmup(9).then(fw.schedules.table([0.5] * 99)), None, fw.schedules.warmup(30))
+    for change, schedule in enumerate(later):
+        for one in (eager, problem):
+            one.opt.param_groups[0]["schedule"] = schedule
+        problem.opt.update_captured()
+        for step in range(10 * change, 10 * change + 10):
+            eager.step(step)
+            problem.replay(graph, step)
+    assert_same_problem(eager, problem)
 
 
 @pytest.mark.parametrize("clip", [None, 1.0], ids=["unclipped", "clipped"])
