@@ -63,7 +63,8 @@ enum SegmentKind : int32_t {
   X(int32_t, row)
 
 // The hyper-parameters of one parameter group, before schedules. It has the addresses of the segments of its
-// schedules, so that a captured graph, which reads it where it was, finds those of a schedule that was set later.
+// schedules, so that a captured graph, which reads it where it was, finds those of a schedule that was set
+// later.
 #define FW_HYPER(X)            \
   X(double, lr)                \
   X(double, weight_decay)      \
@@ -94,8 +95,8 @@ enum SegmentKind : int32_t {
   X(uint64_t, lr_segments)     \
   X(uint64_t, decay_segments)
 
-// one segment of a schedule: begin and steps count optimizer steps; steps is 0 for a segment without end. table is
-// the address of the values of a kTable.
+// one segment of a schedule: begin and steps count optimizer steps; steps is 0 for a segment without end.
+// table is the address of the values of a kTable.
 #define FW_SEGMENT(X) \
   X(int64_t, begin)   \
   X(int64_t, steps)   \
@@ -196,7 +197,8 @@ enum SegmentKind : int32_t {
 // one call of step(): addresses of the columns, their lengths, and the settings of the optimizer; squares is
 // the sum of squares of each chunk of a group on a sphere. chunk_sums has, per chunk, the sums of a rule over
 // it and the number of its whole channels that are not scale-invariant. n_tiles is the most tiles that a
-// chunk has; each chunk has room for so many sums in tile_partials.
+// chunk has; each chunk has room for so many sums in tile_partials. block_threads is the number of threads
+// that take a chunk on a GPU.
 #define FW_STEP(X)               \
   X(uint64_t, rows)              \
   X(uint64_t, grads)             \
@@ -231,7 +233,8 @@ enum SegmentKind : int32_t {
   X(uint64_t, spheres)           \
   X(uint64_t, squares)           \
   X(uint64_t, tile_partials)     \
-  X(int64_t, n_tiles)
+  X(int64_t, n_tiles)            \
+  X(int64_t, block_threads)
 
 // what the host needs of a tensor in one stretch of memory; dtype is -1 for any other tensor. reach is the
 // number of its bytes.

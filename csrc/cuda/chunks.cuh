@@ -50,6 +50,12 @@ FW_HOST_DEVICE uint32_t tiles_of_chunk(const Step& step) {
   return step.spheres ? 1 : static_cast<uint32_t>(step.n_tiles);
 }
 
+// Threads of a block of measure and update. Fewer than kThreads take chunks of no more packs than threads, so
+// that every sum is that of a block of kThreads.
+FW_HOST_DEVICE int threads_of_chunk(const Step& step) {
+  return step.spheres ? kThreads : static_cast<int>(step.block_threads);
+}
+
 // one of the tiles of a chunk; part has its elements
 struct Tile {
   int64_t chunk;

@@ -45,7 +45,8 @@ FW_DEVICE Partial block_sum(Partial total) {
   __syncthreads();
   if (threadIdx.x % kWarp == 0) of_warp[threadIdx.x / kWarp] = total;
   __syncthreads();
-  return threadIdx.x == 0 ? combine_all(of_warp, kThreads / kWarp) : total;
+  const int warps = (blockDim.x < kThreads ? blockDim.x : kThreads) / kWarp;
+  return threadIdx.x == 0 ? combine_all(of_warp, warps) : total;
 }
 
 // written by other blocks: bypass L1
@@ -66,7 +67,7 @@ FW_DEVICE Partial sum_chunks(const Step& step) {
   const Partial* partials = at<Partial>(step.partials);
   Partial total = {};
   if (threadIdx.x < kThreads) {
-#pragma unroll 8
+#pragma unroll 16
     for (int64_t i = threadIdx.x; i < step.n_chunks; i += kThreads)
       combine(total, load_partial(partials + i));
   }

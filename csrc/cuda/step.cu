@@ -227,12 +227,14 @@ void launch_all(const Launch& how, const Step& step) {
   const Grids grids = grids_on<Rule, kDoubles>(how.device);
   const int64_t row_tiles = (step.n_rows + kDecideThreads - 1) / kDecideThreads;
   const int64_t decides = grid(grids.decide, how.max_blocks, row_tiles);
+  const int threads = threads_of_chunk(step);
+  const bool small = threads < kThreads;
   GradPointers<kSize> pointers;
   pointers.count = how.n_grads;
   memcpy(pointers.grads, how.grads, how.n_grads * sizeof(uint64_t));
   if (step.measure) {
-    launch(measure_kernel<kSize>, grid(grids.measure, how.max_blocks, step.n_chunks), kThreads, how.stream,
-           step, pointers);
+    launch(measure_kernel<kSize>, grid(small ? step.n_chunks : grids.measure, how.max_blocks, step.n_chunks),
+           threads, how.stream, step, pointers);
     GradPointers<kFewPointers> none;
     none.count = 0;
     launch(decide_kernel<Rule, kFewPointers>, decides, kDecideThreads, how.stream, step, none);
@@ -246,9 +248,9 @@ void launch_all(const Launch& how, const Step& step) {
            step);
   }
   const int64_t tiles = tiles_of_chunk(step), units = step.n_chunks * tiles;
-  // as many blocks as tiles: the device starts one where another ends
-  launch(update_kernel<Rule, kDoubles>, grid(tiles > 1 ? units : grids.update, how.max_blocks, units),
-         kThreads, how.stream, step);
+  // as many blocks as tiles, or as small chunks: the device starts one where another ends
+  launch(update_kernel<Rule, kDoubles>,
+         grid(tiles > 1 || small ? units : grids.update, how.max_blocks, units), threads, how.stream, step);
   if (Rule::kSums == 0 && accumulates(step)) {
     const int64_t blocks = tiles > 1 ? (step.n_chunks + kThreads - 1) / kThreads : 1;
     launch(finish_kernel, grid(grids.finish, how.max_blocks, blocks), kThreads, how.stream, step);

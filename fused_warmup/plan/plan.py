@@ -19,7 +19,7 @@ from torch import Tensor
 from .. import _checks as check
 from .address_cache import AddressCache, address_of, addresses_of, select_reader
 from .captured import CapturedArguments
-from .chunks import PIECE, TILE_BYTES, chunks
+from .chunks import BLOCK_THREADS, PIECE, TILE_BYTES, chunks, threads_for
 from .device_buffers import DeviceBuffers, is_capturing
 from .gradients import GradientTable
 from .groups import GroupReadings, GroupTable
@@ -165,6 +165,7 @@ class Plan:
             n_rows=len(self.rows),
             n_chunks=self.n_chunks,
             n_tiles=self.n_tiles,
+            block_threads=BLOCK_THREADS if self.spec.is_layerwise else threads_for(int(longest)),
             telemetry_capacity=0 if ring_buffer is None else len(ring_buffer),
             average_kind=AVERAGE_KINDS[kind],
             average_decay=decay,

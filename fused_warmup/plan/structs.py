@@ -114,7 +114,7 @@ _FIELDS: dict[str, list[tuple[str, str]]] = {
         *((name, "u8") for name in ("decision", "grad_scale", "found_inf", "sums", "projection_coefs")),
         *((name, "u8") for name in ("chunk_sums", "layer_projections")),
         *((name, "u8") for name in ("spheres", "squares", "tile_partials")),
-        ("n_tiles", "i8"),
+        *((name, "i8") for name in ("n_tiles", "block_threads")),
     ],
     "TensorExtent": [
         ("address", "u8"),

@@ -9,6 +9,7 @@ import math
 from types import SimpleNamespace
 
 import cuda_on_host
+import numpy as np
 import pytest
 import torch
 import vector_cases
@@ -103,6 +104,7 @@ from fused_warmup import _cpu
 from fused_warmup.backends.native import CpuBackend, CudaBackend
 from fused_warmup.optim import session
 from fused_warmup.plan import device_buffers
+from fused_warmup.plan.structs import STRUCTS
 from fused_warmup.reference.rules import LAYER_RULES
 
 
@@ -453,3 +455,27 @@ def test_preconditioner_is_that_of_the_reference(module, case, dtype):
     mixed = [p for d in vector_cases.DTYPES for p in make_params(d, [(33,)])]
     groups = [{"params": mixed[:1]}, {"params": mixed[1:], "lr": 3e-3}]
     check_preconditioner(case, lambda case, _, **more: make(case, groups, **more), mixed, steps=(1,))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("clip", [None, 0.1], ids=["unclipped", "clipped"])
+def test_small_chunks_take_small_blocks(module, clip, dtype):
+    """As many threads as they have packs, and the bits of a block of the usual size."""
+    most = 512 // torch.finfo(dtype).bits * 8
+    for threads, largest in ((32, most), (64, 2 * most), (96, 2 * most + 1), (128, 9 * most)):
+        shapes = [(largest,), (1,), (0,), (most - 1,), (3, 5)]
+        runs = pair(CASES[0], dtype, [CudaBackend(module)] * 2, shapes, max_grad_norm=clip, telemetry="all")
+        for step in range(3):
+            for usual, (params, opt) in enumerate(runs):
+                set_grads(params, step)
+                if step == 1:
+                    # unaligned
+                    params[0].grad = torch.cat([params[0].grad[:1], params[0].grad])[1:]
+                plan, _ = opt.session.prepare(None, None)
+                pointer = ctypes.cast(plan.address, ctypes.POINTER(ctypes.c_uint8))
+                call = np.ctypeslib.as_array(pointer, (STRUCTS["Step"].itemsize,)).view(STRUCTS["Step"])
+                assert call["block_threads"][0] == (128 if usual and step else threads)
+                call["block_threads"] = 128 if usual else threads
+                opt.step()
+        assert_same_state(runs)
+        assert_same_bits("telemetry", *(opt.telemetry.rows() for _, opt in runs))

@@ -118,6 +118,14 @@ def test_options_have_the_bits_of_the_cpu_kernels(side, case, option, monkeypatc
     assert_same(runs)
 
 
+@pytest.mark.parametrize("option", [{}, {"max_grad_norm": 1.0}], ids=["unclipped", "clipped"])
+def test_small_chunks_take_blocks_of_a_warp(option, monkeypatch):
+    """Shared memory for the sums of other warps is not read, because nobody writes it."""
+    backends = (backend_of(MAIN[0], monkeypatch), CpuBackend())
+    step_all(runs := make_runs(BY_NAME["adamw"], HALVES, backends, [(1,), (64,), (7, 9), (0,)], **option))
+    assert_same(runs)
+
+
 @pytest.mark.rest
 @pytest.mark.parametrize("side", MAIN)
 @pytest.mark.parametrize("case", ["adamw", "adamp"])
