@@ -1,7 +1,7 @@
 """Builds fused_warmup._cpu, and fused_warmup._cuda where nvcc is; neither torch nor a GPU is needed.
 
-``python setup.py kernels`` builds them in place without setuptools, whose versions before 77 refuse the license
-in ``pyproject.toml``. Any other command is setuptools'.
+``python setup.py kernels`` builds them in place without setuptools, whose versions before 77 refuse the
+license in ``pyproject.toml``. Any other command is setuptools'.
 
 Environment: CXX chooses the compiler, g++ or clang++; FUSED_WARMUP_CXXFLAGS adds flags, for example a
 sanitizer. FUSED_WARMUP_CUDA=0 leaves the CUDA kernels out and =1 insists on them; FUSED_WARMUP_CUDA_ARCHS
@@ -80,8 +80,10 @@ def explain_missing_nvcc() -> None:
 
 def compiler_lines() -> list[str]:
     """Return the ninja rule that compiles C++ for both extensions."""
-    import pybind11
-
+    try:
+        import pybind11
+    except ImportError:
+        sys.exit("fused_warmup: pybind11 must be installed, got none; pip install pybind11.")
     cxx = os.environ.get("CXX", "g++")
     extra = os.environ.get("FUSED_WARMUP_CXXFLAGS", "")
     paths = (pybind11.get_include(), sysconfig.get_paths()["include"])

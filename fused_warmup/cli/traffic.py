@@ -1,4 +1,4 @@
-"""Tables of ``fused-warmup doctor --traffic``: launches and bytes of a step, and its predicted time on a GPU."""
+"""Tables of ``fused-warmup doctor --traffic``: launches, bytes and predicted times of a step."""
 
 from __future__ import annotations
 
@@ -34,20 +34,8 @@ Shapes = list[tuple[int, ...]]
 
 def gpt_shapes(layers: int = 12, d: int = 768) -> Shapes:
     """Return the shapes of the tensors of GPT-2; by default the 148 of the model of 124M parameters."""
-    block = [
-        (d,),
-        (d,),
-        (3 * d, d),
-        (3 * d,),
-        (d, d),
-        (d,),
-        (d,),
-        (d,),
-        (4 * d, d),
-        (4 * d,),
-        (d, 4 * d),
-        (d,),
-    ]
+    attention = [(d,), (d,), (3 * d, d), (3 * d,), (d, d), (d,)]
+    block = [*attention, (d,), (d,), (4 * d, d), (4 * d,), (d, 4 * d), (d,)]
     return [(50257, d), (1024, d), *(block * layers), (d,), (d,)]
 
 

@@ -1,7 +1,7 @@
-"""Roofline model of a step on a GPU: bytes, issue, FP64 and latency of each kernel, and the time they predict.
+"""Roofline model of a step on a GPU: bytes, issue, FP64 and latency of each kernel, and their times.
 
-A kernel takes the longest of four times, and its launch. Nothing here was measured on the machine that asks: all
-times are predictions. ``docs/roofline.md`` compares them with an H100.
+A kernel takes the longest of the four times, and its launch. All times are predictions; nothing is measured.
+``docs/roofline.md`` compares them with times of an H100.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ from dataclasses import dataclass, fields
 from .. import _checks as check
 from .chunks import CHUNK
 
-# share of the speed of a copy that the kernels reach; calibrated: the update of Adam on 10 x 16M took 1,503 us
-# on an H100, and its bytes take 1,489 at the speed of a copy
+# share of the speed of a copy that the kernels reach; calibrated: the update of Adam on 10 x 16M took 1,503
+# us on an H100, and its bytes take 1,489 at the speed of a copy
 OF_COPY = 0.99
 # assumption: from the end of a kernel to the first instruction of the next one in the same stream
 LAUNCH_US = 2.5
@@ -52,27 +52,23 @@ class Device:
     source: str
 
 
-# Multiprocessors, clocks and memory are those of the vendor's data sheets, the clock of H100 and H200 is that of
-# sustained work. FP64 lanes: CUDA C++ Programming Guide, "Compute Capabilities" 7.5 to 10.0; 2 for 12.0 is an
-# assumption, from 1/64 of the float32 rate. Conversions: the guide's table "Throughput of Native Arithmetic
-# Instructions", row "Type conversions from and to 64-bit types" (16, and 2 with two FP64 lanes); 16 for 10.0 is
-# an assumption.
-DEVICES = {
-    device.name: device
-    for device in (
-        Device("T4", 40, 1.59, 240, 2, 2, 16, "assumption: 0.75 of the peak of 320, as its memory has ECC"),
-        Device("A100", 108, 1.41, 1820, 32, 16, 80,
-               "0.89 of the peak of 2,039, the share that an A800 reached (mli/transformers-benchmarks#4)"),
-        Device("H100", 132, 1.755, 3009, 64, 16, 80, "measured by this project"),
-        Device("H200", 132, 1.755, 4310, 64, 16, 141, "assumption: 0.90 of the peak of 4,800, as the H100"),
-        Device("B200", 148, 1.965, 6890, 64, 16, 180,
-               "assumption: 0.90 of the peak of 7,672 (pytorch/ao#4002), as the H100"),
-        Device("RTX 4090", 128, 2.52, 920, 2, 2, 24,
-               "measured by others: 911 to 924 (tinygrad/open-gpu-kernel-modules#6)"),
-        Device("RTX 5090", 170, 2.407, 1635, 2, 2, 32,
-               "assumption: 0.91 of the peak of 1,792, as the RTX 4090"),
-    )
-}  # fmt: skip
+# Multiprocessors, clocks and memory are those that the vendor states, but for the clocks of H100, H200 and
+# B200, whose value under load is an assumption. FP64: CUDA C++ Programming Guide, "Compute Capabilities" 7.5
+# to 10.0; 2 for 12.0 is an assumption, from 1/64 of the float32 rate. Conversions: the guide's "Throughput of
+# Native Arithmetic Instructions", row "Type conversions from and to 64-bit types"; for 10.0 and 12.0 an
+# assumption.
+_TABLE = (
+    Device("T4", 40, 1.59, 240, 2, 2, 16, "assumption: 0.75 of the peak of 320, as its memory has ECC"),
+    Device(
+        "A100", 108, 1.41, 1820, 32, 16, 80, "0.89 of the peak of 2,039, as in mli/transformers-benchmarks#4"
+    ),
+    Device("H100", 132, 1.755, 3009, 64, 16, 80, "measured by this project"),
+    Device("H200", 132, 1.755, 4310, 64, 16, 141, "assumption: 0.90 of the peak of 4,800, as the H100"),
+    Device("B200", 148, 1.755, 6890, 64, 16, 180, "assumption: 0.90 of the peak of 7,672 in pytorch/ao#4002"),
+    Device("RTX 4090", 128, 2.52, 920, 2, 2, 24, "918 to 924 measured in tinygrad/open-gpu-kernel-modules#6"),
+    Device("RTX 5090", 170, 2.407, 1635, 2, 2, 32, "assumption: 0.91 of the peak of 1,792, as the RTX 4090"),
+)
+DEVICES = {device.name: device for device in _TABLE}
 
 
 def find_device(name: str, owner: str = "find_device") -> Device:
@@ -124,8 +120,8 @@ INSTRUCTIONS: dict[str, tuple[tuple[float, float], ...]] = {
     "update of layers": ((28, 35), (29, 35), (70, 71)),
     "rescale": ((15, 21),),
 }
-# The norms of a gradient element on top of the instructions above: its square is added in double, and a quarter
-# of a sum of four magnitudes. Sums in pairs of floats would be Work(10).
+# The norms of a gradient element, on top of the instructions above: its square is added in double, and a
+# quarter of a sum of four magnitudes. Sums in pairs of floats would be Work(10).
 NORMS = Work(fp64=1.25, conversions=1.25)
 # one product that is summed in double, and the conversion of its factor
 SUM = Work(fp64=1.0, conversions=1.0)
@@ -149,7 +145,7 @@ class Kernel:
     """One launch of a step.
 
     Attributes:
-        name: ``"measure"``, ``"decide"``, ``"stage1"``, ``"reduce"``, ``"update"``, ``"finish"`` or ``"rescale"``.
+        name: Its name in ``csrc/cuda``, such as ``"update"``.
         read: Bytes that it reads of parameters, gradients, states and averages.
         written: Bytes that it writes to them.
         work: Work on all elements.
@@ -202,7 +198,7 @@ class KernelTime:
         bytes_us: Its bytes at ``OF_COPY`` of the speed of a copy.
         issue_us: Its instructions at one per clock and warp scheduler.
         fp64_us: Its FP64 operations and conversions, which alternate.
-        latency_us: Reads that wait for each other, of all blocks that share a multiprocessor one after another.
+        latency_us: Reads that wait for each other, of all blocks that follow one another.
     """
 
     name: str
@@ -248,7 +244,7 @@ class Prediction:
 
     @property
     def fits(self) -> bool:
-        """Whether parameters, gradients, states and averages fit into the memory; activations are not counted."""
+        """Whether parameters, gradients, states and averages fit into the memory, without activations."""
         return self.held <= self.device.memory * 1e9
 
     def __str__(self) -> str:
@@ -303,7 +299,7 @@ def latency_us(name: str, units: Units, measured: bool, device: Device) -> float
         # 128 threads with four reads each in flight
         "reduce": (units.rows, 4, (8 + units.chunks / max(units.rows, 1) / 512) * L2_NS),
         "update": (units.tiles, 5, prologue),
-        # each thread sums the tiles of a chunk, with four reads in flight; the last block sums over the chunks
+        # each thread sums the tiles of a chunk, four reads in flight; the last block sums over the chunks
         "finish": (
             units.chunks / 128,
             5,
