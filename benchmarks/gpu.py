@@ -52,11 +52,14 @@ class Workload:
     dtype: torch.dtype = torch.float32
     grouped: bool = False
 
-    def params(self, device: str, shrink: int) -> list[nn.Parameter]:
-        """Allocate parameters and gradients, with first dimensions divided by ``shrink``."""
+    def shrunk(self, shrink: int) -> Workload:
+        """Return the workload with first dimensions divided by ``shrink``."""
+        return replace(self, shapes=[(max(1, first // shrink), *rest) for first, *rest in self.shapes])
+
+    def params(self, device: str) -> list[nn.Parameter]:
+        """Allocate parameters and gradients."""
         params = []
-        for first, *rest in self.shapes:
-            shape = (max(1, first // shrink), *rest)
+        for shape in self.shapes:
             param = nn.Parameter(torch.randn(shape, device=device).to(self.dtype))
             param.grad = torch.randn_like(param)
             params.append(param)
@@ -324,7 +327,8 @@ class Setup:
 
 def measure(workload: Workload, optimizer: str, mode: str, setup: Setup) -> list[Row]:
     """Return the rows of all implementations on one workload."""
-    params = workload.params(setup.device, 1000 if setup.quick else 1)
+    workload = workload.shrunk(1000) if setup.quick else workload
+    params = workload.params(setup.device)
     found = sides(workload, optimizer, mode, params, setup.backends)
     for name, side in list(found.items()):
         try:

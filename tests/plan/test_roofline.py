@@ -89,23 +89,22 @@ def test_blocks_without_a_place_wait():
     assert two == pytest.approx(2 * one)
 
 
+def total_work(found):
+    return sum((kernel.work for kernel in found.kernels), Work())
+
+
 def test_norms_are_one_number(monkeypatch):
-    """Sums without FP64 change the norms of every kernel that has them, and nothing else."""
+    """Other sums change the work of the kernel that has the norms, once per element, and nothing else."""
     before = {name: traffic_of(opt, **options) for name, (opt, options, _) in STEPS.items()}
-    monkeypatch.setattr(traffic, "NORMS", Work(10))
+    monkeypatch.setattr(traffic, "NORMS", roofline.NORMS + Work(7, 5, 3))
     for name, (optimizer, options, _) in STEPS.items():
         after = traffic_of(optimizer, **options)
-        summed = 0 if name == "no telemetry" else 1
-        for a, b in zip(before[name].kernels, after.kernels, strict=True):
-            assert (a.read, a.written) == (b.read, b.written)
-        gone = sum(
-            a.work.fp64 - b.work.fp64 for a, b in zip(before[name].kernels, after.kernels, strict=True)
-        )
-        assert gone == pytest.approx(summed * roofline.NORMS.fp64 * after.numel)
-        more = sum(k.work.instructions for k in after.kernels) - sum(
-            k.work.instructions for k in before[name].kernels
-        )
-        assert more == pytest.approx(summed * 10 * after.numel)
+        assert (after.read, after.written) == (before[name].read, before[name].written)
+        elements = 0 if name == "no telemetry" else after.numel
+        expected = total_work(before[name]) + Work(7, 5, 3) * elements
+        assert total_work(after).instructions == pytest.approx(expected.instructions)
+        assert total_work(after).fp64 == pytest.approx(expected.fp64)
+        assert total_work(after).conversions == pytest.approx(expected.conversions)
 
 
 @pytest.mark.parametrize(
