@@ -1,5 +1,8 @@
 """Builds fused_warmup._cpu, and fused_warmup._cuda where nvcc is; neither torch nor a GPU is needed.
 
+``python setup.py kernels`` builds them in place without setuptools, whose versions before 77 refuse the
+license in ``pyproject.toml``. Any other command is setuptools'.
+
 Environment: CXX chooses the compiler, g++ or clang++; FUSED_WARMUP_CXXFLAGS adds flags, for example a
 sanitizer. FUSED_WARMUP_CUDA=0 leaves the CUDA kernels out and =1 insists on them; FUSED_WARMUP_CUDA_ARCHS
 restricts them to some devices, for example "80 90"; FUSED_WARMUP_NVCCFLAGS adds flags.
@@ -14,9 +17,6 @@ import subprocess
 import sys
 import sysconfig
 from pathlib import Path
-
-from setuptools import Extension, setup
-from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
 # contraction off: the sources fix where a product and a sum round once. errno and traps prevent vectors.
@@ -80,8 +80,10 @@ def explain_missing_nvcc() -> None:
 
 def compiler_lines() -> list[str]:
     """Return the ninja rule that compiles C++ for both extensions."""
-    import pybind11
-
+    try:
+        import pybind11
+    except ImportError:
+        sys.exit("fused_warmup: pybind11 must be installed, got none; pip install pybind11.")
     cxx = os.environ.get("CXX", "g++")
     extra = os.environ.get("FUSED_WARMUP_CXXFLAGS", "")
     paths = (pybind11.get_include(), sysconfig.get_paths()["include"])
@@ -148,32 +150,54 @@ def cuda_lines(target: Path, nvcc: str) -> list[str]:
     return [*lines, f"build {escaped(target)}: link {' '.join(objects)}"]
 
 
-class NinjaBuild(build_ext):
-    """Compiles one source several times, once per instruction set or rule, with ninja."""
+def build(name: str, target: Path, folder: Path) -> None:
+    """Write the build file of an extension into a folder and run ninja."""
+    folder.mkdir(parents=True, exist_ok=True)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    lines = cpu_lines(target) if name == CPU else cuda_lines(target, str(NVCC))
+    (folder / "build.ninja").write_text("\n".join(lines) + "\n")
+    command = [
+        find_ninja(),
+        "-C",
+        str(folder),
+        *shlex.split(os.environ.get("FUSED_WARMUP_NINJAFLAGS", "")),
+    ]
+    print("fused_warmup: " + shlex.join(command), flush=True)
+    result = subprocess.run(command, check=False)
+    if result.returncode:
+        sys.exit(f"fused_warmup: the build of {name} failed; {NEEDED[name]}.")
 
-    def run(self) -> None:
-        """Build the CPU extension, and the CUDA extension if nvcc is there."""
-        explain_missing_nvcc()
-        super().run()
 
-    def build_extension(self, ext: Extension) -> None:
-        """Write the build file and run ninja."""
-        target = Path(self.get_ext_fullpath(ext.name)).resolve()
-        folder = (Path(self.build_temp) / ext.name).resolve()
-        folder.mkdir(parents=True, exist_ok=True)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        lines = cpu_lines(target) if ext.name == CPU else cuda_lines(target, str(NVCC))
-        (folder / "build.ninja").write_text("\n".join(lines) + "\n")
-        command = [
-            find_ninja(),
-            "-C",
-            str(folder),
-            *shlex.split(os.environ.get("FUSED_WARMUP_NINJAFLAGS", "")),
-        ]
-        print("fused_warmup: " + shlex.join(command), flush=True)
-        result = subprocess.run(command, check=False)
-        if result.returncode:
-            sys.exit(f"fused_warmup: the build of {ext.name} failed; {NEEDED[ext.name]}.")
+def build_in_place() -> None:
+    """Build the extensions beside the modules of the package."""
+    explain_missing_nvcc()
+    for name in NAMES:
+        target = ROOT.joinpath(*name.split(".")).with_suffix(sysconfig.get_config_var("EXT_SUFFIX"))
+        build(name, target, ROOT / "build" / "kernels" / name)
+
+
+def run_setuptools() -> None:
+    """Run the command of setuptools that was given."""
+    from setuptools import Extension, setup
+    from setuptools.command.build_ext import build_ext
+
+    class NinjaBuild(build_ext):
+        """Compiles one source several times, once per instruction set or rule, with ninja."""
+
+        def run(self) -> None:
+            """Build the CPU extension, and the CUDA extension if nvcc is there."""
+            explain_missing_nvcc()
+            super().run()
+
+        def build_extension(self, ext: Extension) -> None:
+            """Write the build file and run ninja."""
+            target = Path(self.get_ext_fullpath(ext.name)).resolve()
+            build(ext.name, target, (Path(self.build_temp) / ext.name).resolve())
+
+    setup(
+        ext_modules=[Extension(name, sources=[]) for name in NAMES],
+        cmdclass={"build_ext": NinjaBuild},
+    )
 
 
 CPU, CUDA = "fused_warmup._cpu", "fused_warmup._cuda"
@@ -184,8 +208,9 @@ NEEDED = {
 }
 WANTED = os.environ.get("FUSED_WARMUP_CUDA", "auto")
 NVCC = find_nvcc()
+NAMES = (CPU, CUDA) if NVCC else (CPU,)
 
-setup(
-    ext_modules=[Extension(name, sources=[]) for name in (CPU, *([CUDA] if NVCC else []))],
-    cmdclass={"build_ext": NinjaBuild},
-)
+if sys.argv[1:] == ["kernels"]:
+    build_in_place()
+else:
+    run_setuptools()

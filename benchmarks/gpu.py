@@ -1,6 +1,7 @@
 """Measure device and host time of the step on a GPU and write ``benchmarks/results/<gpu>.{json,md}``.
 
-``make gpu`` runs it after the tests. ``--device cpu --quick`` exercises the same code without a GPU; its times
+``make gpu`` runs it after the tests. The page is written after every case, the most important first, so that a
+time limit cuts off the others only. ``--device cpu --quick`` exercises the same code without a GPU; its times
 are meaningless, and it writes nothing.
 """
 
@@ -10,11 +11,12 @@ import argparse
 import gc
 import itertools
 import json
+import math
 import re
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -28,32 +30,17 @@ from benchmarks.common import RESULTS, slug, table
 from fused_warmup.cli.bench.cases import StepFactory, averaged, clipped, ours, torch_step
 from fused_warmup.cli.bench.timing import Step
 from fused_warmup.cli.machine import versions
+from fused_warmup.cli.traffic import gpt_shapes
+from fused_warmup.plan.roofline import Device, find_device
+from fused_warmup.plan.traffic import Traffic
 
 MAX_NORM, DECAY = 1.0, 0.999
 COPY_BYTES = 1 << 30
-
-
-Shapes = Sequence[tuple[int, ...]]
-
-
-def gpt_shapes() -> Shapes:
-    """Return the shapes of the 148 tensors of a 124M GPT."""
-    d = 768
-    layer = [
-        (d,),
-        (d,),
-        (3 * d, d),
-        (3 * d,),
-        (d, d),
-        (d,),
-        (d,),
-        (d,),
-        (4 * d, d),
-        (4 * d,),
-        (d, 4 * d),
-        (d,),
-    ]
-    return [(50257, d), (1024, d), *(layer * 12), (d,), (d,)]
+# rounds of a case: no fewer and no more than these, and none after so many seconds. On an H100 the rounds of 16
+# cases took 0.2 to 2.1 seconds; the limit is for 10,000 tensors, whose peers take seconds on the host.
+MIN_ROUNDS, MAX_ROUNDS, CASE_SECONDS = 5, 15, 3.0
+# above so many tensors torch.compile takes minutes, and a capturable foreach step a second
+MOST_COMPILED, MOST_CAPTURABLE = 200, 1_000
 
 
 @dataclass(frozen=True)
@@ -61,15 +48,18 @@ class Workload:
     """Tensors of a benchmark: shapes, dtype, and whether each one has a parameter group of its own."""
 
     name: str
-    shapes: Shapes
+    shapes: Sequence[tuple[int, ...]]
     dtype: torch.dtype = torch.float32
     grouped: bool = False
 
-    def params(self, device: str, shrink: int) -> list[nn.Parameter]:
-        """Allocate parameters and gradients, with first dimensions divided by ``shrink``."""
+    def shrunk(self, shrink: int) -> Workload:
+        """Return the workload with first dimensions divided by ``shrink``."""
+        return replace(self, shapes=[(max(1, first // shrink), *rest) for first, *rest in self.shapes])
+
+    def params(self, device: str) -> list[nn.Parameter]:
+        """Allocate parameters and gradients."""
         params = []
-        for first, *rest in self.shapes:
-            shape = (max(1, first // shrink), *rest)
+        for shape in self.shapes:
             param = nn.Parameter(torch.randn(shape, device=device).to(self.dtype))
             param.grad = torch.randn_like(param)
             params.append(param)
@@ -99,16 +89,17 @@ OPTIMIZERS: dict[str, tuple[Any, Any, bool]] = {
     "AdamP": (fw.AdamP, None, False),
 }
 MODES = ("step", "clip + step", "clip + step + EMA")
-# the rows of each workload: AdamW for the peers that have nothing else, the others for their kernels
+# the rows of all workloads, the most important first; AdamW for the peers that have nothing else, the others
+# for their kernels. torch.compile takes longest, so AdamW comes last.
 CASES = (
     ("Adam", "step"),
     ("Adam", "clip + step"),
+    ("RAdam", "clip + step"),
     ("Adam", "clip + step + EMA"),
-    ("AdamW", "step"),
     ("LAMB", "step"),
     ("AdamP", "step"),
-    ("RAdam", "clip + step"),
     ("SGD", "step"),
+    ("AdamW", "step"),
 )
 
 
@@ -128,6 +119,9 @@ class Row:
         of_copy: ``gb_per_s`` / bytes per second of a device copy; None for peers.
         ratio: Device time of the fastest peer / device time of our step; None without peers.
         host_ratio: Host time of the fastest peer / host time of our step; None without peers.
+        predicted_us: Device time that the roofline model predicts, at the speed of a copy of this run; None for
+            peers and for a GPU that the model does not have.
+        of_predicted: ``device_us`` / ``predicted_us``.
     """
 
     workload: str
@@ -141,6 +135,13 @@ class Row:
     of_copy: float | None = None
     ratio: float | None = None
     host_ratio: float | None = None
+    predicted_us: float | None = None
+    of_predicted: float | None = None
+
+    @property
+    def name(self) -> str:
+        """Workload, update rule and stages."""
+        return f"{self.workload}: {self.optimizer}, {self.mode}"
 
 
 @dataclass
@@ -227,7 +228,7 @@ def peers(workload: Workload, optimizer: str, mode: str) -> dict[str, tuple[Step
     factories = {"torch foreach": (torch_step(theirs, foreach=True), optimizer == "SGD")}
     if has_fused:
         factories["torch fused"] = torch_step(theirs, fused=True, **options), True
-    elif torch.cuda.is_available():
+    elif torch.cuda.is_available() and len(workload.shapes) <= MOST_CAPTURABLE:
         factories["torch capturable"] = torch_step(theirs, foreach=True, **options), True
     if optimizer == "AdamW" and mode == "step":
         factories["optimi"] = optimi, False
@@ -266,7 +267,7 @@ def compiled(optimizer: Callable[..., torch.optim.Optimizer]) -> StepFactory:
     """Return the factory of a compiled foreach step; it raises ImportError for many tensors."""
 
     def make(params: Sequence[Any]) -> Step:
-        if len(params) > 200:
+        if len(params) > MOST_COMPILED:
             raise ImportError("compiling takes minutes for so many tensors")
         opt = optimizer(params, lr=torch.tensor(1e-3), foreach=True, capturable=True)
         return torch.compile(opt.step, fullgraph=False)
@@ -274,62 +275,112 @@ def compiled(optimizer: Callable[..., torch.optim.Optimizer]) -> StepFactory:
     return make
 
 
+def options_of(mode: str) -> dict[str, Any]:
+    """Return the options of our optimizer for some stages."""
+    options: dict[str, Any] = {"max_grad_norm": MAX_NORM} if "clip" in mode else {}
+    return options | ({"average": fw.EMA(DECAY)} if "EMA" in mode else {})
+
+
+def traffic_of(workload: Workload, optimizer: str, mode: str) -> Traffic:
+    """Return launches and bytes of our step, without its tensors."""
+    param = nn.Parameter(torch.ones(8, dtype=workload.dtype))
+    param.grad = torch.ones_like(param)
+    opt = OPTIMIZERS[optimizer][0]([param], backend="reference", **options_of(mode))
+    return opt.traffic().resized([math.prod(shape) for shape in workload.shapes])
+
+
 def sides(
     workload: Workload, optimizer: str, mode: str, params: Sequence[nn.Parameter], backends: Sequence[str]
-) -> tuple[dict[str, Side], int]:
-    """Return our sides by backend and the peers' by name, and the bytes that our step must move."""
-    options: dict[str, Any] = {"max_grad_norm": MAX_NORM} if "clip" in mode else {}
-    if "EMA" in mode:
-        options["average"] = fw.EMA(DECAY)
+) -> dict[str, Side]:
+    """Return our sides by backend and the peers' by name."""
     found: dict[str, Side] = {}
     kind = OPTIMIZERS[optimizer][0]
-    traffic = kind(workload.groups(params), backend=backends[0], **options).traffic()
     for backend in backends:
-        found[backend] = Side(ours(kind, backend=backend, **options)(workload.groups(params)), True)
+        step = ours(kind, backend=backend, **options_of(mode))(workload.groups(params))
+        found[backend] = Side(step, True)
     for name, (factory, capturable) in peers(workload, optimizer, mode).items():
         try:
             found[name] = Side(factory(params), capturable)
         except ImportError:
             continue
-    return found, traffic.read + traffic.written
+    return found
 
 
-def measure(
-    workload: Workload,
-    optimizer: str,
-    mode: str,
-    device: str,
-    backends: Sequence[str],
-    quick: bool,
-    copy: float,
-) -> Iterator[Row]:
-    """Yield the rows of all implementations on one workload."""
-    params = workload.params(device, 1000 if quick else 1)
-    found, n_bytes = sides(workload, optimizer, mode, params, backends)
-    for side in found.values():
-        # RAdam is rectified from the sixth step on
-        for _ in range(7):
-            side.step()
-        if side.capturable and device == "cuda":
-            side.replay = captured(side.step)
-    for _ in range(3 if quick else 15):
+@dataclass(frozen=True)
+class Setup:
+    """What is measured on.
+
+    Attributes:
+        device: ``"cuda"`` or ``"cpu"``.
+        backends: Our backends.
+        copy: Speed of a copy, 10^9 bytes per second.
+        gpu: The GPU in the roofline model at that speed, or None.
+        quick: Whether tensors are a thousand times smaller.
+    """
+
+    device: str
+    backends: Sequence[str]
+    copy: float
+    gpu: Device | None = None
+    quick: bool = False
+
+
+def measure(workload: Workload, optimizer: str, mode: str, setup: Setup) -> list[Row]:
+    """Return the rows of all implementations on one workload."""
+    workload = workload.shrunk(1000) if setup.quick else workload
+    params = workload.params(setup.device)
+    found = sides(workload, optimizer, mode, params, setup.backends)
+    for name, side in list(found.items()):
+        try:
+            warm_up(side, setup.device)
+        except Exception as error:
+            # a peer that does not run here leaves the other rows; torch.compile needs a compiler of C
+            if name in setup.backends:
+                raise
+            print(f"{name}: {error}".splitlines()[0], flush=True)
+            del found[name]
+    start = time.monotonic()
+    for i in range(3 if setup.quick else MAX_ROUNDS):
+        if i >= MIN_ROUNDS and time.monotonic() - start > CASE_SECONDS:
+            break
         for side in found.values():
-            side.measure(clock_of(device))
-    peer_sides = [side for name, side in found.items() if name not in backends]
+            side.measure(clock_of(setup.device))
+    return rows_of(workload, optimizer, mode, found, setup)
+
+
+def warm_up(side: Side, device: str) -> None:
+    """Make the first steps of a side, and capture it if that is possible."""
+    # RAdam is rectified from the sixth step on
+    for _ in range(7):
+        side.step()
+    if side.capturable and device == "cuda":
+        side.replay = captured(side.step)
+
+
+def rows_of(
+    workload: Workload, optimizer: str, mode: str, found: Mapping[str, Side], setup: Setup
+) -> list[Row]:
+    """Return the rows of sides that were measured."""
+    traffic = traffic_of(workload, optimizer, mode)
+    n_bytes = traffic.read + traffic.written
+    device = {name: statistics.median(side.device) for name, side in found.items()}
+    host = {name: statistics.median(side.host) for name, side in found.items()}
+    peer_names = [name for name in found if name not in setup.backends]
+    rows = []
     for name, side in found.items():
-        seconds, host = statistics.median(side.device), statistics.median(side.host)
         replay = statistics.median(side.replayed) * 1e6 if side.replayed else None
-        row = Row(workload.name, optimizer, mode, name, seconds * 1e6, replay, host * 1e6)
-        if name in backends:
-            speed = n_bytes / seconds / 1e9
-            row = replace(row, gb_per_s=speed, of_copy=speed / copy)
-            if peer_sides:
-                row = replace(
-                    row,
-                    ratio=min(statistics.median(peer.device) for peer in peer_sides) / seconds,
-                    host_ratio=min(statistics.median(peer.host) for peer in peer_sides) / host,
-                )
-        yield row
+        row = Row(workload.name, optimizer, mode, name, device[name] * 1e6, replay, host[name] * 1e6)
+        if name in setup.backends:
+            speed = n_bytes / device[name] / 1e9
+            row = replace(row, gb_per_s=speed, of_copy=speed / setup.copy)
+            if peer_names:
+                fastest, first = (min(times[peer] for peer in peer_names) for times in (device, host))
+                row = replace(row, ratio=fastest / device[name], host_ratio=first / host[name])
+            if setup.gpu is not None:
+                predicted = traffic.predict(setup.gpu).us
+                row = replace(row, predicted_us=predicted, of_predicted=row.device_us / predicted)
+        rows.append(row)
+    return rows
 
 
 def clock_of(device: str) -> Clock:
@@ -373,7 +424,7 @@ def driver() -> str:
 
 HEADINGS = [
     *("work", "side", "device, µs", "replay, µs", "host, µs"),
-    *("GB/s", "of copy", "device ratio", "host ratio"),
+    *("GB/s", "of copy", "device ratio", "host ratio", "predicted, µs", "measured / predicted"),
 ]
 
 
@@ -385,7 +436,7 @@ def to_markdown(rows: Sequence[Row], where: dict[str, Any]) -> str:
 
     def cells(r: Row) -> list[str]:
         return [
-            f"{r.workload}: {r.optimizer}, {r.mode}",
+            r.name,
             r.side,
             cell(r.device_us, ".1f"),
             cell(r.replay_us, ".1f"),
@@ -394,6 +445,8 @@ def to_markdown(rows: Sequence[Row], where: dict[str, Any]) -> str:
             cell(r.of_copy, ".2f"),
             cell(r.ratio, ".2f"),
             cell(r.host_ratio, ".2f"),
+            cell(r.predicted_us, ".1f"),
+            cell(r.of_predicted, ".2f"),
         ]
 
     named = ", ".join(f"{name} {version}" for name, version in where["versions"].items())
@@ -408,10 +461,25 @@ def to_markdown(rows: Sequence[Row], where: dict[str, Any]) -> str:
         "for the host. Replay: the same for a replay of the captured step. Host: time until the call returned.",
         "Medians of interleaved rounds in one process. GB/s: bytes that our step must move / device time.",
         "Ratio: time of the fastest peer / time of our step; above 1 our step is faster.",
+        "Predicted: device time from the roofline model of docs/roofline.md at the speed of the copy above.",
+        "",
+        f"Tests: {where.get('tests') or 'not run'}.",
         "",
         *table(HEADINGS, [cells(row) for row in rows]),
         "",
+        *misses(rows),
+        *([f"Left out: {'; '.join(where['left_out'])}.", ""] if where.get("left_out") else []),
     ))
+
+
+def misses(rows: Sequence[Row]) -> list[str]:
+    """Return the lines that name the rows whose time is not within a tenth of the prediction."""
+    missed = [row for row in rows if row.of_predicted and not 0.9 <= row.of_predicted <= 1.1]
+    if not missed:
+        return []
+    head = "Missed by more than a tenth of the prediction; each must be explained in docs/roofline.md:"
+    named = [f"- {row.name}, {row.side}: {row.of_predicted:.2f} of the prediction" for row in missed]
+    return [head, "", *named, ""]
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -420,7 +488,8 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--quick", action="store_true", help="tensors a thousand times smaller, few rounds")
     parser.add_argument("--filter", default="", help="only rows whose name matches this expression")
-    parser.add_argument("--seconds", type=float, default=240.0, help="stop starting rows after so long")
+    parser.add_argument("--seconds", type=float, default=300.0, help="stop starting rows after so long")
+    parser.add_argument("--tests", default="", help="outcome of the tests, for the page")
     options = parser.parse_args(arguments)
     if options.device == "cuda" and not torch.cuda.is_available():
         print("benchmarks.gpu: a CUDA device must be there, got none.", file=sys.stderr)
@@ -428,31 +497,49 @@ def main(arguments: Sequence[str]) -> int:
     wanted = ("cuda", "triton") if options.device == "cuda" else ("cpu", "reference")
     backends = [name for name in wanted if name in fw.available_backends()]
     copy = copy_speed(options.device, COPY_BYTES >> (10 if options.quick else 0))
+    where = machine(options.device, copy, backends) | {"tests": options.tests}
+    setup = Setup(options.device, backends, copy, known_gpu(where, copy), options.quick)
+    keep = options.device == "cuda" and not options.quick and not options.filter
     rows: list[Row] = []
-    left_out = []
-    start = time.monotonic()
-    for workload, (optimizer, mode) in itertools.product(WORKLOADS, CASES):
-        name = f"{workload.name}: {optimizer}, {mode}"
-        if not re.search(options.filter, name):
-            continue
-        if time.monotonic() - start > options.seconds:
-            left_out.append(name)
-            continue
-        try:
-            found = list(measure(workload, optimizer, mode, options.device, backends, options.quick, copy))
-        except RuntimeError as error:
-            left_out.append(f"{name}: {error}")
-            print(left_out[-1], flush=True)
-            continue
+    for found, left_out in run_cases(setup, options.filter, options.seconds):
         rows += found
+        where["left_out"] = left_out
         print("\n".join(map(str, found)), flush=True)
-        gc.collect()
-    where = machine(options.device, copy, backends) | {"left_out": left_out}
-    if options.device == "cuda" and not options.quick and not options.filter:
-        write_results(rows, where)
-    else:
+        if keep:
+            write_results(rows, where)
+    if not keep:
         print(to_markdown(rows, where))
     return 0
+
+
+def known_gpu(where: dict[str, Any], copy: float) -> Device | None:
+    """Return the GPU of the roofline model at a measured speed of a copy; None if the model lacks it."""
+    try:
+        return replace(find_device(where.get("gpu", "")), copy=copy)
+    except ValueError:
+        return None
+
+
+def run_cases(setup: Setup, pattern: str, seconds: float) -> Iterator[tuple[list[Row], list[str]]]:
+    """Yield the rows of each case, and what is left out so far: all later cases, in the end those cut off."""
+    start = time.monotonic()
+    cases = [
+        (f"{workload.name}: {optimizer}, {mode}", workload, optimizer, mode)
+        for (optimizer, mode), workload in itertools.product(CASES, WORKLOADS)
+    ]
+    cases = [case for case in cases if re.search(pattern, case[0])]
+    failed: list[str] = []
+    for i, (name, workload, optimizer, mode) in enumerate(cases):
+        if time.monotonic() - start > seconds:
+            break
+        found: list[Row] = []
+        try:
+            found = measure(workload, optimizer, mode, setup)
+        except RuntimeError as error:
+            failed.append(f"{name}: {error}".splitlines()[0])
+            print(failed[-1], flush=True)
+        gc.collect()
+        yield found, failed + [later[0] for later in cases[i + 1 :]]
 
 
 def write_results(rows: Sequence[Row], where: dict[str, Any]) -> None:

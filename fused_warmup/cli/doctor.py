@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import platform
-from collections.abc import Callable, Iterator
-from functools import partial
-from typing import Any
+from collections.abc import Iterable
 
 import click
 import torch
@@ -14,27 +12,20 @@ from rich.table import Table
 import fused_warmup as fw
 
 from ..backends import BACKENDS, unavailable_reason
-from ..plan.traffic import Traffic
+from ..plan.roofline import Device, find_device
 from .console import PlainConsole
 from .machine import cpu_model, versions
+from .traffic import (
+    KERNEL_HEADINGS,
+    STEP_HEADINGS,
+    TRAFFIC_HEADINGS,
+    kernel_rows,
+    step_rows,
+    traffic_rows,
+)
 from .words import print_error
 
 REQUIRED_BACKENDS = ("reference", "cpu")
-OPTIMIZERS: dict[str, Callable[..., fw.FusedOptimizer]] = {
-    "Adam, AdamW, GIAdam": fw.Adam,
-    "Adam, amsgrad": partial(fw.Adam, amsgrad=True),
-    "RAdam": fw.RAdam,
-    "LAMB": fw.LAMB,
-    "AdamP": fw.AdamP,
-    "SGD": fw.SGD,
-    "SGD, momentum": partial(fw.SGD, momentum=0.9),
-}
-OPTIONS: dict[str, dict[str, Any]] = {
-    "none": {},
-    "clip": {"max_grad_norm": 1.0},
-    "EMA": {"average": fw.EMA(0.999)},
-    "clip + EMA": {"max_grad_norm": 1.0, "average": fw.EMA(0.999)},
-}
 
 
 def backend_problem(backend: str) -> str | None:
@@ -63,33 +54,48 @@ def instruction_sets() -> str:
     return f"{', '.join(names)} ({names[-1]} in use)"
 
 
-def traffic_of_all() -> Iterator[tuple[str, str, Traffic]]:
-    """Yield optimizer, options and the traffic of one step, computed from the step's own plan."""
-    for name, optimizer in OPTIMIZERS.items():
-        for label, options in OPTIONS.items():
-            param = torch.ones(8)
-            param.grad = torch.ones(8)
-            yield name, label, optimizer([param], backend="reference", **options).traffic()
+def print_traffic(gpu: Device | None) -> None:
+    """Print launches and bytes of every optimizer and option, and their predicted times on a GPU."""
+    console = PlainConsole()
+    title = "launches, and bytes per float32 parameter (cuda and triton)"
+    console.print(numbers_table(title, TRAFFIC_HEADINGS, traffic_rows()))
+    if gpu is None:
+        return
+    title = f"predicted milliseconds of a step on one {gpu.name} with float32 parameters"
+    console.print(numbers_table(title, STEP_HEADINGS, step_rows(gpu)))
+    title = "predicted microseconds of the kernels, 124M: the longest of four terms, and 2.5 for the launch"
+    console.print(numbers_table(title, KERNEL_HEADINGS, kernel_rows(gpu)))
 
 
-def traffic_table() -> Table:
-    """Return the table of launches and bytes of every optimizer and option."""
-    table = Table(title="launches, and bytes per float32 parameter (cuda and triton)", title_justify="left")
-    for column in ("optimizer", "options", "launches", "read", "written", "total"):
-        table.add_column(column, justify="left" if column in ("optimizer", "options") else "right")
-    for name, label, t in traffic_of_all():
-        numbers = (t.launches, t.read / t.numel, t.written / t.numel, t.per_parameter)
-        table.add_row(name, label, *(f"{x:g}" for x in numbers))
+def numbers_table(title: str, headings: Iterable[str], rows: Iterable[list[str]]) -> Table:
+    """Return a table whose columns are numbers, other than those that name a row."""
+    table = Table(title=title, title_justify="left")
+    for heading in headings:
+        named = heading in ("optimizer", "options", "kernel")
+        table.add_column(heading, justify="left" if named else "right")
+    for row in rows:
+        table.add_row(*row)
     return table
+
+
+def known_gpu(ctx: click.Context, option: click.Parameter, name: str | None) -> Device | None:
+    """Return the GPU of a name."""
+    try:
+        return None if name is None else find_device(name, "doctor")
+    except ValueError as error:
+        raise click.BadParameter(str(error), ctx, option) from None
 
 
 @click.command()
 @click.option("--traffic", is_flag=True, help="Show launches and bytes per parameter of every optimizer.")
+@click.option("--gpu", metavar="NAME", callback=known_gpu, help="With --traffic: predict the times on it.")
 @click.pass_context
-def doctor(ctx: click.Context, traffic: bool) -> None:
+def doctor(ctx: click.Context, traffic: bool, gpu: Device | None) -> None:
     """Show versions, the machine and which backends work; exit code 0 if reference and cpu do."""
+    if gpu is not None and not traffic:
+        raise click.UsageError("--gpu needs --traffic.")
     if traffic:
-        PlainConsole().print(traffic_table())
+        print_traffic(gpu)
         return
     table = Table(show_header=False, box=None, pad_edge=False)
     table.add_column(no_wrap=True)

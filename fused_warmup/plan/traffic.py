@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import reduce
+from operator import add
+
+from torch import Tensor
 
 from ..reference.rules import LAYER_RULES
-from .hyper import Settings
+from .chunks import CHUNK, TILE_BYTES
 from .plan import Plan
+from .roofline import NORMS, SUM, Device, Kernel, Prediction, Units, Work, find_device, predict, work_of
 from .rows import Row
 
 
@@ -15,21 +21,59 @@ class Traffic:
     """Launches and bytes of one step of a plan.
 
     Attributes:
-        launches: Kernel launches on the device backends; the same for any number of tensors.
-        read: Bytes read, of all tensors together.
-        written: Bytes written.
+        kernels: Kernel launches on the device backends, in order; as many for any number of tensors.
+        units: Tensors, chunks and tiles that the blocks of a launch share.
         numel: Number of parameters.
+        held: Bytes of parameters, gradients, states and averages.
     """
 
-    launches: int
-    read: int
-    written: int
+    kernels: tuple[Kernel, ...]
+    units: Units
     numel: int
+    held: int
+
+    @property
+    def launches(self) -> int:
+        """Number of kernel launches."""
+        return len(self.kernels)
+
+    @property
+    def read(self) -> int:
+        """Bytes read, of all tensors together."""
+        return sum(kernel.read for kernel in self.kernels)
+
+    @property
+    def written(self) -> int:
+        """Bytes written."""
+        return sum(kernel.written for kernel in self.kernels)
 
     @property
     def per_parameter(self) -> float:
         """Bytes read and written per parameter."""
         return (self.read + self.written) / max(self.numel, 1)
+
+    def predict(self, gpu: str | Device) -> Prediction:
+        """Return the time that a roofline model predicts for the step on a GPU; nothing is run.
+
+        Args:
+            gpu: Name of the GPU, such as ``"H100"`` or ``"RTX 4090"``, or its speeds.
+
+        Raises:
+            ValueError: If the name is not that of a known GPU.
+        """
+        device = gpu if isinstance(gpu, Device) else find_device(gpu, "Traffic.predict")
+        return predict(self.kernels, self.units, self.held, device)
+
+    def resized(self, sizes: Sequence[int]) -> Traffic:
+        """Return the traffic of the same step for tensors with other numbers of elements."""
+        numel, before = sum(sizes), max(self.numel, 1)
+        return replace(
+            self,
+            kernels=tuple(kernel.scaled(numel, before) for kernel in self.kernels),
+            units=Units.of(sizes, self.units.tile),
+            numel=numel,
+            held=self.held * numel // before,
+        )
 
 
 def traffic(plan: Plan) -> Traffic:
@@ -41,43 +85,78 @@ def traffic(plan: Plan) -> Traffic:
     Args:
         plan: A plan whose groups and settings are those of the step.
     """
-    sizes, layered = plan.gradients.item_sizes(), LAYER_RULES.get(plan.rule)
-    stages = [
-        _row_bytes(row, size, plan.settings)
-        if layered is None
-        else _layer_bytes(
-            row, size, plan.settings, layered.needs_grad(plan.groups.hypers[row.group], len(row.states))
-        )
-        for row, size in zip(plan.rows, sizes, strict=True)
-        if not row.is_reserved
-    ]
-    # sphere groups are read and written once more
-    stages += [(n, n) for row in plan.rows if plan.groups.hypers[row.group].sphere for n in [row.work.nbytes]]
+    rows = [(row, size) for row, size in zip(plan.rows, plan.gradients.item_sizes(), strict=True)]
+    active = [(row, size) for row, size in rows if not row.is_reserved]
+    parts = [kernel for row, size in active for kernel in _kernels_of_row(plan, row, size)]
+    parts += [_rescale(row) for row, _ in rows if plan.groups.hypers[row.group].sphere]
+    # chunks of rules that sum over layers, and of groups on a sphere, are not cut
+    tiled = plan.rule not in LAYER_RULES and not plan.groups.has_spheres
+    widest = max((row.work.element_size() for row, _ in active), default=4)
     return Traffic(
-        # decide and update, and one for the norm: before them, or after them for telemetry. Rules that sum
-        # over layers update in two parts with the sums between, and sum the norm there.
-        launches=(2 if layered is None else 4) + _takes_norm(plan, layered is None) + plan.groups.has_spheres,
-        read=sum(read for read, _ in stages),
-        written=sum(written for _, written in stages),
-        numel=plan.numel,
+        tuple(_total(name, parts) for name in _launches(plan)),
+        Units.of([row.work.numel() for row, _ in active], TILE_BYTES // widest if tiled else CHUNK),
+        plan.numel,
+        sum(_bytes(_kept(row)) + row.work.numel() * size for row, size in active),
     )
 
 
-def _takes_norm(plan: Plan, elementwise: bool) -> bool:
-    """Return whether a launch measures or finishes the norm of the gradients."""
-    return plan.settings.measure or (elementwise and plan.record["ring_buffer"] is not None)
+def _launches(plan: Plan) -> list[str]:
+    """Return the names of the kernels in the order of their launches."""
+    elementwise = plan.rule not in LAYER_RULES
+    # the norm is measured before the update, or telemetry sums it in the update; rules that sum over layers
+    # finish that sum in the launch between
+    records = elementwise and not plan.settings.measure and plan.record["ring_buffer"] is not None
+    return [
+        *(["measure"] if plan.settings.measure else []),
+        "decide",
+        *([] if elementwise else ["stage1", "reduce"]),
+        "update",
+        *(["finish"] if records else []),
+        *(["rescale"] if plan.groups.has_spheres else []),
+    ]
 
 
-def _row_bytes(row: Row, grad_size: int, settings: Settings) -> tuple[int, int]:
-    """Return the bytes read and written for one row."""
-    kept = [row.work, *row.states, *([] if row.average is None else [row.average])]
-    updated = sum(tensor.element_size() for tensor in kept)
-    passes = 2 if settings.measure else 1
-    return row.work.numel() * (updated + passes * grad_size), row.work.numel() * updated
+def _total(name: str, parts: Sequence[Kernel]) -> Kernel:
+    """Return the launch that goes through all rows."""
+    return reduce(add, (part for part in parts if part.name == name), Kernel(name))
 
 
-def _layer_bytes(row: Row, grad_size: int, settings: Settings, needs_grad: bool) -> tuple[int, int]:
-    """Return the bytes for a rule that reads parameter and states once more after the sums."""
-    read, written = _row_bytes(row, grad_size, settings)
-    again = row.work.element_size() + sum(state.element_size() for state in row.states)
-    return read + row.work.numel() * (again + needs_grad * grad_size), written
+def _kernels_of_row(plan: Plan, row: Row, grad_size: int) -> list[Kernel]:
+    """Return what the launches do to one row, other than to bring it back to a sphere."""
+    numel, n_states, itemsize = row.work.numel(), len(row.states), row.work.element_size()
+    states, kept, grad = _bytes(row.states), _bytes(_kept(row)), numel * grad_size
+    hyper, layered = plan.groups.hypers[row.group], LAYER_RULES.get(plan.rule)
+
+    def work(kernel: str, *more: Work) -> Work:
+        return reduce(add, more, work_of(kernel, n_states, itemsize)) * numel
+
+    kernels = []
+    norms = [] if plan.record["ring_buffer"] is None else [NORMS]
+    if plan.settings.measure:
+        kernels, norms = [Kernel("measure", grad, 0, work("measure", NORMS))], []
+    squares = [SUM] if hyper.sphere else []
+    if layered is None:
+        return [*kernels, Kernel("update", kept + grad, kept, work("update", *norms, *squares))]
+    sums = [SUM] * layered.n_sums
+    again = grad if layered.needs_grad(hyper, n_states) else 0
+    return [
+        *kernels,
+        Kernel("stage1", row.work.nbytes + states + grad, states, work("stage1", *norms, *sums)),
+        Kernel("update", kept + again, kept - states, work("update of layers", *squares)),
+    ]
+
+
+def _rescale(row: Row) -> Kernel:
+    """Return what the last launch does to a row on a sphere: it is read and written once more."""
+    work = work_of("rescale", 0, row.work.element_size()) * row.work.numel()
+    return Kernel("rescale", row.work.nbytes, row.work.nbytes, work)
+
+
+def _kept(row: Row) -> list[Tensor]:
+    """Return the tensors of a row that an update writes."""
+    return [row.work, *row.states, *([] if row.average is None else [row.average])]
+
+
+def _bytes(tensors: Sequence[Tensor]) -> int:
+    """Return the bytes of some tensors."""
+    return sum(tensor.nbytes for tensor in tensors)

@@ -346,6 +346,29 @@ def test_doctor_shows_the_ledger():
     assert totals["AdamP", "clip"] == ("5", "44")
 
 
+def test_doctor_predicts_times_on_a_gpu(monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")
+    result = invoke("doctor", "--traffic", "--gpu", "h100")
+    assert result.exit_code == 0, result.output
+    rows = [[cell.strip() for cell in line.split("│")[1:-1]] for line in result.output.splitlines()]
+    steps = {(row[0], row[1]): row[2:] for row in rows if len(row) == 5}
+    # 28 bytes of 124M parameters at 2,979 GB/s are 1.17 ms
+    assert steps["Adam, AdamW, GIAdam", "none"] == ["1.19", "11.64", "needs 108 GB"]
+    assert len(steps) == 28
+    kernels = {(row[0], row[1], row[2]): row[3:] for row in rows if len(row) == 8}
+    assert kernels["Adam, AdamW, GIAdam", "none", "update"][0] == "1169.7"
+    assert "predicted milliseconds of a step on one H100" in result.output
+
+
+def test_doctor_lists_the_gpus_that_it_has():
+    result = invoke("doctor", "--traffic", "--gpu", "V100")
+    assert result.exit_code == 2
+    assert "must be one of T4, A100, H100, H200, B200, RTX 4090, RTX 5090, got 'V100'" in result.stderr
+    result = invoke("doctor", "--gpu", "H100")
+    assert result.exit_code == 2
+    assert "--gpu needs --traffic" in result.stderr
+
+
 def test_doctor_fails_when_a_step_does(monkeypatch):
     monkeypatch.setenv("COLUMNS", "200")
     from fused_warmup.backends.reference import ReferenceBackend

@@ -5,6 +5,7 @@ import re
 import shutil
 import subprocess
 import sys
+import sysconfig
 import tarfile
 import zipfile
 from pathlib import Path
@@ -142,6 +143,32 @@ def test_missing_nvcc_is_one_line_unless_it_is_wanted(tmp_path):
     code, text = build(tmp_path, FUSED_WARMUP_CUDA="maybe")
     assert code != 0
     assert "FUSED_WARMUP_CUDA must be 0, 1 or auto, got maybe." in text
+
+
+def kernels_without(module, **environment):
+    """Runs ``setup.py kernels`` where a module cannot be imported."""
+    script = (
+        f"import runpy, sys; sys.modules['{module}'] = None; sys.argv = ['setup.py', 'kernels']; "
+        "runpy.run_path('setup.py', run_name='__main__')"
+    )
+    environment = {**os.environ, "FUSED_WARMUP_CUDA": "0", **environment}
+    command = [sys.executable, "-c", script]
+    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+
+
+def test_kernels_build_without_setuptools():
+    """No version of it is asked, because those before 77 refuse the license in pyproject.toml."""
+    result = kernels_without("setuptools", FUSED_WARMUP_NINJAFLAGS="-n")
+    assert result.returncode == 0, result.stderr
+    written = ROOT / "build" / "kernels" / "fused_warmup._cpu" / "build.ninja"
+    suffix = sysconfig.get_config_var("EXT_SUFFIX")
+    assert f"fused_warmup/_cpu{suffix}: link" in written.read_text()
+
+
+def test_missing_pybind11_is_one_line():
+    result = kernels_without("pybind11")
+    assert result.returncode != 0
+    assert result.stderr == "fused_warmup: pybind11 must be installed, got none; pip install pybind11.\n"
 
 
 @pytest.mark.skipif(shutil.which("nvcc") is None, reason="nvcc is not on PATH")
