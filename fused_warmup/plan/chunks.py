@@ -15,8 +15,8 @@ PIECE = 1 << 11
 # bytes of a tile of a parameter, which a block of the update takes: blocks that run together then read and
 # write memory that lies together
 TILE_BYTES = 1 << 13
-# bytes of a parameter that a thread takes at a time, and the fewest and the most threads of a block that takes
-# a chunk: one that waits for memory should not keep places from others
+# bytes of a parameter that a thread takes at a time, and the fewest and the most threads of a block that
+# takes a chunk: one that waits for memory should not keep places from others
 VECTOR_BYTES, WARP, BLOCK_THREADS = 16, 32, 128
 # elements that fill vectors of every kind, so that a chunk of whole channels ends where vectors do if it can
 _ALIGNED = 16
