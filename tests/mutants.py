@@ -88,6 +88,12 @@ FAULTS: dict[tuple[str, str], list[tuple[str, ...]]] = {
         ("addresses[ends + averaged]", "addresses[ends]", GROWTH),
         ("row.initialized = bool(dict.get(own, \"initialized\", False))", "pass", f"{GAPS} a_start_from_gradients"),
     ],
+    ("plan/tensors.py", "distributed/test_processes.py -k placements"): [("    if wanted == got:\n", "    if True:\n")],
+    ("distributed/groups.py", "distributed/test_processes.py -k averages"): [
+        ("            module.reshard()\n", "            pass\n"),
+        ("                _reshard(module, module._handle, True)\n", "                pass\n"),
+    ],
+    ("optim/averaging.py", "distributed/test_processes.py -k averages"): [(" and not stays", "")],
     ("distributed/groups.py", "distributed/test_processes.py -k shards"): [
         ("return is_sharded(param) or", "return", MODES),
         ('"_fsdp_flattened"', '"_flattened"'),

@@ -31,6 +31,34 @@ def is_sharded(tensor: Tensor) -> bool:
     return any(p.is_shard() for p in placements) and getattr(tensor, "device_mesh").size() > 1  # noqa: B009
 
 
+def is_shard(param: Tensor) -> bool:
+    """Return whether FSDP or tensor parallelism has cut a parameter, also if this process has all of it.
+
+    A module of FSDP gathers the memory that it had at first, so that must not be replaced.
+    """
+    placements = getattr(param, "placements", ())
+    return any(p.is_shard() for p in placements) or bool(getattr(param, "_fsdp_flattened", False))
+
+
+def reshard(model: torch.nn.Module) -> None:
+    """Let the modules of FSDP in a model drop what they have gathered, so that they gather it again."""
+    # imported by whoever has made such a module
+    fsdp = sys.modules.get("torch.distributed.fsdp")
+    if fsdp is None:
+        return
+    for module in model.modules():
+        if isinstance(module, fsdp.FSDPModule):
+            module.reshard()
+    modules = fsdp.FullyShardedDataParallel.fsdp_modules(model)
+    if modules:
+        # a root keeps what it has gathered in the forward until a backward, and has no public way to drop it
+        from torch.distributed.fsdp._runtime_utils import _reshard
+
+        for module in modules:
+            if module._handle is not None:
+                _reshard(module, module._handle, True)
+
+
 def is_part(param: Tensor) -> bool:
     """Return whether other processes hold the rest of a parameter: a shard of a DTensor or of FSDP1.
 

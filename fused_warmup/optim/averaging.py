@@ -66,20 +66,20 @@ Average = EMA | SWA
 
 
 @contextmanager
-def swapped(pairs: Iterable[tuple[Tensor, Tensor]]) -> Iterator[None]:
+def swapped(pairs: Iterable[tuple[Tensor, Tensor, bool]]) -> Iterator[None]:
     """Swap the averages into the parameters, and restore the parameters on exit, even after an exception.
 
     Dense parameters exchange storage: nothing is copied, unless the average has another dtype. A strided view
     is part of a larger tensor, so its values are copied and copied back.
 
     Args:
-        pairs: Parameters with their averages, of equal shapes.
+        pairs: Parameters with their averages, of equal shapes, and whether a parameter must keep its memory.
     """
     undo: list[tuple[Tensor, Tensor, bool]] = []
     try:
         with torch.no_grad():
-            for param, average in pairs:
-                dense = param.stride() == average.stride()
+            for param, average, stays in pairs:
+                dense = param.stride() == average.stride() and not stays
                 undo.append((param, param.data if dense else param.data.clone(), dense))
                 if dense:
                     param.data = average.to(param.dtype)

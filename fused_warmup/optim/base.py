@@ -17,7 +17,7 @@ from torch.optim.optimizer import required
 from .. import _checks as check
 from ..backends import BACKENDS
 from ..backends.base import Backend
-from ..distributed.groups import built_by_zero
+from ..distributed.groups import built_by_zero, is_shard, reshard
 from ..plan.device_buffers import is_capturing
 from ..plan.plan import Plan
 from ..plan.spec import RuleSpec
@@ -430,13 +430,18 @@ class FusedOptimizer(Optimizer):
         return [float(lr) for lr in rates[:, RATES.index("lr")].tolist()]
 
     @contextmanager
-    def averaged_parameters(self) -> Iterator[None]:
+    def averaged_parameters(self, model: torch.nn.Module | None = None) -> Iterator[None]:
         """Swap the averages in for the block, and restore the parameters exactly, even after an exception.
 
         Buffers are not averaged: call ``torch.optim.swa_utils.update_bn`` inside the block for batch norms.
 
+        Args:
+            model: The model, which sharded parameters need: its modules drop what they have gathered, on
+                entry and on exit.
+
         Raises:
             RuntimeError: If the optimizer keeps no average, or the averages are in place already.
+            ValueError: If a parameter is sharded and ``model`` is not given or does not have it.
         """
         if self.average is None:
             raise RuntimeError(
@@ -445,12 +450,29 @@ class FusedOptimizer(Optimizer):
         session = self._session
         if session.swapped:
             raise RuntimeError(f"{type(self).__name__}: averaged_parameters() must not be nested.")
+        if model is not None:
+            reshard(model)
+        self._check_shards(model)
         session.swapped = True
         try:
             with swapped(session.average_pairs()):
                 yield
         finally:
             session.swapped = False
+            if model is not None:
+                reshard(model)
+
+    def _check_shards(self, model: torch.nn.Module | None) -> None:
+        """Raise for a sharded parameter that the model does not have."""
+        known = set(map(id, () if model is None else model.parameters()))
+        for i, param in enumerate(self._session.params):
+            if is_shard(param) and id(param) not in known:
+                got = "none" if model is None else "another"
+                raise ValueError(
+                    f"{type(self).__name__}: averaged_parameters(model) must get the model that has the "
+                    f"sharded parameter {i} (shape {tuple(param.shape)}), got {got}. Its modules would go on "
+                    "with what they have gathered."
+                )
 
     # state
 

@@ -16,6 +16,7 @@ from torch.nn.parameter import is_lazy
 from .. import _checks as check
 from ..backends import resolve
 from ..backends.base import Backend
+from ..distributed.groups import is_shard
 from ..plan import build, tensors
 from ..plan.address_cache import select_reader
 from ..plan.device_buffers import is_capturing
@@ -226,11 +227,11 @@ class Session:
         settings = self.max_grad_norm, self.nonfinite
         build.check_whole(self.owner, self.spec, numbered(), *settings, is_split=self.split)
 
-    def average_pairs(self) -> list[tuple[Tensor, Tensor]]:
-        """Return the local memory of each averaged parameter and of its average."""
+    def average_pairs(self) -> list[tuple[Tensor, Tensor, bool]]:
+        """Return the local memory of averaged parameters and of their averages, and which are shards."""
         averages = [(p, self.state.get(p, {}).get("average")) for p in self.params]
         local = tensors.local_tensor
-        return [(local(p), local(average)) for p, average in averages if average is not None]
+        return [(local(p), local(average), is_shard(p)) for p, average in averages if average is not None]
 
     # the plan
 
@@ -374,9 +375,6 @@ class Session:
         rows = [plan.rows[i] for i in positions]
         names = [self.spec.state_names(group) for group in self.param_groups]
         counts = self._checked_counts(rows, names)
-        for row in rows:
-            if row.local is not row.param and row.param.grad is not None:
-                tensors.check_placement(self.owner, row.index, row.param, row.param.grad)
         with torch.no_grad():
             drawn, started = self._allocate_states(rows, plan.groups.hypers, names, counts)
             if drawn:

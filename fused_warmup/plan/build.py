@@ -197,8 +197,7 @@ def _check_grads(owner: str, spec: RuleSpec, rows: Sequence[Row], reader: Tensor
     signatures.release()
     for row in (rows[i] for i in odd):
         assert row.param.grad is not None
-        tensors.check_grad(owner, row.index, row.local, row.param.grad, spec.takes_sparse)
-        tensors.check_placement(owner, row.index, row.param, row.param.grad)
+        tensors.check_grad(owner, row.index, row.param, row.local, row.param.grad, spec.takes_sparse)
 
 
 def _check_memory(owner: str, rows: Sequence[Row], extents: np.ndarray, usual: np.ndarray) -> np.ndarray:

@@ -97,7 +97,7 @@ class GradientTable:
         """Return a gradient in the layout and dtype of its row, copied if necessary."""
         row = self._rows[i]
         assert grad is not None
-        grad = check_grad(self._owner, row.index, row.local, grad, self._takes_sparse).detach()
+        grad = check_grad(self._owner, row.index, row.param, row.local, grad, self._takes_sparse).detach()
         dtype = grad.dtype if grad.dtype in (row.work.dtype, torch.float32) else compute_dtype(row.work.dtype)
         if same_layout(grad, row.work) and grad.dtype == dtype:
             return grad

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -29,21 +30,6 @@ def local_tensor(tensor: Tensor) -> Tensor:
 def local_tensors(tensors: Sequence[Tensor]) -> list[Tensor]:
     """Return the parts of tensors that lie in this process."""
     return [t if type(t) is Tensor else local_tensor(t) for t in tensors]
-
-
-def check_placement(owner: str, index: int, param: Tensor, grad: Tensor) -> None:
-    """Raise if the parts of a distributed gradient are not those of its parameter.
-
-    Raises:
-        ValueError: If the placements differ and there is more than one process.
-    """
-    wanted, got = (getattr(t, "placements", None) for t in (param, grad))
-    mesh = getattr(param, "device_mesh", None)
-    if wanted != got and mesh is not None and mesh.size() > 1:
-        raise ValueError(
-            f"{owner}: the gradient of parameter {index} must be placed as {wanted}, got {got}. "
-            "Redistribute it first."
-        )
 
 
 def is_dense(tensor: Tensor) -> bool:
@@ -132,16 +118,50 @@ def check_param(owner: str, index: int, param: Tensor, device: torch.device | No
     return local
 
 
-def check_grad(owner: str, index: int, local: Tensor, grad: Tensor, takes_sparse: bool = False) -> Tensor:
+def placed_like(owner: str, index: int, param: Tensor, grad: Tensor) -> Tensor:
+    """Return the part of a distributed gradient that belongs to the part of its parameter in this process.
+
+    A gradient with other placements, such as a partial sum of sequence parallelism, is redistributed; all
+    processes call this.
+
+    Raises:
+        ValueError: If only one of the two is distributed, or their meshes differ.
+    """
+    wanted, got = (getattr(t, "placements", None) for t in (param, grad))
+    if wanted == got:
+        return local_tensor(grad)
+    meshes = [getattr(t, "device_mesh", None) for t in (param, grad)]
+    if meshes[0] != meshes[1]:
+        if all(mesh is None or mesh.size() == 1 for mesh in meshes):
+            return local_tensor(grad)
+        raise ValueError(
+            f"{owner}: the gradient of parameter {index} must be on {meshes[0]} as its parameter, got "
+            f"{meshes[1]}."
+        )
+    placed: Any = grad
+    return local_tensor(placed.redistribute(placements=wanted))
+
+
+def check_grad(
+    owner: str, index: int, param: Tensor, local: Tensor, grad: Tensor, takes_sparse: bool = False
+) -> Tensor:
     """Return the local memory of a gradient that fits its parameter, a dense copy of a sparse one.
+
+    Args:
+        owner: Name of the optimizer class.
+        index: Position of the parameter.
+        param: The parameter.
+        local: Its part in this process.
+        grad: Its gradient.
+        takes_sparse: Whether sparse gradients are made dense, or refused.
 
     Raises:
         TypeError: If the gradient is fake or of an unsupported dtype.
         RuntimeError: If it is sparse, unless the rule takes that.
-        ValueError: If it has another shape or another device than its parameter.
+        ValueError: If it has another shape, device or mesh than its parameter.
     """
     name = f"{owner}: the gradient of {describe(index, local)}"
-    grad = local_tensor(grad)
+    grad = placed_like(owner, index, param, grad)
     if grad.layout == torch.sparse_coo:
         if not takes_sparse:
             # the type that torch's optimizers raise

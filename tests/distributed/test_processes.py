@@ -178,3 +178,122 @@ dist.destroy_process_group()
 def test_zero_resumes_where_it_was(tmp_path):
     """Its ``load_state_dict`` puts torch's float counts and the groups of a state dict into our optimizer."""
     assert run_ranks(tmp_path, RESUME) == [["True"] * 3] * 2
+
+
+AVERAGED = """
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FullyShardedDataParallel as FSDP, ShardingStrategy, fully_shard
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+
+mesh = init_device_mesh("cpu", (2,))
+
+def made():
+    torch.manual_seed(0)
+    return torch.nn.Sequential(torch.nn.Linear(5, 8), torch.nn.Tanh(), torch.nn.Linear(8, 3))
+
+def fsdp2(model, **options):
+    fully_shard(model[0], mesh=mesh, **options)
+    return fully_shard(model, mesh=mesh, **options)
+
+def fsdp1(model, strategy):
+    return FSDP(model, device_id=torch.device("cpu"), use_orig_params=True, sharding_strategy=strategy)
+
+WRAPS = {
+    "ddp": torch.nn.parallel.DistributedDataParallel,
+    "fsdp2": fsdp2,
+    "fsdp2-kept": lambda model: fsdp2(model, reshard_after_forward=False),
+    "fsdp1": lambda model: fsdp1(model, ShardingStrategy.FULL_SHARD),
+    "fsdp1-kept": lambda model: fsdp1(model, ShardingStrategy.SHARD_GRAD_OP),
+    "tp": lambda model: parallelize_module(model, mesh, {"0": ColwiseParallel(), "2": RowwiseParallel()}),
+}
+torch.manual_seed(1)
+x = torch.randn(4, 5)
+wrapped = {"alone": made()} | {name: wrap(made()) for name, wrap in WRAPS.items()}
+for name, model in wrapped.items():
+    opt = fw.Adam(model.parameters(), lr=0.1, average=fw.EMA(0.9))
+    for _ in range(4):
+        opt.zero_grad()
+        model(x).square().mean().backward()
+        opt.step()
+    found = []
+    with torch.no_grad():
+        found += [float(model(x).square().sum())]
+        try:
+            with opt.averaged_parameters(model):
+                found += [float(model(x).square().sum()) for _ in range(2)]
+                raise KeyError
+        except KeyError:
+            found += [float(model(x).square().sum())]
+        found += [float(model(x).square().sum())]
+    if name == "alone":
+        alone = found
+        print(*(float(v).hex() for v in found))
+    else:
+        print(all(abs(a - b) < 1e-5 * abs(b) for a, b in zip(found, alone)))
+    refused = []
+    for other in (None, made()):
+        try:
+            with opt.averaged_parameters(other):
+                refused += [False]
+        except ValueError as error:
+            assert "averaged_parameters(model) must get the model that has the sharded" in str(error), error
+            refused += [True]
+    print(name, *refused)
+dist.destroy_process_group()
+"""
+
+
+def test_averages_reach_the_forward(tmp_path):
+    """Whatever has gathered the parameters before, and the parameters come back after an exception."""
+    first, second = run_ranks(tmp_path, AVERAGED)
+    assert first == second
+    before, *inside, after, later = map(float.fromhex, first[:5])
+    assert inside[0] == inside[1] != before == after == later
+    told = iter(first[5:])
+    assert [next(told) for _ in range(3)] == ["alone", "False", "False"]
+    for name in ("ddp", "fsdp2", "fsdp2-kept", "fsdp1", "fsdp1-kept", "tp"):
+        refuses = str(name != "ddp")
+        assert [next(told) for _ in range(4)] == ["True", name, refuses, refuses]
+
+
+PLACED = """
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
+
+mesh = init_device_mesh("cpu", (2,))
+torch.manual_seed(0)
+start = torch.randn(5, 4)
+for name, own in (("replicated", Replicate()), ("rows", Shard(0)), ("columns", Shard(1))):
+    plain = torch.nn.Parameter(start.clone())
+    param = torch.nn.Parameter(distribute_tensor(start.clone(), mesh, [own]))
+    other = torch.nn.Parameter(torch.ones(3))
+    pairs = [(p, fw.Adam(ps, lr=0.1)) for p, ps in ((plain, [plain]), (param, [param, other]))]
+    for step, given in enumerate([own, Partial(), Partial("avg"), Shard(1), Replicate(), Partial(), own]):
+        torch.manual_seed(step)
+        parts = [torch.randn(5, 4) for _ in range(2)]
+        whole = {Partial(): sum(parts), Partial("avg"): sum(parts) / 2}.get(given, parts[0])
+        plain.grad = whole
+        if isinstance(given, Partial):
+            param.grad = DTensor.from_local(parts[rank], mesh, [given])
+        else:
+            param.grad = distribute_tensor(whole, mesh, [given])
+        if step:
+            other.grad = torch.ones(3)
+        for _, opt in pairs:
+            opt.step()
+    print(name, torch.allclose(param.full_tensor(), plain, rtol=1e-6, atol=1e-7))
+    param.grad = None
+    try:
+        # torch refuses a gradient of another kind in the assignment, and other meshes do not
+        param.grad = distribute_tensor(start, init_device_mesh("cpu", (2, 1)), [own, Replicate()])
+        pairs[1][1].step()
+    except ValueError as error:
+        print("the gradient of parameter 0 must be on" in str(error))
+dist.destroy_process_group()
+"""
+
+
+def test_gradients_with_other_placements_are_redistributed(tmp_path):
+    """At the first step and at later ones: partial sums, shards of another dimension, whole ones."""
+    told = [word for name in ("replicated", "rows", "columns") for word in (name, "True", "True")]
+    assert run_ranks(tmp_path, PLACED) == [told] * 2
