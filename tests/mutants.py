@@ -91,7 +91,7 @@ FAULTS: dict[tuple[str, str], list[tuple[str, ...]]] = {
     ("plan/tensors.py", "distributed/test_processes.py -k placements"): [("    if wanted == got:\n", "    if True:\n")],
     ("distributed/groups.py", "distributed/test_processes.py -k averages"): [
         ("            module.reshard()\n", "            pass\n"),
-        ("                _reshard(module, module._handle, True)\n", "                pass\n"),
+        ("                _reshard(module, handle, True)\n", "                pass\n"),
     ],
     ("optim/averaging.py", "distributed/test_processes.py -k averages"): [(" and not stays", "")],
     ("distributed/groups.py", "distributed/test_processes.py -k shards"): [

@@ -36,8 +36,12 @@ def is_shard(param: Tensor) -> bool:
 
     A module of FSDP gathers the memory that it had at first, so that must not be replaced.
     """
-    placements = getattr(param, "placements", ())
-    return any(p.is_shard() for p in placements) or bool(getattr(param, "_fsdp_flattened", False))
+    return any(p.is_shard() for p in getattr(param, "placements", ())) or _has_flattened(param)
+
+
+def _has_flattened(param: Tensor) -> bool:
+    """Return whether FSDP1 has flattened a parameter."""
+    return bool(getattr(param, "_fsdp_flattened", False))
 
 
 def reshard(model: torch.nn.Module) -> None:
@@ -55,8 +59,9 @@ def reshard(model: torch.nn.Module) -> None:
         from torch.distributed.fsdp._runtime_utils import _reshard
 
         for module in modules:
-            if module._handle is not None:
-                _reshard(module, module._handle, True)
+            handle = getattr(module, "_handle", None)
+            if handle is not None:
+                _reshard(module, handle, True)
 
 
 def is_part(param: Tensor) -> bool:
@@ -64,7 +69,7 @@ def is_part(param: Tensor) -> bool:
 
     FSDP1 marks what it has flattened, the flat parameter and, with ``use_orig_params=True``, its pieces.
     """
-    return is_sharded(param) or (getattr(param, "_fsdp_flattened", False) and world_size() > 1)
+    return is_sharded(param) or (_has_flattened(param) and world_size() > 1)
 
 
 def is_flattened(param: Tensor) -> bool:
