@@ -28,7 +28,8 @@ struct GradPointers {
   uint64_t grads[kSize];
 };
 constexpr int kFewPointers = 468;
-// launches with more than 4 KiB of arguments cost more; 32,764 bytes is CUDA's limit
+// Launches with more than 4 KiB of arguments cost more, and drivers before CUDA 12.1 refuse them. Captured
+// steps stay below: their addresses are in the column already. 32,764 bytes is CUDA's limit.
 static_assert(sizeof(Step) + sizeof(GradPointers<kFewPointers>) <= 4096, "small arguments");
 static_assert(sizeof(Step) + sizeof(GradPointers<kMaxInlinePointers>) <= 32764, "arguments of a kernel");
 
