@@ -216,25 +216,25 @@ constexpr unsigned long long cudaEnableDefault = 0;
 #define CUDART_VERSION 13000
 
 #define CUDA_ON_HOST_VISIBLE __attribute__((visibility("default"), used)) inline
+// one for all sources of a library; an inline variable would be one for all libraries of a process
+#define CUDA_ON_HOST_VARIABLE __attribute__((visibility("default"), weak))
 
 // for the tests to read
 extern "C" {
 // the current device as other libraries see it, which have never set one
-CUDA_ON_HOST_VISIBLE int cuda_on_host_device = 0;
-CUDA_ON_HOST_VISIBLE int cuda_on_host_launches = 0;
-// bytes of the arguments of the last launch
-CUDA_ON_HOST_VISIBLE int cuda_on_host_argument_bytes = 0;
+CUDA_ON_HOST_VARIABLE int cuda_on_host_device = 0;
+CUDA_ON_HOST_VARIABLE int cuda_on_host_launches = 0;
 // which devices have a primary context
-CUDA_ON_HOST_VISIBLE int cuda_on_host_contexts[2] = {};
+CUDA_ON_HOST_VARIABLE int cuda_on_host_contexts[2] = {};
 // blocks that a processor has room for
-CUDA_ON_HOST_VISIBLE int cuda_on_host_blocks = 2;
+CUDA_ON_HOST_VARIABLE int cuda_on_host_blocks = 2;
 // what there is: compute capability of each device, and the version of the driver
-CUDA_ON_HOST_VISIBLE int cuda_on_host_capability[2] = {90, 90};
-CUDA_ON_HOST_VISIBLE int cuda_on_host_driver = CUDART_VERSION;
+CUDA_ON_HOST_VARIABLE int cuda_on_host_capability[2] = {90, 90};
+CUDA_ON_HOST_VARIABLE int cuda_on_host_driver = CUDART_VERSION;
 // makes launches in place of the fibers, where a test sets it: kernel, blocks, threads, and the number of
 // parameters, their copies and their sizes; returns an error
-CUDA_ON_HOST_VISIBLE int (*cuda_on_host_launcher)(const void*, unsigned, unsigned, int, void* const*,
-                                                  const size_t*) = nullptr;
+CUDA_ON_HOST_VARIABLE int (*cuda_on_host_launcher)(const void*, unsigned, unsigned, int, void* const*,
+                                                   const size_t*) = nullptr;
 }
 
 namespace cuda_on_host {
@@ -300,7 +300,7 @@ CUDA_ON_HOST_VISIBLE void cuda_on_host_reset(int device) {
   cuda_on_host::runtime.set_context(device);
 }
 // contexts are addresses of their flags
-inline int cuda_on_host_get(void** context) {
+CUDA_ON_HOST_VISIBLE int cuda_on_host_get(void** context) {
   const int device = cuda_on_host::runtime.context;
   *context = device < 0 ? nullptr : cuda_on_host_contexts + device;
   return 0;
@@ -349,6 +349,14 @@ inline cudaError_t cudaGetLastError() {
   cuda_on_host::runtime.last = cuda_on_host::runtime.sticky;
   return error;
 }
+// calls of other code
+extern "C" {
+CUDA_ON_HOST_VISIBLE int cuda_on_host_last_error() { return cudaGetLastError(); }
+CUDA_ON_HOST_VISIBLE int cuda_on_host_count() {
+  int count = 0;
+  return cudaGetDeviceCount(&count);
+}
+}
 inline const char* cudaGetErrorName(cudaError_t error) {
 #define CUDA_ON_HOST_NAME(name, number, text) \
   if (error == name) return #name;
@@ -386,7 +394,6 @@ cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(
                                const Arguments&... arguments) {
   if (const cudaError_t error = cuda_on_host::runtime.enter_kernel("cudaLaunchKernelEx")) return error;
   cuda_on_host_launches += 1;
-  cuda_on_host_argument_bytes = int((sizeof(Parameters) + ... + 0));
   if (cuda_on_host_launcher) {
     std::tuple<std::remove_const_t<Parameters>...> copies{arguments...};
     return std::apply(

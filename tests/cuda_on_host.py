@@ -50,9 +50,9 @@ def compile_all(folder: Path, extra: str) -> Path:
     return target
 
 
-def load(path: Path) -> ModuleType:
-    """Import a built module under a name of its own."""
-    spec = importlib.util.spec_from_file_location("cuda_on_host_module._cuda", path)
+def load(path: Path, package: str = "cuda_on_host_module") -> ModuleType:
+    """Import a built module as one of a package; pybind11 returns the first module of a name."""
+    spec = importlib.util.spec_from_file_location(f"{package}._cuda", path)
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)

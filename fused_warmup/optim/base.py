@@ -288,7 +288,8 @@ class FusedOptimizer(Optimizer):
 
         Raises:
             RuntimeError: If called inside ``averaged_parameters``, or while a graph is captured that could
-                not be replayed: gradients that moved, states or groups that are new.
+                not be replayed: gradients that moved, states or groups that are new; if the device fails. The
+                step is not counted then, and the message says whether any of its kernels was queued.
             TypeError: If a parameter or gradient is of a kind that no backend takes.
             ValueError: If a parameter, gradient, state or hyper-parameter does not fit. Nothing is changed
                 then.
@@ -312,12 +313,16 @@ class FusedOptimizer(Optimizer):
             session.measure_norms(plan)
         value = None if loss is None else reported_loss(loss)
         if value is not None:
+            if session.adaptive:
+                session.load_kernels(plan, backend)
             self.record_loss(value)
-        if session.adaptive:
-            session.warn_unfed()
         if plan.gradients.is_stale and len(plan.rows) > backend.max_inline_pointers:
             plan.gradients.upload()
-        backend.step(plan)
+        try:
+            backend.step(plan)
+        except Exception:
+            plan.release()
+            raise
         if plan.gradients.is_stale:
             plan.gradients.note_upload()
         session.last_rates = plan.groups.rates
@@ -330,6 +335,8 @@ class FusedOptimizer(Optimizer):
             session.telemetry.advance()
         if changed:
             torch.autograd.graph.increment_version(changed)
+        if session.adaptive:
+            session.warn_unfed()
         return loss
 
     def _prepare(self, *, every: bool = False) -> tuple[Plan, Backend]:
