@@ -126,9 +126,9 @@ Function* driver_function(const char* name) {
   void* found = nullptr;
 #if CUDART_VERSION >= 12050
   // the version that introduced contexts of a thread
-  FW_CUDA_CHECK(cudaGetDriverEntryPointByVersion(name, &found, 4000, cudaEnableDefault));
+  check_cuda(name, cudaGetDriverEntryPointByVersion(name, &found, 4000, cudaEnableDefault));
 #else
-  FW_CUDA_CHECK(cudaGetDriverEntryPoint(name, &found, cudaEnableDefault));
+  check_cuda(name, cudaGetDriverEntryPoint(name, &found, cudaEnableDefault));
 #endif
   if (!found) throw std::runtime_error(std::string("the CUDA driver must have ") + name + ", got none");
   return reinterpret_cast<Function*>(found);
@@ -140,7 +140,8 @@ class OnDevice {
  public:
   explicit OnDevice(int device) {
     int current = 0;
-    check_driver("cuCtxGetCurrent", functions().get(&before_));
+    // where this fails, the next call fails too and has a name for the error
+    functions().get(&before_);
     FW_CUDA_CHECK(cudaGetDevice(&current));
     // without a context the next call would make one and leave it current
     changed_ = before_ == nullptr || device != current;
@@ -161,9 +162,6 @@ class OnDevice {
   static const Functions& functions() {
     static const Functions found;
     return found;
-  }
-  static void check_driver(const char* call, int result) {
-    if (result != 0) throw std::runtime_error(std::string(call) + ": CUresult " + std::to_string(result));
   }
 
   void* before_ = nullptr;

@@ -36,11 +36,11 @@ std::string probe(int device, const char* built_for) {
   try {
     if (device < 0) {
       int count = 0;
-      FW_CUDA_CHECK(cudaGetDeviceCount(&count));
+      check_cuda("cudaGetDeviceCount", cudaGetDeviceCount(&count));
     } else {
       const OnDevice guard(device);
       cudaFuncAttributes attributes;
-      FW_CUDA_CHECK(cudaFuncGetAttributes(&attributes, kRules[0]->kernel));
+      check_cuda("cudaFuncGetAttributes", cudaFuncGetAttributes(&attributes, kRules[0]->kernel));
     }
   } catch (const std::runtime_error& error) {
     return std::string(error.what()) + ". " + describe(device, built_for);

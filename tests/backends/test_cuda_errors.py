@@ -100,7 +100,7 @@ def test_devices_of_one_machine_may_differ(cuda):
     with pytest.raises(RuntimeError) as caught:
         backends.resolve("cuda", on(1))
     assert str(caught.value).startswith(
-        'backend="cuda" is unavailable: cudaFuncGetAttributes(&attributes, kRules[0]->kernel): '
+        'backend="cuda" is unavailable: cudaFuncGetAttributes: '
         "cudaErrorNoKernelImageForDevice, no kernel image is available for execution on the device. "
         f"The extension was built with CUDA 13.0 for compute capability {cuda_on_host.ARCHS}; "
         "the driver supports CUDA 13.0; cuda:1 has compute capability 6.1. Available: reference, "
@@ -203,27 +203,26 @@ def trained(runtime, steps=1, **options):
 def test_an_error_of_another_call_is_not_one_of_a_step(runtime):
     """The step after it queues all of its launches; before, it queued one and raised."""
     params, opt = trained(runtime)
-    with pytest.raises(RuntimeError, match="cudaErrorInvalidDevice"):
-        runtime.module.prepare(0, 7, False)
+    _, plain = trained(runtime, 2)
+    fill_grads(params, 1)
     # an error that nobody has cleared
     runtime.fail("cudaGetDeviceCount", OUT_OF_RESOURCES)
     assert runtime.library.cuda_on_host_count() == OUT_OF_RESOURCES
-    plain_params, plain = trained(runtime)
-    for parameters, optimizer in ((params, opt), (plain_params, plain)):
-        fill_grads(parameters, 1)
-        optimizer.step()
+    opt.step()
     assert_same_values(values(opt), values(plain))
+    assert runtime.library.cuda_on_host_last_error() == OUT_OF_RESOURCES
 
 
 def test_a_failing_call_leaves_no_error(runtime):
     runtime.reset()
-    for act, message in (
-        (lambda: runtime.module.prepare(0, 7, False), "cudaErrorInvalidDevice"),
-        (lambda: trained(runtime)[1].session.backend.prepare(None), "NoneType"),
-    ):
-        with pytest.raises((RuntimeError, AttributeError), match=message):
-            act()
-        assert runtime.library.cuda_on_host_last_error() == 0
+    with pytest.raises(RuntimeError, match="cudaErrorInvalidDevice"):
+        runtime.module.prepare(0, 7, False)
+    assert runtime.library.cuda_on_host_last_error() == 0
+    runtime.fail("cudaLaunchKernelEx", INVALID_HANDLE)
+    opt = fw.SGD(make_params(torch.float32, SHAPES))
+    with pytest.raises(RuntimeError, match="cudaErrorInvalidResourceHandle"):
+        opt.step()
+    assert runtime.library.cuda_on_host_last_error() == 0
 
 
 @pytest.mark.parametrize("options", [{}, {"max_grad_norm": 1.0}], ids=str)
@@ -237,7 +236,7 @@ def test_a_failing_call_leaves_no_error(runtime):
 def test_a_step_of_which_nothing_was_queued_changes_nothing(runtime, call, error, options):
     """It is not counted and leaves no row, and the same step can be made after it."""
     params, opt = trained(runtime, 2, **options)
-    plain_params, plain = trained(runtime, 3, **options)
+    _, plain = trained(runtime, 3, **options)
     fill_grads(params, 2)
     before, rates = values(opt), opt.get_last_lr()
     launches = runtime.number("launches")
@@ -255,7 +254,6 @@ def test_a_step_of_which_nothing_was_queued_changes_nothing(runtime, call, error
     opt.step()
     assert launches.value - count == opt.traffic().launches
     assert_same_values(values(opt), values(plain))
-    assert len(plain_params) == len(params)
 
 
 def test_kernels_that_do_not_load_fail_before_the_first_launch(runtime):
