@@ -189,11 +189,13 @@ class Session:
         All plans write there until a group is added, because a graph that was captured with one plan may be
         replayed after an eager step with another.
         """
-        # telemetry has the rate of the first group, also where there is none
-        size = max(1, len(self.param_groups))
-        if self._rates is None or self._rates.device != device or len(self._rates) < size:
-            self._rates = torch.full((size, len(RATES)), math.nan, dtype=torch.float64, device=device)
-        return self._rates
+        size, rates = len(self.param_groups), self._rates
+        if rates is None or rates.device != device or not 0 < size <= len(rates):
+            # telemetry has the rate of the first group, not a number where there is none
+            rates = torch.full((max(1, size), len(RATES)), math.nan, dtype=torch.float64, device=device)
+        if size:
+            self._rates = rates
+        return rates
 
     # settings and groups
 
