@@ -93,7 +93,7 @@ def compiler_lines() -> list[str]:
         f"extra = {extra}",
         f"cxxflags = {CXXFLAGS} {includes} $extra",
         "rule cxx",
-        "  command = $cxx $cxxflags $isa -MMD -MF $out.d -c $in -o $out",
+        "  command = $cxx $cxxflags $options -MMD -MF $out.d -c $in -o $out",
         "  depfile = $out.d",
         "  deps = gcc",
     ]
@@ -112,19 +112,25 @@ def cpu_lines(target: Path) -> list[str]:
         for name in ("step", "vectors", "preconditioner"):
             objects.append(f"{name}_{isa}.o")
             lines.append(f"build {objects[-1]}: cxx {escaped(ROOT / f'csrc/cpu/{name}.cpp')}")
-            lines.append(f"  isa = -DFW_ISA={isa} {flags}")
+            lines.append(f"  options = -DFW_ISA={isa} {flags}")
     return [*lines, f"build {escaped(target)}: link {' '.join(objects)}"]
 
 
 def cuda_lines(target: Path, nvcc: str) -> list[str]:
     """Return the lines of the build file of the CUDA extension, which has one object per rule."""
-    archs = os.environ.get("FUSED_WARMUP_CUDA_ARCHS", CUDA_ARCHS).replace(",", " ").replace(";", " ").split()
-    # the sources do not depend on the device, so one compilation to PTX serves all of them
+    wanted = os.environ.get("FUSED_WARMUP_CUDA_ARCHS")
+    archs = (wanted or CUDA_ARCHS).replace(",", " ").replace(";", " ").split()
+    # The sources do not depend on the device, so one compilation to PTX serves all of them. That PTX is kept:
+    # a driver compiles it for every device of a later kind than the first, also between those of the list.
+    # The PTX of the last is what a driver prefers for later ones.
     first, last = min(archs, key=int), max(archs, key=int)
-    machine = ",".join(f"sm_{arch}" for arch in archs)
-    gencode = (
-        f"-gencode 'arch=compute_{first},code=[{machine}]' -gencode arch=compute_{last},code=compute_{last}"
-    )
+    machine = ",".join([f"compute_{first}", *(f"sm_{arch}" for arch in archs)])
+    gencode = f"-gencode 'arch=compute_{first},code=[{machine}]'"
+    if last != first:
+        gencode += f" -gencode arch=compute_{last},code=compute_{last}"
+    built_for = ", ".join(f"{arch[:-1]}.{arch[-1]}" for arch in archs)
+    built_for += " and later, limited by FUSED_WARMUP_CUDA_ARCHS" if wanted else " and later"
+    define = shlex.quote(f'-DFW_CUDA_ARCHS="{built_for}"')
     extra = os.environ.get("FUSED_WARMUP_NVCCFLAGS", "")
     lines = [
         *compiler_lines(),
@@ -138,9 +144,10 @@ def cuda_lines(target: Path, nvcc: str) -> list[str]:
         # hide the symbols of the static CUDA runtime from any other runtime in the process
         "  command = $nvcc -shared -cudart static -Xlinker --exclude-libs,ALL $in -o $out",
         f"build bindings.o: cxx {escaped(ROOT / 'csrc/cuda/bindings.cpp')}",
+        f"  options = {define}",
     ]
     objects = ["bindings.o"]
-    for name in ("vectors", "preconditioner"):
+    for name in ("vectors", "preconditioner", "probe"):
         objects.append(f"{name}.o")
         lines.append(f"build {objects[-1]}: nvcc {escaped(ROOT / f'csrc/cuda/{name}.cu')}")
     for rule in RULES:

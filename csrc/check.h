@@ -8,12 +8,3 @@
   do {                                                        \
     if (!(condition)) throw std::invalid_argument((message)); \
   } while (0)
-
-// for sources that include the CUDA runtime
-#define FW_CUDA_CHECK(call)                                                                         \
-  do {                                                                                              \
-    const cudaError_t error_of_call = (call);                                                       \
-    if (error_of_call != cudaSuccess)                                                               \
-      throw std::runtime_error(std::string(#call) + ": " + cudaGetErrorName(error_of_call) + ", " + \
-                               cudaGetErrorString(error_of_call));                                  \
-  } while (0)

@@ -21,6 +21,9 @@ ROOT = Path(__file__).resolve().parent.parent
 # products and sums are contracted only where the source calls multiply_add, as on the device
 FLAGS = "-std=c++17 -O2 -g1 -march=native -ffp-contract=off -fno-math-errno -fPIC -fvisibility=hidden -Wall -Wextra"
 
+# the compute capabilities that the kernels are said to be built for
+ARCHS = "7.5, 9.0"
+
 
 def compile_all(folder: Path, extra: str) -> Path:
     """Compile the kernels once per rule, and link them with the bindings."""
@@ -29,8 +32,8 @@ def compile_all(folder: Path, extra: str) -> Path:
     common = ["-include", str(ROOT / "tests" / "cuda_on_host.h"), "-x", "c++", "-c"]
     includes = [f"-I{path}" for path in (pybind11.get_include(), sysconfig.get_paths()["include"])]
     sources = {f"step_{rule}.o": ("step.cu", [f"-DFW_RULE={rule}"]) for rule in _cpu.rules()}
-    sources |= {f"{name}.o": (f"{name}.cu", []) for name in ("vectors", "preconditioner")}
-    sources["bindings.o"] = ("bindings.cpp", includes)
+    sources |= {f"{name}.o": (f"{name}.cu", []) for name in ("vectors", "preconditioner", "probe")}
+    sources["bindings.o"] = ("bindings.cpp", [*includes, f'-DFW_CUDA_ARCHS="{ARCHS}"'])
     # a sanitizer that is loaded into tests need not watch the compiler
     environment = {k: v for k, v in os.environ.items() if k != "LD_PRELOAD"}
     running = []
@@ -47,9 +50,9 @@ def compile_all(folder: Path, extra: str) -> Path:
     return target
 
 
-def load(path: Path) -> ModuleType:
-    """Import a built module under a name of its own."""
-    spec = importlib.util.spec_from_file_location("cuda_on_host_module._cuda", path)
+def load(path: Path, package: str = "cuda_on_host_module") -> ModuleType:
+    """Import a built module as one of a package; pybind11 returns the first module of a name."""
+    spec = importlib.util.spec_from_file_location(f"{package}._cuda", path)
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)

@@ -104,6 +104,8 @@ FAULTS: dict[tuple[str, str], list[tuple[str, ...]]] = {
         ("or skip or plan.groups.random_start", "or skip", f"{GAPS} applied"),
         ("for row in active) - started", "for row in active) * 0", f"{GAPS} applied"),
         ('    "counters",\n', "", "optim/test_state_dict.py optim/test_torch_calls.py"),
+        ("or self.backend_device != device:", "or False:", "backends/test_cuda_errors.py"),
+        ("not 0 < size <= len(rates)", "not size <= len(rates)", f"{GAPS} without_any_group"),
     ],
     ("optim/losses.py", f"{OUTSIDE} sharpness/test_readings.py -k loss"): [
         ("loss.numel() > 1 and not", "False and not", OUTSIDE),
@@ -230,6 +232,8 @@ FAULTS: dict[tuple[str, str], list[tuple[str, ...]]] = {
         ("if not self._session.update_captured():\n            raise", "if False:\n            raise", "plan/test_capture.py"),
 
         ("if value is not None:", "if isinstance(value, torch.Tensor):", f"{GAPS} as_a_number"),
+        ("session.load_kernels(plan, backend)", "pass", "backends/test_cuda_errors.py"),
+        ("        except Exception:\n            plan.release()\n", "        except Exception:\n", "backends/test_cuda_errors.py"),
     ],
     ("optim/adam.py", "backends/test_reference.py"): [
         ("init_exp_avg_sq(param, grad, hyper, weight_decay, clip_coef)", "init_exp_avg_sq(param, grad, hyper, weight_decay, 1.0)"),

@@ -36,6 +36,16 @@ const fw::CudaKernels& kernels_of(int rule) {
   return *kRules[rule];
 }
 
+py::object probe(int device) {
+  FW_CHECK(device >= -1, "device must be an index or -1");
+  std::string reason;
+  {
+    py::gil_scoped_release release;
+    reason = fw::probe(device, FW_CUDA_ARCHS);
+  }
+  return reason.empty() ? py::object(py::none()) : py::object(py::str(reason));
+}
+
 void prepare(int rule, int device, bool doubles) {
   FW_CHECK(device >= 0, "device must be an index");
   kernels_of(rule).prepare(device, doubles);
@@ -83,6 +93,7 @@ PYBIND11_MODULE(_cuda, m) {
   m.attr("MAX_INLINE_POINTERS") = fw::kMaxInlinePointers;
   m.attr("MAX_CAPTURED_POINTERS") = fw::kFewPointers;
   m.def("rules", &rules);
+  m.def("probe", &probe, py::arg("device"));
   m.def("prepare", &prepare, py::arg("rule"), py::arg("device"), py::arg("doubles"));
   m.def("step", &step, py::arg("rule"), py::arg("address"), py::arg("grads"), py::arg("n_grads"),
         py::arg("doubles"), py::arg("device"), py::arg("stream"), py::arg("max_blocks") = 0);

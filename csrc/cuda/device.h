@@ -3,6 +3,7 @@
 #pragma once
 #include "../check.h"
 #include "../dtypes.h"
+#include "launch.h"
 
 #define FW_DEVICE __device__ __forceinline__
 
@@ -95,41 +96,111 @@ FW_DEVICE bool arrives_last(int32_t* finished) {
 
 // the host side
 
+// whether an error is that of a kernel that ran, which any later call reports
+inline bool is_of_a_kernel(cudaError_t error) {
+  return error == cudaErrorIllegalAddress || error == cudaErrorLaunchTimeout || error == cudaErrorAssert ||
+         (error >= cudaErrorHardwareStackError && error <= cudaErrorLaunchFailure);
+}
+
+inline std::string explain(const char* call, cudaError_t error) {
+  std::string text = std::string(call) + ": " + cudaGetErrorName(error) + ", " + cudaGetErrorString(error);
+  if (is_of_a_kernel(error))
+    text +=
+        ". A kernel that was launched earlier failed, perhaps one of another library; "
+        "CUDA_LAUNCH_BLOCKING=1 shows which";
+  return text;
+}
+
+// Throws for a call that failed. The runtime is linked statically, so that nobody else reads its last error:
+// it is cleared here, and a launch is judged by what it returns.
+inline void check_cuda(const char* call, cudaError_t error) {
+  if (error == cudaSuccess) return;
+  cudaGetLastError();
+  throw std::runtime_error(explain(call, error));
+}
+#define FW_CUDA_CHECK(call) check_cuda(#call, call)
+
+// a function of the driver, which the library is not linked with
+template <class Function>
+Function* driver_function(const char* name) {
+  void* found = nullptr;
+#if CUDART_VERSION >= 12050
+  // the version that introduced contexts of a thread
+  check_cuda(name, cudaGetDriverEntryPointByVersion(name, &found, 4000, cudaEnableDefault));
+#else
+  check_cuda(name, cudaGetDriverEntryPoint(name, &found, cudaEnableDefault));
+#endif
+  if (!found) throw std::runtime_error(std::string("the CUDA driver must have ") + name + ", got none");
+  return reinterpret_cast<Function*>(found);
+}
+
+// Makes a device the current one of this thread, and restores the context that was current before, or that
+// there was none. cudaSetDevice on the way back would make a context on a device that had none.
 class OnDevice {
  public:
   explicit OnDevice(int device) {
-    FW_CUDA_CHECK(cudaGetDevice(&before_));
-    if (device != before_) FW_CUDA_CHECK(cudaSetDevice(device));
-    changed_ = device != before_;
+    int current = 0;
+    // where this fails, the next call fails too and has a name for the error
+    functions().get(&before_);
+    FW_CUDA_CHECK(cudaGetDevice(&current));
+    // without a context the next call would make one and leave it current
+    changed_ = before_ == nullptr || device != current;
+    if (changed_) FW_CUDA_CHECK(cudaSetDevice(device));
   }
   ~OnDevice() {
-    if (changed_) cudaSetDevice(before_);
+    if (changed_) functions().set(before_);
   }
   OnDevice(const OnDevice&) = delete;
 
  private:
-  int before_ = 0;
+  // CUresult and CUcontext are of a header that is not needed otherwise
+  struct Functions {
+    int (*get)(void**) = driver_function<int(void**)>("cuCtxGetCurrent");
+    int (*set)(void*) = driver_function<int(void*)>("cuCtxSetCurrent");
+  };
+  // looked up once; an exception leaves it to the next call
+  static const Functions& functions() {
+    static const Functions found;
+    return found;
+  }
+
+  void* before_ = nullptr;
   bool changed_ = false;
 };
 
-// blocks of a kernel that the current device runs at a time; the query loads the kernel
+// Blocks of a kernel that the current device runs at a time. The query loads the kernel and fails where a
+// launch would, so that a step which has asked for all of its kernels either queues all launches or none:
+// what remains are errors of a device that no later call can use either.
 template <class Kernel>
-int64_t resident_blocks(Kernel kernel, int device) {
+int64_t resident_blocks(Kernel kernel, int device, int threads = kThreads) {
   int processors = 0, blocks = 0;
   FW_CUDA_CHECK(cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device));
-  FW_CUDA_CHECK(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, kernel, kThreads, 0));
+  FW_CUDA_CHECK(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, kernel, threads, 0));
+  if (blocks < 1)
+    throw std::runtime_error("device " + std::to_string(device) + " must have room for a block of " +
+                             std::to_string(threads) + " threads, got none");
   return int64_t(processors) * blocks;
 }
 
 template <class... Parameters, class... Arguments>
-void launch(void (*kernel)(Parameters...), int64_t blocks, int threads, void* stream,
+void launch(void (*kernel)(Parameters...), int64_t blocks, int threads, const Launch& how,
             const Arguments&... arguments) {
   cudaLaunchConfig_t config = {};
   config.gridDim = dim3(static_cast<unsigned>(blocks));
   config.blockDim = dim3(static_cast<unsigned>(threads));
-  config.stream = static_cast<cudaStream_t>(stream);
-  FW_CUDA_CHECK(cudaLaunchKernelEx(&config, kernel, arguments...));
-  FW_CUDA_CHECK(cudaGetLastError());
+  config.stream = static_cast<cudaStream_t>(how.stream);
+  const cudaError_t error = cudaLaunchKernelEx(&config, kernel, arguments...);
+  if (error == cudaSuccess) {
+    how.queued += 1;
+    return;
+  }
+  cudaGetLastError();
+  const std::string done = how.queued
+                               ? std::to_string(how.queued) +
+                                     " launches of this call were queued before, so that parameters and "
+                                     "states may be updated in part"
+                               : "no launch of this call was queued, so that nothing is changed";
+  throw std::runtime_error(explain("cudaLaunchKernelEx", error) + "; " + done);
 }
 
 // blocks to launch for so many chunks, each of which takes as many chunks as the others or one less;

@@ -160,8 +160,8 @@ template <class Rule, class V>
 void launch_rule(const Launch& how, const Step& step, const PreconditionerOp& call) {
   // not cached, because it is asked once per measurement
   const int64_t resident = resident_blocks(preconditioner_kernel<Rule, V>, how.device);
-  launch(preconditioner_kernel<Rule, V>, grid(resident, how.max_blocks, step.n_chunks), kThreads, how.stream,
-         step, call);
+  launch(preconditioner_kernel<Rule, V>, grid(resident, how.max_blocks, step.n_chunks), kThreads, how, step,
+         call);
 }
 
 template <class Rule>

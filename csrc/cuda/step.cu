@@ -208,8 +208,8 @@ Grids grids_on(int device) {
   Grids& grids = known[device];
   if (grids.update == 0) {
     resident_blocks(measure_kernel<kMaxInlinePointers>, device);
-    resident_blocks(decide_kernel<Rule, kMaxInlinePointers>, device);
-    grids.decide = resident_blocks(decide_kernel<Rule, kFewPointers>, device);
+    resident_blocks(decide_kernel<Rule, kMaxInlinePointers>, device, kDecideThreads);
+    grids.decide = resident_blocks(decide_kernel<Rule, kFewPointers>, device, kDecideThreads);
     grids.measure = resident_blocks(measure_kernel<kFewPointers>, device);
     if constexpr (Rule::kSums > 0) {
       grids.stage1 = resident_blocks(stage1_kernel<Rule, kDoubles>, device);
@@ -234,30 +234,28 @@ void launch_all(const Launch& how, const Step& step) {
   memcpy(pointers.grads, how.grads, how.n_grads * sizeof(uint64_t));
   if (step.measure) {
     launch(measure_kernel<kSize>, grid(small ? step.n_chunks : grids.measure, how.max_blocks, step.n_chunks),
-           threads, how.stream, step, pointers);
+           threads, how, step, pointers);
     GradPointers<kFewPointers> none;
     none.count = 0;
-    launch(decide_kernel<Rule, kFewPointers>, decides, kDecideThreads, how.stream, step, none);
+    launch(decide_kernel<Rule, kFewPointers>, decides, kDecideThreads, how, step, none);
   } else {
-    launch(decide_kernel<Rule, kSize>, decides, kDecideThreads, how.stream, step, pointers);
+    launch(decide_kernel<Rule, kSize>, decides, kDecideThreads, how, step, pointers);
   }
   if constexpr (Rule::kSums > 0) {
-    launch(stage1_kernel<Rule, kDoubles>, grid(grids.stage1, how.max_blocks, step.n_chunks), kThreads,
-           how.stream, step);
-    launch(reduce_layers_kernel<Rule>, grid(grids.reduce, how.max_blocks, step.n_rows), kThreads, how.stream,
+    launch(stage1_kernel<Rule, kDoubles>, grid(grids.stage1, how.max_blocks, step.n_chunks), kThreads, how,
            step);
+    launch(reduce_layers_kernel<Rule>, grid(grids.reduce, how.max_blocks, step.n_rows), kThreads, how, step);
   }
   const int64_t tiles = tiles_of_chunk(step), units = step.n_chunks * tiles;
   // as many blocks as tiles, or as small chunks: the device starts one where another ends
   launch(update_kernel<Rule, kDoubles>,
-         grid(tiles > 1 || small ? units : grids.update, how.max_blocks, units), threads, how.stream, step);
+         grid(tiles > 1 || small ? units : grids.update, how.max_blocks, units), threads, how, step);
   if (Rule::kSums == 0 && accumulates(step)) {
     const int64_t blocks = tiles > 1 ? (step.n_chunks + kThreads - 1) / kThreads : 1;
-    launch(finish_kernel, grid(grids.finish, how.max_blocks, blocks), kThreads, how.stream, step);
+    launch(finish_kernel, grid(grids.finish, how.max_blocks, blocks), kThreads, how, step);
   }
   if (step.spheres)
-    launch(rescale_kernel<kDoubles>, grid(grids.rescale, how.max_blocks, step.n_chunks), kThreads, how.stream,
-           step);
+    launch(rescale_kernel<kDoubles>, grid(grids.rescale, how.max_blocks, step.n_chunks), kThreads, how, step);
 }
 
 template <class Rule, bool kDoubles>
@@ -288,6 +286,7 @@ void prepare(int device, bool doubles) {
 
 }  // namespace
 
-const CudaKernels FW_JOIN(cuda_, FW_RULE) = {FW_TEXT(FW_RULE), prepare<FW_RULE>, run<FW_RULE>};
+const CudaKernels FW_JOIN(cuda_, FW_RULE) = {FW_TEXT(FW_RULE), prepare<FW_RULE>, run<FW_RULE>,
+                                             reinterpret_cast<const void*>(finish_kernel)};
 
 }  // namespace fw

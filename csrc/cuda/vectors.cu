@@ -308,7 +308,7 @@ void launch_part(const Launch& how, const VectorOp& call) {
     if (known[how.device] == 0) known[how.device] = resident_blocks(vector_kernel<Part, C>, how.device);
     resident = known[how.device];
   }
-  launch(vector_kernel<Part, C>, grid(resident, how.max_blocks, call.n_chunks), kThreads, how.stream, call);
+  launch(vector_kernel<Part, C>, grid(resident, how.max_blocks, call.n_chunks), kThreads, how, call);
 }
 
 template <class Part>

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import importlib.util
 import os
+from collections.abc import Callable
+from functools import cache
 
 import torch
 
@@ -14,9 +16,17 @@ BACKENDS = ("reference", "cpu", "triton", "cuda")
 _PREFERENCE = {"cpu": ("cpu", "reference"), "cuda": ("cuda", "triton", "reference")}
 
 
-def unavailable_reason(name: str) -> str | None:
-    """Return why a backend cannot be used in this process, or None if it can."""
-    reasons = {"cpu": _cpu_reason, "cuda": _cuda_reason, "triton": _triton_reason}
+def unavailable_reason(name: str, device: torch.device | None = None) -> str | None:
+    """Return why a backend cannot be used in this process, or None if it can.
+
+    Args:
+        name: A backend.
+        device: Device of the tensors, on which the kernels of ``cuda`` are tried once per process. Without
+            one they are not, because that would make a context there.
+    """
+    if name == "cuda":
+        return _cuda_reason(device)
+    reasons = {"cpu": _cpu_reason, "triton": _triton_reason}
     return reasons[name]() if name in reasons else None
 
 
@@ -28,12 +38,21 @@ def _cpu_reason() -> str | None:
     return None
 
 
-def _cuda_reason() -> str | None:
+def _cuda_reason(device: torch.device | None) -> str | None:
     try:
-        from .. import _cuda  # noqa: F401
+        from .._cuda import probe
     except ImportError as error:
         return f"the extension fused_warmup._cuda does not load: {error}"
-    return None if torch.cuda.is_available() else "torch finds no CUDA device"
+    if not torch.cuda.is_available():
+        return "torch finds no CUDA device"
+    known = device is not None and device.type == "cuda" and device.index is not None
+    return _probed(probe, device.index if device is not None and known else -1)
+
+
+@cache
+def _probed(probe: Callable[[int], str | None], index: int) -> str | None:
+    """Return why the kernels do not run on a device; -1 asks about the driver alone."""
+    return probe(index)
 
 
 def _triton_reason() -> str | None:
@@ -84,13 +103,12 @@ def resolve(name: str, device: torch.device) -> Backend:
         name = next(
             candidate
             for candidate in usable
-            if unavailable_reason(candidate) is None and _reaches(candidate, device)
+            if unavailable_reason(candidate, device) is None and _reaches(candidate, device)
         )
-    reason = unavailable_reason(name)
+    reason = unavailable_reason(name, device)
     if reason is not None:
-        raise RuntimeError(
-            f'backend="{name}" is unavailable: {reason}. Available: {", ".join(available_backends())}.'
-        )
+        others = ", ".join(other for other in BACKENDS if unavailable_reason(other, device) is None)
+        raise RuntimeError(f'backend="{name}" is unavailable: {reason}. Available: {others}.')
     if not _reaches(name, device):
         raise ValueError(f'backend="{name}" must get tensors that it can reach, got tensors on {device}.')
     if name == "cpu":

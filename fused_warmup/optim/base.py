@@ -289,7 +289,9 @@ class FusedOptimizer(Optimizer):
 
         Raises:
             RuntimeError: If called inside ``averaged_parameters``, or while a graph is captured that could
-                not be replayed: gradients that moved, states or groups that are new.
+                not be replayed: states or groups that are new, hyper-parameters that changed; if the device
+                fails. The step is not counted then, and the message says whether any of its kernels was
+                queued.
             TypeError: If a parameter or gradient is of a kind that no backend takes.
             ValueError: If a parameter, gradient, state or hyper-parameter does not fit. Nothing is changed
                 then.
@@ -313,19 +315,23 @@ class FusedOptimizer(Optimizer):
             session.measure_norms(plan)
         value = None if loss is None else reported_loss(loss)
         if value is not None:
+            if session.adaptive:
+                session.load_kernels(plan, backend)
             self.record_loss(value)
-        if session.adaptive:
-            session.warn_unfed()
         capturing = plan.buffers.mirrored and is_capturing(plan.device)
-        if capturing:
-            with plan.captured_arguments(backend.max_captured_pointers):
+        try:
+            if capturing:
+                with plan.captured_arguments(backend.max_captured_pointers):
+                    backend.step(plan)
+            else:
+                if plan.gradients.is_stale and len(plan.rows) > backend.max_inline_pointers:
+                    plan.gradients.upload()
                 backend.step(plan)
-        else:
-            if plan.gradients.is_stale and len(plan.rows) > backend.max_inline_pointers:
-                plan.gradients.upload()
-            backend.step(plan)
-            if plan.gradients.is_stale:
-                plan.gradients.note_upload()
+        except Exception:
+            plan.release()
+            raise
+        if not capturing and plan.gradients.is_stale:
+            plan.gradients.note_upload()
         session.last_rates = plan.groups.rates
         if session.unscale_grads:
             plan.gradients.unscale(plan.scaling[0])
@@ -336,6 +342,8 @@ class FusedOptimizer(Optimizer):
             session.telemetry.advance()
         if changed:
             torch.autograd.graph.increment_version(changed)
+        if session.adaptive:
+            session.warn_unfed()
         return loss
 
     def _prepare(self, *, every: bool = False) -> tuple[Plan, Backend]:

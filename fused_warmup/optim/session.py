@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import math
 import warnings
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
@@ -27,7 +28,7 @@ from ..plan.rows import Row
 from ..plan.spec import RuleSpec
 from ..plan.sphere import norm_of
 from ..plan.state_checks import checked_norm
-from ..plan.structs import COUNTERS
+from ..plan.structs import COUNTERS, RATES
 from ..plan.tracked_states import Access, TrackedStates, peek
 from ..schedules.adaptive import AdaptiveSchedule, adaptive_schedules
 from .averaging import EMA, SWA, Average
@@ -126,7 +127,9 @@ class Session:
         # options that were found to be in range
         self._checked: tuple[Any, ...] = ()
         self.backend: Backend | None = None
-        self.backend_device = ""
+        self.backend_device: torch.device | None = None
+        self._rates: Tensor | None = None
+        self._loaded: Plan | None = None
         self.reset()
 
     def reset(self) -> None:
@@ -171,9 +174,9 @@ class Session:
         return 0 if self.counters is None else int(self.counters[COUNTERS.index("step")])
 
     def resolve(self, device: torch.device) -> Backend:
-        """Return the backend; another one only if the parameters have moved to another kind of device."""
-        if self.backend is None or self.backend_device != device.type:
-            self.backend, self.backend_device = resolve(self.backend_name, device), device.type
+        """Return the backend; another one only if the parameters have moved to another device."""
+        if self.backend is None or self.backend_device != device:
+            self.backend, self.backend_device = resolve(self.backend_name, device), device
         return self.backend
 
     def allocate_counters(self, device: torch.device) -> Tensor:
@@ -182,6 +185,20 @@ class Session:
             fresh = torch.zeros(len(COUNTERS), dtype=torch.int64, device=device)
             self.counters = fresh if self.counters is None else fresh.copy_(self.counters)
         return self.counters
+
+    def allocate_rates(self, device: torch.device) -> Tensor:
+        """Return memory for learning rate and weight decay of each group, float64 of ``[>= groups, 2]``.
+
+        All plans write there until a group is added, because a graph that was captured with one plan may be
+        replayed after an eager step with another.
+        """
+        size, rates = len(self.param_groups), self._rates
+        if rates is None or rates.device != device or not 0 < size <= len(rates):
+            # telemetry has the rate of the first group, not a number where there is none
+            rates = torch.full((max(1, size), len(RATES)), math.nan, dtype=torch.float64, device=device)
+        if size:
+            self._rates = rates
+        return rates
 
     # settings and groups
 
@@ -362,6 +379,7 @@ class Session:
                 "counters": counters,
                 "pending_scalars": self.telemetry.pending_scalars,
                 "ring_buffer": self.telemetry.ring_buffer,
+                "rates": self.allocate_rates(device),
             },
             device,
             is_split=is_split,
@@ -504,6 +522,12 @@ class Session:
             norm.copy_(norm_of([row.local for row in plan.rows if row.group == g], plan.device))
             self.param_groups[g]["norm"] = norm
         self.fresh_norms = {}
+
+    def load_kernels(self, plan: Plan, backend: Backend) -> None:
+        """Load the kernels of a plan, once: a step that must fail does so before it records a loss."""
+        if self._loaded is not plan:
+            backend.prepare(plan)
+            self._loaded = plan
 
     def plan_ahead(self) -> tuple[Plan, Backend] | None:
         """Return the plan of the step about to be made without making it; the caller releases it.

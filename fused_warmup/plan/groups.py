@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from numbers import Number
 from operator import itemgetter
 from typing import Any
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from .. import _checks as check
@@ -19,7 +17,7 @@ from .address_cache import address_of, addresses_of
 from .device_buffers import DeviceBuffers, is_capturing
 from .hyper import Hyper, pack_rows, pack_schedules
 from .step_struct import StepStruct
-from .structs import RATES, STRUCTS
+from .structs import STRUCTS
 
 
 class GroupReadings:
@@ -99,6 +97,7 @@ class GroupTable:
         owner: Name of the optimizer class, for messages.
         readings: Hyper-parameters of the groups.
         norms: Norm of each group that is kept on a sphere, 0-dim float64 on the device; None for others.
+        rates: Memory for the rates that a step applies, float64 of ``[>= groups, 2]`` on the device.
         chunk_groups: Group of each chunk, in ascending order.
         buffers: Buffers of the table.
         step: The ``Step`` struct, whose fields on the groups are written here.
@@ -117,15 +116,16 @@ class GroupTable:
         owner: str,
         readings: GroupReadings,
         norms: list[Tensor | None],
+        rates: Tensor,
         chunk_groups: np.ndarray,
         buffers: DeviceBuffers,
         step: StepStruct,
     ) -> None:
         self.readings, self.norms = readings, norms
-        self.rates: Tensor
+        self.rates = rates[: len(readings.hypers)]
         self.has_spheres = self.random_start = False
         self._owner, self._chunk_groups, self._buffers, self._step = owner, chunk_groups, buffers, step
-        self._all_rates: Tensor | None = None
+        self._all_rates = rates
         self._pack()
 
     @property
@@ -195,11 +195,6 @@ class GroupTable:
         segments["table"] += np.uint64(self._send_schedules("values", values))
         self._segments = self._send_schedules("segments", segments)
         self._packed = pack_rows(self.hypers, self._places, self._segments)
-        if self._all_rates is None or self.rates.shape[0] != len(self.hypers):
-            # telemetry has the rate of the first group, also where there is none
-            shape, device = (max(1, len(self.hypers)), len(RATES)), self._buffers.device
-            self._all_rates = torch.full(shape, math.nan, dtype=torch.float64, device=device)
-            self.rates = self._all_rates[: len(self.hypers)]
         self._step.point_to(
             hypers=self._buffers.upload("hypers", self._packed),
             rates=self._all_rates,

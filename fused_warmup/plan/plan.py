@@ -52,8 +52,8 @@ class Plan:
         readings: Hyper-parameters of the groups.
         norms: Norm of each group that is kept on a sphere, 0-dim float64 on the device; None for others.
         average: Average that the rows keep.
-        record: Device tensors ``row_counters``, ``counters``, ``pending_scalars`` and ``ring_buffer``, which
-            may be None.
+        record: Device tensors ``row_counters``, ``counters``, ``pending_scalars``, ``rates`` and
+            ``ring_buffer``, which may be None.
         device: Where the tensors are.
         is_split: Whether other processes hold other parts of the model, and so of its norms.
 
@@ -173,7 +173,9 @@ class Plan:
             average_every=every,
         )
         chunk_groups = self._columns["group"][self._chunks["row"]]
-        self.groups = GroupTable(self.owner, readings, norms, chunk_groups, self.buffers, self._step)
+        rates = self.record["rates"]
+        assert rates is not None
+        self.groups = GroupTable(self.owner, readings, norms, rates, chunk_groups, self.buffers, self._step)
 
     @property
     def n_chunks(self) -> int:
