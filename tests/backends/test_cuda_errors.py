@@ -351,12 +351,13 @@ def replay(opt, plan):
 
 
 def test_last_rates_after_a_replay_that_follows_another_plan(runtime, capture):  # noqa: F811
-    """The captured plan and that of an eager step with other gradients write the same rates."""
+    """The captured plan and one that was made later write the same rates."""
     params, opt = trained(runtime, 2, schedule=fw.schedules.warmup(10))
     with capture:
         opt.step()
     captured = opt.session.plan
     set_grads(params, 5)
+    opt.init_state()
     opt.step()
     assert opt.session.plan is not captured
     for _ in range(3):
