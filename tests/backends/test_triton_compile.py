@@ -408,6 +408,38 @@ def test_later_steps_launch_the_compiled_kernels(driver, monkeypatch):
         opt.step()
 
 
+CHANGES = {
+    "rule": "RAdam",
+    "kinds": ((BF16, BF16, 2),),
+    "n_chunks": 2,
+    "n_tiles": 2,
+    "rows": [None] * 300,
+    "record": {"ring_buffer": torch.zeros(1)},
+    "average": ("ema",),
+    "groups": SimpleNamespace(has_spheres=True),
+}
+
+
+@pytest.mark.parametrize("name", CHANGES)
+def test_kept_launches_follow_the_plan(monkeypatch, name):
+    """Without a device: a launch stands for itself."""
+    monkeypatch.setattr(launch, "_bind", lambda column, *launch: launch)
+    column = torch.zeros(8, dtype=torch.uint8)
+    properties = {
+        "step_column": lambda: column,
+        "device": column.device,
+        **{"rule": "Adam", "kinds": ((F32, F32, 2),), "n_chunks": 1, "n_tiles": 1, "rows": [None]},
+        **{"record": {"ring_buffer": None}, "average": (None,), "groups": SimpleNamespace(has_spheres=False)},
+    }
+    plan, other = (SimpleNamespace(**{**properties, **change}) for change in ({}, {name: CHANGES[name]}))
+    backend = launch.TritonBackend(8)
+    first = backend._bound_launches(plan, False)
+    assert backend._bound_launches(plan, False) is first
+    for one in (other, plan):
+        assert backend._bound_launches(one, False) == list(backend._launches(one, False))
+    assert backend._bound_launches(other, False) != first
+
+
 def test_a_kernel_that_writes_nothing_is_found_out(driver):
     with pytest.raises(RuntimeError, match="a sum of 528 gives 0"):
         check_kernel(torch.device("cpu"))
