@@ -15,7 +15,7 @@ ROOT = Path(__file__).resolve().parents[2]
 # every kernel and rule for one architecture, and steps that launch what was compiled
 ONE_DEVICE = (
     "(whole_blocks and 90) or (reduce_layers and 90) or (decide and 90) or (vector and float32) "
-    "or preconditioner or repeated or later_steps"
+    "or preconditioner or repeated or later_steps or writes_nothing"
 )
 ONE_STEP = "one_step_from_the_same_state and float32"
 
