@@ -46,8 +46,10 @@ def _triton_reason() -> str | None:
         return "the package triton is not installed"
     if not _interpreted() and not torch.cuda.is_available():
         return "there is no CUDA device, and TRITON_INTERPRET is not 1"
-    import triton
-
+    try:
+        import triton
+    except Exception as error:
+        return f"the package triton does not load: {error}"
     release = tuple(int(number) for number in re.findall(r"\d+", triton.__version__)[:3])
     if release < OLDEST_TRITON:
         needed = ".".join(map(str, OLDEST_TRITON))

@@ -87,6 +87,14 @@ def test_an_old_triton_is_named(monkeypatch, found_device):
     assert "triton" not in fw.available_backends()
 
 
+def test_a_triton_that_does_not_load_is_unavailable(monkeypatch, found_device):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
+    monkeypatch.setitem(sys.modules, "triton", None)
+    reason = str(backends.unavailable_reason("triton"))
+    assert reason.startswith("the package triton does not load: ")
+    assert backends.resolve("auto", found_device).name == "reference"
+
+
 @needs_triton
 def test_a_triton_that_cannot_compile_is_found_out_once(monkeypatch, found_device):
     from fused_warmup.backends.triton import probe
