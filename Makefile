@@ -1,11 +1,11 @@
-# make demo | test | test-all | cover | bench | gpu | lint | sanitize: each sets up what it needs. PYTHON chooses the interpreter.
+# make demo | test | test-all | cover | compat | bench | gpu | lint | sanitize: each sets up what it needs. PYTHON chooses the interpreter.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/ready
 SOURCES := pyproject.toml setup.py constraints.txt peers.txt $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: help demo test test-all cover bench gpu lint sanitize clean
+.PHONY: help demo tritons test test-all cover compat bench gpu lint sanitize clean
 
 help:
 	@grep -E '^# make' Makefile
@@ -25,17 +25,25 @@ demo: $(READY)
 # threads of one worker that wait must leave the core to the others
 PYTEST := OMP_WAIT_POLICY=passive $(BIN)/pytest -n auto --maxprocesses 8 --dist worksteal
 
+# the oldest and the newest supported Triton beside the pinned one, which tests compile with
+tritons: $(READY)
+	$(BIN)/python tests/compat.py install
+
 # every pair of the values of a test's parameters
-test: $(READY)
+test: tritons
 	$(PYTEST)
 
 # every row of their products; with PART=2/3 the second third of those that `make test` leaves out
-test-all: $(READY)
+test-all: tritons
 	PRODUCTS=$(or $(PART),all) $(PYTEST)
 
 # takes a third more time than the tests, and asserts nothing
-cover: $(READY)
+cover: tritons
 	$(PYTEST) --cov --cov-report=term:skip-covered
+
+# the tests of the Triton kernels with every supported version of Triton
+compat: $(READY)
+	$(BIN)/python tests/compat.py
 
 bench: $(READY)
 	$(BIN)/python -m benchmarks

@@ -336,6 +336,14 @@ FAULTS: dict[tuple[str, str], list[tuple[str, ...]]] = {
         ("tl.where(weight < 0.5, weight, weight - 1.0)", "weight - 1.0", "interpreted.py -k that_jump"),
         ("exp_avg_sq_scale=s.exp_avg_sq_scale * 0.0 + 1.0", "exp_avg_sq_scale=s.exp_avg_sq_scale", "interpreted.py -k a_look_at"),
     ],
+    ("backends/triton/launch.py", "backends/test_triton_compile.py -k kept_launches"): [
+        ("kept is None or kept[0] != properties", "kept is None"),
+        ("[constants[name] for name in kernel.arg_names[1:]]", "list(constants.values())", "backends/test_triton_compile.py -k later_steps"),
+    ],
+    ("backends/__init__.py", "backends/test_triton.py -k found_out_once"): [
+        ("_triton_problem(\"cpu\" if", "None if True else (\"cpu\" if"),
+        ("if release < OLDEST_TRITON:", "if False:", "backends/test_triton.py -k old_triton"),
+    ],
     ("backends/triton/schedules.py", "interpreted.py -k 'test_schedules'"): [
         ("(segment.steps > 0) & (t >= segment.steps)", "(segment.steps > 0) & (t > segment.steps)"),
         ("tl.where(begun & (t >= begin), j, i)", "tl.where(begun & (t > begin), j, i)"),

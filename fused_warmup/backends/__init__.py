@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import re
 from collections.abc import Callable
 from functools import cache
 
@@ -12,6 +13,9 @@ import torch
 from .base import Backend
 
 BACKENDS = ("reference", "cpu", "triton", "cuda")
+
+# the oldest one that the tests compile with; torch 2.9.1 brings it
+OLDEST_TRITON = (3, 5, 1)
 
 _PREFERENCE = {"cpu": ("cpu", "reference"), "cuda": ("cuda", "triton", "reference")}
 
@@ -60,10 +64,27 @@ def _triton_reason() -> str | None:
         return "the package triton is not installed"
     if not _interpreted() and not torch.cuda.is_available():
         return "there is no CUDA device, and TRITON_INTERPRET is not 1"
-    import triton
+    try:
+        import triton
+    except Exception as error:
+        return f"the package triton does not load: {error}"
+    release = tuple(int(number) for number in re.findall(r"\d+", triton.__version__)[:3])
+    if release < OLDEST_TRITON:
+        needed = ".".join(map(str, OLDEST_TRITON))
+        return f"triton {triton.__version__} is too old, triton {needed} or later is needed"
+    return _triton_problem("cpu" if _interpreted() else f"cuda:{torch.cuda.current_device()}")
 
-    if not hasattr(triton, "constexpr_function"):
-        return f"triton {triton.__version__} is too old, it has no constexpr_function"
+
+@cache
+def _triton_problem(device: str) -> str | None:
+    """Return why Triton cannot run a kernel on a device, or None if it can; tried once in a process."""
+    try:
+        from .triton.probe import check_kernel
+
+        check_kernel(torch.device(device))
+    except Exception as error:
+        first, *_ = str(error).splitlines() or [""]
+        return f"a kernel fails: {type(error).__name__}: {first}"
     return None
 
 
@@ -77,6 +98,11 @@ def _reaches(name: str, device: torch.device) -> bool:
     if name == "triton":
         return device.type == ("cpu" if _interpreted() else "cuda")
     return name == "reference" or name in _PREFERENCE.get(device.type, ())
+
+
+def device_type(name: str) -> str:
+    """Return the type of device whose tensors a backend supports, the CPU where it supports several."""
+    return next(kind for kind in ("cpu", "cuda") if _reaches(name, torch.device(kind)))
 
 
 def available_backends() -> tuple[str, ...]:

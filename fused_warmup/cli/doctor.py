@@ -11,7 +11,7 @@ from rich.table import Table
 
 import fused_warmup as fw
 
-from ..backends import BACKENDS, unavailable_reason
+from ..backends import BACKENDS, device_type, unavailable_reason
 from ..plan.roofline import Device, find_device
 from .console import PlainConsole
 from .machine import cpu_model, versions
@@ -29,18 +29,19 @@ REQUIRED_BACKENDS = ("reference", "cpu")
 
 
 def backend_problem(backend: str) -> str | None:
-    """Return the problem of a backend with CPU tensors, or None if one step gives the right result."""
+    """Return the problem of a backend, or None if one step on its type of device gives the right result."""
     reason = unavailable_reason(backend)
     if reason is not None:
         return reason
-    param = torch.ones(3)
-    param.grad = torch.full((3,), 2.0)
     try:
+        param = torch.ones(3, device=device_type(backend))
+        param.grad = torch.full_like(param, 2.0)
         fw.SGD([param], lr=0.25, backend=backend).step()
+        values = param.tolist()
     except Exception as error:
         return f"a step fails: {error}"
-    if param.tolist() != [0.5, 0.5, 0.5]:
-        return f"a step of 1 - 0.25 * 2 gives {param[0].item()}"
+    if values != [0.5, 0.5, 0.5]:
+        return f"a step of 1 - 0.25 * 2 gives {values[0]}"
     return None
 
 
@@ -108,7 +109,7 @@ def doctor(ctx: click.Context, traffic: bool, gpu: Device | None) -> None:
     table.add_row("instruction sets", instruction_sets())
     broken = []
     for name in BACKENDS:
-        reason = backend_problem(name) if name in REQUIRED_BACKENDS else unavailable_reason(name)
+        reason = backend_problem(name)
         table.add_row(f"backend {name}", "available" if reason is None else f"not available: {reason}")
         if reason is not None and name in REQUIRED_BACKENDS:
             broken.append(name)

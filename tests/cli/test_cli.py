@@ -1,5 +1,6 @@
 import csv
 import json
+import re
 import runpy
 import subprocess
 import sys
@@ -7,6 +8,7 @@ import sys
 import pytest
 from click.testing import CliRunner
 
+import fused_warmup as fw
 from fused_warmup import cli as package
 from fused_warmup.cli import doctor, group, machine
 from fused_warmup.cli.train import command as training
@@ -385,6 +387,25 @@ def test_doctor_fails_when_a_step_does(monkeypatch):
 
     monkeypatch.setattr(ReferenceBackend, "step", fail)
     assert "a step fails: broken" in invoke("doctor").output
+
+
+def test_doctor_makes_a_step_with_every_available_backend(monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")
+    real, tried = fw.SGD, []
+
+    def sgd(params, *, lr, backend):
+        tried.append((backend, params[0].device.type))
+        if backend == "triton":
+            raise RuntimeError("no assembler")
+        return real(params, lr=lr, backend="reference")
+
+    monkeypatch.setattr(fw, "SGD", sgd)
+    monkeypatch.setattr(doctor, "unavailable_reason", lambda name: None)
+    monkeypatch.setattr(doctor, "device_type", lambda name: "cpu")
+    output = re.sub(" +", " ", invoke("doctor").output)
+    assert tried == [(name, "cpu") for name in ("reference", "cpu", "triton", "cuda")]
+    assert "backend triton not available: a step fails: no assembler" in output
+    assert "backend cuda available" in output
 
 
 def test_the_processor_has_a_name(tmp_path):

@@ -7,11 +7,13 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
+from torch import Tensor
 
+from ...plan.address_cache import address_of
 from ...plan.plan import Plan
 from ...plan.structs import DTYPES
 from ...plan.vector_tables import OPERATIONS, PreconditionerTable, VectorTable
@@ -233,25 +235,20 @@ class TritonBackend:
 
     def __init__(self, programs: int | None = None) -> None:
         self._programs = programs
+        # by whether a step measures: the properties of the plan that its launches depend on, and the launches
+        self._kept: dict[bool, tuple[tuple[Any, ...], list[Callable[[], Any]]]] = {}
 
     def prepare(self, plan: Plan) -> None:
         """Compile and load all kernels that the steps of a plan may need under any settings."""
-        column = plan.step_column().view(torch.int64)
         with _on(plan.device):
             for measure in (False, True):
-                for kernel, _, constants in self._launches(plan, measure):
-                    compiled = kernel.warmup(column, grid=(1,), **constants)
-                    # the interpreter has nothing to compile
-                    if compiled is not None:
-                        # the kernel is loaded when this property is first read
-                        _ = compiled.run
+                self._bound_launches(plan, measure)
 
     def step(self, plan: Plan) -> None:
         """Queue one step on the current stream."""
-        column = plan.step_column().view(torch.int64)
         with _on(plan.device):
-            for kernel, programs, constants in self._launches(plan, plan.settings.measure):
-                kernel[(programs,)](column, **constants)
+            for launch in self._bound_launches(plan, plan.settings.measure):
+                launch()
 
     def vectors(self, operation: str, table: VectorTable) -> None:
         """Queue one of ``vector_tables.OPERATIONS`` on the current stream, same bits for any grid."""
@@ -271,6 +268,20 @@ class TritonBackend:
             constants = preconditioner_constants(plan.rule, plan.kinds, table.doubles)
             preconditioner_kernel[(programs,)](*columns, **constants)
         return True
+
+    def _bound_launches(self, plan: Plan, measure: bool) -> list[Callable[[], Any]]:
+        """Return the launches of a step, the same ones until a property changes that they depend on."""
+        column = plan.step_column()
+        properties = (
+            *(address_of(column), plan.device, plan.rule, plan.kinds, plan.n_chunks, plan.n_tiles),
+            *(len(plan.rows), plan.record["ring_buffer"] is None, plan.average[0], plan.groups.has_spheres),
+        )
+        kept = self._kept.get(measure)
+        if kept is None or kept[0] != properties:
+            address = column.view(torch.int64)
+            launches = [_bind(address, *launch) for launch in self._launches(plan, measure)]
+            kept = self._kept[measure] = properties, launches
+        return kept[1]
 
     def _launches(self, plan: Plan, measure: bool) -> Iterator[tuple[Any, int, dict[str, Any]]]:
         """Yield kernel, number of programs and constants of each launch of a step.
@@ -314,6 +325,21 @@ class TritonBackend:
             yield stage2_kernel, programs, constants
         if plan.groups.has_spheres:
             yield rescale_kernel, programs, rescale_constants(plan.kinds, average=averages)
+
+
+def _bind(column: Tensor, kernel: Any, programs: int, constants: dict[str, Any]) -> Callable[[], Any]:
+    """Compile and load a kernel, and return its launch.
+
+    The compiled kernel is launched as Triton's tutorial on softmax does: a launch by the kernel itself takes
+    several times as long, because it looks the compiled one up and compares all global variables.
+    """
+    compiled = kernel.warmup(column, grid=(1,), **constants)
+    if compiled is None:
+        # the interpreter compiles nothing
+        return functools.partial(kernel[(programs,)], column, **constants)
+    # all arguments by position, constants included
+    arguments = [constants[name] for name in kernel.arg_names[1:]]
+    return functools.partial(compiled[(programs, 1, 1)], column, *arguments)
 
 
 def _on(device: torch.device) -> contextlib.AbstractContextManager[Any]:

@@ -15,6 +15,7 @@ from .memory import (
     Partial,
     arithmetic,
     arrives_last,
+    as_mask,
     field,
     grad_of,
     item_size,
@@ -318,14 +319,14 @@ def stage2_tiles(
     first = first_piece(row, chunk)
     if PROJECTS:
         layer = load_struct(step.layer_projections, chunk.row, "LayerProjection")
-        by_channel = layer.view == CHANNEL_VIEW
+        by_channel = as_mask(layer.view == CHANNEL_VIEW)
     sum_sq = zero_products(PIECES, COLUMNS, 1)
     for start in range(0, count, PIECES):
         i = start + tl.arange(0, PIECES)
         projection_coef = tl.zeros((PIECES,), tl.float64)
         if PROJECTS:
             projection_coefs = (step.projection_coefs + (first + i) * 8).to(tl.pointer_type(tl.float64))
-            own = tl.load(projection_coefs, (i < count) & (grad != 0) & by_channel, 0.0)
+            own = tl.load(projection_coefs, (i < count) & as_mask(grad != 0) & by_channel, 0.0)
             projection_coef = tl.where(by_channel, own, layer.coef)
         for column in range(0, tl.minimum(part, PIECE), COLUMNS):
             places, mask = tile_places(i, column, part, count, COLUMNS, ALIGNED)
@@ -382,7 +383,7 @@ def stage2_kernel(
             row = load_struct(step.rows, chunk.row, "Row")
             grad = tl.load(grad_of(step, chunk.row))
             s = load_struct(step.scalars, chunk.row, "Scalars")
-            needs_grad = NEEDS_GRAD(load_struct(step.hypers, row.group, "Hyper"), row.n_states)
+            needs_grad = as_mask(NEEDS_GRAD(load_struct(step.hypers, row.group, "Hyper"), row.n_states))
             addresses = row.param | grad | row.state0 | row.state1 | row.average
             aligned = is_aligned(addresses, chunk, channel_part(row, chunk))
             weight = average_weight_of(row)

@@ -233,6 +233,12 @@ def narrow(x, DTYPE: tl.constexpr):
 
 
 @triton.jit
+def as_mask(condition):
+    """Condition of a scalar for a mask, where the interpreter of Triton 3.9.0 would take it for a number."""
+    return tl.full((), True, tl.int1) & condition
+
+
+@triton.jit
 def grad_of(step, row):
     """Pointers to the gradient addresses of rows."""
     return (step.grads + row * 8).to(tl.pointer_type(tl.int64))

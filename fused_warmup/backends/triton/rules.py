@@ -24,13 +24,18 @@ INIT_RANDOM = tl.constexpr(INIT_KINDS["random"])
 NO_VIEW = tl.constexpr(reference.NO_VIEW)
 CHANNEL_VIEW = tl.constexpr(reference.CHANNEL_VIEW)
 LAYER_VIEW = tl.constexpr(reference.LAYER_VIEW)
+# before 3.6 the compiler makes sqrt_rn and div_rn replace subnormal numbers by 0
+FLUSHES = tl.constexpr(triton.__version__.startswith("3.5.") and not triton.knobs.runtime.interpret)
 
 
 @triton.jit
 def root(x):
     """Return the square root, rounded to nearest."""
     if x.dtype == tl.float32:
-        return tl.sqrt_rn(x)
+        if FLUSHES:
+            return tl.inline_asm_elementwise("sqrt.rn.f32 $0, $1;", "=f,f", [x], tl.float32, True, 1)
+        else:
+            return tl.sqrt_rn(x)
     else:
         return tl.sqrt(x)
 
@@ -39,7 +44,10 @@ def root(x):
 def divide(a, b):
     """Return the quotient, rounded to nearest."""
     if a.dtype == tl.float32:
-        return tl.div_rn(a, b)
+        if FLUSHES:
+            return tl.inline_asm_elementwise("div.rn.f32 $0, $1, $2;", "=f,f,f", [a, b], tl.float32, True, 1)
+        else:
+            return tl.div_rn(a, b)
     else:
         return a / b
 
