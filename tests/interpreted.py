@@ -24,6 +24,7 @@ from cases import (
     set_grads,
     states_of,
 )
+from graphs import Recorder
 from optim import test_layers
 from optim.test_gaps import (
     check_changing_dtypes,
@@ -61,6 +62,7 @@ from optim.test_sphere import (
     test_what_has_no_gradient_turns_with_the_rest,  # noqa: F401
     three_groups,
 )
+from plan.test_capture import Training, assert_same_training, capture  # noqa: F401
 from torch.nn import Parameter
 from triton.runtime.interpreter import TensorHandle
 from vector_cases import check_operations, check_preconditioner, combination
@@ -657,3 +659,35 @@ def test_preconditioner_is_that_of_the_reference(name):
 @pytest.mark.parametrize("init", ["grad", "random"])
 def test_a_look_at_a_first_step_that_does_not_start_at_zero(init):
     check_first_look(init, "triton", TritonBackend)
+
+
+@pytest.mark.parametrize("clip", [None, 0.5], ids=["unclipped", "clipped"])
+def test_graphs_hold_their_gradients_and_settings(capture, monkeypatch, clip):  # noqa: F811
+    """Of two graphs each replays its own, whatever eager steps do between; schedules reach both."""
+    recorder, real = Recorder(capture), TritonBackend._bound_launches
+
+    def bound(self, plan, measure):
+        return [lambda launch=launch: recorder.launch(launch) for launch in real(self, plan, measure)]
+
+    monkeypatch.setattr(TritonBackend, "_bound_launches", bound)
+    options = {"schedule": fw.schedules.constant(0.5), "max_grad_norm": clip, "backend": "triton"}
+    eager, training = Training(**options), Training(**options)
+    eager.step(0)
+    training.step(0)
+    graphs = [training.captured(recorder) for _ in range(2)]
+    for step in range(1, 6):
+        later = (
+            fw.schedules.warmup(4).then(fw.schedules.table([1.0, 0.5])) if step > 3 else options["schedule"]
+        )
+        for one in (eager, training):
+            one.opt.param_groups[0]["schedule"] = later
+        training.opt.update_captured()
+        if step == 2:
+            training.opt.max_grad_norm = eager.opt.max_grad_norm = 0.1
+            training.step(step)
+            training.opt.max_grad_norm = clip
+        else:
+            training.replay(graphs[step % 2], step)
+        eager.step(step)
+        eager.opt.max_grad_norm = clip
+    assert_same_training(training, eager)
