@@ -10,6 +10,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import compat
 import pytest
 import torch
 
@@ -25,18 +26,7 @@ needs_triton = pytest.mark.skipif(
 
 
 def interpret(*options, products):
-    command = [
-        sys.executable,
-        "-m",
-        "pytest",
-        "-q",
-        "-p",
-        "no:cacheprovider",
-        "tests/interpreted.py",
-        *options,
-    ]
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "PRODUCTS": products}
-    run = subprocess.run(command, cwd=ROOT, env=environment, text=True, capture_output=True)
+    run = compat.run_pytest(compat.INTERPRET, *options, interpreted=True, products=products)
     assert run.returncode == 0, run.stdout + run.stderr
 
 
