@@ -142,9 +142,8 @@ def spied(module):
         carried.append(n_grads)
         module.step(rule, address, grads, n_grads, *rest)
 
-    return SimpleNamespace(
-        step=step, rules=module.rules, prepare=module.prepare, MAX_INLINE_POINTERS=module.MAX_INLINE_POINTERS
-    ), carried
+    most = {name: getattr(module, name) for name in ("MAX_INLINE_POINTERS", "MAX_CAPTURED_POINTERS")}
+    return SimpleNamespace(step=step, rules=module.rules, prepare=module.prepare, **most), carried
 
 
 def pair(case, dtype, backends, shapes=None, **options):
