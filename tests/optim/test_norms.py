@@ -22,6 +22,13 @@ def scattered(low, high, n=40_000):
     return torch.exp2(exponents[torch.randperm(n, generator=torch.Generator().manual_seed(0))]).float()
 
 
+def growing():
+    """For each of 128 threads numbers whose squares are larger than the sum of all before."""
+    numbers = torch.zeros(32, 128, 4)
+    numbers[..., 0] = 1.3 * 5.0 ** torch.arange(-16.0, 16.0)[:, None]
+    return numbers.flatten()
+
+
 def gradients():
     """Gradients by name; the limits of fits_pair and fits_pairs are among them."""
     normal = torch.randn(100_000, generator=torch.Generator().manual_seed(0))
@@ -30,7 +37,7 @@ def gradients():
         "equal": torch.full((100_000,), HALF_WAY / 128),
         "large first": torch.cat([torch.full((2048,), 1e3), torch.full((60_000,), 0.1 * HALF_WAY)]),
         "one large": torch.cat([torch.full((9000,), 1e-3), torch.tensor([1e18]), torch.full((9000,), 1e-3)]),
-        "each larger than all before": torch.exp2(torch.arange(-40.0, 40.0)).repeat_interleave(512),
+        "each larger than all before": growing(),
         "below the range": torch.full((40_000,), 1e-20),
         "above the range": torch.full((40_000,), 1e30),
         "the largest": torch.full((40_000,), 3e38),

@@ -49,10 +49,9 @@ def value(pair):
 
 @triton.jit
 def fits_pairs(part):
-    """Return whether pairs have the range for the norms of a chunk: nothing overflowed or vanished."""
-    finite = (part.l1 < float("inf")) & (part.l2_sq < float("inf"))
+    """Return whether pairs have the range for the norms of a chunk; a sum that overflowed is not a number."""
     # what underflows, or is flushed to zero, takes less than 2^-28 of such a sum away
-    return finite & ((part.l2_sq >= 2.0**-80) | (part.l1 == 0.0))
+    return (part.l2_sq >= 2.0**-80) | (part.l1 == 0.0)
 
 
 @triton.jit
