@@ -325,9 +325,6 @@ FAULTS: dict[tuple[str, str], list[tuple[str, ...]]] = {
         (" + (pair[0] - old))", ")"),
         ("pair[0].to(tl.float64) + pair[1].to(tl.float64)", "pair[0].to(tl.float64)"),
     ],
-    ("backends/triton/layerwise.py", "interpreted.py -k norms_of_every"): [
-        ("norms = within_range(norms,", "within_range(norms,"),
-    ],
     ("backends/triton/step.py", "interpreted.py -k norms_of_every"): [
         ("part = within_range(part,", "within_range(part,"),
     ],

@@ -199,8 +199,7 @@ def test_products_and_sums_round_as_they_are_written(rule, n_states, written):
     kernel, constants, _, _ = update(rule, F32, n_states, True)
     ptx, _ = compile_kernel(kernel, constants, 90)
     elements = (launch.BLOCK + launch.TAIL) // THREADS
-    # squares are of four neighbours; a block that is not whole has fewer fours than there are threads
-    of_norms = 2 * 4 * (launch.BLOCK // 4 // THREADS + 1)
+    of_norms = 2 * elements
     assert len(re.findall(r"\bfma\.rn\.f32\b", ptx)) == (written + 1) * elements + of_norms
     assert not re.findall(r"\b(?:mul|add|sub|div\.full|sqrt\.approx)\.f(?:32|64)\b|\.ftz", ptx)
 

@@ -10,9 +10,9 @@ import triton
 import triton.language as tl
 
 from .decide import average_weight_of, record_norms
-from .measure import within_range
 from .memory import (
     LayerProjection,
+    Partial,
     arithmetic,
     arrives_last,
     field,
@@ -29,7 +29,6 @@ from .memory import (
 )
 from .reduce import (
     PIECE,
-    accumulate,
     add_products,
     add_sums,
     channel_part,
@@ -38,9 +37,8 @@ from .reduce import (
     count_pieces,
     first_piece,
     is_aligned,
+    norm_terms,
     tile_places,
-    total,
-    zero_norms,
     zero_part,
     zero_products,
     zero_sums,
@@ -76,9 +74,7 @@ def stage1_tiles(
     part = channel_part(row, chunk)
     count = count_pieces(chunk, part)
     first = first_piece(row, chunk)
-    # the type of the gradient and not of the arithmetic, as in the measure stage
-    NORM: tl.constexpr = arithmetic(GRAD_DTYPE)
-    norms = zero_norms(PIECES * COLUMNS // 4, NORM)
+    norms = zero_products(PIECES, COLUMNS, 2)
     for start in range(0, count, PIECES):
         i = start + tl.arange(0, PIECES)
         sums = zero_products(PIECES, COLUMNS, N_SUMS)
@@ -88,12 +84,12 @@ def stage1_tiles(
             param = load_tile(here, places, mask, DTYPE, C, ALIGNED)
             here = grad + chunk.offset * item_size(GRAD_DTYPE)
             g = load_tile(here, places, mask, GRAD_DTYPE, C, ALIGNED)
-            if ACCUMULATE:
-                norms = accumulate(norms, tl.reshape(g.to(NORM), (PIECES * COLUMNS,)))
             state = ()
             for j in tl.static_range(N_STATES):
                 at = states[j] + chunk.offset * item_size(STATE_DTYPE)
                 state = state + (load_tile(at, places, mask, STATE_DTYPE, C, ALIGNED),)
+            if ACCUMULATE:
+                norms = add_products(norms, norm_terms(g.to(tl.float64)), mask)
             state = UPDATE_MOMENTS(param, g, state, s)
             for j in tl.static_range(N_STATES):
                 at = states[j] + chunk.offset * item_size(STATE_DTYPE)
@@ -104,7 +100,8 @@ def stage1_tiles(
         for k in tl.static_range(N_SUMS):
             out = (step.sums + ((first + i) * N_SUMS + k) * 8).to(tl.pointer_type(tl.float64))
             tl.store(out, tl.sum(sums[k], axis=1), i < count)
-    return total(norms)
+    # the non-finite count is unused here
+    return Partial(l1=tl.sum(norms[0]), l2_sq=tl.sum(norms[1]), nonfinite=tl.full((), 0, tl.int64))
 
 
 @triton.jit
@@ -206,8 +203,6 @@ def stage1_kernel(
                             step, row, grad, chunk, s, UPDATE_MOMENTS, DIRECTION, REDUCTIONS, N_SUMS,
                             KINDS[k][0], KINDS[k][1], KINDS[k][2], ACCUMULATE, ODD_PIECES, ODD_COLUMNS, False,
                         )  # fmt: skip
-                    if ACCUMULATE:
-                        norms = within_range(norms, address, i, KINDS[k][1], ODD_PIECES * ODD_COLUMNS)
             if grad != 0:
                 sum_chunk(address, i, SCALE_INVARIANT, PROJECTION_COEF, N_SUMS, PROJECTS, LANES)
             if ACCUMULATE:

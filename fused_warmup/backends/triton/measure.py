@@ -26,10 +26,11 @@ def measure_blocks(
 ):
     """Add the elements from first to last of a chunk, in whole aligned blocks or in masked ones."""
     lanes = tl.arange(0, BLOCK)
-    sums = zero_norms(BLOCK // 4, C)
+    sums = zero_norms(BLOCK, C, WHOLE)
     for done in range(first, last, BLOCK):
         here = address + done * item_size(DTYPE)
-        sums = accumulate(sums, load_block(here, lanes, lanes < last - done, DTYPE, C, WHOLE))
+        grad = load_block(here, lanes, lanes < last - done, DTYPE, C, WHOLE)
+        sums = accumulate(sums, grad, WHOLE)
     return combine(part, total(sums))
 
 

@@ -55,13 +55,21 @@ def fits_pairs(part):
 
 
 @triton.jit
-def zero_norms(LANES: tl.constexpr, C: tl.constexpr):
-    """Norm sums of zero for every lane: pairs for float32 gradients, else a partial sum in double."""
+def zero_lanes(LANES: tl.constexpr):
+    """Partial sums of zero for every lane."""
+    zero = tl.zeros((LANES,), tl.float64)
+    return Partial(l1=zero, l2_sq=zero, nonfinite=tl.zeros((LANES,), tl.int64))
+
+
+@triton.jit
+def zero_norms(BLOCK: tl.constexpr, C: tl.constexpr, WHOLE: tl.constexpr):
+    """Norm sums of zero for every lane of a block: pairs for float32 gradients, else in double."""
     if C == SINGLE:
+        # threads hold four neighbours of whole blocks only, and must not exchange the others
+        LANES: tl.constexpr = BLOCK // 4 if WHOLE else BLOCK
         return zero_pair(LANES), zero_pair(LANES)
     else:
-        zero = tl.zeros((LANES,), tl.float64)
-        return Partial(l1=zero, l2_sq=zero, nonfinite=tl.zeros((LANES,), tl.int64))
+        return zero_lanes(BLOCK // 4)
 
 
 @triton.jit
@@ -87,19 +95,30 @@ def sum_fours(x):
 
 
 @triton.jit
-def accumulate(sums, grad):
+def norm_terms(x):
+    """Terms of the L1 norm and of the squared L2 norm."""
+    return tl.abs(x), x * x
+
+
+@triton.jit
+def accumulate(sums, grad, WHOLE: tl.constexpr):
     """Add a block of gradients to the sums of its lanes, in pairs or in double."""
     if grad.dtype == SINGLE:
         l1, l2_sq = sums
-        l1 = add(l1, sum_fours(tl.abs(grad)))
-        neighbours = fours(grad)
-        for k in tl.static_range(4):
-            l2_sq = add_square(l2_sq, neighbours[k])
+        if WHOLE:
+            l1 = add(l1, sum_fours(tl.abs(grad)))
+            neighbours = fours(grad)
+            for k in tl.static_range(4):
+                l2_sq = add_square(l2_sq, neighbours[k])
+        else:
+            l1 = add(l1, tl.abs(grad))
+            l2_sq = add_square(l2_sq, grad)
         return l1, l2_sq
     else:
+        l1, l2_sq = norm_terms(grad)
         return Partial(
-            l1=sums.l1 + sum_fours(tl.abs(grad)),
-            l2_sq=sums.l2_sq + sum_fours(grad * grad),
+            l1=sums.l1 + sum_fours(l1),
+            l2_sq=sums.l2_sq + sum_fours(l2_sq),
             nonfinite=sums.nonfinite + sum_fours(tl.where(tl.abs(grad) < float("inf"), 0, 1)),
         )
 
@@ -123,7 +142,7 @@ def total(sums):
 @triton.jit
 def combine_all(partials, count, LANES: tl.constexpr):
     """Add all partial sums in an order that depends only on their number."""
-    sums = zero_norms(LANES, tl.float64)
+    sums = zero_lanes(LANES)
     for start in range(0, count, LANES):
         i = start + tl.arange(0, LANES)
         sums = combine(sums, load_struct(partials, i, "Partial", i < count))

@@ -69,7 +69,7 @@ def update_blocks(
     lanes = tl.arange(0, BLOCK)
     # the type of the gradient and not of the arithmetic, as in the measure stage
     NORM: tl.constexpr = arithmetic(GRAD_DTYPE)
-    sums = zero_norms(BLOCK // 4, NORM)
+    sums = zero_norms(BLOCK, NORM, WHOLE)
     own_sum_sq = tl.zeros((BLOCK // 4,), tl.float64)
     for done in range(first, last, BLOCK):
         place = chunk.offset + done
@@ -83,7 +83,7 @@ def update_blocks(
                 at = states[j] + place * item_size(STATE_DTYPE)
                 state = state + (load_block(at, lanes, mask, STATE_DTYPE, C, WHOLE),)
             if ACCUMULATE:
-                sums = accumulate(sums, g.to(NORM))
+                sums = accumulate(sums, g.to(NORM), WHOLE)
             param, state = UPDATE(param, g, state, s)
             for j in tl.static_range(N_STATES):
                 at = states[j] + place * item_size(STATE_DTYPE)
