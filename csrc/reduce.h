@@ -1,6 +1,7 @@
 // Norms of the gradients and sums over channels: the statement per element, and the combination of partial
 // sums in a fixed order, without float atomics. Totals are in double, which no finite float32 gradient
-// overflows. SPDX-License-Identifier: Apache-2.0
+// overflows. Processors whose double arithmetic is as fast as their memory sum in double; others may sum
+// float32 numbers in a FloatPair, once into double per thread. SPDX-License-Identifier: Apache-2.0
 #pragma once
 #include "table.h"
 
@@ -23,6 +24,32 @@ template <class C>
 FW_HOST_DEVICE bool is_nonfinite(C x) {
   return !(magnitude(x) < C(INFINITY));
 }
+
+// A sum of magnitudes or squares as a float and the sum of its rounding errors, without double arithmetic.
+// After n terms it is within n^2 2^-49 + n 2^-46 of the exact sum, relatively, provided that multiply_add
+// rounds once and no term overflows or is lost; see fits_pair().
+struct FloatPair {
+  float sum = 0.0f, error = 0.0f;
+
+  FW_HOST_DEVICE void add_square(float x) { set(multiply_add(x, x, sum), x, x); }
+  FW_HOST_DEVICE void add(float x) { set(sum + x, x, 1.0f); }
+
+  FW_HOST_DEVICE double value() const { return static_cast<double>(sum) + static_cast<double>(error); }
+
+ private:
+  // Replaces the sum by one that a term a * b has been added to. What rounding took away is that of the term
+  // and that of the old sum; for a term that is no larger than the old sum, the second is zero.
+  FW_HOST_DEVICE void set(float rounded, float a, float b) {
+    const float added = rounded - sum, old = rounded - added;
+    error += multiply_add(a, b, -added) + (sum - old);
+    sum = rounded;
+  }
+};
+
+// Whether magnitudes with this sum, four at most, may be added to a pair, and their squares to another: sums
+// over 2^24 of them do not overflow, and the squares that underflow or are flushed to zero take less than
+// 2^-36 of the sum away.
+FW_HOST_DEVICE bool fits_pair(float sum) { return sum < 0x1p50f && (sum >= 0x1p-40f || sum == 0.0f); }
 
 FW_HOST_DEVICE void combine(Partial& total, const Partial& part) {
   total.l1 += part.l1;

@@ -50,6 +50,7 @@ from optim.test_layers import (
 )
 from optim.test_moments import CASES as MOMENT_CASES
 from optim.test_moments import check_moments
+from optim.test_norms import DENORMAL, assert_exact, check_flushed, check_norms, each_gradient, norms_of
 from optim.test_outside import joined_late
 from optim.test_sphere import (
     RULES,
@@ -64,7 +65,7 @@ from optim.test_sphere import (
 )
 from plan.test_capture import Training, assert_same_training, capture  # noqa: F401
 from torch.nn import Parameter
-from triton.runtime.interpreter import TensorHandle
+from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
 from vector_cases import check_operations, check_preconditioner, combination
 
 import fused_warmup as fw
@@ -95,6 +96,21 @@ def promises_hold(monkeypatch):
         real(self, name, values)
 
     monkeypatch.setattr(TensorHandle, "set_attr", set_attr)
+
+
+@pytest.fixture(autouse=True)
+def products_and_sums_round_once(monkeypatch):
+    """Triton's interpreter rounds a fused multiply-add of float32 numbers twice, a device once."""
+    real = InterpreterBuilder.create_fma
+
+    def create_fma(self, a, b, c):
+        if a.data.dtype != np.float32:
+            return real(self, a, b, c)
+        # a product of two float32 numbers is exact in float64
+        exact = a.data.astype(np.float64) * b.data + c.data
+        return TensorHandle(exact.astype(np.float32), a.dtype.scalar)
+
+    monkeypatch.setattr(InterpreterBuilder, "create_fma", create_fma)
 
 
 @pytest.fixture
@@ -431,6 +447,20 @@ def test_second_moments_that_do_not_start_at_zero(init, clip):
     for a, b in zip(pairs[0][0], pairs[1][0], strict=True):
         assert_close("param", a, b, 4e-7)
         assert_close("v", pairs[0][1].state[a]["exp_avg_sq"], pairs[1][1].state[b]["exp_avg_sq"], 0.0, 4e-6)
+
+
+@each_gradient
+def test_norms_of_every_magnitude(name):
+    check_norms(name, "triton")
+
+
+def test_norms_of_denormal_numbers():
+    for make in (fw.SGD, fw.LAMB):
+        assert_exact(norms_of(make, DENORMAL, "triton"), DENORMAL)
+
+
+def test_norms_where_denormal_numbers_are_flushed_to_zero():
+    check_flushed("triton")
 
 
 def test_without_telemetry():

@@ -359,6 +359,15 @@ FAULTS: dict[tuple[str, str], list[tuple[str, ...]]] = {
         ("(part % GRAIN == 0)", "True"),
         ("& (chunk.offset % GRAIN == 0)", "", "interpreted.py -k odd_channels"),
     ],
+    ("backends/triton/reduce.py", "interpreted.py -k norms_of_every"): [
+        ("(part.l2_sq >= 2.0**-80) | (part.l1 == 0.0)", "part.l2_sq >= 0.0"),
+        ("tl.fma(a, b, -added) +", "(a * b - added) +"),
+        (" + (pair[0] - old))", ")"),
+        ("pair[0].to(tl.float64) + pair[1].to(tl.float64)", "pair[0].to(tl.float64)"),
+    ],
+    ("backends/triton/step.py", "interpreted.py -k norms_of_every"): [
+        ("part = within_range(part,", "within_range(part,"),
+    ],
     ("backends/threads.py", "optim/test_fork.py"): [
         ("1 if _pool.lost else max(", "max("),
         ("self.lost = self.lost or self.used", "self.lost = True"),
@@ -487,6 +496,16 @@ CPP_FAULTS: dict[tuple[str, str], list[tuple[str, ...]]] = {
     ("dlpack.h", f"{GAPS} dtype_and_back"): [
         ("t.dtype_bits != signature.dtype_bits ||", ""),
         ("t.dtype_code != signature.dtype_code ||", ""),
+    ],
+    ("reduce.h", "backends/test_cuda_on_host.py -k norms_of_every"): [
+        ("(sum >= 0x1p-40f || sum == 0.0f)", "sum >= 0.0f"),
+        ("sum < 0x1p50f", "sum < INFINITY"),
+        ("multiply_add(a, b, -added) +", "(a * b - added) +"),
+        (" + (sum - old);", ";"),
+        ("static_cast<double>(sum) + static_cast<double>(error)", "static_cast<double>(sum)"),
+    ],
+    ("cuda/measure.cuh", "backends/test_cuda_on_host.py -k norms_of_every"): [
+        ("      accumulate_l2(l2_sq, grad[i]);", ""),
     ],
 }  # fmt: skip
 

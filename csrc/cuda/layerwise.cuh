@@ -92,7 +92,7 @@ FW_DEVICE double judge_channel(const Step& step, const Row& row, int64_t channel
 
 // a chunk of one channel, or a part of one
 template <class Rule, int kStates, class P, class G>
-FW_DEVICE NormSum stage1_channel(const Step& step, const Row& row, uint64_t grad_address, const Chunk& chunk,
+FW_DEVICE Partial stage1_channel(const Step& step, const Row& row, uint64_t grad_address, const Chunk& chunk,
                                  double (&found)[Rule::kSums + 1]) {
   const ScalarsOf<typename ChunkPointers<P, G>::C> scalars(at<Scalars>(step.scalars)[chunk.row]);
   double sums[Rule::kSums] = {};
@@ -105,12 +105,12 @@ FW_DEVICE NormSum stage1_channel(const Step& step, const Row& row, uint64_t grad
   if constexpr (Rule::kProjects)
     if (threadIdx.x == 0 && chunk.count == row.channel_size && chunk.count < row.numel)
       found[Rule::kSums] = judge_channel<Rule>(step, row, chunk.offset / row.channel_size, sums);
-  return norms;
+  return norms.total();
 }
 
 // a chunk of several channels
 template <class Rule, int kStates, class P, class G>
-FW_DEVICE NormSum stage1_channels(const Step& step, const Row& row, uint64_t grad_address, const Chunk& chunk,
+FW_DEVICE Partial stage1_channels(const Step& step, const Row& row, uint64_t grad_address, const Chunk& chunk,
                                   double (&found)[Rule::kSums + 1]) {
   const ScalarsOf<typename ChunkPointers<P, G>::C> scalars(at<Scalars>(step.scalars)[chunk.row]);
   const Pieces pieces(row, chunk);
@@ -135,7 +135,7 @@ FW_DEVICE NormSum stage1_channels(const Step& step, const Row& row, uint64_t gra
     found[Rule::kSums] += judge_channel<Rule>(step, row, first + i, channel);
   }
   share_block_sum(found);
-  return norms;
+  return norms.total();
 }
 
 template <class Rule, int kStates, class P, class G>
@@ -182,16 +182,16 @@ struct Stage1 {
   int64_t index;
 
   template <class P, class G>
-  FW_DEVICE NormSum run(const Row& row, uint64_t grad_address, const Chunk& chunk) const {
-    return grad_address ? with_states<Rule::kMinStates, P, G>(row, grad_address, chunk) : NormSum{};
+  FW_DEVICE Partial run(const Row& row, uint64_t grad_address, const Chunk& chunk) const {
+    return grad_address ? with_states<Rule::kMinStates, P, G>(row, grad_address, chunk) : Partial{};
   }
 
   template <int kStates, class P, class G>
-  FW_DEVICE NormSum with_states(const Row& row, uint64_t grad_address, const Chunk& chunk) const {
+  FW_DEVICE Partial with_states(const Row& row, uint64_t grad_address, const Chunk& chunk) const {
     if constexpr (kStates < Rule::kMaxStates)
       if (row.n_states > kStates) return with_states<kStates + 1, P, G>(row, grad_address, chunk);
     double found[Rule::kSums + 1] = {};
-    const NormSum norms = sum<kStates, P, G>(row, grad_address, chunk, found);
+    const Partial norms = sum<kStates, P, G>(row, grad_address, chunk, found);
     double* out = at<double>(step.chunk_sums) + index * (Rule::kSums + 1);
     for (int k = 0; k <= Rule::kSums; ++k)
       if (threadIdx.x == 0) out[k] = found[k];
@@ -199,7 +199,7 @@ struct Stage1 {
   }
 
   template <int kStates, class P, class G>
-  FW_DEVICE NormSum sum(const Row& row, uint64_t grad_address, const Chunk& chunk,
+  FW_DEVICE Partial sum(const Row& row, uint64_t grad_address, const Chunk& chunk,
                         double (&found)[Rule::kSums + 1]) const {
     if constexpr (Rule::kProjects)
       if (has_channels(row, chunk))
@@ -215,7 +215,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerProcessorOfSums)
   for (int64_t i = blockIdx.x; i < step.n_chunks; i += gridDim.x) {
     const Chunk chunk = at<Chunk>(step.chunks)[i];
     const uint64_t grad_address = at<uint64_t>(step.grads)[chunk.row];
-    const NormSum sum =
+    const Partial sum =
         visit<kDoubles>(Stage1<Rule>{step, i}, at<Row>(step.rows)[chunk.row], grad_address, chunk);
     if (accumulates(step)) store_sum(at<Partial>(step.partials)[i], sum);
   }

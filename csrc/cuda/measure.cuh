@@ -11,22 +11,34 @@ namespace {
 
 // one thread's part of the sums over a chunk
 struct NormSum {
+  FloatPair l1_pair, l2_sq_pair;
   double l1 = 0.0, l2_sq = 0.0;
   int32_t nonfinite = 0;
 
-  template <int N, class C>
-  FW_DEVICE void add(const C (&grad)[N]) {
-    C sum = 0;
+  template <int N>
+  FW_DEVICE void add(const float (&grad)[N]) {
+    static_assert(N <= 4, "see fits_pair");
+    float sum = 0.0f;
     for (int i = 0; i < N; ++i) accumulate_l1(sum, grad[i]);
-    for (int i = 0; i < N; ++i) accumulate_l2(l2_sq, grad[i]);
-    if (!is_nonfinite(sum)) {
-      l1 += static_cast<double>(sum);
-      return;
-    }
-    // an element is not finite, or the sum overflowed
+    if (!fits_pair(sum)) return add_doubles(grad);
+    l1_pair.add(sum);
+    for (int i = 0; i < N; ++i) l2_sq_pair.add_square(grad[i]);
+  }
+
+  template <int N>
+  FW_DEVICE void add(const double (&grad)[N]) {
+    add_doubles(grad);
+  }
+
+  FW_DEVICE Partial total() const { return {l1 + l1_pair.value(), l2_sq + l2_sq_pair.value(), nonfinite}; }
+
+ private:
+  template <int N, class C>
+  FW_DEVICE void add_doubles(const C (&grad)[N]) {
     for (int i = 0; i < N; ++i) {
       nonfinite += is_nonfinite(grad[i]);
       accumulate_l1(l1, static_cast<double>(grad[i]));
+      accumulate_l2(l2_sq, grad[i]);
     }
   }
 };
@@ -58,10 +70,6 @@ FW_DEVICE Partial load_partial(const Partial* from) {
   return part;
 }
 
-FW_DEVICE Partial block_sum(const NormSum& sum) {
-  return block_sum(Partial{sum.l1, sum.l2_sq, sum.nonfinite});
-}
-
 // the sum over all chunks, in thread 0
 FW_DEVICE Partial sum_chunks(const Step& step) {
   const Partial* partials = at<Partial>(step.partials);
@@ -74,8 +82,8 @@ FW_DEVICE Partial sum_chunks(const Step& step) {
   return block_sum(total);
 }
 
-FW_DEVICE void store_sum(Partial& out, const NormSum& sum) {
-  const Partial total = block_sum(sum);
+FW_DEVICE void store_sum(Partial& out, const Partial& part) {
+  const Partial total = block_sum(part);
   if (threadIdx.x == 0) out = total;
 }
 
@@ -100,7 +108,7 @@ FW_DEVICE void add_partial_pack(NormSum& sum, const ChunkPointers<P, G>& s, int3
 }
 
 template <class P, class G>
-FW_DEVICE NormSum measure_chunk(const Row& row, uint64_t grad_address, const Chunk& chunk) {
+FW_DEVICE Partial measure_chunk(const Row& row, uint64_t grad_address, const Chunk& chunk) {
   using C = typename ChunkPointers<P, G>::C;
   constexpr int N = kPack<P>, kStride = kThreads * N, kPacks = 4;
   const ChunkPointers<P, G> s(row, grad_address, chunk);
@@ -122,12 +130,12 @@ FW_DEVICE NormSum measure_chunk(const Row& row, uint64_t grad_address, const Chu
       add_partial_pack(sum, s, i);
     }
   }
-  return sum;
+  return sum.total();
 }
 
 // the same for a chunk of several channels, in the order in which stage1 sums over them
 template <class P, class G>
-FW_DEVICE NormSum measure_channels(const Row& row, uint64_t grad_address, const Chunk& chunk) {
+FW_DEVICE Partial measure_channels(const Row& row, uint64_t grad_address, const Chunk& chunk) {
   using C = typename ChunkPointers<P, G>::C;
   const Pieces pieces(row, chunk);
   const ThreadGroup<P, G> threads(pieces);
@@ -142,7 +150,7 @@ FW_DEVICE NormSum measure_channels(const Row& row, uint64_t grad_address, const 
         },
         [&](int32_t i) { add_partial_pack(sum, s, i); });
   });
-  return sum;
+  return sum.total();
 }
 
 // the sums over all chunks that have several tiles, from the sums over those
@@ -167,8 +175,8 @@ FW_DEVICE void finish_norms(const Step& step, StepDecision& decision) {
 
 struct Measure {
   template <class P, class G>
-  FW_DEVICE NormSum run(const Row& row, uint64_t grad_address, const Chunk& chunk) const {
-    if (!grad_address) return NormSum{};
+  FW_DEVICE Partial run(const Row& row, uint64_t grad_address, const Chunk& chunk) const {
+    if (!grad_address) return Partial{};
     if (has_channels(row, chunk)) return measure_channels<P, G>(row, grad_address, chunk);
     return measure_chunk<P, G>(row, grad_address, chunk);
   }

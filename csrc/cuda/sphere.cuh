@@ -50,7 +50,7 @@ struct Rescale {
   double factor, average_weight;
 
   template <class P, class G>
-  FW_DEVICE NormSum run(const Row& row, uint64_t, const Chunk& chunk) const {
+  FW_DEVICE Partial run(const Row& row, uint64_t, const Chunk& chunk) const {
     using C = typename Arithmetic<P>::type;
     ChunkPointers<P, P> s(row, row.param, chunk);
     if (!(average_weight > 0.0)) s.average = nullptr;
@@ -63,7 +63,7 @@ struct Rescale {
         for (int32_t k = i; k < s.end(i); ++k) rescale_pack<1, P, C>(s, k);
       }
     }
-    return NormSum{};
+    return Partial{};
   }
 
   template <int N, class P, class C>

@@ -85,7 +85,7 @@ FW_DEVICE void update_packs(const ChunkPointers<P, G>& s, int32_t i, const Scala
 }
 
 template <class Rule, int kStates, class P, class G>
-FW_DEVICE NormSum update_states(const ChunkPointers<P, G>& s, const Scalars& row_scalars,
+FW_DEVICE Partial update_states(const ChunkPointers<P, G>& s, const Scalars& row_scalars,
                                 double average_weight, bool accumulate, SumSq& sum_sq) {
   using C = typename ChunkPointers<P, G>::C;
   constexpr int N = kPack<P>, kStride = kThreads * N;
@@ -110,7 +110,7 @@ FW_DEVICE NormSum update_states(const ChunkPointers<P, G>& s, const Scalars& row
         update_packs<Rule, kStates, 1, 1>(s, k, scalars, weight, false, sum, sum_sq);
     }
   }
-  return sum;
+  return sum.total();
 }
 
 // the average of a row without a gradient
@@ -129,7 +129,7 @@ struct Update {
   SumSq& sum_sq;
 
   template <class P, class G>
-  FW_DEVICE NormSum run(const Row& row, uint64_t grad_address, const Chunk& chunk) const {
+  FW_DEVICE Partial run(const Row& row, uint64_t grad_address, const Chunk& chunk) const {
     ChunkPointers<P, G> s(row, grad_address, chunk);
     // parameters of a group on a sphere are averaged later, in rescale_kernel()
     if (!s.average || !(average_weight_of(row) > 0.0) || sum_sq.wanted) s.average = nullptr;
@@ -137,15 +137,15 @@ struct Update {
       if (s.grad) return with_states<Rule::kMinStates>(s, row, chunk.row);
     } else if (s.grad) {
       stage2_states<Rule, Rule::kMinStates, P, G>(step, row, grad_address, chunk, sum_sq);
-      return NormSum{};
+      return Partial{};
     }
     if (sum_sq.wanted) sum_sq.sum_sq += measure_chunk<P, P>(row, row.param, chunk).l2_sq;
     if (s.average) average_chunk(s, average_weight_of(row));
-    return NormSum{};
+    return Partial{};
   }
 
   template <int kStates, class P, class G>
-  FW_DEVICE NormSum with_states(const ChunkPointers<P, G>& s, const Row& row, int32_t index) const {
+  FW_DEVICE Partial with_states(const ChunkPointers<P, G>& s, const Row& row, int32_t index) const {
     if constexpr (kStates < Rule::kMaxStates)
       if (row.n_states > kStates) return with_states<kStates + 1>(s, row, index);
     return update_states<Rule, kStates>(s, at<Scalars>(step.scalars)[index], average_weight_of(row),
@@ -167,7 +167,7 @@ __global__ void __launch_bounds__(kThreads, kDoubles ? kBlocksPerProcessorOfDoub
     const uint64_t grad_address = at<uint64_t>(step.grads)[tile.part.row];
     const Row& row = at<Row>(step.rows)[tile.part.row];
     SumSq sum_sq{0.0, sphere_of(step, row.group) != nullptr};
-    const NormSum sum = visit<kDoubles>(Update<Rule>{step, sum_sq}, row, grad_address, tile.part);
+    const Partial sum = visit<kDoubles>(Update<Rule>{step, sum_sq}, row, grad_address, tile.part);
     if (norms) store_sum(tile.partial(step), sum);
     if (!sum_sq.wanted) continue;
     double total[1] = {sum_sq.sum_sq};

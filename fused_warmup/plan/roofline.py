@@ -120,9 +120,9 @@ INSTRUCTIONS: dict[str, tuple[tuple[float, float], ...]] = {
     "update of layers": ((28, 35), (29, 35), (70, 71)),
     "rescale": ((15, 21),),
 }
-# The norms of a gradient element, on top of the instructions above: its square is added in double, and a
-# quarter of a sum of four magnitudes. Sums in pairs of floats would be Work(10).
-NORMS = Work(fp64=1.25, conversions=1.25)
+# The norms of a gradient element, on top of the instructions above: seven for its square in a pair of floats,
+# one for its magnitude, and a quarter of the eight that add four magnitudes to another pair.
+NORMS = Work(10)
 # one product that is summed in double, and the conversion of its factor
 SUM = Work(fp64=1.0, conversions=1.0)
 

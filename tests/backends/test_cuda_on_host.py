@@ -65,6 +65,14 @@ from optim.test_moments import (  # noqa: F401
     test_no_drift_near_one,
     test_same_as_torch_in_double,
 )
+from optim.test_norms import (  # noqa: F401
+    GRADIENTS,
+    each_gradient,
+    norms_of,
+    test_norms_of_denormal_numbers,
+    test_norms_of_every_magnitude,
+    test_norms_where_denormal_numbers_are_flushed_to_zero,
+)
 from optim.test_outside import (  # noqa: F401
     test_a_late_parameter_has_an_average_of_its_own_values,
     test_a_norm_of_any_form,
@@ -376,6 +384,22 @@ def test_magnitudes_beyond_float32_still_add_up():
     exact = float(params[0].grad[0])
     assert line["grad_norm_l1"] == pytest.approx(40_000 * exact, rel=1e-12)
     assert line["grad_norm"] == pytest.approx(200 * exact, rel=1e-12)
+
+
+@each_gradient
+def test_how_a_norm_is_summed_depends_on_the_numbers_alone(module, monkeypatch, name):
+    """Neither alignment nor the grid decides which numbers are summed in double."""
+    grad = GRADIENTS[name]
+    unaligned = torch.empty(len(grad) + 1, dtype=grad.dtype)[1:].copy_(grad)
+    made = []
+    for given in (grad, unaligned):
+        made += [norms_of(fw.SGD, given, "cpu"), norms_of(fw.SGD, given, "cpu", max_grad_norm=1e300)]
+    monkeypatch.setattr(session, "resolve", lambda name, device: CudaBackend(module, max_blocks=2))
+    made += [norms_of(fw.SGD, grad, "cpu"), norms_of(fw.SGD, grad, "cpu", max_grad_norm=1e300)]
+    assert made[1:] == made[:-1]
+    # one row of a matrix is a channel of its own
+    channels = grad[: len(grad) // 24 * 24].view(-1, 24)
+    assert norms_of(fw.AdamP, channels, "cpu") == norms_of(fw.AdamP, channels, "cpu", max_grad_norm=1e300)
 
 
 def test_no_gradients_and_no_elements():

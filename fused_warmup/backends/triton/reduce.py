@@ -11,13 +11,65 @@ from .memory import VECTOR, Partial, load_struct
 PIECE = tl.constexpr(_PIECE)
 # elements of 16 bits that fill a vector, a multiple of what longer elements need
 GRAIN = tl.constexpr(8)
+# numbers of this type are summed in pairs
+SINGLE = tl.constexpr(tl.float32)
 
 
 @triton.jit
-def zero_norms(LANES: tl.constexpr):
-    """Norm sums of zero for every lane."""
+def zero_pair(LANES: tl.constexpr):
+    """A pair of zero for every lane, see ``FloatPair`` in ``csrc/reduce.h``."""
+    return tl.zeros((LANES,), tl.float32), tl.zeros((LANES,), tl.float32)
+
+
+@triton.jit
+def replace_sum(pair, rounded, a, b):
+    """Replace the sums by those that the products ``a * b`` have been added to, and keep the errors."""
+    added = rounded - pair[0]
+    old = rounded - added
+    return rounded, pair[1] + (tl.fma(a, b, -added) + (pair[0] - old))
+
+
+@triton.jit
+def add_square(pair, x):
+    """Add squares to the sums of a pair."""
+    return replace_sum(pair, tl.fma(x, x, pair[0]), x, x)
+
+
+@triton.jit
+def add(pair, x):
+    """Add numbers to the sums of a pair."""
+    return replace_sum(pair, pair[0] + x, x, 1.0)
+
+
+@triton.jit
+def value(pair):
+    """Sums of a pair in double."""
+    return pair[0].to(tl.float64) + pair[1].to(tl.float64)
+
+
+@triton.jit
+def fits_pairs(part):
+    """Return whether pairs have the range for the norms of a chunk; a sum that overflowed is not a number."""
+    # what underflows, or is flushed to zero, takes less than 2^-28 of such a sum away
+    return (part.l2_sq >= 2.0**-80) | (part.l1 == 0.0)
+
+
+@triton.jit
+def zero_lanes(LANES: tl.constexpr):
+    """Partial sums of zero for every lane."""
     zero = tl.zeros((LANES,), tl.float64)
     return Partial(l1=zero, l2_sq=zero, nonfinite=tl.zeros((LANES,), tl.int64))
+
+
+@triton.jit
+def zero_norms(BLOCK: tl.constexpr, C: tl.constexpr, WHOLE: tl.constexpr):
+    """Norm sums of zero for every lane of a block: pairs for float32 gradients, else in double."""
+    if C == SINGLE:
+        # threads hold four neighbours of whole blocks only, and must not exchange the others
+        LANES: tl.constexpr = BLOCK // 4 if WHOLE else BLOCK
+        return zero_pair(LANES), zero_pair(LANES)
+    else:
+        return zero_lanes(BLOCK // 4)
 
 
 @triton.jit
@@ -28,9 +80,18 @@ def zero_part():
 
 
 @triton.jit
+def fours(x):
+    """Four neighbours each: one thread holds them, so this needs no exchange between threads."""
+    even, odd = tl.split(tl.reshape(x, (x.numel // 4, 2, 2)))
+    first, third = tl.split(even)
+    second, fourth = tl.split(odd)
+    return first, second, third, fourth
+
+
+@triton.jit
 def sum_fours(x):
-    """Sum four neighbours each: one thread holds them, so this needs no exchange between threads."""
-    return tl.sum(tl.reshape(x, (x.shape[0] // 4, 4)), axis=1)
+    """Sum four neighbours each."""
+    return tl.sum(tl.reshape(x, (x.numel // 4, 4)), axis=1)
 
 
 @triton.jit
@@ -40,15 +101,26 @@ def norm_terms(x):
 
 
 @triton.jit
-def accumulate(sums, grad):
-    """Add a block of gradients to the sums of its lanes."""
-    x = grad.to(tl.float64)
-    l1, l2_sq = norm_terms(x)
-    return Partial(
-        l1=sums.l1 + sum_fours(l1),
-        l2_sq=sums.l2_sq + sum_fours(l2_sq),
-        nonfinite=sums.nonfinite + sum_fours(tl.where(tl.abs(x) < float("inf"), 0, 1)),
-    )
+def accumulate(sums, grad, WHOLE: tl.constexpr):
+    """Add a block of gradients to the sums of its lanes, in pairs or in double."""
+    if grad.dtype == SINGLE:
+        l1, l2_sq = sums
+        if WHOLE:
+            l1 = add(l1, sum_fours(tl.abs(grad)))
+            neighbours = fours(grad)
+            for k in tl.static_range(4):
+                l2_sq = add_square(l2_sq, neighbours[k])
+        else:
+            l1 = add(l1, tl.abs(grad))
+            l2_sq = add_square(l2_sq, grad)
+        return l1, l2_sq
+    else:
+        l1, l2_sq = norm_terms(grad)
+        return Partial(
+            l1=sums.l1 + sum_fours(l1),
+            l2_sq=sums.l2_sq + sum_fours(l2_sq),
+            nonfinite=sums.nonfinite + sum_fours(tl.where(tl.abs(grad) < float("inf"), 0, 1)),
+        )
 
 
 @triton.jit
@@ -59,14 +131,18 @@ def combine(a, b):
 
 @triton.jit
 def total(sums):
-    """Sum over the lanes."""
-    return Partial(l1=tl.sum(sums.l1), l2_sq=tl.sum(sums.l2_sq), nonfinite=tl.sum(sums.nonfinite))
+    """Sum over the lanes; a sum over elements that are not finite is not in the range of pairs."""
+    if len(sums) == 2:
+        none = tl.full((), 0, tl.int64)
+        return Partial(l1=tl.sum(value(sums[0])), l2_sq=tl.sum(value(sums[1])), nonfinite=none)
+    else:
+        return Partial(l1=tl.sum(sums.l1), l2_sq=tl.sum(sums.l2_sq), nonfinite=tl.sum(sums.nonfinite))
 
 
 @triton.jit
 def combine_all(partials, count, LANES: tl.constexpr):
     """Add all partial sums in an order that depends only on their number."""
-    sums = zero_norms(LANES)
+    sums = zero_lanes(LANES)
     for start in range(0, count, LANES):
         i = start + tl.arange(0, LANES)
         sums = combine(sums, load_struct(partials, i, "Partial", i < count))

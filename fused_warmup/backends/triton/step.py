@@ -13,6 +13,7 @@ import triton.language as tl
 from ...plan.chunks import TILE_BYTES as _TILE_BYTES
 from ...plan.structs import DTYPES
 from .decide import average_weight_of, record_norms
+from .measure import within_range
 from .memory import (
     VECTOR,
     Chunk,
@@ -66,7 +67,9 @@ def update_blocks(
     STATE_DTYPE: tl.constexpr = state_dtype(DTYPE)
     states = (row.state0, row.state1, row.state2)
     lanes = tl.arange(0, BLOCK)
-    sums = zero_norms(BLOCK // 4)
+    # the type of the gradient and not of the arithmetic, as in the measure stage
+    NORM: tl.constexpr = arithmetic(GRAD_DTYPE)
+    sums = zero_norms(BLOCK, NORM, WHOLE)
     own_sum_sq = tl.zeros((BLOCK // 4,), tl.float64)
     for done in range(first, last, BLOCK):
         place = chunk.offset + done
@@ -80,7 +83,7 @@ def update_blocks(
                 at = states[j] + place * item_size(STATE_DTYPE)
                 state = state + (load_block(at, lanes, mask, STATE_DTYPE, C, WHOLE),)
             if ACCUMULATE:
-                sums = accumulate(sums, g)
+                sums = accumulate(sums, g.to(NORM), WHOLE)
             param, state = UPDATE(param, g, state, s)
             for j in tl.static_range(N_STATES):
                 at = states[j] + place * item_size(STATE_DTYPE)
@@ -132,7 +135,8 @@ def update_kernel(
     Programs that run together take neighbouring tiles, and so memory that lies together. Sums go by whole
     chunks, because a program takes as long for a sum as for a tile.
     """
-    step = load_struct(step.to(tl.int64), 0, "Step")
+    address = step.to(tl.int64)
+    step = load_struct(address, 0, "Step")
     decision = load_struct(step.decision, 0, "StepDecision")
     tiles = step.n_tiles if TILED else 1
     if decision.skipped == 0:
@@ -172,6 +176,8 @@ def update_kernel(
                         part, sum_sq, on_sphere, row, grad, chunk, s, weight, whole, chunk.count, UPDATE,
                         KINDS[k][0], KINDS[k][1], KINDS[k][2], ACCUMULATE, AVERAGE, SPHERES, TAIL, False,
                     )  # fmt: skip
+                    if ACCUMULATE:
+                        part = within_range(part, address, i, KINDS[k][1], TAIL)
             if ACCUMULATE:
                 # the non-finite count is unused here, so it is not stored
                 store_struct(step.partials, i, Partial(part, nonfinite=0), "Partial")
