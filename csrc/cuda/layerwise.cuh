@@ -14,7 +14,7 @@ namespace {
 // updates the moments, and sums over the direction of the update and over the gradient
 template <class Rule, int kStates, int N, class P, class G, class C>
 FW_DEVICE void stage1_pack(const ChunkPointers<P, G>& s, int32_t i, const ScalarsOf<C>& scalars,
-                           double (&sums)[Rule::kSums], bool accumulate, NormSum& norms) {
+                           double (&sums)[Rule::kSums], bool accumulate, NormSum<C>& norms) {
   C state0[N], state1[N];
   G raw_grad[N];
   P raw_param[N];
@@ -69,7 +69,7 @@ FW_DEVICE void stage2_pack(const ChunkPointers<P, G>& s, int32_t i, const Scalar
 template <class Rule, int kStates, class P, class G, class C>
 FW_DEVICE void stage1_packs(const ChunkPointers<P, G>& s, int32_t thread, int32_t threads,
                             const ScalarsOf<C>& scalars, double (&sums)[Rule::kSums], bool accumulate,
-                            NormSum& norms) {
+                            NormSum<C>& norms) {
   share_packs(
       s, thread, threads,
       [&](int32_t i) { stage1_pack<Rule, kStates, kPack<P>>(s, i, scalars, sums, accumulate, norms); },
@@ -96,16 +96,16 @@ FW_DEVICE Partial stage1_channel(const Step& step, const Row& row, uint64_t grad
                                  double (&found)[Rule::kSums + 1]) {
   const ScalarsOf<typename ChunkPointers<P, G>::C> scalars(at<Scalars>(step.scalars)[chunk.row]);
   double sums[Rule::kSums] = {};
-  NormSum norms;
-  stage1_packs<Rule, kStates>(ChunkPointers<P, G>(row, grad_address, chunk), threadIdx.x, kThreads, scalars,
-                              sums, accumulates(step), norms);
+  NormSum<typename ChunkPointers<P, G>::C> norms;
+  const ChunkPointers<P, G> s(row, grad_address, chunk);
+  stage1_packs<Rule, kStates>(s, threadIdx.x, kThreads, scalars, sums, accumulates(step), norms);
   share_block_sum(sums);
   for (int k = 0; k < Rule::kSums; ++k) found[k] = sums[k];
   // a layer of one channel is tested as a layer
   if constexpr (Rule::kProjects)
     if (threadIdx.x == 0 && chunk.count == row.channel_size && chunk.count < row.numel)
       found[Rule::kSums] = judge_channel<Rule>(step, row, chunk.offset / row.channel_size, sums);
-  return norms.total();
+  return total_of(norms, [&] { return sum_packs<WideSum>(s); });
 }
 
 // a chunk of several channels
@@ -115,7 +115,7 @@ FW_DEVICE Partial stage1_channels(const Step& step, const Row& row, uint64_t gra
   const ScalarsOf<typename ChunkPointers<P, G>::C> scalars(at<Scalars>(step.scalars)[chunk.row]);
   const Pieces pieces(row, chunk);
   const ThreadGroup<P, G> threads(pieces);
-  NormSum norms;
+  NormSum<typename ChunkPointers<P, G>::C> norms;
   threads.visit(pieces, row, grad_address, chunk, [&](int32_t piece, const ChunkPointers<P, G>& s) {
     double sums[Rule::kSums] = {};
     stage1_packs<Rule, kStates>(s, threads.lane, threads.width, scalars, sums, accumulates(step), norms);
@@ -135,7 +135,7 @@ FW_DEVICE Partial stage1_channels(const Step& step, const Row& row, uint64_t gra
     found[Rule::kSums] += judge_channel<Rule>(step, row, first + i, channel);
   }
   share_block_sum(found);
-  return norms.total();
+  return total_of(norms, [&] { return sum_channels<WideSum, P, G>(row, grad_address, chunk); });
 }
 
 template <class Rule, int kStates, class P, class G>

@@ -2,6 +2,8 @@
 // order of every sum depends on the table alone, so that any grid gives the same bits. No mathematics here:
 // reduce.h has it. SPDX-License-Identifier: Apache-2.0
 #pragma once
+#include <type_traits>
+
 #include "../decide.h"
 #include "chunks.cuh"
 #include "pieces.cuh"
@@ -9,32 +11,13 @@
 namespace fw {
 namespace {
 
-// one thread's part of the sums over a chunk
-struct NormSum {
-  FloatPair l1_pair, l2_sq_pair;
+// one thread's part of the sums over a chunk, in double
+struct WideSum {
   double l1 = 0.0, l2_sq = 0.0;
   int32_t nonfinite = 0;
 
-  template <int N>
-  FW_DEVICE void add(const float (&grad)[N]) {
-    static_assert(N <= 4, "see fits_pair");
-    float sum = 0.0f;
-    for (int i = 0; i < N; ++i) accumulate_l1(sum, grad[i]);
-    if (!fits_pair(sum)) return add_doubles(grad);
-    l1_pair.add(sum);
-    for (int i = 0; i < N; ++i) l2_sq_pair.add_square(grad[i]);
-  }
-
-  template <int N>
-  FW_DEVICE void add(const double (&grad)[N]) {
-    add_doubles(grad);
-  }
-
-  FW_DEVICE Partial total() const { return {l1 + l1_pair.value(), l2_sq + l2_sq_pair.value(), nonfinite}; }
-
- private:
   template <int N, class C>
-  FW_DEVICE void add_doubles(const C (&grad)[N]) {
+  FW_DEVICE void add(const C (&grad)[N]) {
     for (int i = 0; i < N; ++i) {
       nonfinite += is_nonfinite(grad[i]);
       accumulate_l1(l1, static_cast<double>(grad[i]));
@@ -42,6 +25,45 @@ struct NormSum {
     }
   }
 };
+
+// the same without double arithmetic, as long as the numbers are in the range of pairs
+struct PairSum {
+  FloatPair l1, l2_sq;
+  bool fits = true;
+
+  template <int N>
+  FW_DEVICE void add(const float (&grad)[N]) {
+    static_assert(N <= 4, "see fits_pair");
+    float sum = 0.0f;
+    for (int i = 0; i < N; ++i) accumulate_l1(sum, grad[i]);
+    fits = fits && fits_pair(sum);
+    l1.add(sum);
+    for (int i = 0; i < N; ++i) l2_sq.add_square(grad[i]);
+  }
+};
+
+template <class C>
+struct NormSumOf {
+  using type = PairSum;
+};
+template <>
+struct NormSumOf<double> {
+  using type = WideSum;
+};
+template <class C>
+using NormSum = typename NormSumOf<C>::type;
+
+FW_DEVICE Partial total_of(const WideSum& sum) { return {sum.l1, sum.l2_sq, sum.nonfinite}; }
+
+// the sums of a thread; again() makes its WideSum, from numbers that are not all in the range of pairs
+template <class Again>
+FW_DEVICE Partial total_of(const PairSum& sum, const Again& again) {
+  return sum.fits ? Partial{sum.l1.value(), sum.l2_sq.value(), 0} : total_of(again());
+}
+template <class Again>
+FW_DEVICE Partial total_of(const WideSum& sum, const Again&) {
+  return total_of(sum);
+}
 
 // the sum over the first kThreads threads of a block, in thread 0
 FW_DEVICE Partial block_sum(Partial total) {
@@ -88,8 +110,8 @@ FW_DEVICE void store_sum(Partial& out, const Partial& part) {
 }
 
 // adds a pack in runs of the length that a thread updates at a time
-template <class C, int N, class G>
-FW_DEVICE void add_pack(NormSum& sum, const G (&raw)[N]) {
+template <class C, int N, class G, class Sum>
+FW_DEVICE void add_pack(Sum& sum, const G (&raw)[N]) {
   static_assert(N % kPack<C> == 0, "whole runs");
   for (int i = 0; i < N; i += kPack<C>) {
     C grad[kPack<C>];
@@ -99,20 +121,22 @@ FW_DEVICE void add_pack(NormSum& sum, const G (&raw)[N]) {
 }
 
 // adds an incomplete or unaligned pack as if zeros followed it, so that alignment changes no bit
-template <class P, class G>
-FW_DEVICE void add_partial_pack(NormSum& sum, const ChunkPointers<P, G>& s, int32_t begin) {
+template <class P, class G, class Sum>
+FW_DEVICE void add_partial_pack(Sum& sum, const ChunkPointers<P, G>& s, int32_t begin) {
   G grad[kPack<P>] = {};
   for (int i = 0; i < kPack<P>; ++i)
     if (begin + i < s.count) grad[i] = *global(s.grad + begin + i);
   add_pack<typename ChunkPointers<P, G>::C>(sum, grad);
 }
 
-template <class P, class G>
-FW_DEVICE Partial measure_chunk(const Row& row, uint64_t grad_address, const Chunk& chunk) {
+// the packs that a thread has of a chunk or tile
+template <class Sum, class P, class G>
+FW_DEVICE Sum sum_packs(const ChunkPointers<P, G>& s) {
   using C = typename ChunkPointers<P, G>::C;
-  constexpr int N = kPack<P>, kStride = kThreads * N, kPacks = 4;
-  const ChunkPointers<P, G> s(row, grad_address, chunk);
-  NormSum sum;
+  constexpr int N = kPack<P>, kStride = kThreads * N;
+  // four loads in flight, and one where numbers are read once more
+  constexpr int kPacks = std::is_same<Sum, NormSum<C>>::value ? 4 * kVectorBytes / (N * sizeof(G)) : 1;
+  Sum sum;
   int32_t i = threadIdx.x * N;
 #pragma unroll 1
   for (; s.whole(i + (kPacks - 1) * kStride); i += kPacks * kStride) {
@@ -130,16 +154,23 @@ FW_DEVICE Partial measure_chunk(const Row& row, uint64_t grad_address, const Chu
       add_partial_pack(sum, s, i);
     }
   }
-  return sum.total();
+  return sum;
+}
+
+template <class P, class G>
+FW_DEVICE Partial measure_chunk(const Row& row, uint64_t grad_address, const Chunk& chunk) {
+  const ChunkPointers<P, G> s(row, grad_address, chunk);
+  return total_of(sum_packs<NormSum<typename ChunkPointers<P, G>::C>>(s),
+                  [&] { return sum_packs<WideSum>(s); });
 }
 
 // the same for a chunk of several channels, in the order in which stage1 sums over them
-template <class P, class G>
-FW_DEVICE Partial measure_channels(const Row& row, uint64_t grad_address, const Chunk& chunk) {
+template <class Sum, class P, class G>
+FW_DEVICE Sum sum_channels(const Row& row, uint64_t grad_address, const Chunk& chunk) {
   using C = typename ChunkPointers<P, G>::C;
   const Pieces pieces(row, chunk);
   const ThreadGroup<P, G> threads(pieces);
-  NormSum sum;
+  Sum sum;
   threads.visit(pieces, row, grad_address, chunk, [&](int32_t, const ChunkPointers<P, G>& s) {
     share_packs(
         s, threads.lane, threads.width,
@@ -150,7 +181,13 @@ FW_DEVICE Partial measure_channels(const Row& row, uint64_t grad_address, const 
         },
         [&](int32_t i) { add_partial_pack(sum, s, i); });
   });
-  return sum.total();
+  return sum;
+}
+
+template <class P, class G>
+FW_DEVICE Partial measure_channels(const Row& row, uint64_t grad_address, const Chunk& chunk) {
+  return total_of(sum_channels<NormSum<typename ChunkPointers<P, G>::C>, P, G>(row, grad_address, chunk),
+                  [&] { return sum_channels<WideSum, P, G>(row, grad_address, chunk); });
 }
 
 // the sums over all chunks that have several tiles, from the sums over those
@@ -183,7 +220,7 @@ struct Measure {
 };
 
 template <int kSize>
-__global__ void __launch_bounds__(kThreads, kBlocksPerProcessor)
+__global__ void __launch_bounds__(kThreads, kBlocksPerProcessorOfSums)
     measure_kernel(const __grid_constant__ Step step, const __grid_constant__ GradPointers<kSize> pointers) {
   save_grad_pointers(step, pointers);
   for (int64_t i = blockIdx.x; i < step.n_chunks; i += gridDim.x) {

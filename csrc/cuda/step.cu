@@ -40,7 +40,7 @@ struct States {
 // updates N elements of a parameter and their states
 template <class Rule, int kStates, int N, class P, class G, class C>
 FW_DEVICE void update_part(States<kStates, N, C>& states, const ScalarsOf<C>& scalars, P* param,
-                           const G* raw_grad, bool accumulate, NormSum& sum) {
+                           const G* raw_grad, bool accumulate, NormSum<C>& sum) {
   C grad[N];
   widen_all(raw_grad, grad);
   if constexpr (N > 1)
@@ -61,7 +61,7 @@ FW_DEVICE void update_part(States<kStates, N, C>& states, const ScalarsOf<C>& sc
 // updates kPacks packs of N elements from i on, a stride apart; all loads come before the first result
 template <class Rule, int kStates, int kPacks, int N, class P, class G, class C>
 FW_DEVICE void update_packs(const ChunkPointers<P, G>& s, int32_t i, const ScalarsOf<C>& scalars, C weight,
-                            bool accumulate, NormSum& sum, SumSq& sum_sq) {
+                            bool accumulate, NormSum<C>& sum, SumSq& sum_sq) {
   constexpr int kPart = kStates == 3 && N > kPack<C> ? kPack<C> : N, kStride = kThreads * N;
   G grad[kPacks][N];
   P param[kPacks][N];
@@ -93,7 +93,7 @@ FW_DEVICE Partial update_states(const ChunkPointers<P, G>& s, const Scalars& row
   constexpr int kPacks = sizeof(P) == sizeof(float) && kStates < 3 ? 2 : 1;
   const ScalarsOf<C> scalars(row_scalars);
   const C weight = static_cast<C>(average_weight);
-  NormSum sum;
+  NormSum<C> sum;
   int32_t i = threadIdx.x * N;
   if constexpr (kPacks > 1)
 #pragma unroll 1
@@ -110,7 +110,7 @@ FW_DEVICE Partial update_states(const ChunkPointers<P, G>& s, const Scalars& row
         update_packs<Rule, kStates, 1, 1>(s, k, scalars, weight, false, sum, sum_sq);
     }
   }
-  return sum.total();
+  return total_of(sum, [&] { return sum_packs<WideSum>(s); });
 }
 
 // the average of a row without a gradient
@@ -139,7 +139,7 @@ struct Update {
       stage2_states<Rule, Rule::kMinStates, P, G>(step, row, grad_address, chunk, sum_sq);
       return Partial{};
     }
-    if (sum_sq.wanted) sum_sq.sum_sq += measure_chunk<P, P>(row, row.param, chunk).l2_sq;
+    if (sum_sq.wanted) sum_sq.sum_sq += sum_packs<WideSum>(ChunkPointers<P, P>(row, row.param, chunk)).l2_sq;
     if (s.average) average_chunk(s, average_weight_of(row));
     return Partial{};
   }
