@@ -625,7 +625,7 @@ def test_scalars(rule):
     n = 1 << (len(cases) - 1).bit_length()
     cases += cases[:1] * (n - len(cases))
     groups = [h for h, _ in cases]
-    hypers = pack_rows(groups, pack_schedules(groups)[0])
+    hypers = pack_rows(groups, pack_schedules(groups)[0], 0)
     out = np.zeros(n, STRUCTS["Scalars"])
     columns = [torch.from_numpy(c.view(np.uint8).reshape(-1)) for c in (hypers, out)]
     step = torch.tensor([step for _, step in cases])

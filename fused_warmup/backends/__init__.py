@@ -72,7 +72,7 @@ def _triton_reason() -> str | None:
     if release < OLDEST_TRITON:
         needed = ".".join(map(str, OLDEST_TRITON))
         return f"triton {triton.__version__} is too old, triton {needed} or later is needed"
-    return _triton_problem("cpu" if _interpreted() else f"cuda:{torch.cuda.current_device()}")
+    return _triton_problem("cpu" if _interpreted() else "cuda")
 
 
 @cache
