@@ -24,7 +24,7 @@ ROOT = Path(__file__).resolve().parents[1]
 ALL, BUILD, TESTS = 480.0, 180.0, 120.0
 # the measurement stops starting cases so long before the end
 LAST_CASE = 45.0
-TEST_FILES = ("tests/backends/test_gpu.py", "tests/backends/test_backends.py", "tests/plan/test_capture.py")
+TEST_FILES = ("tests/backends/test_gpu.py", "tests/backends/test_backends.py")
 LOG = ROOT / "build" / "kernels.log"
 
 
