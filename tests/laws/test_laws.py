@@ -35,9 +35,10 @@ def test_update_mathematics_stands_in_rules_only():
     assert relative(CPP, r"\b(cos|cospi|pow)\(", CSRC) == ["platform.h", "schedules.h"]
     assert relative(PYTHON, r"math\.(cos|pow)\(", PACKAGE) == ["reference/schedules.py"]
     assert relative(PYTHON, r"tl\.cos\(|\bpower\(", PACKAGE) == ["backends/triton/schedules.py"]
-    # the norms are the only roots outside the rules and schedules; vectors.py has products of its own
+    # the norms are the only roots outside the rules and schedules; vectors.py has products of its own, reduce.py
+    # the exact ones of pairs of floats
     words = r"tl\.(fma|exp|log|sqrt_rn|div_rn)\("
-    names = [f"backends/triton/{name}.py" for name in ("rules", "schedules", "vectors")]
+    names = [f"backends/triton/{name}.py" for name in ("reduce", "rules", "schedules", "vectors")]
     assert relative(PYTHON, words, PACKAGE) == names
     # the clip formula, the start of a second moment, the choice of a view and the stability thresholds
     words = r"norm \+ 1e-6|(?<!_)init_scale \* |(?i:projection_coef)\(h, "

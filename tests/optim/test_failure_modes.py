@@ -1134,7 +1134,8 @@ def test_dtensors_train_as_their_shards(case: str, backend: str, mesh: Any) -> N
         optimizers[1].load_state_dict(optimizers[1].state_dict())
     for param, shard in zip(plain, sharded, strict=True):
         assert torch.equal(param, shard.to_local())
-    with optimizers[0].averaged_parameters(), optimizers[1].averaged_parameters():
+    model = torch.nn.ParameterList(sharded)
+    with optimizers[0].averaged_parameters(), optimizers[1].averaged_parameters(model):
         for param, shard in zip(plain, sharded, strict=True):
             assert torch.equal(param, shard.to_local())
 

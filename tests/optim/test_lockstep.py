@@ -21,6 +21,8 @@ import pytest
 import torch
 from hypothesis import HealthCheck, Phase, settings
 from hypothesis import strategies as st
+from hypothesis.internal.conjecture import providers
+from hypothesis.internal.constants_ast import Constants
 from hypothesis.stateful import precondition, rule, run_state_machine_as_test
 from lockstep import (
     AVERAGES,
@@ -61,6 +63,15 @@ SETTINGS = settings(
     print_blob=True,
     suppress_health_check=list(HealthCheck),
 )
+
+
+@pytest.fixture(autouse=True)
+def same_sequences(monkeypatch):
+    """Hypothesis draws from the constants of modules, and so other values where others have been imported."""
+    monkeypatch.setattr(providers.HypothesisProvider, "_local_constants", Constants())
+    providers.CONSTANTS_CACHE.cache.clear()
+    yield
+    providers.CONSTANTS_CACHE.cache.clear()
 
 
 class Lockstep(Machine):
