@@ -43,15 +43,7 @@ struct PairSum {
 };
 
 template <class C>
-struct NormSumOf {
-  using type = PairSum;
-};
-template <>
-struct NormSumOf<double> {
-  using type = WideSum;
-};
-template <class C>
-using NormSum = typename NormSumOf<C>::type;
+using NormSum = std::conditional_t<std::is_same<C, double>::value, WideSum, PairSum>;
 
 FW_DEVICE Partial total_of(const WideSum& sum) { return {sum.l1, sum.l2_sq, sum.nonfinite}; }
 
