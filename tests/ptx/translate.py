@@ -486,14 +486,13 @@ class Function:
         """Return the C++ of an operation on floats, which rounds to nearest and keeps subnormals."""
         base, kind, name = parts[0], parts[-1], ".".join(parts)
         if kind == "f16":
-            # a float32 and a float16 that is widened, as sub.rn.f32.f16
-            if parts[1:] != ["rn", "f32", "f16"] or base not in ("add", "sub"):
+            # float16 operands that are widened and a float32, as in sub.rn.f32.f16
+            if parts[1:] != ["rn", "f32", "f16"] or base not in ("add", "sub", "fma"):
                 raise ValueError(name)
             # the operands of the narrow type come first
-            narrow = f"float_of_half({self.value(operands[1], 'b16')})"
-            return self.assign(
-                operands[0], FLOATS[base].format(narrow, self.value(operands[2], "f32")), "f32"
-            )
+            *narrow, wide = operands[1:]
+            inputs = [f"float_of_half({self.value(operand, 'b16')})" for operand in narrow]
+            return self.assign(operands[0], FLOATS[base].format(*inputs, self.value(wide, "f32")), "f32")
         inputs = [self.value(operand, kind) for operand in operands[1:]]
         if name == "rcp.approx.ftz.f64":
             return self.assign(operands[0], f"rough_reciprocal({inputs[0]})", kind)
