@@ -27,8 +27,7 @@ def world_size() -> int:
 
 def is_sharded(tensor: Tensor) -> bool:
     """Return whether other processes hold other parts of a tensor, so that a local norm is not its norm."""
-    placements = getattr(tensor, "placements", ())
-    return any(p.is_shard() for p in placements) and getattr(tensor, "device_mesh").size() > 1  # noqa: B009
+    return _has_shards(tensor) and getattr(tensor, "device_mesh").size() > 1  # noqa: B009
 
 
 def is_shard(param: Tensor) -> bool:
@@ -36,7 +35,12 @@ def is_shard(param: Tensor) -> bool:
 
     A module of FSDP gathers the memory that it had at first, so that must not be replaced.
     """
-    return any(p.is_shard() for p in getattr(param, "placements", ())) or _has_flattened(param)
+    return _has_shards(param) or _has_flattened(param)
+
+
+def _has_shards(tensor: Tensor) -> bool:
+    """Return whether a mesh cuts a tensor in any of its dimensions."""
+    return any(p.is_shard() for p in getattr(tensor, "placements", ()))
 
 
 def _has_flattened(param: Tensor) -> bool:

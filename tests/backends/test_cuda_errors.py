@@ -32,21 +32,21 @@ class Runtime:
 
     def __init__(self, module):
         self.module = module
-        self.library = ctypes.CDLL(module.__file__)
+        self.emulation = ctypes.CDLL(module.__file__)
 
     def number(self, name):
-        return ctypes.c_int.in_dll(self.library, f"cuda_on_host_{name}")
+        return ctypes.c_int.in_dll(self.emulation, f"cuda_on_host_{name}")
 
     def numbers(self, name):
-        return (ctypes.c_int * 2).in_dll(self.library, f"cuda_on_host_{name}")
+        return (ctypes.c_int * 2).in_dll(self.emulation, f"cuda_on_host_{name}")
 
     def reset(self, device=0):
         """Begin anew, with a context on a device; -1 for none."""
-        self.library.cuda_on_host_reset(device)
+        self.emulation.cuda_on_host_reset(device)
 
     def fail(self, call, error, after=0):
         """Let a call return an error after some that work."""
-        self.library.cuda_on_host_fail(call.encode(), after, error)
+        self.emulation.cuda_on_host_fail(call.encode(), after, error)
 
 
 @pytest.fixture
@@ -175,7 +175,7 @@ def test_no_context_on_another_device(runtime, device, before):
             assert list(runtime.numbers("contexts")) == [int(i in (before, device)) for i in range(2)]
             assert runtime.number("device").value == max(before, 0)
         current = ctypes.c_void_p(1)
-        runtime.library.cuda_on_host_get(ctypes.byref(current))
+        runtime.emulation.cuda_on_host_get(ctypes.byref(current))
         assert (current.value is None) == (before < 0)
 
 
@@ -207,22 +207,22 @@ def test_an_error_of_another_call_is_not_one_of_a_step(runtime):
     fill_grads(params, 1)
     # an error that nobody has cleared
     runtime.fail("cudaGetDeviceCount", OUT_OF_RESOURCES)
-    assert runtime.library.cuda_on_host_count() == OUT_OF_RESOURCES
+    assert runtime.emulation.cuda_on_host_count() == OUT_OF_RESOURCES
     opt.step()
     assert_same_values(values(opt), values(plain))
-    assert runtime.library.cuda_on_host_last_error() == OUT_OF_RESOURCES
+    assert runtime.emulation.cuda_on_host_last_error() == OUT_OF_RESOURCES
 
 
 def test_a_failing_call_leaves_no_error(runtime):
     runtime.reset()
     with pytest.raises(RuntimeError, match="cudaErrorInvalidDevice"):
         runtime.module.prepare(0, 7, False)
-    assert runtime.library.cuda_on_host_last_error() == 0
+    assert runtime.emulation.cuda_on_host_last_error() == 0
     runtime.fail("cudaLaunchKernelEx", INVALID_HANDLE)
     opt = fw.SGD(make_params(torch.float32, SHAPES))
     with pytest.raises(RuntimeError, match="cudaErrorInvalidResourceHandle"):
         opt.step()
-    assert runtime.library.cuda_on_host_last_error() == 0
+    assert runtime.emulation.cuda_on_host_last_error() == 0
 
 
 @pytest.mark.parametrize("options", [{}, {"max_grad_norm": 1.0}], ids=str)
@@ -399,7 +399,7 @@ def test_captured_launches_have_few_arguments(runtime, capture):  # noqa: F811
         ctypes.c_void_p,
         ctypes.POINTER(ctypes.c_size_t),
     )(lambda kernel, blocks, threads, count, arguments, bytes_of: sizes.append(sum(bytes_of[:count])) or 0)
-    launcher = ctypes.c_void_p.in_dll(runtime.library, "cuda_on_host_launcher")
+    launcher = ctypes.c_void_p.in_dll(runtime.emulation, "cuda_on_host_launcher")
     launcher.value = ctypes.cast(launch, ctypes.c_void_p).value
     opt.step()
     assert max(sizes) > 4096
