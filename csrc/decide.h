@@ -3,9 +3,9 @@
 // backends/reference.py has the same statements in the same order.
 // SPDX-License-Identifier: Apache-2.0
 #pragma once
-#include "reduce.h"
 #include "rules.h"
 #include "schedules.h"
+#include "totals.h"
 
 namespace fw {
 
@@ -18,6 +18,12 @@ FW_HOST_DEVICE void set_norms(StepDecision& decision, const Partial& total) {
   decision.grad_norm_l1 = total.l1 * decision.unscale;
 }
 
+// whether a GradScaler has found a gradient that is not finite, in any process
+FW_HOST_DEVICE bool found_inf(const Step& step) {
+  if (!step.found_inf) return false;
+  return step.totals ? flags_of(step)[1] != 0.0 : *at<float>(step.found_inf) != 0.0f;
+}
+
 // t counts the updates made before this one, and is the step that schedules are evaluated at
 FW_HOST_DEVICE StepDecision decide(const Step& step, const Partial& total) {
   StepDecision decision = {};
@@ -27,8 +33,7 @@ FW_HOST_DEVICE StepDecision decide(const Step& step, const Partial& total) {
   decision.grad_norm = NAN;
   decision.grad_norm_l1 = NAN;
   if (step.measure) set_norms(decision, total);
-  bool found_inf = step.found_inf && *at<float>(step.found_inf) != 0.0f;
-  decision.skipped = found_inf || (step.skip_nonfinite && total.nonfinite > 0);
+  decision.skipped = found_inf(step) || (step.skip_nonfinite && total.nonfinite > 0);
   decision.clip_coef = step.clip ? clip_coefficient(decision.grad_norm, step.max_grad_norm) : 1.0;
   return decision;
 }

@@ -18,6 +18,15 @@ enum DType : int32_t { kFloat32 = 0, kFloat64 = 1, kBFloat16 = 2, kFloat16 = 3 }
 FW_HOST_DEVICE int32_t elements_of_tile(int32_t dtype) {
   return kTileBytes / (dtype == kFloat64 ? 8 : dtype == kFloat32 ? 4 : 2);
 }
+// the stages of a step, which follow one another: between two the sums over processes are added up, where
+// rows are spread over processes
+enum Stage : int32_t {
+  kMeasureStage = 1,
+  kUpdateStage = 2,
+  kLayerStage = 4,
+  kFinishStage = 8,
+  kAllStages = 15
+};
 enum InitKind : int32_t { kInitZeros = 0, kInitGrad = 1, kInitRandom = 2 };
 enum AverageKind : int32_t { kAverageNone = 0, kAverageEma = 1, kAverageSwa = 2 };
 enum SegmentKind : int32_t {
@@ -55,6 +64,18 @@ enum SegmentKind : int32_t {
   X(uint64_t, n_averaged)  \
   X(int64_t, first_chunk)  \
   X(int64_t, n_chunks)
+
+// The whole tensor that a row is a part of, where rows are spread over processes. slot: index of the sums
+// over those of its elements that are here, which rows share that are spread over the same processes.
+// first_channel is that of the row, first_total the index of the sums of its layer. is_cut: whether other
+// processes have parts of its channels, so that these are summed one by one.
+#define FW_SPREAD(X)        \
+  X(int64_t, numel)         \
+  X(int64_t, channels)      \
+  X(int64_t, first_channel) \
+  X(int64_t, first_total)   \
+  X(int32_t, slot)          \
+  X(int32_t, is_cut)
 
 // part of one row, small enough for 32-bit indices: whole channels, or a part of one channel
 #define FW_CHUNK(X)  \
@@ -198,7 +219,8 @@ enum SegmentKind : int32_t {
 // the sum of squares of each chunk of a group on a sphere. chunk_sums has, per chunk, the sums of a rule over
 // it and the number of its whole channels that are not scale-invariant. n_tiles is the most tiles that a
 // chunk has; each chunk has room for so many sums in tile_partials. block_threads is the number of threads
-// that take a chunk on a GPU.
+// that take a chunk on a GPU. totals has the sums that processes add up, see totals.h, or is 0 if no row is
+// spread over processes.
 #define FW_STEP(X)               \
   X(uint64_t, rows)              \
   X(uint64_t, grads)             \
@@ -234,7 +256,10 @@ enum SegmentKind : int32_t {
   X(uint64_t, squares)           \
   X(uint64_t, tile_partials)     \
   X(int64_t, n_tiles)            \
-  X(int64_t, block_threads)
+  X(int64_t, block_threads)      \
+  X(uint64_t, totals)            \
+  X(uint64_t, spreads)           \
+  X(int64_t, n_slots)
 
 // what the host needs of a tensor in one stretch of memory; dtype is -1 for any other tensor. reach is the
 // number of its bytes.
@@ -290,6 +315,7 @@ enum SegmentKind : int32_t {
 
 #define FW_STRUCTS(X)                     \
   X(Row, FW_ROW)                          \
+  X(Spread, FW_SPREAD)                    \
   X(Chunk, FW_CHUNK)                      \
   X(Hyper, FW_HYPER)                      \
   X(Segment, FW_SEGMENT)                  \

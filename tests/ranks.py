@@ -1,4 +1,4 @@
-"""Runs a script as two processes that form a gloo group; the script prints what it found."""
+"""Runs a script as processes that form a gloo group; the script prints what it found."""
 
 import os
 import subprocess
@@ -13,8 +13,8 @@ import torch
 import torch.distributed as dist
 import fused_warmup as fw
 
-rank = int(sys.argv[1])
-dist.init_process_group("gloo", init_method="file://" + sys.argv[2], rank=rank, world_size=2)
+rank, world_size = int(sys.argv[1]), int(sys.argv[3])
+dist.init_process_group("gloo", init_method="file://" + sys.argv[2], rank=rank, world_size=world_size)
 torch.set_num_threads(1)
 """
 
@@ -27,22 +27,27 @@ os._exit(0)
 """
 
 
-def run_ranks(tmp_path, body):
+def run_ranks(tmp_path, body, world_size=2):
     """Return the words that each rank printed."""
     script = tmp_path / "rank.py"
     script.write_text(START + body + END)
     root = str(Path(fw.__file__).parents[1])
-    environment = {"PYTHONPATH": root, "PATH": os.environ["PATH"], "OMP_NUM_THREADS": "1"}
-    both = [
+    tests = str(Path(__file__).parent)
+    environment = {
+        "PYTHONPATH": os.pathsep.join((root, tests)),
+        "PATH": os.environ["PATH"],
+        "OMP_NUM_THREADS": "1",
+    }
+    ranks = [
         subprocess.Popen(
-            [sys.executable, str(script), str(rank), str(tmp_path / "store")],
+            [sys.executable, str(script), str(rank), str(tmp_path / "store"), str(world_size)],
             env=environment,
             text=True,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
         )
-        for rank in range(2)
+        for rank in range(world_size)
     ]
-    out = [process.communicate(timeout=120) for process in both]
-    assert [process.returncode for process in both] == [0, 0], out
+    out = [process.communicate(timeout=120) for process in ranks]
+    assert [process.returncode for process in ranks] == [0] * world_size, out
     return [text.split() for text, _ in out]

@@ -61,13 +61,14 @@ void check_isa(int isa) {
            "isa must be an index into instruction_sets()");
 }
 
-void step(int isa, int rule, std::uintptr_t address, int threads) {
+void step(int isa, int rule, std::uintptr_t address, int threads, int stages) {
   check_isa(isa);
   FW_CHECK(rule >= 0 && rule < kRuleCount, "rule must be an index into rules()");
   FW_CHECK(address != 0, "address must be that of a Step");
+  FW_CHECK(stages > 0 && stages <= fw::kAllStages, "stages must be those of Stage");
   FW_CHECK(threads > 0, "threads must be at least 1");
   py::gil_scoped_release release;
-  kAll[isa].kernels->steps[rule](*fw::at<const fw::Step>(address), threads);
+  kAll[isa].kernels->steps[rule](*fw::at<const fw::Step>(address), threads, stages);
 }
 
 void vectors(int isa, int operation, std::uintptr_t address, int threads) {
@@ -278,7 +279,8 @@ PYBIND11_MODULE(_cpu, m) {
   m.def("instruction_sets", &instruction_sets);
   m.def("rules", &rules);
   m.def("layout", &layout);
-  m.def("step", &step, py::arg("isa"), py::arg("rule"), py::arg("address"), py::arg("threads"));
+  m.def("step", &step, py::arg("isa"), py::arg("rule"), py::arg("address"), py::arg("threads"),
+        py::arg("stages") = static_cast<int>(fw::kAllStages));
   m.def("vectors", &vectors, py::arg("isa"), py::arg("operation"), py::arg("address"), py::arg("threads"));
   m.def("preconditioned", &preconditioned);
   m.def("preconditioner", &preconditioner, py::arg("isa"), py::arg("rule"), py::arg("step"),

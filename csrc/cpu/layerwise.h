@@ -130,11 +130,17 @@ struct Arena {
 };
 thread_local Arena arena;
 
+// whether a tensor is one chunk and in this process alone, so that a thread takes it through all stages at
+// once
+bool is_one_chunk(const Step& step, const Chunk& chunk) {
+  return !step.totals && chunk.count == at<Row>(step.rows)[chunk.row].numel;
+}
+
 // where a tensor of one chunk keeps its update between the stages; null for a longer one, which computes it
 // twice
 template <class C>
-C* kept_update(const Row& row, const Chunk& chunk) {
-  return chunk.count < row.numel ? nullptr : static_cast<C*>(arena.reserve(chunk.count * sizeof(C)));
+C* kept_update(const Step& step, const Chunk& chunk) {
+  return is_one_chunk(step, chunk) ? static_cast<C*>(arena.reserve(chunk.count * sizeof(C))) : nullptr;
 }
 
 template <class Rule, int kStates, class C>
@@ -145,7 +151,7 @@ Partial stage1_chunk(const Step& step, const Chunk& chunk) {
   const ScalarsOf<C> scalars(at<Scalars>(step.scalars)[chunk.row]);
   const bool accumulate = accumulates(step);
   alignas(64) C param_scratch[kBlock], grad_scratch[kBlock], update_scratch[kBlock];
-  C* const kept = kept_update<C>(row, chunk);
+  C* const kept = kept_update<C>(step, chunk);
   const Pieces pieces(row, chunk);
   double* out = at<double>(step.sums) + pieces.first * Rule::kSums;
   for (int64_t i = 0; i < int64_t(pieces.count) * Rule::kSums; ++i) out[i] = 0.0;
@@ -180,7 +186,7 @@ void stage2_chunk(const Step& step, const Chunk& chunk) {
   const double* projection_coefs = at<double>(step.projection_coefs) + pieces.first;
   alignas(64) C param_scratch[kBlock], grad_scratch[kBlock] = {}, update_scratch[kBlock],
                                        projection_coef[kBlock] = {};
-  const C* const kept = kept_update<C>(row, chunk);
+  const C* const kept = kept_update<C>(step, chunk);
   SumSqLanes lanes;
   SumSqLanes* const sum_sq = sphere_of(step, row.group) ? &lanes : nullptr;
   int32_t next = 0;
@@ -232,33 +238,92 @@ struct Stage2 {
   }
 };
 
+// the sums over a layer, and the number of its channels that are not scale-invariant
+template <int N>
+struct LayerSums {
+  double layer[N] = {}, failed = 0.0;
+};
+
+// the sums over channels of a layer, the i-th of which are read(i)
+template <class Rule, class Read>
+LayerSums<Rule::kSums> sum_channels(const Step& step, int64_t index, int64_t channels, const Read& read) {
+  const Hyper& h = at<Hyper>(step.hypers)[at<Row>(step.rows)[index].group];
+  const int64_t channel_size = Layer(step, index).channel_size;
+  LayerSums<Rule::kSums> sums;
+  for (int64_t i = 0; i < channels; ++i) {
+    double channel[Rule::kSums] = {};
+    read(i, channel);
+    if (!Rule::scale_invariant(h, channel, channel_size)) sums.failed += 1.0;
+    combine(sums.layer, channel);
+  }
+  return sums;
+}
+
+// the sums over those channels of a tensor that are in this process
+template <class Rule>
+LayerSums<Rule::kSums> sum_layer(const Step& step, int64_t index) {
+  const Row& row = at<Row>(step.rows)[index];
+  return sum_channels<Rule>(step, index, row.numel / row.channel_size,
+                            [&](int64_t i, auto& channel) { combine_channel(channel, step, row, i); });
+}
+
+// the sums over a tensor in all processes
+template <class Rule>
+LayerSums<Rule::kSums> read_layer(const Step& step, int64_t index) {
+  const Spread& spread = spread_of(step, index);
+  const double* sums = sums_of_layer(step, spread);
+  if (spread.is_cut)
+    return sum_channels<Rule>(step, index, spread.channels,
+                              [&](int64_t i, auto& channel) { combine(channel, sums + i * Rule::kSums); });
+  LayerSums<Rule::kSums> found;
+  combine(found.layer, sums);
+  found.failed = sums[Rule::kSums];
+  return found;
+}
+
+// the sums over the tensors of this process, which the processes add up
+template <class Rule>
+void fold_layers(const Step& step) {
+#pragma omp for schedule(dynamic, 1) nowait
+  for (int64_t index = 0; index < step.n_rows; ++index) {
+    const Row& row = at<Row>(step.rows)[index];
+    const Spread& spread = spread_of(step, index);
+    const bool is_here = at<uint64_t>(step.grads)[index] && row.numel > 0;
+    double* sums = sums_of_layer(step, spread);
+    if (!spread.is_cut) {
+      const LayerSums<Rule::kSums> found = is_here ? sum_layer<Rule>(step, index) : LayerSums<Rule::kSums>{};
+      for (int k = 0; k < Rule::kSums; ++k) sums[k] = found.layer[k];
+      sums[Rule::kSums] = found.failed;
+      continue;
+    }
+    for (int64_t i = 0; i < spread.channels * Rule::kSums; ++i) sums[i] = 0.0;
+    for (int64_t i = 0; is_here && i < row.numel / row.channel_size; ++i) {
+      double channel[Rule::kSums] = {};
+      combine_channel(channel, step, row, i);
+      for (int k = 0; k < Rule::kSums; ++k) sums[(spread.first_channel + i) * Rule::kSums + k] = channel[k];
+    }
+  }
+}
+
 // turns the sums of one tensor into its scalars and projection coefficients
 template <class Rule>
 void reduce_layer(const Step& step, int64_t index) {
   const Row& row = at<Row>(step.rows)[index];
   const Hyper& h = at<Hyper>(step.hypers)[row.group];
-  const int64_t channels = row.numel / row.channel_size;
-  double layer[Rule::kSums] = {};
-  bool channels_invariant = true;
-  for (int64_t i = 0; i < channels; ++i) {
+  const LayerSums<Rule::kSums> sums =
+      step.totals ? read_layer<Rule>(step, index) : sum_layer<Rule>(step, index);
+  const View view = projection_view(Rule::kProjects && row.projects, sums.failed == 0.0,
+                                    Rule::scale_invariant(h, sums.layer, Layer(step, index).numel));
+  Rule::layer_scalars(h, sums.layer, view != kNoView, at<Scalars>(step.scalars)[index]);
+  for (int64_t i = 0; i < row.numel / row.channel_size && Rule::kProjects; ++i) {
     double channel[Rule::kSums] = {};
-    combine_channel(channel, step, row, i);
-    channels_invariant = channels_invariant && Rule::scale_invariant(h, channel, row.channel_size);
-    combine(layer, channel);
+    if (view == kChannelView && is_cut(step, index))
+      combine(channel, sums_of_layer(step, spread_of(step, index)) +
+                           (spread_of(step, index).first_channel + i) * Rule::kSums);
+    else if (view == kChannelView)
+      combine_channel(channel, step, row, i);
+    set_projection_coef(step, row, i, coef_in_view<Rule>(view, h, channel, sums.layer));
   }
-  const View view = projection_view(Rule::kProjects && row.projects, channels_invariant,
-                                    Rule::scale_invariant(h, layer, row.numel));
-  Rule::layer_scalars(h, layer, view != kNoView, at<Scalars>(step.scalars)[index]);
-  for (int64_t i = 0; i < channels && Rule::kProjects; ++i) {
-    double channel[Rule::kSums] = {};
-    if (view == kChannelView) combine_channel(channel, step, row, i);
-    set_projection_coef(step, row, i, coef_in_view<Rule>(view, h, channel, layer));
-  }
-}
-
-// whether a tensor is one chunk, which a thread takes through all stages at once
-bool is_one_chunk(const Step& step, const Chunk& chunk) {
-  return chunk.count == at<Row>(step.rows)[chunk.row].numel;
 }
 
 bool all_one_chunk(const Step& step) {
@@ -304,9 +369,12 @@ void stage2(const Step& step) {
 
 // all stages; the loops over longer tensors are left out where there are none, because each ends in a barrier
 template <class Rule>
-void update_layers(const Step& step, bool one_chunk_each) {
-  stage1<Rule>(step);
-  if (one_chunk_each) return;
+void update_layers(const Step& step, int stages, bool one_chunk_each) {
+  if (stages & kUpdateStage) {
+    stage1<Rule>(step);
+    if (step.totals) fold_layers<Rule>(step);
+  }
+  if (one_chunk_each || !(stages & kLayerStage)) return;
   reduce_layers<Rule>(step);
   stage2<Rule>(step);
 }

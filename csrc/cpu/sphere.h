@@ -74,11 +74,16 @@ void rescale_chunk(const Row& row, const Chunk& chunk, C factor, C weight) {
   }
 }
 
+// the sum of squares of all parameters of a group on a sphere
+double sum_sq_of(const Step& step, int64_t group, const Sphere& sphere) {
+  return step.totals ? combine_slots(step, group) : combine_sum_sq(step, sphere);
+}
+
 // the second pass over the groups on a sphere, once the squares of all their parameters are summed
 void rescale_chunks(const Step& step) {
 #pragma omp single
   for (int64_t group = 0; group < step.n_groups; ++group)
-    if (Sphere* sphere = sphere_of(step, group)) set_factor(*sphere, combine_sum_sq(step, *sphere));
+    if (Sphere* sphere = sphere_of(step, group)) set_factor(*sphere, sum_sq_of(step, group, *sphere));
 #pragma omp for schedule(dynamic, 1)
   for (int64_t i = 0; i < step.n_chunks; ++i) {
     const Chunk& chunk = at<Chunk>(step.chunks)[i];

@@ -1,7 +1,8 @@
-// The CPU step: measure, decide and update in one parallel region over the chunks of all tensors. Compiled
+// The CPU step: measure, decide and update in one parallel region over the chunks of all tensors. Where rows
+// are spread over processes it stops between stages, for the processes to add their sums up. Compiled
 // once per instruction set, which FW_ISA names. Everything but the exported table has internal linkage, so
 // that the linker can never use wide code where a narrow machine would run it. This file has the update of
-// element-wise rules; measure.h, layerwise.h and sphere.h have the other stages.
+// element-wise rules; measure.h, layerwise.h, sphere.h and totals.h have the other stages.
 // No mathematics here: rules.h, schedules.h and reduce.h have it.
 // SPDX-License-Identifier: Apache-2.0
 #include "step.h"
@@ -11,6 +12,7 @@
 #include "layerwise.h"
 #include "measure.h"
 #include "sphere.h"
+#include "totals.h"
 
 namespace fw {
 namespace {
@@ -111,31 +113,46 @@ StepDecision decide_step(const Step& step, const Partial& total) {
   return decision;
 }
 
+// the sums over the gradients
+Partial norms_of(const Step& step) {
+  return step.totals ? combine_slots(step) : combine_all(at<Partial>(step.partials), step.n_chunks);
+}
+
+// adds up what the next stage needs of all processes
 template <class Rule>
-void run(const Step& step, int threads) {
-  const Partial* partials = at<Partial>(step.partials);
+void fold(const Step& step, int stages) {
+  const bool updated = stages & kUpdateStage;
+  if ((stages & kMeasureStage) || (updated && accumulates(step))) fold_norms(step);
+  if (step.spheres && (stages & (Rule::kSums > 0 ? kLayerStage : kUpdateStage))) fold_squares(step);
+}
+
+template <class Rule>
+void run(const Step& step, int threads, int stages) {
+  StepDecision& decision = *at<StepDecision>(step.decision);
   // Threads meet only where one needs the results of another: on a loaded machine each meeting may take as
   // long as the scheduler leaves a thread waiting.
-  if (step.measure) {
+  if ((stages & kMeasureStage) && step.measure) {
 #pragma omp parallel num_threads(threads)
     measure_chunks(step);
   }
-  StepDecision decision =
-      decide_step<Rule>(step, step.measure ? combine_all(partials, step.n_chunks) : Partial{});
-  if (decision.skipped) return;
-  const bool one_chunk_each = Rule::kSums > 0 && all_one_chunk(step);
+  if (stages & kUpdateStage) decision = decide_step<Rule>(step, step.measure ? norms_of(step) : Partial{});
+  if (stages > kMeasureStage && decision.skipped) return;
+  if (stages > kMeasureStage) {
+    const bool one_chunk_each = Rule::kSums > 0 && all_one_chunk(step);
 #pragma omp parallel num_threads(threads)
-  {
-    if constexpr (Rule::kSums > 0)
-      update_layers<Rule>(step, one_chunk_each);
-    else
-      update<Rule>(step);
-    if (step.spheres) {
+    {
+      if constexpr (Rule::kSums > 0)
+        update_layers<Rule>(step, stages, one_chunk_each);
+      else if (stages & kUpdateStage)
+        update<Rule>(step);
+      if (step.spheres && (stages & kFinishStage)) {
 #pragma omp barrier
-      rescale_chunks(step);
+        rescale_chunks(step);
+      }
     }
   }
-  if (accumulates(step)) record_norms(step, decision, combine_all(partials, step.n_chunks));
+  if (accumulates(step) && (stages & kFinishStage)) record_norms(step, decision, norms_of(step));
+  if (step.totals) fold<Rule>(step, stages);
 }
 
 #define FW_ENTRY(Rule) run<Rule>,

@@ -5,7 +5,7 @@
 
 namespace fw {
 
-using StepFunction = void (*)(const Step&, int threads);
+using StepFunction = void (*)(const Step&, int threads, int stages);
 
 struct Kernels {
   const char* isa;

@@ -52,15 +52,16 @@ void prepare(int rule, int device, bool doubles) {
 }
 
 void step(int rule, std::uintptr_t address, std::uintptr_t grads, int64_t n_grads, bool doubles, int device,
-          std::uintptr_t stream, int64_t max_blocks) {
+          std::uintptr_t stream, int64_t max_blocks, int stages) {
   const fw::CudaKernels& kernels = kernels_of(rule);
   FW_CHECK(address != 0, "address must be that of a Step");
   const fw::Step& table = *fw::at<const fw::Step>(address);
   FW_CHECK(n_grads == 0 || (grads != 0 && n_grads == table.n_rows && n_grads <= fw::kMaxInlinePointers),
            "n_grads must be 0, or the number of rows and at most MAX_INLINE_POINTERS");
   FW_CHECK(device >= 0 && max_blocks >= 0, "device and max_blocks must be at least 0");
-  const fw::Launch how{device,    fw::at<void>(stream), doubles, fw::at<const uint64_t>(grads), n_grads,
-                       max_blocks};
+  FW_CHECK(stages > 0 && stages <= fw::kAllStages, "stages must be those of Stage");
+  const fw::Launch how{device,  fw::at<void>(stream), doubles, fw::at<const uint64_t>(grads),
+                       n_grads, max_blocks,           stages};
   py::gil_scoped_release release;
   kernels.step(how, table);
 }
@@ -96,7 +97,8 @@ PYBIND11_MODULE(_cuda, m) {
   m.def("probe", &probe, py::arg("device"));
   m.def("prepare", &prepare, py::arg("rule"), py::arg("device"), py::arg("doubles"));
   m.def("step", &step, py::arg("rule"), py::arg("address"), py::arg("grads"), py::arg("n_grads"),
-        py::arg("doubles"), py::arg("device"), py::arg("stream"), py::arg("max_blocks") = 0);
+        py::arg("doubles"), py::arg("device"), py::arg("stream"), py::arg("max_blocks") = 0,
+        py::arg("stages") = static_cast<int>(fw::kAllStages));
   m.def("vectors", &vectors, py::arg("operation"), py::arg("address"), py::arg("device"), py::arg("stream"),
         py::arg("max_blocks") = 0);
   m.def("preconditioned", &preconditioned);

@@ -64,7 +64,7 @@ __global__ void __launch_bounds__(kDecideThreads, 1)
     decide_kernel(const __grid_constant__ Step step, const __grid_constant__ GradPointers<kSize> pointers) {
   __shared__ StepDecision decision;
   save_grad_pointers(step, pointers);
-  const Partial total = step.measure ? sum_chunks(step) : Partial{};
+  const Partial total = step.measure ? sum_norms(step) : Partial{};
   if (threadIdx.x == 0) decision = decide(step, total);
   __syncthreads();
   const int64_t stride = int64_t(gridDim.x) * kDecideThreads;

@@ -8,19 +8,20 @@
 namespace fw {
 
 // gradient pointers that fit into the arguments of one launch; more must be in the column already
-constexpr int64_t kMaxInlinePointers = 4052;
+constexpr int64_t kMaxInlinePointers = 4049;
 // as many as fit into 4 KiB together with a Step, which is what drivers before 12.1 take and costs less;
 // graphs are captured with no more
-constexpr int64_t kFewPointers = 468;
+constexpr int64_t kFewPointers = 465;
 
 struct Launch {
   int device;
   void* stream;
-  bool doubles;            // whether any row is float64
-  const uint64_t* grads;   // on the host
-  int64_t n_grads;         // n_rows, or 0 when the column of the table has the addresses
-  int64_t max_blocks;      // upper bound of every grid, 0 for as many as run at a time
-  mutable int queued = 0;  // launches so far
+  bool doubles;             // whether any row is float64
+  const uint64_t* grads;    // on the host
+  int64_t n_grads;          // n_rows, or 0 when the column of the table has the addresses
+  int64_t max_blocks;       // upper bound of every grid, 0 for as many as run at a time
+  int stages = kAllStages;  // those to queue
+  mutable int queued = 0;   // launches so far
 };
 
 struct CudaKernels {

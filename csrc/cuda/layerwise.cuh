@@ -84,10 +84,11 @@ FW_DEVICE void stage1_packs(const ChunkPointers<P, G>& s, int32_t thread, int32_
 // writes the coefficient that one channel is projected with if every channel is; returns 1 if the channel is
 // not scale-invariant, else 0
 template <class Rule>
-FW_DEVICE double judge_channel(const Step& step, const Row& row, int64_t channel, const double* sums) {
+FW_DEVICE double judge_channel(const Step& step, const Row& row, int64_t channel, int64_t channel_size,
+                               const double* sums) {
   const Hyper& h = at<Hyper>(step.hypers)[row.group];
   set_projection_coef(step, row, channel, coef_in_view<Rule>(kChannelView, h, sums, sums));
-  return Rule::scale_invariant(h, sums, row.channel_size) ? 0.0 : 1.0;
+  return Rule::scale_invariant(h, sums, channel_size) ? 0.0 : 1.0;
 }
 
 // a chunk of one channel, or a part of one
@@ -103,8 +104,9 @@ FW_DEVICE Partial stage1_channel(const Step& step, const Row& row, uint64_t grad
   for (int k = 0; k < Rule::kSums; ++k) found[k] = sums[k];
   // a layer of one channel is tested as a layer
   if constexpr (Rule::kProjects)
-    if (threadIdx.x == 0 && chunk.count == row.channel_size && chunk.count < row.numel)
-      found[Rule::kSums] = judge_channel<Rule>(step, row, chunk.offset / row.channel_size, sums);
+    if (threadIdx.x == 0 && chunk.count == row.channel_size && Layer(step, chunk.row).channels > 1)
+      found[Rule::kSums] =
+          judge_channel<Rule>(step, row, chunk.offset / row.channel_size, row.channel_size, sums);
   return total_of(norms, [&] { return sum_packs<WideSum>(s); });
 }
 
@@ -132,7 +134,7 @@ FW_DEVICE Partial stage1_channels(const Step& step, const Row& row, uint64_t gra
     double channel[Rule::kSums] = {};
     combine_channel(channel, step, row, first + i);
     for (int k = 0; k < Rule::kSums; ++k) found[k] += channel[k];
-    found[Rule::kSums] += judge_channel<Rule>(step, row, first + i, channel);
+    found[Rule::kSums] += judge_channel<Rule>(step, row, first + i, row.channel_size, channel);
   }
   share_block_sum(found);
   return total_of(norms, [&] { return sum_channels<WideSum, P, G>(row, grad_address, chunk); });
@@ -221,23 +223,19 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerProcessorOfSums)
   }
 }
 
-// Turns the sums of one tensor into its scalars and what its update is projected in. A single channel is not
-// tested on its own, because its sums are those of the layer.
+// The sums over one tensor and the number of its channels that are not scale-invariant, in all threads. A
+// single channel is not tested on its own, because its sums are those of the layer.
 template <class Rule>
-FW_DEVICE void reduce_layer(const Step& step, int64_t index) {
-  constexpr int kSums = Rule::kSums;
+FW_DEVICE void sum_layer(const Step& step, int64_t index, double (&found)[Rule::kSums + 1]) {
   const Row& row = at<Row>(step.rows)[index];
-  const Hyper& h = at<Hyper>(step.hypers)[row.group];
   const int64_t channels = row.numel / row.channel_size;
-  // the last element counts the channels that are not scale-invariant
-  double found[kSums + 1] = {}, layer[kSums];
-  if (Rule::kProjects && channels > 1 && row.n_chunks > channels) {
+  if (Rule::kProjects && row.n_chunks > channels && Layer(step, index).channels > 1) {
     // channels longer than a chunk, which no block of stage1 has whole
     const int64_t each = row.n_chunks / channels;
     for (int64_t i = threadIdx.x; i < channels; i += kThreads) {
-      double channel[kSums + 1] = {};
+      double channel[Rule::kSums + 1] = {};
       combine_chunks(channel, step, row.first_chunk + i * each, each);
-      channel[kSums] = judge_channel<Rule>(step, row, i, channel);
+      channel[Rule::kSums] = judge_channel<Rule>(step, row, i, row.channel_size, channel);
       combine(found, channel);
     }
   } else {
@@ -246,13 +244,52 @@ FW_DEVICE void reduce_layer(const Step& step, int64_t index) {
       combine_chunks(found, step, row.first_chunk + i, 1);
   }
   share_block_sum(found);
+}
+
+// the same of a tensor that is spread over processes, from the sums that they have added up
+template <class Rule>
+FW_DEVICE void read_layer(const Step& step, int64_t index, double (&found)[Rule::kSums + 1]) {
+  const Spread& spread = spread_of(step, index);
+  const double* sums = sums_of_layer(step, spread);
+  if (!spread.is_cut) {
+    combine(found, sums);
+    return;
+  }
+  const Row& row = at<Row>(step.rows)[index];
+  const int64_t channels = row.numel / row.channel_size, channel_size = Layer(step, index).channel_size;
+  for (int64_t i = threadIdx.x; i < spread.channels; i += kThreads) {
+    double channel[Rule::kSums + 1] = {};
+    for (int k = 0; k < Rule::kSums; ++k) channel[k] = sums[i * Rule::kSums + k];
+    const int64_t here = i - spread.first_channel;
+    if (here >= 0 && here < channels)
+      channel[Rule::kSums] = judge_channel<Rule>(step, row, here, channel_size, channel);
+    else
+      channel[Rule::kSums] =
+          Rule::scale_invariant(at<Hyper>(step.hypers)[row.group], channel, channel_size) ? 0.0 : 1.0;
+    combine(found, channel);
+  }
+  share_block_sum(found);
+}
+
+// turns the sums of one tensor into its scalars and what its update is projected in
+template <class Rule>
+FW_DEVICE void reduce_layer(const Step& step, int64_t index) {
+  const Row& row = at<Row>(step.rows)[index];
+  const Hyper& h = at<Hyper>(step.hypers)[row.group];
+  double found[Rule::kSums + 1] = {}, sums[Rule::kSums];
+  if (step.totals)
+    read_layer<Rule>(step, index, found);
+  else
+    sum_layer<Rule>(step, index, found);
   if (threadIdx.x != 0) return;
-  for (int k = 0; k < kSums; ++k) layer[k] = found[k];
-  const View view = projection_view(Rule::kProjects && row.projects, channels > 1 && found[kSums] == 0.0,
-                                    Rule::scale_invariant(h, layer, row.numel));
-  Rule::layer_scalars(h, layer, view != kNoView, at<Scalars>(step.scalars)[index]);
+  for (int k = 0; k < Rule::kSums; ++k) sums[k] = found[k];
+  const Layer layer(step, index);
+  const View view =
+      projection_view(Rule::kProjects && row.projects, layer.channels > 1 && found[Rule::kSums] == 0.0,
+                      Rule::scale_invariant(h, sums, layer.numel));
+  Rule::layer_scalars(h, sums, view != kNoView, at<Scalars>(step.scalars)[index]);
   if constexpr (Rule::kProjects)
-    at<LayerProjection>(step.layer_projections)[index] = {coef_in_view<Rule>(view, h, layer, layer), view, 0};
+    at<LayerProjection>(step.layer_projections)[index] = {coef_in_view<Rule>(view, h, sums, sums), view, 0};
 }
 
 template <class Rule>

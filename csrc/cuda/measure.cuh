@@ -96,6 +96,9 @@ FW_DEVICE Partial sum_chunks(const Step& step) {
   return block_sum(total);
 }
 
+// the sums over the gradients, of all processes where rows are spread over several, in thread 0
+FW_DEVICE Partial sum_norms(const Step& step) { return step.totals ? combine_slots(step) : sum_chunks(step); }
+
 FW_DEVICE void store_sum(Partial& out, const Partial& part) {
   const Partial total = block_sum(part);
   if (threadIdx.x == 0) out = total;
@@ -198,7 +201,7 @@ FW_DEVICE void combine_tiles(const Step& step) {
 
 // records the norms that an update has summed, by one block
 FW_DEVICE void finish_norms(const Step& step, StepDecision& decision) {
-  const Partial total = sum_chunks(step);
+  const Partial total = sum_norms(step);
   if (threadIdx.x == 0) record_norms(step, decision, total);
 }
 

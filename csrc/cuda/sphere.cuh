@@ -31,17 +31,25 @@ FW_DEVICE void average_part(C* column, const P* param, C weight) {
   store(average, column);
 }
 
+// the sum of squares of the parameters of a group, by one block; those of one slot unless it is negative
+FW_DEVICE double sum_squares(const Step& step, const Sphere& sphere, int64_t slot) {
+  const double* sum_sq = at<double>(step.squares);
+  const Chunk* chunks = at<Chunk>(step.chunks);
+  double total[1] = {};
+  // written by other blocks: bypass L1
+  for (int64_t i = sphere.first_chunk + threadIdx.x; i < sphere.first_chunk + sphere.n_chunks; i += kThreads)
+    if (slot < 0 || spread_of(step, chunks[i].row).slot == slot) total[0] += __ldcg(sum_sq + i);
+  share_block_sum(total);
+  return total[0];
+}
+
 // the factors of all groups on a sphere, by one block
 FW_DEVICE void finish_spheres(const Step& step) {
   for (int64_t group = 0; group < step.n_groups; ++group) {
     Sphere* sphere = sphere_of(step, group);
     if (!sphere) continue;
-    const double* sum_sq = at<double>(step.squares) + sphere->first_chunk;
-    double total[1] = {};
-    // written by other blocks: bypass L1
-    for (int64_t i = threadIdx.x; i < sphere->n_chunks; i += kThreads) total[0] += __ldcg(sum_sq + i);
-    share_block_sum(total);
-    if (threadIdx.x == 0) set_factor(*sphere, total[0]);
+    const double sum_sq = step.totals ? combine_slots(step, group) : sum_squares(step, *sphere, -1);
+    if (threadIdx.x == 0) set_factor(*sphere, sum_sq);
   }
 }
 

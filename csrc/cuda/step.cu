@@ -13,6 +13,7 @@
 #include "layerwise.cuh"
 #include "measure.cuh"
 #include "sphere.cuh"
+#include "totals.cuh"
 
 namespace fw {
 namespace {
@@ -174,14 +175,20 @@ __global__ void __launch_bounds__(kThreads, kDoubles ? kBlocksPerProcessorOfDoub
     share_block_sum(total);
     if (threadIdx.x == 0) at<double>(step.squares)[tile.chunk] = total[0];
   }
-  if (step.spheres && arrives_last(&decision.finished)) finish_spheres(step);
+  if (step.spheres && !step.totals && arrives_last(&decision.finished)) finish_spheres(step);
 }
 
-// Records the norms that an update has summed. A launch of its own, because a block of the update that waited
+// Records the norms that an update has summed; where rows are spread over processes, one block does that and
+// sets the factors of groups on a sphere. A launch of its own, because a block of the update that waited
 // for its writes to be seen by others would keep its place from the next one.
 __global__ void __launch_bounds__(kThreads) finish_kernel(const __grid_constant__ Step step) {
   StepDecision& decision = *at<StepDecision>(step.decision);
   if (decision.skipped) return;
+  if (step.totals) {
+    if (step.spheres) finish_spheres(step);
+    if (accumulates(step)) finish_norms(step, decision);
+    return;
+  }
   if (tiles_of_chunk(step) > 1) combine_tiles(step);
   // the sums that another thread of this block has combined; a single block reads them in the threads that
   // did
@@ -195,7 +202,7 @@ __global__ void __launch_bounds__(kThreads) finish_kernel(const __grid_constant_
 // the host side
 
 struct Grids {
-  int64_t measure = 0, decide = 0, stage1 = 0, reduce = 0, update = 0, finish = 0, rescale = 0;
+  int64_t measure = 0, decide = 0, stage1 = 0, reduce = 0, update = 0, finish = 0, rescale = 0, fold = 0;
 };
 
 // grid sizes on the current device; the first call loads the kernels
@@ -217,6 +224,7 @@ Grids grids_on(int device) {
     }
     grids.rescale = resident_blocks(rescale_kernel<kDoubles>, device);
     grids.finish = resident_blocks(finish_kernel, device);
+    grids.fold = resident_blocks(fold_kernel<Rule>, device);
     grids.update = resident_blocks(update_kernel<Rule, kDoubles>, device);
   }
   return grids;
@@ -232,28 +240,45 @@ void launch_all(const Launch& how, const Step& step) {
   GradPointers<kSize> pointers;
   pointers.count = how.n_grads;
   memcpy(pointers.grads, how.grads, how.n_grads * sizeof(uint64_t));
-  if (step.measure) {
+  const int64_t tiles = tiles_of_chunk(step), units = step.n_chunks * tiles;
+  const bool norms = Rule::kSums == 0 && accumulates(step);
+  // the blocks of a launch that adds up the sums over tiles
+  const int64_t sums = norms && tiles > 1 ? (step.n_chunks + kThreads - 1) / kThreads : 1;
+  const auto fold = [&](Stage stage, int64_t blocks) {
+    if (step.totals && (how.stages & stage))
+      launch(fold_kernel<Rule>, grid(grids.fold, how.max_blocks, blocks), kThreads, how, step,
+             static_cast<int32_t>(stage));
+  };
+  if ((how.stages & kMeasureStage) && step.measure)
     launch(measure_kernel<kSize>, grid(small ? step.n_chunks : grids.measure, how.max_blocks, step.n_chunks),
            threads, how, step, pointers);
+  fold(kMeasureStage, 1);
+  if (how.stages & kUpdateStage) {
     GradPointers<kFewPointers> none;
     none.count = 0;
-    launch(decide_kernel<Rule, kFewPointers>, decides, kDecideThreads, how, step, none);
-  } else {
-    launch(decide_kernel<Rule, kSize>, decides, kDecideThreads, how, step, pointers);
+    if (step.measure)
+      launch(decide_kernel<Rule, kFewPointers>, decides, kDecideThreads, how, step, none);
+    else
+      launch(decide_kernel<Rule, kSize>, decides, kDecideThreads, how, step, pointers);
   }
   if constexpr (Rule::kSums > 0) {
-    launch(stage1_kernel<Rule, kDoubles>, grid(grids.stage1, how.max_blocks, step.n_chunks), kThreads, how,
-           step);
-    launch(reduce_layers_kernel<Rule>, grid(grids.reduce, how.max_blocks, step.n_rows), kThreads, how, step);
+    if (how.stages & kUpdateStage)
+      launch(stage1_kernel<Rule, kDoubles>, grid(grids.stage1, how.max_blocks, step.n_chunks), kThreads, how,
+             step);
+    fold(kUpdateStage, step.n_rows);
+    if (how.stages & kLayerStage)
+      launch(reduce_layers_kernel<Rule>, grid(grids.reduce, how.max_blocks, step.n_rows), kThreads, how,
+             step);
   }
-  const int64_t tiles = tiles_of_chunk(step), units = step.n_chunks * tiles;
+  constexpr Stage kLast = Rule::kSums > 0 ? kLayerStage : kUpdateStage;
   // as many blocks as tiles, or as small chunks: the device starts one where another ends
-  launch(update_kernel<Rule, kDoubles>,
-         grid(tiles > 1 || small ? units : grids.update, how.max_blocks, units), threads, how, step);
-  if (Rule::kSums == 0 && accumulates(step)) {
-    const int64_t blocks = tiles > 1 ? (step.n_chunks + kThreads - 1) / kThreads : 1;
-    launch(finish_kernel, grid(grids.finish, how.max_blocks, blocks), kThreads, how, step);
-  }
+  if (how.stages & kLast)
+    launch(update_kernel<Rule, kDoubles>,
+           grid(tiles > 1 || small ? units : grids.update, how.max_blocks, units), threads, how, step);
+  if (norms || step.spheres) fold(kLast, sums);
+  if (!(how.stages & kFinishStage)) return;
+  if (norms || (step.totals && step.spheres))
+    launch(finish_kernel, grid(grids.finish, how.max_blocks, step.totals ? 1 : sums), kThreads, how, step);
   if (step.spheres)
     launch(rescale_kernel<kDoubles>, grid(grids.rescale, how.max_blocks, step.n_chunks), kThreads, how, step);
 }

@@ -39,7 +39,8 @@ class CpuBackend:
 
     def step(self, plan: Plan) -> None:
         """Make one step, with the same bits for any number of threads."""
-        self._cpu.step(self._isa, self._rules[plan.rule], plan.address, threads_for(plan.numel))
+        for stages in plan.stages():
+            self._cpu.step(self._isa, self._rules[plan.rule], plan.address, threads_for(plan.numel), stages)
 
     def vectors(self, operation: str, table: VectorTable) -> None:
         """Apply one of ``vector_tables.OPERATIONS``, with the same bits for any number of threads."""
@@ -81,16 +82,18 @@ class CudaBackend:
 
     def step(self, plan: Plan) -> None:
         """Queue one step on the current stream."""
-        self._cuda.step(
-            self._rules[plan.rule],
-            plan.address,
-            plan.gradients.address,
-            len(plan.rows) if plan.gradients.is_stale else 0,
-            plan.has_float64,
-            plan.device.index or 0,
-            _stream(plan.device),
-            self._max_blocks,
-        )
+        for stages in plan.stages():
+            self._cuda.step(
+                self._rules[plan.rule],
+                plan.address,
+                plan.gradients.address,
+                len(plan.rows) if plan.gradients.is_stale else 0,
+                plan.has_float64,
+                plan.device.index or 0,
+                _stream(plan.device),
+                self._max_blocks,
+                stages,
+            )
 
     def vectors(self, operation: str, table: VectorTable) -> None:
         """Queue one of ``vector_tables.OPERATIONS`` on the current stream, same bits for any grid."""

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -60,13 +60,11 @@ class ReferenceBackend:
         exact_counts = plan.record["row_counters"]
         t = int(counters[0])
 
-        grad_norm_l1, grad_norm = _norms([grad for *_, grad in active])
-        grad_scale, found_inf = (None if s is None else float(s) for s in plan.scaling)
+        grad_norm_l1, grad_norm, nonfinite, found_inf = _sum_gradients(plan, active)
+        grad_scale = None if plan.scaling[0] is None else float(plan.scaling[0])
         unscale = 1.0 if grad_scale is None else 1.0 / grad_scale
         grad_norm, grad_norm_l1 = grad_norm * unscale, grad_norm_l1 * unscale
-        skipped = bool(found_inf) or (
-            settings.skip_nonfinite and any(not bool(grad.isfinite().all()) for *_, grad in active)
-        )
+        skipped = found_inf or (settings.skip_nonfinite and nonfinite > 0)
         if skipped and not settings.measure:
             # the other backends sum the norms in the update, which a skipped step does not run
             grad_norm = grad_norm_l1 = math.nan
@@ -79,7 +77,7 @@ class ReferenceBackend:
             decay_segments = h.weight_decay_schedule.segments if h.weight_decay_schedule else ()
             rates[1] = h.weight_decay * multiplier(decay_segments, t)
 
-        rect = math.nan
+        rect, proposals = math.nan, []
         for i, row, grad in active if not skipped else ():
             step, h = _count_update(row.step, exact_counts[i]), plan.groups.hypers[row.group]
             effective_lr, weight_decay = plan.groups.rates[row.group].tolist()
@@ -97,16 +95,19 @@ class ReferenceBackend:
             param, grad = row.work.to(arithmetic), grad.to(arithmetic)
             if plan.rule in RULES:
                 param, states = RULES[plan.rule].update(param, grad, row.states, s)
+                row.work.copy_(param)
             else:
-                param, states = _update_layer(LAYER_RULES[plan.rule], param, grad, row.states, h, s)
-            row.work.copy_(param)
+                proposal, states = _propose(LAYER_RULES[plan.rule], param, grad, row.states, s)
+                proposals.append((i, row, h, s, proposal))
             for state, new in zip(row.states, states, strict=True):
                 state.copy_(new)
+        if plan.rule in LAYER_RULES and not skipped:
+            _apply(plan, LAYER_RULES[plan.rule], proposals)
         for g, h in enumerate(plan.groups.hypers) if not skipped else ():
             norm = plan.groups.norms[g]
             # a table without rows has no norm for a sphere that was asked for later
             if h.sphere and norm is not None:
-                _rescale([row for row in plan.rows if row.group == g], h.radius, norm)
+                _rescale(plan, g, h.radius, norm)
         kind, decay, start, every = plan.average
         averaged = not skipped and is_averaged(kind, start, every, t + 1)
         for row in plan.rows if averaged else ():
@@ -151,60 +152,164 @@ def _count_update(step: Tensor, counters: Tensor) -> int:
     return updates + 1
 
 
-def _rescale(rows: Sequence[Any], radius: float, norm: Tensor) -> None:
+def _rescale(plan: Any, group: int, radius: float, norm: Tensor) -> None:
     """Rescale the parameters of a group to their sphere, and store their norm."""
-    sum_sq = sum((float(row.work.to(torch.float64).square().sum()) for row in rows), 0.0)
+    rows = [(i, row) for i, row in enumerate(plan.rows) if row.group == group]
+    squares = [float(row.work.to(torch.float64).square().sum()) for _, row in rows]
+    reduction = plan.reduction
+    if reduction is not None:
+        reduction.squares.zero_()
+        for (i, _), square in zip(rows, squares, strict=True):
+            reduction.squares[group, reduction.slots[i]] += square
+        reduction.add_up(squares=True)
+        squares = reduction.squares[group].tolist()
     radius = radius if radius > 0.0 else float(norm)
-    factor = sphere_factor(radius, sum_sq)
-    for row in rows:
+    factor = sphere_factor(radius, sum(squares, 0.0))
+    for _, row in rows:
         arithmetic = torch.float64 if row.work.dtype == torch.float64 else torch.float32
         row.work.copy_(rescale(row.work.to(arithmetic), factor))
     norm.fill_(radius)
 
 
-def _update_layer(
-    rule: type[LayerRule], param: Tensor, grad: Tensor, state: list[Tensor], h: Any, s: Scalars
-) -> tuple[Tensor, list[Tensor]]:
-    """Return the new parameter and states of a rule that needs sums over the layer."""
+class _Proposal(NamedTuple):
+    """The update of a layer before it is scaled or projected, and its sums.
+
+    Attributes:
+        param: The parameter in the dtype of the arithmetic.
+        update: The direction of its update.
+        sums: Sums of products, float64 of ``[channels, products]``.
+    """
+
+    param: Tensor
+    update: Tensor
+    sums: Tensor
+
+
+def _propose(
+    rule: type[LayerRule], param: Tensor, grad: Tensor, state: list[Tensor], s: Scalars
+) -> tuple[_Proposal, list[Tensor]]:
+    """Return the update and the new states of a rule that needs sums over the layer."""
     states = rule.update_moments(param, grad, state, s)
     update = rule.direction(param, grad, states, s)
     products = rule.reductions(param.to(torch.float64), grad.to(torch.float64), update.to(torch.float64), s)
     channels = len(param) if rule.projects and param.dim() > 1 and param.numel() else 1
     sums = torch.stack([x.reshape(channels, -1).sum(1) for x in products], dim=1)
-    projection_coef = _reduce_layer(rule, param, sums, h, s).to(param.dtype)
-    return rule.apply(param, update, projection_coef, s), states
+    return _Proposal(param, update, sums), states
 
 
-def _reduce_layer(rule: type[LayerRule], param: Tensor, sums: Tensor, h: Any, s: Scalars) -> Tensor:
+def _apply(plan: Any, rule: type[LayerRule], proposals: Sequence[tuple[int, Any, Any, Scalars, Any]]) -> None:
+    """Scale and project the updates of layers, and make them."""
+    reduction = plan.reduction
+    if reduction is not None:
+        reduction.layers.zero_()
+        for i, _, h, _, proposal in proposals:
+            _write_sums(rule, reduction, i, plan.spreads[i], h, proposal)
+        reduction.add_up(layers=True)
+    for i, row, h, s, proposal in proposals:
+        param, sums = proposal.param, proposal.sums
+        if reduction is None:
+            found = sums, sums.sum(0), _count_failed(rule, h, sums, param.numel() // len(sums))
+        else:
+            found = _read_sums(rule, reduction, i, plan.spreads[i], h, sums)
+        size = param.numel() if reduction is None else plan.spreads[i].numel
+        projection_coef = _reduce_layer(rule, param, *found, size, h, s).to(param.dtype)
+        row.work.copy_(rule.apply(param, proposal.update, projection_coef, s))
+
+
+def _read_sums(
+    rule: type[LayerRule], reduction: Any, row: int, spread: Any, h: Any, sums: Tensor
+) -> tuple[Tensor, Tensor, int]:
+    """Return the sums over the channels here and over the layer, and the number of channels that failed.
+
+    Args:
+        rule: The rule.
+        reduction: The sums of all processes.
+        row: Position of the row.
+        spread: How it is spread.
+        h: Hyper-parameters.
+        sums: Sums of this process, float64 of ``[channels, products]``.
+    """
+    totals = reduction.layers[int(reduction.first_totals[row]) :]
+    if not spread.is_cut:
+        return sums, totals[: rule.n_sums], int(totals[rule.n_sums])
+    whole = totals[: spread.channels * rule.n_sums].view(-1, rule.n_sums)
+    failed = _count_failed(rule, h, whole, spread.numel // spread.channels)
+    return whole[spread.first_channel :][: len(sums)], whole.sum(0), failed
+
+
+def _write_sums(
+    rule: type[LayerRule], reduction: Any, row: int, spread: Any, h: Any, proposal: _Proposal
+) -> None:
+    """Write the sums of this process over a layer where the processes add them up."""
+    sums, first = proposal.sums, int(reduction.first_totals[row])
+    if not proposal.param.numel():
+        return
+    if spread.is_cut:
+        begin = first + spread.first_channel * rule.n_sums
+        reduction.layers[begin : begin + sums.numel()] = sums.reshape(-1)
+    else:
+        reduction.layers[first : first + rule.n_sums] = sums.sum(0)
+        failed = _count_failed(rule, h, sums, spread.numel // spread.channels)
+        reduction.layers[first + rule.n_sums] = failed
+
+
+def _count_failed(rule: type[LayerRule], h: Any, channels: Tensor, channel_size: int) -> int:
+    """Return the number of channels that are not scale-invariant."""
+    return sum(not rule.scale_invariant(h, channel, channel_size) for channel in channels.tolist())
+
+
+def _reduce_layer(
+    rule: type[LayerRule],
+    param: Tensor,
+    channels: Tensor,
+    layer: Tensor,
+    failed: int,
+    size: int,
+    h: Any,
+    s: Scalars,
+) -> Tensor:
     """Turn the sums of a layer into its scalars and projection coefficients.
 
     Args:
         rule: The rule.
         param: The parameter.
-        sums: Sums of products, float64 of shape ``[channels, products]``.
+        channels: Sums over its channels, float64 of shape ``[channels, products]``.
+        layer: Sums over the whole layer, float64 of shape ``[products]``.
+        failed: Number of channels of the layer that are not scale-invariant.
+        size: Number of elements of the layer.
         h: Hyper-parameters.
         s: Scalars to change.
 
     Returns:
         The coefficient of every channel, float64 in a shape that broadcasts to the parameter.
     """
-    channels, layer, size = sums.tolist(), sums.sum(0).tolist(), param.numel()
+    totals = layer.tolist()
     view = projection_view(
-        rule.projects and param.dim() > 1,
-        all(rule.scale_invariant(h, channel, size // len(channels)) for channel in channels),
-        rule.scale_invariant(h, layer, size),
+        rule.projects and param.dim() > 1, failed == 0, rule.scale_invariant(h, totals, size)
     )
-    rule.layer_scalars(h, layer, view != NO_VIEW, s)
+    rule.layer_scalars(h, totals, view != NO_VIEW, s)
     coefs = torch.tensor(
-        [coef_in_view(rule, view, h, channel, layer) for channel in channels],
+        [coef_in_view(rule, view, h, channel, totals) for channel in channels.tolist()],
         dtype=torch.float64,
         device=param.device,
     )
     return coefs.reshape(-1, *[1] * (param.dim() - 1)) if param.dim() > 1 else coefs.sum()
 
 
-def _norms(grads: list[Tensor]) -> tuple[float, float]:
-    """Return the L1 and L2 norm over all gradients, summed in double precision."""
-    l1 = sum((float(grad.to(torch.float64).abs().sum()) for grad in grads), 0.0)
-    l2_sq = sum((float(grad.to(torch.float64).square().sum()) for grad in grads), 0.0)
-    return l1, math.sqrt(l2_sq)
+def _sum_gradients(plan: Any, active: Sequence[tuple[int, Any, Tensor]]) -> tuple[float, float, float, bool]:
+    """Return L1 and L2 norm of all gradients, the number of their non-finite elements, and ``found_inf``."""
+    doubles = [(i, grad.to(torch.float64)) for i, _, grad in active]
+    l1 = [float(grad.abs().sum()) for _, grad in doubles]
+    l2_sq = [float(grad.square().sum()) for _, grad in doubles]
+    nonfinite = float(sum(int((~grad.isfinite()).sum()) for _, grad in doubles))
+    found_inf = plan.scaling[1] is not None and float(plan.scaling[1]) != 0.0
+    reduction = plan.reduction
+    if reduction is not None:
+        reduction.norms.zero_()
+        for (i, _), *sums in zip(doubles, l1, l2_sq, strict=True):
+            reduction.norms[reduction.slots[i]] += reduction.norms.new_tensor(sums)
+        reduction.flags[0], reduction.flags[1] = nonfinite, float(found_inf)
+        reduction.add_up(norms=True)
+        l1, l2_sq = reduction.norms.t().tolist()
+        nonfinite, found_inf = reduction.flags[0].item(), bool(reduction.flags[1] != 0.0)
+    return sum(l1, 0.0), math.sqrt(sum(l2_sq, 0.0)), nonfinite, found_inf

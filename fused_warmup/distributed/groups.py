@@ -1,8 +1,9 @@
-"""Detection of sharded parameters, and means over the processes."""
+"""Detection of sharded parameters, and numbers that all processes share."""
 
 from __future__ import annotations
 
 import sys
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,15 +20,50 @@ def average(tensor: Tensor) -> None:
     tensor.copy_(shared / dist.get_world_size())
 
 
+def shared_seed() -> int:
+    """Return a random number of torch's generator, that of the first process of the default group.
+
+    Every process calls this. It waits for the number.
+    """
+    dist = torch.distributed
+    seed = torch.randint(1 << 62, ())
+    if world_size() > 1:
+        # nccl takes only tensors on its own device
+        shared = seed.cuda() if dist.get_backend() == "nccl" else seed
+        dist.broadcast(shared, 0)
+        seed = shared
+    return int(seed)
+
+
+def sum_over(number: float, process_group: Any, device: torch.device) -> float:
+    """Return the sum of a number over the processes of a group, each of which calls this; waits for it."""
+    total = torch.tensor([number], dtype=torch.float64, device=device)
+    torch.distributed.all_reduce(total, group=process_group)
+    return float(total)
+
+
 def world_size() -> int:
     """Return the number of processes of the default group, 1 without one."""
     dist = torch.distributed
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
-def is_sharded(tensor: Tensor) -> bool:
-    """Return whether other processes hold other parts of a tensor, so that a local norm is not its norm."""
-    return _has_shards(tensor) and getattr(tensor, "device_mesh").size() > 1  # noqa: B009
+def shard_dim(placement: Any) -> int | None:
+    """Return the dimension of a tensor that a placement cuts, None if it cuts none.
+
+    The strided shards of FSDP over tensor parallelism are no ``Shard`` in some versions of torch.
+    """
+    return None if placement.is_replicate() or placement.is_partial() else int(placement.dim)
+
+
+def is_partial(param: Tensor) -> bool:
+    """Return whether the processes of a mesh hold terms of a tensor, which is their sum."""
+    return any(p.is_partial() for p in getattr(param, "placements", ()))
+
+
+def is_distributed(tensor: Tensor) -> bool:
+    """Return whether a tensor is placed on a mesh, whole or in parts."""
+    return hasattr(tensor, "placements")
 
 
 def is_shard(param: Tensor) -> bool:
@@ -40,12 +76,28 @@ def is_shard(param: Tensor) -> bool:
 
 def _has_shards(tensor: Tensor) -> bool:
     """Return whether a mesh cuts a tensor in any of its dimensions."""
-    return any(p.is_shard() for p in getattr(tensor, "placements", ()))
+    return any(shard_dim(p) is not None for p in getattr(tensor, "placements", ()))
 
 
 def _has_flattened(param: Tensor) -> bool:
     """Return whether FSDP1 has flattened a parameter."""
     return bool(getattr(param, "_fsdp_flattened", False))
+
+
+def placed(tensor: Tensor, like: Tensor) -> Tensor:
+    """Return a tensor that all processes have as a distributed one with the placements of another.
+
+    A plain ``like`` gets the tensor as it is. No message is sent.
+    """
+    placements = getattr(like, "placements", None)
+    if placements is None:
+        return tensor
+    from torch.distributed.tensor import DTensor, Replicate
+
+    mesh = getattr(like, "device_mesh")  # noqa: B009
+    whole = DTensor.from_local(tensor, mesh, [Replicate()] * len(placements), run_check=False)
+    found: Tensor = whole.redistribute(placements=placements)
+    return found
 
 
 def reshard(model: torch.nn.Module) -> None:
@@ -68,12 +120,12 @@ def reshard(model: torch.nn.Module) -> None:
                 _reshard(module, handle, True)
 
 
-def is_part(param: Tensor) -> bool:
-    """Return whether other processes hold the rest of a parameter: a shard of a DTensor or of FSDP1.
+def is_flattened_part(param: Tensor) -> bool:
+    """Return whether other processes hold the rest of what FSDP1 has flattened.
 
-    FSDP1 marks what it has flattened, the flat parameter and, with ``use_orig_params=True``, its pieces.
+    FSDP1 marks the flat parameter and, with ``use_orig_params=True``, its pieces; a mark names no process.
     """
-    return is_sharded(param) or (_has_flattened(param) and world_size() > 1)
+    return _has_flattened(param) and world_size() > 1
 
 
 def is_flattened(param: Tensor) -> bool:
@@ -81,14 +133,14 @@ def is_flattened(param: Tensor) -> bool:
     return bool(getattr(param, "_is_flat_param", False))
 
 
-def built_by_zero() -> bool:
-    """Return whether a ``ZeroRedundancyOptimizer`` constructs this optimizer for a part of the parameters."""
+def zero_group() -> Any:
+    """Return the process group of a ``ZeroRedundancyOptimizer`` that constructs this optimizer, else None."""
     zero = sys.modules.get("torch.distributed.optim.zero_redundancy_optimizer")
     if zero is None or world_size() == 1:
-        return False
+        return None
     frame = sys._getframe(1)
     while (
         frame is not None and frame.f_code is not zero.ZeroRedundancyOptimizer._init_local_optimizer.__code__
     ):
         frame = frame.f_back  # type: ignore[assignment]
-    return frame is not None
+    return None if frame is None else frame.f_locals["self"].process_group

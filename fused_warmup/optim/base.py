@@ -17,7 +17,7 @@ from torch.optim.optimizer import required
 from .. import _checks as check
 from ..backends import BACKENDS
 from ..backends.base import Backend
-from ..distributed.groups import built_by_zero, is_shard, reshard
+from ..distributed.groups import is_shard, reshard, zero_group
 from ..plan.device_buffers import is_capturing
 from ..plan.plan import Plan
 from ..plan.spec import RuleSpec
@@ -48,6 +48,7 @@ class Options(TypedDict, total=False):
     average: Average | None
     backend: str
     telemetry: bool | str
+    process_group: Any
     foreach: bool | None
     fused: bool | None
     capturable: bool
@@ -103,6 +104,10 @@ class FusedOptimizer(Optimizer):
         backend: ``"auto"``, ``"reference"``, ``"cpu"``, ``"triton"`` or ``"cuda"``.
         telemetry: Record a row per step on the device. The last 16,384 rows are kept, 1.2 MB, and state dicts
             hold the last 1,024; ``"all"`` keeps all in both, 72 bytes each.
+        process_group: Processes that hold other parts of the tensors in ``params``, which are plain ones: the
+            group of an FSDP1 module, or of shards made by hand, the k-th of which are parts of one tensor.
+            Norms and sums are then those of all parts. DTensors (FSDP2, tensor parallelism) and ZeRO need
+            none. Not part of a pickle: set the attribute again.
         foreach: Accepted and ignored, so that a swap-in needs one changed word.
         fused: Accepted and ignored.
         capturable: Accepted and ignored.
@@ -133,6 +138,7 @@ class FusedOptimizer(Optimizer):
         average: Average | None = None,
         backend: str = "auto",
         telemetry: bool | str = True,
+        process_group: Any = None,
         foreach: bool | None = None,
         fused: bool | None = None,
         capturable: bool = False,
@@ -160,7 +166,9 @@ class FusedOptimizer(Optimizer):
         self._session.check_settings()
         # before params, which may be a generator, are touched
         self.spec.hyper(name, {**defaults, "lr": 0.0} if defaults["lr"] is required else defaults)
-        self._session.split = built_by_zero()
+        zero = zero_group()
+        self._session.split = zero is not None
+        self._session.set_process_group(zero if process_group is None else process_group)
         # options of the whole optimizer, which a group may repeat but not change
         self._common = {
             "max_grad_norm": max_grad_norm,
@@ -240,6 +248,16 @@ class FusedOptimizer(Optimizer):
     average: Average | None = _kept_in_session("average", "``EMA`` or ``SWA`` of the parameters, or None.")
     telemetry: Telemetry = _kept_in_session("telemetry", "Record of the steps.", resets=True)
 
+    @property
+    def process_group(self) -> Any:
+        """Process group that plain parameters are spread over, or None; not part of a pickle."""
+        return self._session.process_group
+
+    @process_group.setter
+    def process_group(self, process_group: Any) -> None:
+        self._session.set_process_group(process_group)
+        self._session.reset()
+
     # groups
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -307,7 +325,7 @@ class FusedOptimizer(Optimizer):
             )
         may_probe = not session.state and self._is_at_rest()
         plan, backend = self._prepare()
-        if may_probe and plan.gradients.are_zero():
+        if may_probe and plan.has_zero_gradients():
             # a wrapper that probes for the states rather than a step
             self.init_state()
             return loss

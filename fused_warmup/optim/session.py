@@ -6,8 +6,9 @@ import gc
 import math
 import warnings
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from itertools import product
 from typing import Any
 
 import torch
@@ -17,7 +18,8 @@ from torch.nn.parameter import is_lazy
 from .. import _checks as check
 from ..backends import resolve
 from ..backends.base import Backend
-from ..distributed.groups import is_shard
+from ..distributed.groups import is_distributed, is_shard, shared_seed, sum_over
+from ..distributed.spread import Spread
 from ..plan import build, tensors
 from ..plan.address_cache import select_reader
 from ..plan.device_buffers import is_capturing
@@ -50,6 +52,8 @@ _KEPT = (
     "counts",
     "init_norm_sq",
     "split",
+    "grouped",
+    "seed",
 )
 
 
@@ -78,6 +82,9 @@ class Session:
         adaptive: The adaptive schedule that a group had last, by the identity of the group.
         unfed_steps: Steps since a loss was recorded, if there is an adaptive schedule.
         split: Whether other processes hold other parameters of the same model, as under ZeRO.
+        process_group: Processes that plain parameters are spread over, or None; not pickled.
+        grouped: Whether there was a process group when the optimizer was pickled.
+        seed: Seed of random starts, the same in all processes; None before the first.
         swapped: Whether averages are in the place of the parameters.
         captured: Plans that captured graphs read.
         captured_options: Options of the whole optimizer that the last graph was captured with.
@@ -98,7 +105,8 @@ class Session:
         self.counters: Tensor | None = None
         self.counts = Counts()
         self.init_norm_sq = 0.0
-        self.split = False
+        self.split = self.grouped = False
+        self.seed: int | None = None
         self._start()
 
     def bind(self, owner: str, spec: RuleSpec | None, defaults: Mapping[str, Any]) -> None:
@@ -117,6 +125,7 @@ class Session:
         self.adaptive: dict[int, AdaptiveSchedule | None] = {}
         self.unfed_steps = 0
         self.swapped = False
+        self.process_group: Any = None
         self.captured: list[Plan] = []
         self.captured_options: tuple[Any, ...] = ()
         self.fresh_norms: dict[int, Tensor] = {}
@@ -172,6 +181,18 @@ class Session:
     def updates(self) -> int:
         """Updates that the optimizer has made; waits for the device."""
         return 0 if self.counters is None else int(self.counters[COUNTERS.index("step")])
+
+    def set_process_group(self, process_group: Any) -> None:
+        """Set the processes that plain parameters are spread over, or None.
+
+        Raises:
+            TypeError: If it is no process group.
+        """
+        group_type = getattr(torch.distributed, "ProcessGroup", None)
+        if process_group is not None and (group_type is None or not isinstance(process_group, group_type)):
+            condition = "be a torch.distributed.ProcessGroup or None"
+            check.fail(self.owner, "process_group", condition, process_group, error=TypeError)
+        self.process_group, self.grouped = process_group, process_group is not None
 
     def resolve(self, device: torch.device) -> Backend:
         """Return the backend; another one only if the parameters have moved to another device."""
@@ -241,8 +262,15 @@ class Session:
         if plain is not None:
             # the first step raises if they are on several devices
             self.resolve(plain.device)
-        settings = self.max_grad_norm, self.nonfinite
-        build.check_whole(self.owner, self.spec, numbered(), *settings, is_split=self.split)
+        self._spreads(numbered())
+
+    def _spreads(self, members: Iterable[tuple[int, Tensor, Hyper]]) -> list[Spread]:
+        """Return how parameters are spread over processes; raise where a step could not be right."""
+        if self.grouped and self.process_group is None:
+            hint = "It is not part of a pickle; set opt.process_group."
+            check.fail(self.owner, "process_group", "be that of before the pickle", None, hint)
+        settings = self.max_grad_norm, self.nonfinite, self.process_group
+        return build.check_spreads(self.owner, self.spec, members, *settings, is_zero=self.split)
 
     def average_pairs(self) -> list[tuple[Tensor, Tensor, bool]]:
         """Return the local memory of averaged parameters and of their averages, and which are shards."""
@@ -277,8 +305,8 @@ class Session:
                 self.state.access.noted = self.state.access.replaced = True
             if not self._refresh(plan):
                 raise RuntimeError(f"{self.owner}: parameters must stay in place while step() runs.")
-        elif plan.is_split:
-            build.check_norms(self.owner, self.max_grad_norm, self.nonfinite)
+        elif plan.reduction is not None and not plan.reduction.is_known:
+            build.check_known(self.owner, self.max_grad_norm, self.nonfinite)
         if len(plan.arrivals):
             self._fill(plan)
         if self._refresh_groups(plan) and not self._fits(plan):
@@ -346,20 +374,14 @@ class Session:
         for g, group in enumerate(groups):
             if hypers[g].sphere and "norm" in group:
                 group["norm"] = checked_norm(owner, f"param_groups[{g}]['norm']", group["norm"], device)
-        is_split = build.check_whole(
-            owner,
-            spec,
-            ((row.index, row.param, hypers[row.group]) for row in rows),
-            self.max_grad_norm,
-            self.nonfinite,
-            is_split=self.split,
-        )
+        spreads = self._spreads((row.index, row.param, hypers[row.group]) for row in rows)
         backend = self.resolve(device)
         counters = self.allocate_counters(device)
         self.telemetry.allocate(device, counters)
-        drawn, started = self._allocate_states([rows[i] for i in fresh], hypers, names, counts)
-        if drawn:
-            self.init_norm_sq = drawn + sum(row.param.numel() for row in active) - started
+        if self.seed is None and any(hyper.init == "random" for hyper in hypers):
+            self.seed = shared_seed()
+        started = self._allocate_states([rows[i] for i in fresh], hypers, names, counts)
+        self._note_start([rows[i] for i in fresh], active, hypers, started)
         self.counts.arrange(rows, device)
         self._count_from(_given(fresh, counts))
         plan = Plan(
@@ -382,7 +404,7 @@ class Session:
                 "rates": self.allocate_rates(device),
             },
             device,
-            is_split=is_split,
+            spreads=spreads,
         )
         return plan, backend
 
@@ -394,9 +416,9 @@ class Session:
         names = [self.spec.state_names(group) for group in self.param_groups]
         counts = self._checked_counts(rows, names)
         with torch.no_grad():
-            drawn, started = self._allocate_states(rows, plan.groups.hypers, names, counts)
-            if drawn:
-                self.init_norm_sq = drawn + plan.numel + sum(row.param.numel() for row in rows) - started
+            filled = [row for row in plan.rows if not row.is_reserved]
+            started = self._allocate_states(rows, plan.groups.hypers, names, counts)
+            self._note_start(rows, filled + rows, plan.groups.hypers, started)
             self.counts.enter(rows, positions)
             self._count_from(_given(positions, counts))
         plan.fill(positions)
@@ -435,7 +457,7 @@ class Session:
         hypers: Sequence[Hyper],
         names: list[tuple[str, ...]],
         counts: list[tuple[int, int] | None],
-    ) -> tuple[float, int]:
+    ) -> dict[int, float]:
         """Allocate and convert the states of rows.
 
         Args:
@@ -445,13 +467,14 @@ class Session:
             counts: Counts that came from elsewhere, or None for each row.
 
         Returns:
-            Sum of the squares that were drawn, and number of elements of the parameters that had no state.
+            For each parameter that had no state, by its identity, the sum of the squares that were drawn.
         """
         spec, averaged, state = self.spec, self.average is not None, self.state
         steps, n_averaged = self.counts.steps, self.counts.n_averaged
         add = state.add if isinstance(state, TrackedStates) else self._add_state
         zero = torch.zeros((), dtype=torch.float32, device=rows[0].local.device if rows else "cpu")
-        drawn, started, fresh = 0.0, 0, not state
+        started: dict[int, float] = {}
+        fresh = not state
         for row, count in zip(rows, counts, strict=True):
             own = (None if fresh else peek(state, row.param)) or {}
             if count is None:
@@ -461,11 +484,44 @@ class Session:
                 row.n_averaged = torch.full_like(zero, count[1], dtype=torch.int64)
             entries = build.allocate_state(spec, row, names[row.group], own, zero, averaged=averaged)
             if "step" not in own:
-                started += row.param.numel()
+                started[id(row.param)] = 0.0
                 if hypers[row.group].init == "random":
-                    drawn += build.draw_second_moment(entries[spec.states[spec.second_moment_index]])
+                    second_moment = entries[spec.states[spec.second_moment_index]]
+                    seed = self._seed_of(row)
+                    started[id(row.param)] = build.draw_second_moment(second_moment, seed)
             add(row.param, entries)
-        return drawn, started
+        return started
+
+    def _seed_of(self, row: Row) -> int:
+        """Return the seed of the random start of a row."""
+        assert self.seed is not None
+        own = 0 if self.process_group is None else torch.distributed.get_rank(self.process_group)
+        # processes with other parts draw other numbers
+        return self.seed + row.index + (own << 32) * (not is_distributed(row.param))
+
+    def _note_start(
+        self, fresh: Sequence[Row], rows: Sequence[Row], hypers: Sequence[Hyper], started: Mapping[int, float]
+    ) -> None:
+        """Note the sum of squares of the random starts, with ones for states that stood before.
+
+        Args:
+            fresh: Rows that have got states now.
+            rows: All rows that have states.
+            hypers: Hyper-parameters of each group.
+            started: Sums over the rows that had none.
+        """
+        if not any(hypers[row.group].init == "random" for row in fresh):
+            return
+        total = here = 0.0
+        for row in rows:
+            value = started.get(id(row.param), float(row.param.numel()))
+            if self.process_group is None or is_distributed(row.param):
+                total += value
+            else:
+                here += value
+        if self.process_group is not None:
+            total += sum_over(here, self.process_group, rows[0].local.device)
+        self.init_norm_sq = total
 
     def _add_state(self, param: Tensor, entries: Mapping[str, Any]) -> None:
         """Set or complete the state of a parameter in a dictionary of the user."""
@@ -518,8 +574,20 @@ class Session:
 
     def measure_norms(self, plan: Plan) -> None:
         """Measure the norms of groups that are about to make their first step on a sphere."""
+        if not self.fresh_norms:
+            return
+        reduction = plan.reduction
+        if reduction is not None:
+            members = list(zip(plan.rows, reduction.slots, strict=True))
+            for g, slot in product(self.fresh_norms, range(reduction.n_slots)):
+                own = [row.local for row, s in members if row.group == g and s == slot]
+                reduction.squares[g, slot] = norm_of(own, plan.device).square()
+            reduction.add_up(squares=True)
         for g, norm in self.fresh_norms.items():
-            norm.copy_(norm_of([row.local for row in plan.rows if row.group == g], plan.device))
+            if reduction is None:
+                norm.copy_(norm_of([row.local for row in plan.rows if row.group == g], plan.device))
+            else:
+                norm.copy_(reduction.squares[g].sum().sqrt())
             self.param_groups[g]["norm"] = norm
         self.fresh_norms = {}
 

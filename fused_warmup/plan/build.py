@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from .. import _checks as check
-from ..distributed.groups import is_flattened, is_part, world_size
+from ..distributed.groups import is_distributed, is_flattened, is_partial, placed, world_size
+from ..distributed.spread import Spread, has_strided_rows, spread_of
 from . import tensors
 from .address_cache import TensorReader, address_of
 from .hyper import AverageSettings, Hyper
@@ -20,25 +21,27 @@ from .spec import RuleSpec
 from .state_checks import checked_state, whole_count
 from .tracked_states import peek
 
+_UNKNOWN = "A process sees its part of the sums only; give process_group=, that of the wrapper."
 
-def check_norms(owner: str, max_grad_norm: float | None, nonfinite: str) -> None:
-    """Raise ``ValueError`` for settings that need the norm of gradients that other processes have."""
+
+def check_known(owner: str, max_grad_norm: float | None, nonfinite: str) -> None:
+    """Raise ``ValueError`` for settings that need the norm of gradients that unknown processes have."""
     if max_grad_norm is not None or nonfinite == "skip":
-        hint = "A process sees its part of the norm only; clip with torch.nn.utils.clip_grad_norm_."
-        condition = "be (None, 'propagate') beside sharded parameters"
-        check.fail(owner, "(max_grad_norm, nonfinite)", condition, (max_grad_norm, nonfinite), hint)
+        condition = "be (None, 'propagate') beside parameters that other processes have parts of"
+        check.fail(owner, "(max_grad_norm, nonfinite)", condition, (max_grad_norm, nonfinite), _UNKNOWN)
 
 
-def check_whole(
+def check_spreads(
     owner: str,
     spec: RuleSpec,
     members: Iterable[tuple[int, Tensor, Hyper]],
     max_grad_norm: float | None,
     nonfinite: str,
+    process_group: Any,
     *,
-    is_split: bool,
-) -> bool:
-    """Raise ``ValueError`` if a sum over tensors is needed of which other processes hold a part.
+    is_zero: bool,
+) -> list[Spread]:
+    """Return how parameters are spread over processes.
 
     Args:
         owner: Name of the optimizer class.
@@ -46,29 +49,48 @@ def check_whole(
         members: Position, parameter and hyper-parameters of each.
         max_grad_norm: Norm to clip to, or None.
         nonfinite: Policy for gradients that are not finite.
-        is_split: Whether other processes hold other parameters of the model.
+        process_group: Processes that plain parameters are spread over, or None.
+        is_zero: Whether those are whole tensors, as under ZeRO, or parts of tensors.
 
     Returns:
-        Whether other processes hold other parts.
+        One for each; nothing if there are no other processes.
+
+    Raises:
+        ValueError: If a sum is needed over parts that other processes hold and that it cannot have.
     """
-    split, layerwise, processes = False, spec.is_layerwise, world_size() > 1
-    if not (is_split or processes or layerwise):
-        return False
-    hint = "A process sees its part of the norm only."
+    spreads: list[Spread] = []
+    processes = world_size() > 1
+    if not (processes or spec.is_layerwise):
+        return spreads
     for index, param, hyper in members:
-        part = processes and is_part(param)
-        if is_split or part:
-            split = True
-            check_norms(owner, max_grad_norm, nonfinite)
+        name = f"parameter {index}"
+        if spec.is_layerwise and is_flattened(param):
+            hint = "This rule needs sums over each layer; give use_orig_params=True."
+            check.fail(owner, name, "be one layer", f"several in one of shape {tuple(param.shape)}", hint)
+        if not processes:
+            continue
+        if is_partial(param):
+            check.fail(owner, name, "be placed by Shard or Replicate", str(getattr(param, "placements", ())))
+        spread = spread_of(param, spec.by_channel, process_group, is_zero=is_zero)
+        spreads.append(spread)
+        if not spread.is_known:
+            check_known(owner, max_grad_norm, nonfinite)
             if hyper.sphere:
-                check.fail(owner, "projection", "be None beside sharded parameters", "sphere", hint)
+                condition = "be None beside parameters that other processes have parts of"
+                check.fail(owner, "projection", condition, "sphere", _UNKNOWN)
             if hyper.init == "random":
-                condition = "be 'zeros' or 'grad' beside sharded parameters"
-                check.fail(owner, "exp_avg_sq_init", condition, "random", hint)
-        if layerwise and (part or is_flattened(param)):
-            reason = "A process sees its part of a layer only, and this rule needs sums over all of it."
-            check.fail(owner, f"parameter {index}", "be whole in each process", tuple(param.shape), reason)
-    return split
+                condition = "be 'zeros' or 'grad' beside parameters that other processes have parts of"
+                check.fail(owner, "exp_avg_sq_init", condition, "random", _UNKNOWN)
+            if spec.is_layerwise and not is_zero:
+                check.fail(owner, name, "have its process group", tuple(param.shape), _UNKNOWN)
+        if spec.by_channel and spread.layer_groups and not is_distributed(param):
+            hint = "This rule needs sums over each channel; fully_shard of FSDP2 keeps them apart."
+            check.fail(owner, name, "have its channels", f"a part of shape {tuple(param.shape)}", hint)
+        if spread.is_cut and has_strided_rows(param):
+            hint = "This rule needs sums over each channel."
+            placements = str(getattr(param, "placements", ()))
+            check.fail(owner, name, "have channels that are cut or strided, not both", placements, hint)
+    return spreads
 
 
 class Found(NamedTuple):
@@ -320,13 +342,19 @@ def _state(spec: RuleSpec, row: Row, state: Tensor | None) -> Tensor:
     return tensors.state_like(row.param, spec.by_channel).copy_(state)
 
 
-def draw_second_moment(second_moment: Tensor) -> float:
-    """Fill a second moment with squares of normal numbers and return their sum.
+def draw_second_moment(second_moment: Tensor, seed: int) -> float:
+    """Fill a second moment with squares of normal numbers and return their sum over all processes.
 
-    The numbers are drawn on the host, so that their norm is known without waiting for the device.
+    The numbers are drawn on the host, so that their norm is known without waiting for the device, and for the
+    whole of a distributed tensor, so that they are the same in any number of processes.
+
+    Args:
+        second_moment: The state.
+        seed: Seed of its numbers.
     """
-    noise = torch.randn(second_moment.shape, dtype=torch.float64, device="cpu").square()
+    generator = torch.Generator().manual_seed(seed)
+    noise = torch.randn(second_moment.shape, dtype=torch.float64, generator=generator).square()
     total = float(noise.sum())
-    pinned = second_moment.is_cuda
-    second_moment.copy_(noise.pin_memory() if pinned else noise, non_blocking=pinned)
+    pinned = second_moment.is_cuda and type(second_moment) is Tensor
+    second_moment.copy_(noise.pin_memory() if pinned else placed(noise, second_moment), non_blocking=pinned)
     return total

@@ -17,6 +17,8 @@ import torch
 from torch import Tensor
 
 from .. import _checks as check
+from ..distributed.reduction import Reduction, make_reduction
+from ..distributed.spread import Spread
 from .address_cache import AddressCache, address_of, addresses_of, select_reader
 from .captured import CapturedArguments
 from .chunks import BLOCK_THREADS, PIECE, TILE_BYTES, chunks, threads_for
@@ -29,7 +31,15 @@ from .rows import Row
 from .spec import RuleSpec
 from .state_cache import StateCache
 from .step_struct import StepStruct
-from .structs import AVERAGE_KINDS, DTYPES, STRUCTS
+from .structs import (
+    ALL_STAGES,
+    AVERAGE_KINDS,
+    DTYPES,
+    LAYER_STAGE,
+    MEASURE_STAGE,
+    STRUCTS,
+    UPDATE_STAGE,
+)
 from .tensors import local_tensor
 
 
@@ -55,7 +65,7 @@ class Plan:
         record: Device tensors ``row_counters``, ``counters``, ``pending_scalars``, ``rates`` and
             ``ring_buffer``, which may be None.
         device: Where the tensors are.
-        is_split: Whether other processes hold other parts of the model, and so of its norms.
+        spreads: How each row is spread over processes; nothing if there are no others.
 
     Attributes:
         groups: Hyper-parameters of the groups.
@@ -64,6 +74,8 @@ class Plan:
         indices: Position of each row among all parameters.
         arrivals: Positions of rows without states that have a gradient now, int64; ``fill`` takes them in.
         n_tiles: Most tiles that a chunk has; 1 for rules that sum over layers.
+        spreads: As given.
+        reduction: Sums that processes add up; None if no row is spread over several.
         scaling: ``grad_scale`` and ``found_inf`` of a ``GradScaler``, or None each.
         has_float64: Whether any parameter is float64.
         numel: Number of elements of the rows that have states.
@@ -86,10 +98,10 @@ class Plan:
         record: Mapping[str, Tensor | None],
         device: torch.device,
         *,
-        is_split: bool = False,
+        spreads: Sequence[Spread] = (),
     ) -> None:
         self.owner, self.spec, self.rule, self.rows = owner, spec, spec.name, rows
-        self.is_split, self.device, self.record = is_split, device, record
+        self.device, self.record, self.spreads = device, record, spreads
         self.buffers = DeviceBuffers(device)
         self.settings, self.average = Settings(), average
         self.scaling: tuple[Tensor | None, Tensor | None] = (None, None)
@@ -176,6 +188,21 @@ class Plan:
         rates = self.record["rates"]
         assert rates is not None
         self.groups = GroupTable(self.owner, readings, norms, rates, chunk_groups, self.buffers, self._step)
+        self.reduction = self._pack_spreads()
+
+    def _pack_spreads(self) -> Reduction | None:
+        """Fill the columns of the rows that are spread over processes, if there are any."""
+        n_sums = self.spec.n_sums if self.spec.is_layerwise else 0
+        reduction = make_reduction(self.spreads, len(self.groups.hypers), n_sums, self.device)
+        if reduction is None:
+            return None
+        column = np.zeros(len(self.rows), STRUCTS["Spread"])
+        for name in ("numel", "channels", "first_channel", "is_cut"):
+            column[name] = [getattr(spread, name) for spread in self.spreads]
+        column["slot"], column["first_total"] = reduction.slots, reduction.first_totals
+        self._step.point_to(totals=reduction.totals, spreads=self.buffers.upload("spreads", column))
+        self._step.set(n_slots=reduction.n_slots)
+        return reduction
 
     @property
     def n_chunks(self) -> int:
@@ -352,6 +379,32 @@ class Plan:
         self.buffers.reupload("rows")
         return True
 
+    def stages(self) -> Iterator[int]:
+        """Yield the stages that a backend runs together; sums of all processes are added up between them."""
+        reduction = self.reduction
+        if reduction is None:
+            yield ALL_STAGES
+            return
+        measures, layers, squares = self.settings.measure, self.spec.is_layerwise, self.groups.has_spheres
+        # without a measure stage the update sums the norms, for the telemetry alone
+        norms = self.record["ring_buffer"] is not None and not measures
+        if measures or self.scaling[1] is not None:
+            yield MEASURE_STAGE
+            reduction.add_up(norms=True)
+        if layers or norms or squares:
+            yield UPDATE_STAGE
+            reduction.add_up(norms=norms, layers=layers, squares=squares and not layers)
+        if layers and squares:
+            yield LAYER_STAGE
+            reduction.add_up(squares=True)
+        done = UPDATE_STAGE * (layers or norms or squares) | LAYER_STAGE * (layers and squares)
+        yield ALL_STAGES & ~MEASURE_STAGE & ~done
+
+    def has_zero_gradients(self) -> bool:
+        """Return whether all gradients are zero, in all processes that parameters are spread over."""
+        zero = self.gradients.are_zero()
+        return zero if self.reduction is None else not self.reduction.any(not zero)
+
     def scale(self, grad_scale: Tensor | None, found_inf: Tensor | float | None) -> None:
         """Set the tensors of a ``GradScaler``: 0-dim float32 on the device of the parameters.
 
@@ -363,7 +416,9 @@ class Plan:
             ValueError: If one has another dtype, another device or more than one element.
         """
         if isinstance(found_inf, (int, float)):
-            found_inf = torch.full((), found_inf, device=self.device) if found_inf else None
+            # other processes may have found some
+            some = found_inf or self.reduction is not None
+            found_inf = torch.full((), float(found_inf), device=self.device) if some else None
         if grad_scale is self.scaling[0] and found_inf is self.scaling[1]:
             return
         for name, tensor in (("grad_scale", grad_scale), ("found_inf", found_inf)):

@@ -21,6 +21,8 @@ DTYPES: dict[torch.dtype, int] = {
     torch.float16: 3,
 }
 INIT_KINDS = {"zeros": 0, "grad": 1, "random": 2}
+# bits of enum Stage
+MEASURE_STAGE, UPDATE_STAGE, LAYER_STAGE, FINISH_STAGE, ALL_STAGES = 1, 2, 4, 8, 15
 AVERAGE_KINDS = {None: 0, "EMA": 1, "SWA": 2}
 
 
@@ -40,6 +42,10 @@ _FIELDS: dict[str, list[tuple[str, str]]] = {
         ("n_averaged", "u8"),
         ("first_chunk", "i8"),
         ("n_chunks", "i8"),
+    ],
+    "Spread": [
+        *((name, "i8") for name in ("numel", "channels", "first_channel", "first_total")),
+        *((name, "i4") for name in ("slot", "is_cut")),
     ],
     "Chunk": [("offset", "i8"), ("count", "i4"), ("row", "i4")],
     "Hyper": [
@@ -115,6 +121,8 @@ _FIELDS: dict[str, list[tuple[str, str]]] = {
         *((name, "u8") for name in ("chunk_sums", "layer_projections")),
         *((name, "u8") for name in ("spheres", "squares", "tile_partials")),
         *((name, "i8") for name in ("n_tiles", "block_threads")),
+        *((name, "u8") for name in ("totals", "spreads")),
+        ("n_slots", "i8"),
     ],
     "TensorExtent": [
         ("address", "u8"),
