@@ -27,8 +27,8 @@ os._exit(0)
 """
 
 
-def run_ranks(tmp_path, body, world_size=2):
-    """Return the words that each rank printed."""
+def run_ranks(tmp_path, body, world_size=2, timeout=120, **variables):
+    """Return the words that each rank printed; ``variables`` are added to its environment."""
     script = tmp_path / "rank.py"
     script.write_text(START + body + END)
     root = str(Path(fw.__file__).parents[1])
@@ -37,6 +37,7 @@ def run_ranks(tmp_path, body, world_size=2):
         "PYTHONPATH": os.pathsep.join((root, tests)),
         "PATH": os.environ["PATH"],
         "OMP_NUM_THREADS": "1",
+        **variables,
     }
     ranks = [
         subprocess.Popen(
@@ -48,6 +49,6 @@ def run_ranks(tmp_path, body, world_size=2):
         )
         for rank in range(world_size)
     ]
-    out = [process.communicate(timeout=120) for process in ranks]
+    out = [process.communicate(timeout=timeout) for process in ranks]
     assert [process.returncode for process in ranks] == [0] * world_size, out
     return [text.split() for text, _ in out]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -43,34 +43,29 @@ class Reduction:
         numbers: dict[tuple[Group, ...], int] = {}
         self.slots = [numbers.setdefault(spread.groups, len(numbers)) for spread in spreads]
         self.is_known = all(spread.is_known for spread in spreads)
-        self._groups = tuple(dict.fromkeys(group for groups in numbers for group in groups))
-        per_slot = [frozenset(groups) for groups in numbers]
+        groups = tuple(dict.fromkeys(group for own in numbers for group in own))
+        per_slot = [frozenset(own) for own in numbers]
         sizes = [_n_sums(spread, n_sums) for spread in spreads]
-        ends = np.cumsum(sizes, dtype=np.int64)
-        self.first_totals = ends - sizes
+        self.first_totals = np.cumsum(sizes, dtype=np.int64) - sizes
         # the groups that each number is added up over
-        everywhere = frozenset(self._groups)
-        spread_over = per_slot * n_groups
-        spread_over += [groups for groups in per_slot for _ in range(_NORMS)] + [everywhere] * _FLAGS
-        self._ends = {
-            "squares": len(per_slot) * n_groups,
-            "norms": len(spread_over),
-            "layers": len(spread_over) + int(ends[-1]) if len(ends) else len(spread_over),
-        }
-        layers = [frozenset(spread.layer_groups) for spread in spreads]
-        spread_over += [layers[i] for i in np.repeat(np.arange(len(layers)), sizes)]
-        self.totals = torch.zeros(len(spread_over), dtype=torch.float64, device=device)
-        self._takes = {group: np.array([group in groups for groups in spread_over]) for group in self._groups}
+        over = per_slot * n_groups
+        first = len(over)
+        over += [own for own in per_slot for _ in range(_NORMS)] + [frozenset(groups)] * _FLAGS
+        second = len(over)
+        for spread, size in zip(spreads, sizes, strict=True):
+            over += [frozenset(spread.layer_groups)] * size
+        self._parts = slice(0, first), slice(first, second), slice(second, len(over))
+        self.totals = torch.zeros(len(over), dtype=torch.float64, device=device)
+        self._takes = {group: np.array([group in own for own in over]) for group in groups}
         # what another process of a group passes on
         self._masks = {
             group: torch.from_numpy(~takes).to(device)
             for group, takes in self._takes.items()
             if torch.distributed.get_rank(group) != 0 and not takes.all()
         }
-        first, second, third = self._ends.values()
-        self.squares = self.totals[:first].view(n_groups, -1) if n_groups else self.totals[:0]
-        self.norms = self.totals[first : second - _FLAGS].view(-1, _NORMS)
-        self.flags, self.layers = self.totals[second - _FLAGS : second], self.totals[second:third]
+        self.squares = self.totals[:first].view(n_groups, len(per_slot))
+        self.norms = self.totals[first : second - _FLAGS].view(len(per_slot), _NORMS)
+        self.flags, self.layers = self.totals[second - _FLAGS : second], self.totals[second:]
 
     @property
     def n_slots(self) -> int:
@@ -85,23 +80,19 @@ class Reduction:
             norms: Whether to take the norms and flags.
             layers: Whether to take the sums of the layers.
         """
-        wanted = [name for name, w in (("squares", squares), ("norms", norms), ("layers", layers)) if w]
-        if not wanted:
-            return
-        names = list(self._ends)
-        first = names.index(wanted[0])
-        part = slice(self._ends[names[first - 1]] if first else 0, self._ends[wanted[-1]])
-        for group in self._messages(part):
+        wanted = [part for part, w in zip(self._parts, (squares, norms, layers), strict=True) if w]
+        for group, takes in self._takes.items():
+            # processes may have other layers where they share none of them
+            found = [part for part in wanted if takes[part].any()]
+            if not found:
+                continue
+            sums = self.totals[found[0].start : found[-1].stop]
             mask = self._masks.get(group)
             if mask is not None:
-                self.totals[part].masked_fill_(mask[part], 0.0)
-            torch.distributed.all_reduce(self.totals[part], group=group)
+                sums.masked_fill_(mask[found[0].start : found[-1].stop], 0.0)
+            torch.distributed.all_reduce(sums, group=group)
         if norms and not self.is_known:
             self.norms.fill_(torch.nan)
-
-    def _messages(self, part: slice) -> Iterator[Group]:
-        """Yield the groups that any of some sums are added up over."""
-        return (group for group in self._groups if self._takes[group][part].any())
 
     def any(self, flag: bool) -> bool:
         """Return whether a condition holds in any process, all of which make this call; waits for them."""

@@ -3,6 +3,7 @@
 Run in every process of a group. Gradients are given, so that they are the same bits in both.
 """
 
+import hashlib
 import math
 
 import torch
@@ -41,7 +42,7 @@ OPTIONS = {
         "weight_decay": 0.0,
     },
 }
-RANDOM = ("Adam", "AdamW")
+FULL = ("Adam", "LAMB", "AdamP")
 
 
 def gradients(step, params, name, option):
@@ -104,6 +105,7 @@ def run(make, options, name, option, places, mesh, backend, dtype=torch.float64)
         (*(opt.telemetry.history()[name] for opt in opts),)
         for name in ("grad_norm", "grad_norm_l1", "clip_coef", "skipped")
     ]
+    _seen.append(pairs[0][1].nan_to_num())
     for p, q in zip(whole, spread, strict=True):
         pairs += [(p, q)]
         pairs += [
@@ -132,3 +134,46 @@ def placements(mesh):
         ],
         "HSDP": [[Replicate(), Shard(0)]] * 6,
     }
+
+
+_seen = []
+
+
+def digest():
+    """Return a hash of the norms that were recorded in this process."""
+    return hashlib.sha256(torch.cat(_seen).numpy().tobytes()).hexdigest()
+
+
+def leave_out(part):
+    """Let processes keep some sums to themselves: ``squares``, ``norms`` or ``layers``."""
+    from fused_warmup.distributed.reduction import Reduction
+
+    add_up = Reduction.add_up
+    Reduction.add_up = lambda self, **parts: add_up(self, **{**parts, part: False})
+
+
+def use_cuda_on_host():
+    """Let every step be made by the CUDA kernels that are built for the host."""
+    import cuda_on_host
+
+    from fused_warmup.backends.native import CudaBackend
+    from fused_warmup.optim import session
+    from fused_warmup.plan import device_buffers
+
+    backend, real = CudaBackend(cuda_on_host.cached()), session.resolve
+    session.resolve = lambda name, device: real(name, device) if name == "reference" else backend
+    device_buffers.is_mirrored = lambda device: True
+
+
+def compare(shape, backend, names=tuple(OPTIMIZERS), options=tuple(OPTIONS)):
+    """Return the cases of a mesh of that shape in which the two are not equal, and their distance."""
+    mesh, different = init_device_mesh("cpu", shape), {}
+    for place, places in placements(mesh).items():
+        for name in names:
+            # what is true of one rule without sums over layers is true of the others
+            for option in options if name in FULL else ("all",):
+                make, settings = OPTIMIZERS[name]
+                worst = run(make, settings, name, option, places, mesh, backend)
+                if not worst < 1e-12:
+                    different[backend, place, name, option] = worst
+    return different

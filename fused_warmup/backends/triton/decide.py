@@ -24,15 +24,20 @@ from .memory import (
 from .reduce import combine_all
 from .rules import clip_coefficient, common_scalars, sphere_rate, start_exp_avg_sq
 from .schedules import average_weight, is_averaged, multiplier
+from .totals import combine_slots, flags_of, number_at
 
 MAX_COUNT = tl.constexpr(float(COUNT_LIMIT))
 
 
 @triton.jit
-def decide(step, t, part):
+def decide(step, t, part, SPREAD: tl.constexpr):
     """The decision for all rows; ``t`` counts the updates made before this one."""
     grad_scale = tl.load(step.grad_scale.to(tl.pointer_type(tl.float32)), step.grad_scale != 0, 1.0)
-    found_inf = tl.load(step.found_inf.to(tl.pointer_type(tl.float32)), step.found_inf != 0, 0.0)
+    if SPREAD:
+        # in any process
+        found_inf = tl.load(number_at(flags_of(step)) + 1, step.found_inf != 0, 0.0)
+    else:
+        found_inf = tl.load(step.found_inf.to(tl.pointer_type(tl.float32)), step.found_inf != 0, 0.0)
     unscale = 1.0 / grad_scale.to(tl.float64)
     measured = step.measure != 0
     grad_norm = tl.where(measured, tl.sqrt(part.l2_sq) * unscale, float("nan"))
@@ -195,14 +200,16 @@ def decide_kernel(
     SCALARS: tl.constexpr,
     LR_NORM_POWER: tl.constexpr,
     SPHERES: tl.constexpr,
+    SPREAD: tl.constexpr,
     LANES: tl.constexpr,
 ):
     """Run the decide stage; all programs make the same decision, and the last one to finish records it."""
     step = load_struct(step.to(tl.int64), 0, "Step")
-    count = tl.where(step.measure != 0, step.n_chunks, 0)
-    decision = decide(
-        step, load_struct(step.counters, 0, "Counters").step, combine_all(step.partials, count, LANES)
-    )
+    if SPREAD:
+        part = combine_slots(step)
+    else:
+        part = combine_all(step.partials, tl.where(step.measure != 0, step.n_chunks, 0), LANES)
+    decision = decide(step, load_struct(step.counters, 0, "Counters").step, part, SPREAD)
     set_rates(step, decision.t, tl.program_id(0), tl.num_programs(0), LANES)
     if decision.skipped == 0:
         set_scalars(step, decision, SCALARS, LR_NORM_POWER, SPHERES, LANES)

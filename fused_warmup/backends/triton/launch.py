@@ -15,16 +15,17 @@ from torch import Tensor
 
 from ...plan.address_cache import address_of
 from ...plan.plan import Plan
-from ...plan.structs import DTYPES
+from ...plan.structs import DTYPES, FINISH_STAGE, LAYER_STAGE, MEASURE_STAGE, UPDATE_STAGE
 from ...plan.vector_tables import OPERATIONS, PreconditionerTable, VectorTable
 from ...reference import rules as reference
 from .decide import decide_kernel
-from .layerwise import reduce_layers_kernel, stage1_kernel, stage2_kernel
+from .layerwise import fold_layers_kernel, reduce_layers_kernel, stage1_kernel, stage2_kernel
 from .measure import measure_kernel
 from .preconditioner import preconditioner_kernel
 from .rules import LAYER_RULES, RULES
 from .sphere import rescale_kernel
 from .step import finish_kernel, update_kernel
+from .totals import fold_kernel
 from .vectors import vector_kernel
 
 # elements that a program takes at a time: eight a thread, that is 16 bytes of bfloat16 or 32 of float32
@@ -44,6 +45,8 @@ _TILES = {"PIECES": 16, "COLUMNS": BLOCK // 16, "ODD_PIECES": 32, "ODD_COLUMNS":
 _OPTIONS = {"num_warps": NUM_WARPS, "enable_fp_fusion": False}
 
 Kinds = tuple[tuple[int, int, int], ...]
+# a launch and its stage
+_Bound = tuple[int, Callable[[], Any]]
 
 
 def measure_constants(kinds: Kinds) -> dict[str, Any]:
@@ -53,13 +56,14 @@ def measure_constants(kinds: Kinds) -> dict[str, Any]:
     return {"GRAD_DTYPES": dtypes, "BLOCK": BLOCK, "TAIL": TAIL, "maxnreg": registers, **_OPTIONS}
 
 
-def decide_constants(rule: str, *, spheres: bool = False) -> dict[str, Any]:
+def decide_constants(rule: str, *, spheres: bool = False, spread: bool = False) -> dict[str, Any]:
     """Return constants and options of ``decide_kernel`` for a rule."""
     made = RULES.get(rule) or LAYER_RULES[rule]
     return {
         "SCALARS": made.scalars,
         "LR_NORM_POWER": made.lr_norm_power,
         "SPHERES": spheres,
+        "SPREAD": spread,
         "LANES": LANES,
         # few programs, which may use all registers
         "maxnreg": 255,
@@ -98,12 +102,33 @@ def update_constants(
     }
 
 
-def finish_constants() -> dict[str, Any]:
-    """Return constants and options of ``finish_kernel``."""
-    return {"LANES": LANES, "maxnreg": 128, **_OPTIONS}
+def finish_constants(
+    *, accumulate: bool = True, spheres: bool = False, spread: bool = False
+) -> dict[str, Any]:
+    """Return constants and options of ``finish_kernel``, see ``update_constants``."""
+    constants = {"ACCUMULATE": accumulate, "SPHERES": spheres, "SPREAD": spread, "LANES": LANES}
+    return {**constants, "maxnreg": 128, **_OPTIONS}
 
 
-def stage1_constants(rule: str, kinds: Kinds, *, accumulate: bool) -> dict[str, Any]:
+def fold_constants(*, measured: bool, norms: bool, squares: bool) -> dict[str, Any]:
+    """Return constants and options of ``fold_kernel``.
+
+    Args:
+        measured: Whether it comes before the decision.
+        norms: Whether it adds up the norms.
+        squares: Whether it adds up the squares of groups on a sphere.
+    """
+    constants = {"MEASURED": measured, "NORMS": norms, "SQUARES": squares, "LANES": LANES}
+    return {**constants, "maxnreg": 128, **_OPTIONS}
+
+
+def fold_layers_constants(rule: str, *, accumulate: bool) -> dict[str, Any]:
+    """Return constants and options of ``fold_layers_kernel``, see ``update_constants``."""
+    constants = reduce_layers_constants(rule, accumulate=accumulate)
+    return {name: value for name, value in constants.items() if name not in ("LAYER_SCALARS", "SPREAD")}
+
+
+def stage1_constants(rule: str, kinds: Kinds, *, accumulate: bool, spread: bool = False) -> dict[str, Any]:
     """Return constants and options of ``stage1_kernel``, see ``update_constants``."""
     made, truth = LAYER_RULES[rule], reference.LAYER_RULES[rule]
     return {
@@ -116,6 +141,7 @@ def stage1_constants(rule: str, kinds: Kinds, *, accumulate: bool) -> dict[str, 
         "PROJECTS": truth.projects,
         "KINDS": kinds,
         "ACCUMULATE": accumulate,
+        "SPREAD": spread,
         "LANES": LANES,
         "maxnreg": _layer_registers(kinds),
         **_TILES,
@@ -123,7 +149,7 @@ def stage1_constants(rule: str, kinds: Kinds, *, accumulate: bool) -> dict[str, 
     }
 
 
-def reduce_layers_constants(rule: str, *, accumulate: bool) -> dict[str, Any]:
+def reduce_layers_constants(rule: str, *, accumulate: bool, spread: bool = False) -> dict[str, Any]:
     """Return constants and options of ``reduce_layers_kernel``, see ``update_constants``."""
     made, truth = LAYER_RULES[rule], reference.LAYER_RULES[rule]
     return {
@@ -133,6 +159,7 @@ def reduce_layers_constants(rule: str, *, accumulate: bool) -> dict[str, Any]:
         "N_SUMS": truth.n_sums,
         "PROJECTS": truth.projects,
         "ACCUMULATE": accumulate,
+        "SPREAD": spread,
         "LANES": LANES,
         "maxnreg": 255,
         **_OPTIONS,
@@ -236,7 +263,7 @@ class TritonBackend:
     def __init__(self, programs: int | None = None) -> None:
         self._programs = programs
         # by whether a step measures: the properties of the plan that its launches depend on, and the launches
-        self._kept: dict[bool, tuple[tuple[Any, ...], list[Callable[[], Any]]]] = {}
+        self._kept: dict[bool, tuple[tuple[Any, ...], list[_Bound]]] = {}
 
     def prepare(self, plan: Plan) -> None:
         """Compile and load all kernels that the steps of a plan may need under any settings."""
@@ -247,8 +274,11 @@ class TritonBackend:
     def step(self, plan: Plan) -> None:
         """Queue one step on the current stream."""
         with _on(plan.device):
-            for launch in self._bound_launches(plan, plan.settings.measure):
-                launch()
+            launches = self._bound_launches(plan, plan.settings.measure)
+            for stages in plan.stages():
+                for stage, launch in launches:
+                    if stage & stages:
+                        launch()
 
     def vectors(self, operation: str, table: VectorTable) -> None:
         """Queue one of ``vector_tables.OPERATIONS`` on the current stream, same bits for any grid."""
@@ -269,22 +299,23 @@ class TritonBackend:
             preconditioner_kernel[(programs,)](*columns, **constants)
         return True
 
-    def _bound_launches(self, plan: Plan, measure: bool) -> list[Callable[[], Any]]:
+    def _bound_launches(self, plan: Plan, measure: bool) -> list[_Bound]:
         """Return the launches of a step, the same ones until a property changes that they depend on."""
         column = plan.step_column()
         properties = (
             *(address_of(column), plan.device, plan.rule, plan.kinds, plan.n_chunks, plan.n_tiles),
             *(len(plan.rows), plan.record["ring_buffer"] is None, plan.average[0], plan.groups.has_spheres),
+            plan.reduction is None,
         )
         kept = self._kept.get(measure)
         if kept is None or kept[0] != properties:
             address = column.view(torch.int64)
-            launches = [_bind(address, *launch) for launch in self._launches(plan, measure)]
+            launches = [(stage, _bind(address, *launch)) for stage, *launch in self._launches(plan, measure)]
             kept = self._kept[measure] = properties, launches
         return kept[1]
 
-    def _launches(self, plan: Plan, measure: bool) -> Iterator[tuple[Any, int, dict[str, Any]]]:
-        """Yield kernel, number of programs and constants of each launch of a step.
+    def _launches(self, plan: Plan, measure: bool) -> Iterator[tuple[int, Any, int, dict[str, Any]]]:
+        """Yield stage, kernel, number of programs and constants of each launch of a step.
 
         Args:
             plan: The plan.
@@ -295,36 +326,46 @@ class TritonBackend:
         """
         programs = max(1, min(plan.n_chunks, self._programs or _programs(plan.device)))
         telemetry, averages = plan.record["ring_buffer"] is not None, plan.average[0] is not None
+        spheres, spread, kinds = plan.groups.has_spheres, plan.reduction is not None, plan.kinds
         if measure:
-            yield measure_kernel, programs, measure_constants(plan.kinds)
-        blocks = min(-(-len(plan.rows) // LANES), self._programs or _programs(plan.device))
-        yield decide_kernel, max(1, blocks), decide_constants(plan.rule, spheres=plan.groups.has_spheres)
+            yield MEASURE_STAGE, measure_kernel, programs, measure_constants(kinds)
+        if spread:
+            constants = fold_constants(measured=True, norms=True, squares=False)
+            yield MEASURE_STAGE, fold_kernel, 1, constants
+        blocks = max(1, min(-(-len(plan.rows) // LANES), self._programs or _programs(plan.device)))
+        constants = decide_constants(plan.rule, spheres=spheres, spread=spread)
+        yield UPDATE_STAGE, decide_kernel, blocks, constants
         accumulate = telemetry and not measure
         if plan.rule in RULES:
-            tiled = plan.n_tiles > 1 and not (accumulate or plan.groups.has_spheres)
+            tiled = plan.n_tiles > 1 and not (accumulate or spheres)
             # as many programs as tiles: the device starts one where another ends
             tiles = plan.n_chunks * plan.n_tiles
             constants = update_constants(
-                plan.rule,
-                plan.kinds,
-                accumulate=accumulate,
-                average=averages,
-                spheres=plan.groups.has_spheres,
-                tiled=tiled,
+                plan.rule, kinds, accumulate=accumulate, average=averages, spheres=spheres, tiled=tiled
             )
-            yield update_kernel, min(tiles, self._programs or tiles) if tiled else programs, constants
-            if accumulate:
-                yield finish_kernel, 1, finish_constants()
+            most = min(tiles, self._programs or tiles) if tiled else programs
+            yield UPDATE_STAGE, update_kernel, most, constants
+            last = UPDATE_STAGE
         else:
-            yield stage1_kernel, programs, stage1_constants(plan.rule, plan.kinds, accumulate=accumulate)
+            constants = stage1_constants(plan.rule, kinds, accumulate=accumulate, spread=spread)
+            yield UPDATE_STAGE, stage1_kernel, programs, constants
             most = max(1, min(len(plan.rows), self._programs or _programs(plan.device)))
-            yield reduce_layers_kernel, most, reduce_layers_constants(plan.rule, accumulate=accumulate)
-            constants = stage2_constants(
-                plan.rule, plan.kinds, average=averages, spheres=plan.groups.has_spheres
-            )
-            yield stage2_kernel, programs, constants
-        if plan.groups.has_spheres:
-            yield rescale_kernel, programs, rescale_constants(plan.kinds, average=averages)
+            if spread:
+                constants = fold_layers_constants(plan.rule, accumulate=accumulate)
+                yield UPDATE_STAGE, fold_layers_kernel, most, constants
+            constants = reduce_layers_constants(plan.rule, accumulate=accumulate, spread=spread)
+            yield LAYER_STAGE, reduce_layers_kernel, most, constants
+            constants = stage2_constants(plan.rule, kinds, average=averages, spheres=spheres)
+            yield LAYER_STAGE, stage2_kernel, programs, constants
+            last, accumulate = LAYER_STAGE, False
+        if spread and (accumulate or spheres):
+            constants = fold_constants(measured=False, norms=accumulate, squares=spheres)
+            yield last, fold_kernel, 1, constants
+        if accumulate or (spread and spheres):
+            constants = finish_constants(accumulate=accumulate, spheres=spread and spheres, spread=spread)
+            yield FINISH_STAGE, finish_kernel, 1, constants
+        if spheres:
+            yield FINISH_STAGE, rescale_kernel, programs, rescale_constants(kinds, average=averages)
 
 
 def _bind(column: Tensor, kernel: Any, programs: int, constants: dict[str, Any]) -> Callable[[], Any]:

@@ -38,6 +38,7 @@ from .reduce import (
     count_pieces,
     first_piece,
     is_aligned,
+    load_sums,
     norm_terms,
     tile_places,
     zero_part,
@@ -46,6 +47,7 @@ from .reduce import (
 )
 from .rules import CHANNEL_VIEW, NO_VIEW, average_update, coef_in_view, projection_view
 from .sphere import finish_spheres, is_on_sphere, store_sum_sq
+from .totals import combine_slots, fold_norms, number_at, sums_of_layer
 
 
 @triton.jit
@@ -107,7 +109,7 @@ def stage1_tiles(
 
 @triton.jit
 def judge_channels(
-    step, h, row, channel, known, sums, SCALE_INVARIANT: tl.constexpr, PROJECTION_COEF: tl.constexpr
+    step, h, row, channel, known, size, sums, SCALE_INVARIANT: tl.constexpr, PROJECTION_COEF: tl.constexpr
 ):
     """Write the coefficients that channels are projected with if every channel is.
 
@@ -119,7 +121,17 @@ def judge_channels(
     for j in range(0, each):
         piece = row.first_piece + channel * each + j
         tl.store((step.projection_coefs + piece * 8).to(tl.pointer_type(tl.float64)), coef, known)
-    return tl.where(known & (SCALE_INVARIANT(h, sums, row.channel_size) == 0), 1.0, 0.0).to(tl.float64)
+    return tl.where(known & (SCALE_INVARIANT(h, sums, size) == 0), 1.0, 0.0).to(tl.float64)
+
+
+@triton.jit
+def layer_of(step, index, row, SPREAD: tl.constexpr):
+    """Elements, channels and elements of a channel of the layer that a row is, or is a part of."""
+    if SPREAD:
+        spread = load_struct(step.spreads, index, "Spread")
+        return spread.numel, spread.channels, spread.numel // spread.channels
+    else:
+        return row.numel, row.numel // row.channel_size, row.channel_size
 
 
 @triton.jit
@@ -130,6 +142,7 @@ def sum_chunk(
     PROJECTION_COEF: tl.constexpr,
     N_SUMS: tl.constexpr,
     PROJECTS: tl.constexpr,
+    SPREAD: tl.constexpr,
     LANES: tl.constexpr,
 ):
     """Add up the sums over the pieces of a chunk, and judge the channels that it has whole."""
@@ -150,11 +163,12 @@ def sum_chunk(
         found = add_sums(found, sums)
         if PROJECTS:
             # a layer of one channel is tested as a layer
-            if (part == row.channel_size) & (part < row.numel):
+            if (part == row.channel_size) & (layer_of(step, chunk.row, row, SPREAD)[1] > 1):
                 h = load_struct(step.hypers, row.group, "Hyper")
                 failed += judge_channels(
-                    step, h, row, first_channel + i, i < count, sums, SCALE_INVARIANT, PROJECTION_COEF
-                )
+                    step, h, row, first_channel + i, i < count, row.channel_size, sums, SCALE_INVARIANT,
+                    PROJECTION_COEF,
+                )  # fmt: skip
     found = found + (failed,)
     for k in tl.static_range(N_SUMS + 1):
         out = (step.chunk_sums + (index * (N_SUMS + 1) + k) * 8).to(tl.pointer_type(tl.float64))
@@ -177,6 +191,7 @@ def stage1_kernel(
     COLUMNS: tl.constexpr,
     ODD_PIECES: tl.constexpr,
     ODD_COLUMNS: tl.constexpr,
+    SPREAD: tl.constexpr,
     LANES: tl.constexpr,
 ):
     """Run stage1 on every chunk."""
@@ -205,9 +220,90 @@ def stage1_kernel(
                             KINDS[k][0], KINDS[k][1], KINDS[k][2], ACCUMULATE, ODD_PIECES, ODD_COLUMNS, False,
                         )  # fmt: skip
             if grad != 0:
-                sum_chunk(address, i, SCALE_INVARIANT, PROJECTION_COEF, N_SUMS, PROJECTS, LANES)
+                sum_chunk(address, i, SCALE_INVARIANT, PROJECTION_COEF, N_SUMS, PROJECTS, SPREAD, LANES)
             if ACCUMULATE:
                 store_struct(step.partials, i, norms, "Partial")
+
+
+@triton.jit
+def sum_layer(
+    step,
+    i,
+    row,
+    SCALE_INVARIANT: tl.constexpr,
+    PROJECTION_COEF: tl.constexpr,
+    N_SUMS: tl.constexpr,
+    PROJECTS: tl.constexpr,
+    SPREAD: tl.constexpr,
+    LANES: tl.constexpr,
+):
+    """Add up the sums over one tensor, the last of which counts its channels that are not scale-invariant.
+
+    A single channel is not tested on its own, because its sums are those of the layer.
+    """
+    lanes = tl.arange(0, LANES)
+    h = load_struct(step.hypers, row.group, "Hyper")
+    _, layer_channels, channel_size = layer_of(step, i, row, SPREAD)
+    channels = row.numel // row.channel_size
+    # channels longer than a chunk, which no program of stage1 has whole
+    is_cut = (layer_channels > 1) & (row.n_chunks > channels)
+    each = tl.where(is_cut, row.n_chunks // channels, 1)
+    # the last one counts the channels that are not scale-invariant
+    found = zero_sums(LANES, N_SUMS + 1)
+    failed = tl.zeros((LANES,), tl.float64)
+    for start in range(0, row.n_chunks // each, LANES):
+        part = start + lanes
+        known = part < row.n_chunks // each
+        sums = combine_sums(step.chunk_sums, row.first_chunk + part * each, each, known, LANES, N_SUMS + 1)
+        found = add_sums(found, sums)
+        if PROJECTS:
+            if is_cut:
+                failed += judge_channels(
+                    step, h, row, part, known, channel_size, sums, SCALE_INVARIANT, PROJECTION_COEF
+                )
+    layer = ()
+    for k in tl.static_range(N_SUMS):
+        layer = layer + (tl.sum(found[k]),)
+    return layer + (tl.sum(found[N_SUMS] + failed),)
+
+
+@triton.jit
+def read_layer(
+    step,
+    i,
+    row,
+    SCALE_INVARIANT: tl.constexpr,
+    PROJECTION_COEF: tl.constexpr,
+    N_SUMS: tl.constexpr,
+    PROJECTS: tl.constexpr,
+    LANES: tl.constexpr,
+):
+    """Read the sums over one tensor that the processes have added up, see ``sum_layer``."""
+    spread = load_struct(step.spreads, i, "Spread")
+    at = sums_of_layer(step, spread)
+    known = spread.is_cut == 0
+    layer = load_sums(at, 0, known, N_SUMS)
+    failed = tl.load(number_at(at) + N_SUMS, known, 0.0)
+    if PROJECTS:
+        h = load_struct(step.hypers, row.group, "Hyper")
+        size = spread.numel // spread.channels
+        found = zero_sums(LANES, N_SUMS)
+        lost = tl.zeros((LANES,), tl.float64)
+        for start in range(0, tl.where(known, 0, spread.channels), LANES):
+            channel = start + tl.arange(0, LANES)
+            inside = channel < spread.channels
+            sums = load_sums(at, channel, inside, N_SUMS)
+            found = add_sums(found, sums)
+            here = channel - spread.first_channel
+            own = inside & (here >= 0) & (here < row.numel // row.channel_size)
+            judge_channels(step, h, row, here, own, size, sums, SCALE_INVARIANT, PROJECTION_COEF)
+            lost += tl.where(inside & (SCALE_INVARIANT(h, sums, size) == 0), 1.0, 0.0).to(tl.float64)
+        whole = ()
+        for k in tl.static_range(N_SUMS):
+            whole = whole + (layer[k] + tl.sum(found[k]),)
+        layer = whole
+        failed += tl.sum(lost)
+    return layer + (failed,)
 
 
 @triton.jit
@@ -220,36 +316,23 @@ def reduce_layer(
     LAYER_SCALARS: tl.constexpr,
     N_SUMS: tl.constexpr,
     PROJECTS: tl.constexpr,
+    SPREAD: tl.constexpr,
     LANES: tl.constexpr,
 ):
-    """Turn the sums of one tensor into its scalars and what its update is projected in.
-
-    A single channel is not tested on its own, because its sums are those of the layer.
-    """
-    lanes = tl.arange(0, LANES)
-    h = load_struct(step.hypers, row.group, "Hyper")
-    channels = row.numel // row.channel_size
-    # channels longer than a chunk, which no program of stage1 has whole
-    is_cut = (channels > 1) & (row.n_chunks > channels)
-    each = tl.where(is_cut, row.n_chunks // channels, 1)
-    # the last one counts the channels that are not scale-invariant
-    found = zero_sums(LANES, N_SUMS + 1)
-    failed = tl.zeros((LANES,), tl.float64)
-    for start in range(0, row.n_chunks // each, LANES):
-        part = start + lanes
-        known = part < row.n_chunks // each
-        sums = combine_sums(step.chunk_sums, row.first_chunk + part * each, each, known, LANES, N_SUMS + 1)
-        found = add_sums(found, sums)
-        if PROJECTS:
-            if is_cut:
-                failed += judge_channels(step, h, row, part, known, sums, SCALE_INVARIANT, PROJECTION_COEF)
+    """Turn the sums of one tensor into its scalars and what its update is projected in."""
+    if SPREAD:
+        found = read_layer(step, i, row, SCALE_INVARIANT, PROJECTION_COEF, N_SUMS, PROJECTS, LANES)
+    else:
+        found = sum_layer(step, i, row, SCALE_INVARIANT, PROJECTION_COEF, N_SUMS, PROJECTS, SPREAD, LANES)
     layer = ()
     for k in tl.static_range(N_SUMS):
-        layer = layer + (tl.sum(found[k]),)
+        layer = layer + (found[k],)
+    numel, channels, _ = layer_of(step, i, row, SPREAD)
+    h = load_struct(step.hypers, row.group, "Hyper")
     view = projection_view(
         PROJECTS & (row.projects != 0),
-        (channels > 1) & (tl.sum(found[N_SUMS] + failed) == 0.0),
-        SCALE_INVARIANT(h, layer, row.numel),
+        (channels > 1) & (found[N_SUMS] == 0.0),
+        SCALE_INVARIANT(h, layer, numel),
     )
     s = load_struct(step.scalars, i, "Scalars")
     # wait until all threads have read the scalars that one of them overwrites
@@ -261,6 +344,49 @@ def reduce_layer(
 
 
 @triton.jit
+def fold_layers_kernel(
+    step,
+    SCALE_INVARIANT: tl.constexpr,
+    PROJECTION_COEF: tl.constexpr,
+    N_SUMS: tl.constexpr,
+    PROJECTS: tl.constexpr,
+    ACCUMULATE: tl.constexpr,
+    LANES: tl.constexpr,
+):
+    """Write the sums of every row of this process, which the processes add up."""
+    step = load_struct(step.to(tl.int64), 0, "Step")
+    if tl.load(field(step.decision, 0, "StepDecision", "skipped")) == 0:
+        for i in range(tl.program_id(0), step.n_rows, tl.num_programs(0)):
+            row = load_struct(step.rows, i, "Row")
+            spread = load_struct(step.spreads, i, "Spread")
+            at = sums_of_layer(step, spread)
+            is_here = (tl.load(grad_of(step, i)) != 0) & (row.numel > 0)
+            channels = tl.where(is_here, row.numel // tl.maximum(row.channel_size, 1), 0)
+            each = tl.cdiv(row.channel_size, PIECE)
+            for start in range(0, tl.where(spread.is_cut != 0, spread.channels, 0), LANES):
+                channel = start + tl.arange(0, LANES)
+                here = channel - spread.first_channel
+                own = (here >= 0) & (here < channels)
+                sums = combine_sums(step.sums, row.first_piece + here * each, each, own, LANES, N_SUMS)
+                for k in tl.static_range(N_SUMS):
+                    tl.store(number_at(at) + channel * N_SUMS + k, sums[k], channel < spread.channels)
+            if spread.is_cut == 0:
+                for k in tl.static_range(N_SUMS + 1):
+                    tl.store(number_at(at) + k, 0.0)
+                if is_here:
+                    # wait until the zeros of other threads are written
+                    tl.debug_barrier()
+                    found = sum_layer(
+                        step, i, row, SCALE_INVARIANT, PROJECTION_COEF, N_SUMS, PROJECTS, True, LANES
+                    )
+                    for k in tl.static_range(N_SUMS + 1):
+                        tl.store(number_at(at) + k, found[k])
+        if ACCUMULATE:
+            if tl.program_id(0) == 0:
+                fold_norms(step, step.n_chunks, LANES)
+
+
+@triton.jit
 def reduce_layers_kernel(
     step,
     SCALE_INVARIANT: tl.constexpr,
@@ -269,6 +395,7 @@ def reduce_layers_kernel(
     N_SUMS: tl.constexpr,
     PROJECTS: tl.constexpr,
     ACCUMULATE: tl.constexpr,
+    SPREAD: tl.constexpr,
     LANES: tl.constexpr,
 ):
     """Turn the sums of every row into its scalars and what its update is projected in."""
@@ -279,11 +406,15 @@ def reduce_layers_kernel(
             row = load_struct(step.rows, i, "Row")
             if (tl.load(grad_of(step, i)) != 0) & (row.numel > 0):
                 reduce_layer(
-                    step, i, row, SCALE_INVARIANT, PROJECTION_COEF, LAYER_SCALARS, N_SUMS, PROJECTS, LANES
-                )
+                    step, i, row, SCALE_INVARIANT, PROJECTION_COEF, LAYER_SCALARS, N_SUMS, PROJECTS, SPREAD,
+                    LANES,
+                )  # fmt: skip
         if ACCUMULATE:
             if tl.program_id(0) == 0:
-                record_norms(step, decision, combine_all(step.partials, step.n_chunks, LANES))
+                if SPREAD:
+                    record_norms(step, decision, combine_slots(step))
+                else:
+                    record_norms(step, decision, combine_all(step.partials, step.n_chunks, LANES))
 
 
 @triton.jit
@@ -417,4 +548,4 @@ def stage2_kernel(
                     store_sum_sq(step, step.n_chunks - 1 - n, sum_sq)
         if SPHERES:
             if arrives_last(field(step.decision, 0, "StepDecision", "finished")):
-                finish_spheres(step, LANES)
+                finish_spheres(step, False, LANES)

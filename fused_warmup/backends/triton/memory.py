@@ -52,6 +52,7 @@ def _struct(name: str) -> Any:
 
 
 Row = _struct("Row")
+Spread = _struct("Spread")
 Chunk = _struct("Chunk")
 Hyper = _struct("Hyper")
 Segment = _struct("Segment")
@@ -75,8 +76,8 @@ PreconditionerOp = _struct("PreconditionerOp")
 _CLASSES = {
     struct.__name__: struct
     for struct in (
-        Row, Chunk, Hyper, Segment, Rates, Scalars, LayerProjection, Sphere, Partial, Counters, RowCounters,
-        PendingScalars, Telemetry, StepDecision, Step, TensorSlice, VectorOp, PreconditionerOp,
+        Row, Spread, Chunk, Hyper, Segment, Rates, Scalars, LayerProjection, Sphere, Partial, Counters,
+        RowCounters, PendingScalars, Telemetry, StepDecision, Step, TensorSlice, VectorOp, PreconditionerOp,
     )
 }  # fmt: skip
 

@@ -22,6 +22,7 @@ from .memory import (
     widen,
 )
 from .rules import average_update, rescale, sphere_factor
+from .totals import combine_squares
 
 
 @triton.jit
@@ -37,7 +38,7 @@ def store_sum_sq(step, i, sum_sq):
 
 
 @triton.jit
-def finish_spheres(step, LANES: tl.constexpr):
+def finish_spheres(step, SPREAD: tl.constexpr, LANES: tl.constexpr):
     """Set the rescale factor of every group on a sphere, and its stored norm."""
     for group in range(0, step.n_groups):
         sphere = load_struct(step.spheres, group, "Sphere")
@@ -52,7 +53,11 @@ def finish_spheres(step, LANES: tl.constexpr):
             # wait until all threads have read the values that one of them overwrites
             tl.debug_barrier()
             radius = tl.where(sphere.radius > 0.0, sphere.radius, norm)
-            factor = sphere_factor(radius, tl.sum(sum_sq))
+            if SPREAD:
+                whole = combine_squares(step, group)
+            else:
+                whole = tl.sum(sum_sq)
+            factor = sphere_factor(radius, whole)
             tl.store(field(step.spheres, group, "Sphere", "factor"), factor)
             tl.store(held, radius)
 

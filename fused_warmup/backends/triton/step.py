@@ -35,6 +35,7 @@ from .memory import (
 from .reduce import accumulate, combine, combine_all, sum_fours, total, zero_norms, zero_part
 from .rules import average_update
 from .sphere import finish_spheres, is_on_sphere, store_sum_sq
+from .totals import combine_slots
 
 TILE_BYTES = tl.constexpr(_TILE_BYTES)
 FLOAT32, FLOAT64 = tl.constexpr(DTYPES[torch.float32]), tl.constexpr(DTYPES[torch.float64])
@@ -186,12 +187,16 @@ def update_kernel(
                     store_sum_sq(step, i, sum_sq)
         if SPHERES:
             if arrives_last(field(step.decision, 0, "StepDecision", "finished")):
-                finish_spheres(step, LANES)
+                finish_spheres(step, False, LANES)
 
 
 @triton.jit
-def finish_kernel(step, LANES: tl.constexpr):
+def finish_kernel(
+    step, ACCUMULATE: tl.constexpr, SPHERES: tl.constexpr, SPREAD: tl.constexpr, LANES: tl.constexpr
+):
     """Record the norms that an update has summed, in one program.
+
+    Where rows are spread over processes it also sets the factors of groups on a sphere once more.
 
     A launch of its own, because a program of the update that waited for its writes to be seen by others would
     keep its place from the next one.
@@ -199,4 +204,10 @@ def finish_kernel(step, LANES: tl.constexpr):
     step = load_struct(step.to(tl.int64), 0, "Step")
     decision = load_struct(step.decision, 0, "StepDecision")
     if decision.skipped == 0:
-        record_norms(step, decision, combine_all(step.partials, step.n_chunks, LANES))
+        if ACCUMULATE:
+            if SPREAD:
+                record_norms(step, decision, combine_slots(step))
+            else:
+                record_norms(step, decision, combine_all(step.partials, step.n_chunks, LANES))
+        if SPHERES:
+            finish_spheres(step, SPREAD, LANES)
