@@ -22,7 +22,8 @@ struct Compiled {
   const fw::StreamFunction* stream;
 };
 
-#define FW_COMPILED(isa) {&fw::kernels_##isa, &fw::vectors_##isa, &fw::preconditioners_##isa, &fw::stream_##isa},
+#define FW_COMPILED(isa) \
+  {&fw::kernels_##isa, &fw::vectors_##isa, &fw::preconditioners_##isa, &fw::stream_##isa},
 const Compiled kAll[] = {FW_COMPILED(baseline)
 #if defined(FW_X86_64)
                              FW_COMPILED(avx2) FW_COMPILED(avx512)
