@@ -109,7 +109,7 @@ def cpu_lines(target: Path) -> list[str]:
     ]
     objects = ["bindings.o"]
     for isa, flags in ISA_FLAGS.items():
-        for name in ("step", "vectors", "preconditioner"):
+        for name in ("step", "vectors", "preconditioner", "stream"):
             objects.append(f"{name}_{isa}.o")
             lines.append(f"build {objects[-1]}: cxx {escaped(ROOT / f'csrc/cpu/{name}.cpp')}")
             lines.append(f"  options = -DFW_ISA={isa} {flags}")

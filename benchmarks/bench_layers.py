@@ -9,6 +9,7 @@ from torch import nn
 import fused_warmup as fw
 from fused_warmup.cli.bench.cases import (
     SHAPES,
+    Columns,
     Steps,
     StepSpec,
     ThroughputCase,
@@ -16,7 +17,6 @@ from fused_warmup.cli.bench.cases import (
     ours,
     torch_step,
 )
-from fused_warmup.cli.bench.timing import nothing
 
 from .common import run_interleaved
 
@@ -24,13 +24,13 @@ from .common import run_interleaved
 ROWS = {"10x2M": 2000, "300x6667": 59}
 DECAY = {"weight_decay": 0.01}
 MOMENTUM = {"lr": 0.1, "momentum": 0.9, **DECAY}
-# 40 and 28 bytes: both passes of the update read the parameter and the states
+MOMENTS, BUFFER = Columns(2, layered=True), Columns(1, layered=True)
 STEP_SPECS = (
     StepSpec(
         "LAMB",
         ours(fw.LAMB, **DECAY),
         {"pytorch_optimizer.Lamb": torch_step(pytorch_optimizer.Lamb, **DECAY)},
-        40,
+        MOMENTS,
         {"10x2M": 4.0, "300x6667": 10.0},
     ),
     StepSpec(
@@ -40,14 +40,14 @@ STEP_SPECS = (
             "adamp.AdamP": torch_step(adamp.AdamP, **DECAY),
             "pytorch_optimizer.AdamP": torch_step(pytorch_optimizer.AdamP, **DECAY),
         },
-        40,
+        MOMENTS,
         {"10x2M": 4.0, "300x6667": 10.0},
     ),
     StepSpec(
         "SGDP",
         ours(fw.SGDP, **MOMENTUM),
         {"adamp.SGDP": torch_step(adamp.SGDP, **MOMENTUM)},
-        28,
+        BUFFER,
         {"10x2M": None, "300x6667": None},
     ),
 )
@@ -57,13 +57,12 @@ class MatrixCase(ThroughputCase):
     """A throughput case whose tensors are matrices with the same number of elements."""
 
     def steps(self) -> Steps:
-        """Allocate matrices and optimizers; return our step and the peers."""
+        """Allocate matrices and optimizers; return our step, the peers, the setup and the ceiling."""
         params = make_params(*SHAPES[self.shape], self.spec.dtype)
         matrices = [nn.Parameter(p.detach().view(ROWS[self.shape], -1)) for p in params]
         for matrix, param in zip(matrices, params, strict=True):
             matrix.grad = param.grad.view_as(matrix)
-        peers = {name: make(matrices) for name, make in self.spec.peers.items()}
-        return self.spec.ours(matrices), peers, nothing
+        return self.steps_on(matrices)
 
 
 CASES = [MatrixCase(spec, shape) for spec in STEP_SPECS for shape in spec.goals]

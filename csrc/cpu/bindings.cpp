@@ -2,6 +2,7 @@
 // the checks that the addresses in the table are still those of the tensors. SPDX-License-Identifier:
 // Apache-2.0
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
 
 #include "../check.h"
 #include "../dlpack.h"
@@ -18,9 +19,11 @@ struct Compiled {
   const fw::Kernels* kernels;
   const fw::VectorFunction* vectors;
   const fw::PreconditionerFunction* const* preconditioners;
+  const fw::StreamFunction* stream;
 };
 
-#define FW_COMPILED(isa) {&fw::kernels_##isa, &fw::vectors_##isa, &fw::preconditioners_##isa},
+#define FW_COMPILED(isa) \
+  {&fw::kernels_##isa, &fw::vectors_##isa, &fw::preconditioners_##isa, &fw::stream_##isa},
 const Compiled kAll[] = {FW_COMPILED(baseline)
 #if defined(FW_X86_64)
                              FW_COMPILED(avx2) FW_COMPILED(avx512)
@@ -88,6 +91,24 @@ void preconditioner(int isa, int rule, std::uintptr_t step, std::uintptr_t addre
   py::gil_scoped_release release;
   (*kAll[isa].preconditioners)[rule](*fw::at<const fw::Step>(step),
                                      *fw::at<const fw::PreconditionerOp>(address), threads);
+}
+
+// goes through columns as a step does, without computing anything
+int64_t stream(int isa, std::uintptr_t columns, std::uintptr_t chunks, int64_t n_chunks,
+               const std::vector<int32_t>& item_sizes, int rewritten, bool backwards, int threads) {
+  check_isa(isa);
+  FW_CHECK(columns != 0 && chunks != 0, "addresses must be those of columns and chunks");
+  FW_CHECK(rewritten >= 0 && size_t(rewritten) <= item_sizes.size(), "rewritten must be a number of columns");
+  FW_CHECK(threads > 0, "threads must be at least 1");
+  py::gil_scoped_release release;
+  const fw::Stream call = {fw::at<const uint64_t>(columns),
+                           fw::at<const fw::Chunk>(chunks),
+                           item_sizes.data(),
+                           n_chunks,
+                           static_cast<int32_t>(item_sizes.size()),
+                           rewritten,
+                           backwards};
+  return (*kAll[isa].stream)(call, threads);
 }
 
 // offset and size of every field of every shared struct, and the size of the struct under the empty name
@@ -285,6 +306,8 @@ PYBIND11_MODULE(_cpu, m) {
   m.def("preconditioned", &preconditioned);
   m.def("preconditioner", &preconditioner, py::arg("isa"), py::arg("rule"), py::arg("step"),
         py::arg("address"), py::arg("threads"));
+  m.def("stream", &stream, py::arg("isa"), py::arg("columns"), py::arg("chunks"), py::arg("n_chunks"),
+        py::arg("item_sizes"), py::arg("rewritten"), py::arg("backwards"), py::arg("threads"));
   m.def("groups_unchanged", &groups_unchanged, py::arg("groups"), py::arg("members"));
   m.def("states_unchanged", &states_unchanged, py::arg("dicts"), py::arg("keys"), py::arg("objects"));
   m.def("referenced_beyond", &referenced_beyond, py::arg("objects"), py::arg("references"));

@@ -162,7 +162,7 @@ Partial stage1_chunk(const Step& step, const Chunk& chunk) {
     const int count = block_size(chunk, done);
     const C* param = load<C>(row.param, row.dtype, offset, count, param_scratch);
     const C* grad = load<C>(grad_address, row.grad_dtype, offset, count, grad_scratch);
-    if (accumulate) lanes.add(grad, count, prefetch_of<kStates>(row, param, offset));
+    if (accumulate) lanes.add(grad, count);
     C* update = kept ? kept + done : update_scratch;
     stage1_block<Rule, kStates, C>(param, grad, at<C>(row.state0) + offset, at<C>(row.state1) + offset,
                                    update, count, scalars);
@@ -334,16 +334,15 @@ bool all_one_chunk(const Step& step) {
 
 template <class Rule>
 void stage1(const Step& step) {
-#pragma omp for schedule(dynamic, 1)
-  for (int64_t i = 0; i < step.n_chunks; ++i) {
+  visit_chunks<Runs::kForwards>(step.n_chunks, [&](int64_t i) {
     const Chunk& chunk = at<Chunk>(step.chunks)[i];
     const Row& row = at<Row>(step.rows)[chunk.row];
     const Partial part = with_states<Rule, Rule::kMinStates>(row, Stage1<Rule>{step, chunk});
     if (!step.measure) at<Partial>(step.partials)[i] = part;
-    if (!is_one_chunk(step, chunk)) continue;
+    if (!is_one_chunk(step, chunk)) return;
     if (at<uint64_t>(step.grads)[chunk.row]) reduce_layer<Rule>(step, chunk.row);
     with_states<Rule, Rule::kMinStates>(row, Stage2<Rule>{step, chunk});
-  }
+  });
 }
 
 // for tensors of more than one chunk, once each
@@ -359,22 +358,24 @@ void reduce_layers(const Step& step) {
 
 template <class Rule>
 void stage2(const Step& step) {
-#pragma omp for schedule(dynamic, 1)
-  for (int64_t i = step.n_chunks - 1; i >= 0; --i) {
+  // last run first: what the first stage took last is still in the cache
+  visit_chunks<Runs::kBackwards>(step.n_chunks, [&](int64_t i) {
     const Chunk& chunk = at<Chunk>(step.chunks)[i];
-    if (is_one_chunk(step, chunk)) continue;
+    if (is_one_chunk(step, chunk)) return;
     with_states<Rule, Rule::kMinStates>(at<Row>(step.rows)[chunk.row], Stage2<Rule>{step, chunk});
-  }
+  });
 }
 
-// all stages; the loops over longer tensors are left out where there are none, because each ends in a barrier
+// all stages; the loops over longer tensors are left out where there are none, because each needs a barrier
 template <class Rule>
 void update_layers(const Step& step, int stages, bool one_chunk_each) {
   if (stages & kUpdateStage) {
     stage1<Rule>(step);
+    if (one_chunk_each) return;
+#pragma omp barrier
     if (step.totals) fold_layers<Rule>(step);
   }
-  if (one_chunk_each || !(stages & kLayerStage)) return;
+  if (!(stages & kLayerStage)) return;
   reduce_layers<Rule>(step);
   stage2<Rule>(step);
 }

@@ -3,23 +3,11 @@
 #pragma once
 #include "../reduce.h"
 #include "blocks.h"
+#include "runs.h"
 #include "wide.h"
 
 namespace fw {
 namespace {
-
-// addresses that the update reads next, besides the gradient; they are prefetched while the norms are summed
-struct Prefetch {
-  uint64_t param, state0, state1;
-};
-
-// Addresses of a block of the parameter and of its states. A state that the rule does not have must not be
-// prefetched, because its address is null.
-template <int kStates, class C>
-Prefetch prefetch_of(const Row& row, const C* param, int64_t offset) {
-  const uint64_t block = reinterpret_cast<uint64_t>(param), skip = offset * sizeof(C);
-  return {block, kStates > 0 ? row.state0 + skip : block, kStates > 1 ? row.state1 + skip : block};
-}
 
 // the sums over one chunk, block by block; the lanes fix the order of the sums
 struct NormLanes {
@@ -27,15 +15,12 @@ struct NormLanes {
   int64_t nonfinite = 0;
 
   template <class C>
-  FW_LEAF void add(const C* __restrict grad, int count, const Prefetch& next) {
+  FW_LEAF void add(const C* __restrict grad, int count) {
     C a[kLanes] = {};
     Wide<double> b[kLanes / kWide];
     for (int k = 0; k < kLanes / kWide; ++k) b[k] = load_wide(l2_sq + k * kWide);
     const int whole = count - count % kLanes;
     for (int i = 0; i < whole; i += kLanes) {
-      __builtin_prefetch(at<const void>(next.param + i * sizeof(C)), 1);
-      __builtin_prefetch(at<const void>(next.state0 + i * sizeof(C)), 1);
-      __builtin_prefetch(at<const void>(next.state1 + i * sizeof(C)), 1);
       for (int lane = 0; lane < kLanes; ++lane) accumulate_l1(a[lane], grad[i + lane]);
       for (int k = 0; k < kLanes / kWide; ++k) accumulate_l2(b[k], load_wide(grad + i + k * kWide));
     }
@@ -76,9 +61,7 @@ Partial measure_chunk(const Row& row, uint64_t grad, const Chunk& chunk) {
   alignas(64) C scratch[kBlock];
   for (int32_t done = 0; done < chunk.count; done += kBlock) {
     const int count = block_size(chunk, done);
-    const C* block = load<C>(grad, row.grad_dtype, chunk.offset + done, count, scratch);
-    const uint64_t address = reinterpret_cast<uint64_t>(block);
-    lanes.add(block, count, Prefetch{address, address, address});
+    lanes.add(load<C>(grad, row.grad_dtype, chunk.offset + done, count, scratch), count);
   }
   return lanes.sum();
 }
@@ -86,8 +69,7 @@ Partial measure_chunk(const Row& row, uint64_t grad, const Chunk& chunk) {
 // the sums of every chunk; a chunk without a gradient has zeros
 void measure_chunks(const Step& step) {
   Partial* partials = at<Partial>(step.partials);
-#pragma omp for schedule(dynamic, 1) nowait
-  for (int64_t i = 0; i < step.n_chunks; ++i) {
+  visit_chunks<Runs::kForwards>(step.n_chunks, [&](int64_t i) {
     const Chunk& chunk = at<Chunk>(step.chunks)[i];
     const Row& row = at<Row>(step.rows)[chunk.row];
     const uint64_t grad = at<uint64_t>(step.grads)[chunk.row];
@@ -97,7 +79,7 @@ void measure_chunks(const Step& step) {
       partials[i] = measure_chunk<double>(row, grad, chunk);
     else
       partials[i] = measure_chunk<float>(row, grad, chunk);
-  }
+  });
 }
 
 }  // namespace

@@ -4,6 +4,7 @@
 #pragma once
 #include "../decide.h"
 #include "blocks.h"
+#include "runs.h"
 
 namespace fw {
 namespace {
@@ -84,18 +85,17 @@ void rescale_chunks(const Step& step) {
 #pragma omp single
   for (int64_t group = 0; group < step.n_groups; ++group)
     if (Sphere* sphere = sphere_of(step, group)) set_factor(*sphere, sum_sq_of(step, group, *sphere));
-#pragma omp for schedule(dynamic, 1)
-  for (int64_t i = 0; i < step.n_chunks; ++i) {
+  visit_chunks<Runs::kForwards>(step.n_chunks, [&](int64_t i) {
     const Chunk& chunk = at<Chunk>(step.chunks)[i];
     const Row& row = at<Row>(step.rows)[chunk.row];
     const Sphere* sphere = sphere_of(step, row.group);
-    if (!sphere) continue;
+    if (!sphere) return;
     const double factor = sphere->factor, weight = average_weight_of(row);
     if (row.dtype == kFloat64)
       rescale_chunk<double>(row, chunk, factor, weight);
     else
       rescale_chunk<float>(row, chunk, static_cast<float>(factor), static_cast<float>(weight));
-  }
+  });
 }
 
 }  // namespace

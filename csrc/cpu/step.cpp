@@ -56,7 +56,7 @@ Partial update_chunk(const Step& step, const Chunk& chunk) {
     C* param = load<C>(row.param, row.dtype, offset, count, param_scratch);
     if (grad_address) {
       const C* grad = load<C>(grad_address, row.grad_dtype, offset, count, grad_scratch);
-      if (accumulate) lanes.add(grad, count, prefetch_of<kStates>(row, param, offset));
+      if (accumulate) lanes.add(grad, count);
       update_block<Rule, kStates, C>(param, grad, at<C>(row.state0) + offset, at<C>(row.state1) + offset,
                                      at<C>(row.state2) + offset, count, scalars);
       store(param, row.param, row.dtype, offset, count);
@@ -80,14 +80,13 @@ struct Update {
 
 template <class Rule>
 void update(const Step& step) {
-  // last chunk first: the gradients measured last are still in the cache
-#pragma omp for schedule(dynamic, 1) nowait
-  for (int64_t i = step.n_chunks - 1; i >= 0; --i) {
+  // last run first: the gradients measured last are still in the cache
+  visit_chunks<Runs::kBackwards>(step.n_chunks, [&](int64_t i) {
     const Chunk& chunk = at<Chunk>(step.chunks)[i];
     const Row& row = at<Row>(step.rows)[chunk.row];
     const Partial part = with_states<Rule, Rule::kMinStates>(row, Update<Rule>{step, chunk});
     if (!step.measure) at<Partial>(step.partials)[i] = part;
-  }
+  });
 }
 
 template <class Rule>

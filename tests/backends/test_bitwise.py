@@ -11,6 +11,7 @@ import pytest
 import torch
 
 import fused_warmup as fw
+from fused_warmup.plan.chunks import CHUNK
 
 pytestmark = pytest.mark.skipif(
     "cpu" not in fw.available_backends(), reason="the extension fused_warmup._cpu is not built"
@@ -135,6 +136,28 @@ def test_threads_do_not_change_a_bit(case: str, option: str) -> None:
     for n in (1, 2, 5):
         with thread_count(n):
             results.append(bits(train(make_optimizer(case, **OPTIONS[option]))))
+    assert_same_bits(results[1], results[0])
+    assert_same_bits(results[2], results[0])
+
+
+@each_case
+def test_runs_of_chunks_do_not_change_a_bit(case: str) -> None:
+    """A thread takes runs of 10, 5 and 2 chunks here, and the last run is shorter."""
+    name, options = OPTIMIZERS[case]
+    results = []
+    for n in (1, 2, 5):
+        generator = torch.Generator().manual_seed(0)
+        torch.manual_seed(0)
+        params = [torch.randn(300, generator=generator) for _ in range(329)]
+        params.append(torch.randn(3 * CHUNK + 5, generator=generator))
+        for p in params:
+            p.grad = torch.randn(p.shape, generator=generator)
+        opt = getattr(fw, name)(params, lr=0.01, **options, **OPTIONS["all"])
+        with thread_count(n):
+            opt.step()
+            opt.step()
+            assert len(opt.session.plan._chunks) == 333
+            results.append(bits(opt))
     assert_same_bits(results[1], results[0])
     assert_same_bits(results[2], results[0])
 

@@ -13,7 +13,8 @@ from benchmarks import gpu, growth
 from fused_warmup import _cpu
 from fused_warmup.cli import machine
 from fused_warmup.cli.bench import cases as bench_cases
-from fused_warmup.cli.bench import command, timing
+from fused_warmup.cli.bench import ceiling, command, timing
+from fused_warmup.plan.chunks import CHUNK
 
 
 class Clock:
@@ -98,31 +99,88 @@ def test_bytes_moved(expected, states, options):
     assert bench_cases.bytes_moved(states, **options) == expected
 
 
-def test_the_ceiling_moves_the_bytes_asked_for():
-    assert timing.stream(800)().numel() * 8 == 800
-    assert min(timing.stream_seconds(800)) > 0
+COLUMNS = [
+    {"states": 0},
+    {"states": 2, "clip": True},
+    {"states": 1, "average": True},
+    {"states": 2, "clip": True, "average": True, "layered": True},
+]
 
 
-def finished(peer):
-    return timing.Comparison(
-        ours=2.0, peer=peer, theirs=3.0, spread=(1.4, 1.6), rounds=(2.0, 2.0), others=None
+@pytest.mark.parametrize("numel", [7, CHUNK + 1])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("columns", COLUMNS)
+def test_the_ceiling_moves_the_bytes_of_a_step(columns, dtype, numel):
+    params = bench_cases.make_params(2, numel, dtype)
+    moved = bench_cases.Columns(**columns)
+    passes = moved.passes(params)
+    assert sum(part.bytes_moved for part in passes) == moved.bytes_moved(numel, dtype.itemsize) * 2 * numel
+    # a layer of one chunk stays in the cache between the sums and the update
+    once = {**columns, "layered": columns.get("layered", False) and numel > CHUNK}
+    assert moved.bytes_moved(numel, dtype.itemsize) == bench_cases.bytes_moved(
+        **once, itemsize=dtype.itemsize
     )
+    tensors = {id(t): t for part in passes for column in part.columns for t in column}.values()
+    # distinct memory: parameter, gradient, states and average
+    assert len(tensors) == 2 * (2 + columns["states"] + columns.get("average", False))
 
 
-@pytest.mark.parametrize(("name", "of_ceiling"), [("Adam", 4.5), ("Adam bytes/s", 1.5)])
-def test_the_ceiling_is_timed_around_the_comparison_or_is_the_peer(name, of_ceiling, monkeypatch):
+def words(tensor):
+    return tensor.detach().view(torch.int16).view(-1)
+
+
+@pytest.mark.parametrize("numel", [7, 300, 3 * CHUNK + 5])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_the_ceiling_reads_every_byte_and_keeps_it(dtype, numel, monkeypatch):
+    """Also those of NaN and of numbers that are not normal."""
+    params = bench_cases.make_params(3, numel, dtype)
+    before = torch.arange(numel * dtype.itemsize // 2, dtype=torch.int16)
+    for param in params:
+        words(param).copy_(before)
+        words(param.grad).copy_(before)
+    sums, inner = [], _cpu.stream
+    monkeypatch.setattr(_cpu, "stream", lambda *args: sums.append(inner(*args)))
+    grads = [param.grad for param in params]
+    ceiling.stream([ceiling.Pass([], [grads]), ceiling.Pass([params], [grads])])()
+    assert all(words(param).equal(before) and words(param.grad).equal(before) for param in params)
+    # sums over a chunk are of 16 bits
+    assert [total % 2**16 for total in sums] == [int(before.long().sum()) * 3 % 2**16] * 2
+
+
+def test_the_ceiling_goes_through_what_it_is_given(monkeypatch):
+    """Column by column and pass by pass; the last pass begins at the end, as a step does."""
+    called = []
+    monkeypatch.setattr(_cpu, "stream", lambda *args: called.append(args[3:7]))
+    params = bench_cases.make_params(2, CHUNK + 1, torch.bfloat16)
+    ceiling.stream(bench_cases.Columns(2, clip=True, layered=True).passes(params))()
+    assert called == [(4, [2], 0, False), (4, [4, 4, 2, 2], 2, False), (4, [2, 4, 4], 1, True)]
+
+
+def test_the_ceiling_runs_in_the_same_rounds_and_is_no_peer():
+    clock = Clock()
+    steps = {name: clock.step(name, seconds) for name, seconds in (("ceiling", 1.0), ("torch", 4.0))}
+    result = timing.interleaved(
+        clock.step("ours", 2.0),
+        {"torch": steps["torch"]},
+        clock.step("before", 0.5),
+        steps["ceiling"],
+        seconds=0.0,
+        clock=clock,
+    )
+    cycle = ["before", "ceiling", "before", "torch", "before", "ours"]
+    assert clock.calls == cycle * (len(clock.calls) // len(cycle))
+    assert result.peer == "torch"
+    assert (result.theirs, result.ceiling) == pytest.approx((4.0, 1.0))
+
+
+def test_share_of_the_ceiling(monkeypatch):
     monkeypatch.setattr(bench_cases, "SHAPES", {"10x2M": (2, 40)})
-    asked = []
-    monkeypatch.setattr(bench_cases, "stream_seconds", lambda n: asked.append(n) or [6.0 * len(asked)] * 2)
-    case = next(case for case in bench_cases.cases() if case.name == f"{name} 10x2M")
-    with case.monitored():
-        assert asked == [28 * 80]
-    assert asked == [28 * 80] * 2
-    line = case.row(finished(*case.spec.peers))
+    case = next(case for case in bench_cases.cases() if case.name == "Adam 10x2M")
+    times = {"ours": 2.0, "peer": "torch", "theirs": 3.0, "spread": (1.4, 1.6), "rounds": (2.0, 2.0)}
+    line = case.row(timing.Comparison(**times, others=None, ceiling=1.5))
     assert line.ratio == pytest.approx(1.5)
     assert line.gb_per_s == pytest.approx(28 * 80 / 2e9)
-    # the median of two passes of 6 seconds before the comparison and two of 12 after it
-    assert line.of_ceiling == pytest.approx(of_ceiling)
+    assert line.of_ceiling == pytest.approx(0.75)
 
 
 @pytest.mark.parametrize(

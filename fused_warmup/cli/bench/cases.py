@@ -7,7 +7,7 @@ import statistics
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -17,34 +17,84 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 import fused_warmup as fw
 
-from .timing import Comparison, Step, in_order, interleaved, nothing, stream, stream_seconds
+from ...plan.chunks import CHUNK
+from .ceiling import Pass, stream
+from .timing import Comparison, Step, in_order, interleaved, nothing
 
 # allocates the optimizer for some parameters and returns its step
 StepFactory = Callable[[Sequence[nn.Parameter]], Step]
-# our step, the peers by name, and the untimed setup of every step
-Steps = tuple[Step, Mapping[str, Step], Step]
+# our step, the peers by name, the untimed setup of every step, and the ceiling
+Steps = tuple[Step, Mapping[str, Step], Step, Step | None]
 
 # above this share of the machine used by other processes a ratio proves nothing
 MAX_SHARE_OF_OTHERS = 0.1
-STREAM = "a.mul_(c) on as many bytes"
 
 _MAX_NORM = 1.0
 _DECAY = 0.999
 
 
-def bytes_moved(states: int, *, clip: bool = False, average: bool = False, itemsize: int = 4) -> int:
+def bytes_moved(
+    states: int, *, clip: bool = False, average: bool = False, layered: bool = False, itemsize: int = 4
+) -> int:
     """Return the bytes per parameter that a step must move.
 
     Args:
         states: Number of float32 states of the rule.
         clip: The norm reads the gradients once more.
         average: A float32 average is read and written.
+        layered: The sums over a layer must be known before the parameter is written, so that a second pass
+            reads the parameter and the states once more.
         itemsize: Bytes of a parameter and of its gradient.
 
     Returns:
         Parameter and states read and written, gradient read.
     """
-    return 3 * itemsize + 8 * states + itemsize * clip + 8 * average
+    return 3 * itemsize + 8 * states + itemsize * clip + 8 * average + (itemsize + 4 * states) * layered
+
+
+@dataclass(frozen=True)
+class Columns:
+    """What a step reads and writes besides parameters and gradients.
+
+    Attributes:
+        states: Number of float32 states of the rule.
+        clip: Whether the norm reads the gradients once more.
+        average: Whether there is a float32 average.
+        layered: Whether the rule needs sums over layers.
+    """
+
+    states: int
+    clip: bool = False
+    average: bool = False
+    layered: bool = False
+
+    def bytes_moved(self, numel: int, itemsize: int) -> int:
+        """Return the bytes per parameter that the step must move in tensors of ``numel`` elements."""
+        return bytes_moved(
+            self.states,
+            clip=self.clip,
+            average=self.average,
+            layered=self.layered and numel > CHUNK,
+            itemsize=itemsize,
+        )
+
+    def passes(self, params: Sequence[Tensor]) -> list[Pass]:
+        """Return the passes over the parameters, their gradients and new states, in the order of the step.
+
+        A layer of one chunk is in the cache when its sums are known, so it is passed over once.
+        """
+        grads = [param.grad for param in params if param.grad is not None]
+        states = [_like(params) for _ in range(self.states)]
+        averages = [_like(params)] * self.average
+        passes = [Pass([], [grads])] if self.clip else []
+        if self.layered and any(param.numel() > CHUNK for param in params):
+            return [*passes, Pass(states, [params, grads]), Pass([params, *averages], states)]
+        return [*passes, Pass([params, *states, *averages], [grads])]
+
+
+def _like(params: Sequence[Tensor]) -> list[Tensor]:
+    """Return a float32 tensor for each parameter."""
+    return [torch.zeros(param.shape) for param in params]
 
 
 def ours(optimizer: type[fw.FusedOptimizer], **options: Any) -> StepFactory:
@@ -87,7 +137,7 @@ class StepSpec:
         name: Name in the tables.
         ours: Factory of our step.
         peers: Factories of the steps that a user would write today, by name.
-        bytes_moved: Bytes per parameter that our step must move.
+        columns: What our step reads and writes.
         goals: Ratio to reach for each shape, or None without a goal.
         dtype: Type of parameters and gradients.
     """
@@ -95,7 +145,7 @@ class StepSpec:
     name: str
     ours: StepFactory
     peers: Mapping[str, StepFactory]
-    bytes_moved: int
+    columns: Columns
     goals: Mapping[str, float | None]
     dtype: torch.dtype = torch.float32
 
@@ -112,14 +162,14 @@ STEP_SPECS = (
         "Adam",
         ours(fw.Adam),
         {"Adam(fused=True)": _ADAM},
-        bytes_moved(2),
+        Columns(2),
         {"10x2M": 1.1, "300x6667": 6.0, "1000x20000": 2.0},
     ),
     StepSpec(
         "clip+Adam",
         ours(fw.Adam, max_grad_norm=_MAX_NORM),
         {"clip_grad_norm_, Adam(fused=True)": clipped(_ADAM)},
-        bytes_moved(2, clip=True),
+        Columns(2, clip=True),
         {"10x2M": 1.45, "300x6667": 8.0},
     ),
     StepSpec(
@@ -129,72 +179,60 @@ STEP_SPECS = (
             "RAdam(foreach=True)": torch_step(torch.optim.RAdam, foreach=True),
             "RAdam(foreach=False)": torch_step(torch.optim.RAdam, foreach=False),
         },
-        bytes_moved(2),
+        Columns(2),
         {"10x2M": 3.5, "300x6667": 16.0},
-    ),
-    StepSpec(
-        "Adam bytes/s",
-        ours(fw.Adam),
-        {STREAM: lambda params: stream(bytes_moved(2) * _numel(params))},
-        bytes_moved(2),
-        {"10x2M": 1.2},
     ),
     StepSpec(
         "Adam+EMA",
         ours(fw.Adam, average=_EMA),
         {"Adam(fused=True), AveragedModel": averaged(_ADAM)},
-        bytes_moved(2, average=True),
+        Columns(2, average=True),
         {"10x2M": 1.15, "300x6667": 7.0},
     ),
     StepSpec(
         "clip+Adam+EMA",
         ours(fw.Adam, max_grad_norm=_MAX_NORM, average=_EMA),
         {"clip_grad_norm_, Adam(fused=True), AveragedModel": averaged(clipped(_ADAM))},
-        bytes_moved(2, clip=True, average=True),
+        Columns(2, clip=True, average=True),
         {"10x2M": 1.7, "300x6667": 8.0},
     ),
     StepSpec(
         "Adam, no telemetry",
         ours(fw.Adam, telemetry=False),
         {"Adam(fused=True)": _ADAM},
-        bytes_moved(2),
+        Columns(2),
         _NO_GOAL,
     ),
     StepSpec(
         "AdamW",
         ours(fw.AdamW),
         {"AdamW(fused=True)": torch_step(torch.optim.AdamW, fused=True)},
-        bytes_moved(2),
+        Columns(2),
         _NO_GOAL,
     ),
     StepSpec(
         "SGD momentum",
         ours(fw.SGD, momentum=0.9),
         {"SGD(momentum=0.9, fused=True)": torch_step(torch.optim.SGD, momentum=0.9, fused=True)},
-        bytes_moved(1),
+        Columns(1),
         _NO_GOAL,
     ),
     StepSpec(
         "SGD",
         ours(fw.SGD),
         {"SGD(fused=True)": torch_step(torch.optim.SGD, fused=True)},
-        bytes_moved(0),
+        Columns(0),
         _NO_GOAL,
     ),
     StepSpec(
         "Adam bfloat16",
         ours(fw.Adam),
         {"Adam(fused=True), states in bfloat16 too": _ADAM},
-        bytes_moved(2, itemsize=2),
+        Columns(2),
         {"10x2M": None},
         torch.bfloat16,
     ),
 )
-
-
-def _numel(params: Sequence[Tensor]) -> int:
-    """Return the number of elements of all parameters."""
-    return sum(param.numel() for param in params)
 
 
 @dataclass(frozen=True)
@@ -210,7 +248,7 @@ class Row:
         spread: Quartiles of the ratio taken round by round.
         goal: Ratio to reach, or None.
         gb_per_s: Bytes that our step must move / its time, 10^9 per second; None for host time.
-        ceiling: Bytes per second of ``a.mul_(c)`` on as many bytes, 10^9 per second.
+        ceiling: Bytes per second of passes that only read and write as much, 10^9 per second.
         host_us: Microseconds of our step outside the compiled call, or None.
         others: Share of the machine's cores that other processes used meanwhile, or None.
     """
@@ -254,7 +292,7 @@ class BenchmarkCase(ABC):
 
     @abstractmethod
     def steps(self) -> Steps:
-        """Allocate tensors and optimizers; return our step, the peers and the untimed setup."""
+        """Allocate tensors and optimizers; return our step, the peers, the setup and the ceiling."""
 
     @abstractmethod
     def monitored(self) -> AbstractContextManager[None]:
@@ -276,36 +314,30 @@ class ThroughputCase(BenchmarkCase):
     def __init__(self, spec: StepSpec, shape: str) -> None:
         self.spec, self.shape = spec, shape
         self.name = f"{spec.name} {shape}"
-        self._stream_seconds: list[float] = []
 
     def steps(self) -> Steps:
-        """Allocate tensors and optimizers; return our step, the peers and the untimed setup."""
-        params = make_params(*SHAPES[self.shape], self.spec.dtype)
-        peers = {name: make(params) for name, make in self.spec.peers.items()}
-        return self.spec.ours(params), peers, nothing
+        """Allocate tensors and optimizers; return our step, the peers, the setup and the ceiling."""
+        return self.steps_on(make_params(*SHAPES[self.shape], self.spec.dtype))
 
-    @contextmanager
-    def monitored(self) -> Iterator[None]:
-        """Time the ceiling before and after the block."""
-        self._stream_seconds = stream_seconds(self._bytes())
-        yield
-        self._stream_seconds += stream_seconds(self._bytes())
+    def steps_on(self, params: Sequence[nn.Parameter]) -> Steps:
+        """Return our step, the peers, the setup and the ceiling on some parameters."""
+        peers = {name: make(params) for name, make in self.spec.peers.items()}
+        return self.spec.ours(params), peers, nothing, stream(self.spec.columns.passes(params))
+
+    def monitored(self) -> AbstractContextManager[None]:
+        """Take no extra measurements."""
+        return nullcontext()
 
     def row(self, result: Comparison) -> Row:
         """Return the table row of a comparison that ran inside ``monitored``."""
-        # if the ceiling is the peer, its interleaved rounds are the better measurement
-        ceiling_seconds = result.theirs if result.peer == STREAM else statistics.median(self._stream_seconds)
+        count, numel = SHAPES[self.shape]
+        n_bytes = self.spec.columns.bytes_moved(numel, self.spec.dtype.itemsize) * count * numel
         return replace(
             row_of(self.name, result),
             goal=self.spec.goals[self.shape],
-            gb_per_s=self._bytes() / result.ours / 1e9,
-            ceiling=self._bytes() / ceiling_seconds / 1e9,
+            gb_per_s=n_bytes / result.ours / 1e9,
+            ceiling=n_bytes / result.ceiling / 1e9 if result.ceiling else None,
         )
-
-    def _bytes(self) -> int:
-        """Return the bytes that our step must move."""
-        count, numel = SHAPES[self.shape]
-        return self.spec.bytes_moved * count * numel
 
 
 class HostCase(BenchmarkCase):
@@ -325,7 +357,7 @@ class HostCase(BenchmarkCase):
         self._kernel_seconds: list[float] = []
 
     def steps(self) -> Steps:
-        """Allocate tensors and optimizers; return our step, the peer and the untimed setup."""
+        """Allocate tensors and optimizers; return our step, the peer, the untimed setup and no ceiling."""
         params = make_params(self.tensors, 64, torch.float32)
         size = self.tensors // self.groups
 
@@ -334,7 +366,7 @@ class HostCase(BenchmarkCase):
 
         peer = torch.optim.Adam(grouped(), fused=True)
         setup = (lambda: renew(params)) if self.fresh else nothing
-        return fw.Adam(grouped()).step, {"Adam(fused=True)": peer.step}, setup
+        return fw.Adam(grouped()).step, {"Adam(fused=True)": peer.step}, setup, None
 
     @contextmanager
     def monitored(self) -> Iterator[None]:

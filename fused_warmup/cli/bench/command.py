@@ -82,10 +82,12 @@ EXPLANATION = (
     "step on the same tensors in one process, in interleaved rounds with nothing in between, so small",
     "tensors stay in the caches. Only rows with new gradients allocate these before each step, untimed.",
     "Quartiles: of the ratio taken round by round. GB/s: bytes that our step must move / its time. Of",
-    "ceiling: this rate / the rate of `a.mul_(c)` on as many bytes, timed before and after the comparison,",
-    "or within it if it is the peer. Host: time of our step outside the compiled call, 64 elements per",
-    f"tensor. Others: share of the cores used by other processes; above {MAX_SHARE_OF_OTHERS:.0%} a goal",
-    "counts as neither met nor missed.",
+    "ceiling: time of a pass that reads and writes as much and computes nothing / time of our step. The",
+    "pass has the parameters, the gradients and states of its own, takes them in the chunks and threads of",
+    "our step, and runs in the same rounds. Clipping reads the gradients in a pass before; a rule with sums",
+    "over layers reads parameters and states once more, if a tensor has more than one chunk. Host: time of",
+    "our step outside the compiled call, 64 elements per tensor. Others: share of the cores used by other",
+    f"processes; above {MAX_SHARE_OF_OTHERS:.0%} a goal counts as neither met nor missed.",
 )
 
 

@@ -10,15 +10,14 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-
 Step = Callable[[], object]
 Clock = Callable[[], float]
 
 # RAdam is rectified from the sixth step on
 _WARM_UP_ROUNDS = 6
 _MIN_ROUNDS, _MAX_ROUNDS = 7, 300
-_STREAM_PASSES = 5
+# no name of a peer
+_CEILING = ""
 
 
 def nothing() -> None:
@@ -53,6 +52,7 @@ class Comparison:
         spread: Quartiles of the ratio taken round by round.
         rounds: Seconds of our step, round by round.
         others: Share of the machine's cores that other processes used meanwhile, or None.
+        ceiling: Median seconds of the ceiling, or None.
     """
 
     ours: float
@@ -61,6 +61,7 @@ class Comparison:
     spread: tuple[float, float]
     rounds: tuple[float, ...]
     others: float | None
+    ceiling: float | None = None
 
     @property
     def ratio(self) -> float:
@@ -77,21 +78,29 @@ class InterleavedTimer:
         ours: Our step.
         peers: Steps to compare with, by name; the fastest one counts.
         setup: Untimed preparation that every step needs.
+        ceiling: A pass over as much memory, which is no peer.
         clock: Seconds from an arbitrary origin.
     """
 
     def __init__(
-        self, ours: Step, peers: Mapping[str, Step], setup: Step = nothing, clock: Clock = time.perf_counter
+        self,
+        ours: Step,
+        peers: Mapping[str, Step],
+        setup: Step = nothing,
+        ceiling: Step | None = None,
+        clock: Clock = time.perf_counter,
     ) -> None:
-        self.ours, self._peers, self._setup, self._clock = ours, peers, setup, clock
-        self._times: dict[str, list[float]] = {name: [] for name in peers}
+        self.ours, self._setup, self._clock = ours, setup, clock
+        # first, so that a peer runs before our step as before any other
+        self._others = {_CEILING: ceiling, **peers} if ceiling else dict(peers)
+        self._times: dict[str, list[float]] = {name: [] for name in self._others}
         self._usage = _cpu_usage()
 
     def run_peers(self) -> None:
-        """Run and time every peer once, then the untimed setup of our step."""
-        for name, peer in self._peers.items():
+        """Run and time the ceiling and every peer once, then the untimed setup of our step."""
+        for name, step in self._others.items():
             self._setup()
-            self._times[name].append(timed(peer, self._clock))
+            self._times[name].append(timed(step, self._clock))
         self._setup()
 
     def warm_up(self, seconds: float) -> int:
@@ -122,16 +131,19 @@ class InterleavedTimer:
         """
         others = _share_of_others(self._usage, _cpu_usage())
         medians = {name: statistics.median(times) for name, times in self._times.items()}
+        ceiling = medians.pop(_CEILING, None)
         peer = min(medians, key=medians.__getitem__)
         ratios = [theirs / own for own, theirs in zip(ours, self._times[peer], strict=True)]
         low, _, high = statistics.quantiles(ratios, n=4, method="inclusive")
-        return Comparison(statistics.median(ours), peer, medians[peer], (low, high), tuple(ours), others)
+        own = statistics.median(ours)
+        return Comparison(own, peer, medians[peer], (low, high), tuple(ours), others, ceiling)
 
 
 def interleaved(
     ours: Step,
     peers: Mapping[str, Step],
     setup: Step = nothing,
+    ceiling: Step | None = None,
     *,
     seconds: float,
     clock: Clock = time.perf_counter,
@@ -142,32 +154,19 @@ def interleaved(
         ours: Our step.
         peers: Steps to compare with, by name.
         setup: Untimed preparation that every step needs.
+        ceiling: A pass over as much memory, which is no peer.
         seconds: Time budget.
         clock: Seconds from an arbitrary origin.
 
     Returns:
         Medians, and quartiles of the ratio to the fastest peer.
     """
-    timer = InterleavedTimer(ours, peers, setup, clock)
+    timer = InterleavedTimer(ours, peers, setup, ceiling, clock)
     times = []
     for _ in range(timer.warm_up(seconds)):
         timer.run_peers()
         times.append(timed(ours, clock))
     return timer.compare(times)
-
-
-def stream(n_bytes: int) -> Step:
-    """Return a streaming pass, the memory-bandwidth ceiling, that reads and writes ``n_bytes`` in total."""
-    a = torch.ones(n_bytes // 8)
-    # a factor of 1 keeps the values normal for ever; the memory traffic is the same
-    return lambda: a.mul_(1.0)
-
-
-def stream_seconds(n_bytes: int) -> list[float]:
-    """Return the times of a few passes of ``stream`` after one untimed pass."""
-    run = stream(n_bytes)
-    run()
-    return [timed(run) for _ in range(_STREAM_PASSES)]
 
 
 def _cpu_usage() -> tuple[float, float, float] | None:
