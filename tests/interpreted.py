@@ -7,6 +7,7 @@ are covered and sizes are few.
 
 import math
 
+import folded
 import numpy as np
 import pytest
 import torch
@@ -461,6 +462,11 @@ def test_norms_of_denormal_numbers():
 
 def test_norms_where_denormal_numbers_are_flushed_to_zero():
     check_flushed("triton")
+
+
+@pytest.mark.parametrize("name", folded.CASES)
+def test_folded_sums(name, monkeypatch):
+    folded.check_folded(name, "triton", monkeypatch)
 
 
 def test_without_telemetry():

@@ -111,7 +111,7 @@ def refuses(make, *words):
 # an overflow that one process has found, as a tensor or as the plain 0 of a scaler without a gradient
 for found in (1.0, torch.tensor(1.0)):
     params, opt = made((4, 3))
-    opt.grad_scale, opt.found_inf = torch.tensor(2.0), (found if rank == 0 else type(found)(0.0))
+    opt.grad_scale, opt.found_inf = torch.tensor(2.0), found * (1 - rank)
     opt.step()
     print(bool((params[0].to_local() == 1.0).all()), opt.telemetry.latest()["skipped"])
 # one process without a gradient
