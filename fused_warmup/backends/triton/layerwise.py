@@ -111,7 +111,7 @@ def stage1_tiles(
             total = tl.sum(sums[k], axis=1)
             if not ALIGNED:
                 # the elements of the piece that were read as vectors
-                total += tl.load(out, (i < count) & (skipped > 0), 0.0)
+                total += tl.load(out, (i < count) & as_mask(skipped > 0), 0.0)
             tl.store(out, total, i < count)
     # by rows, as the sums over pieces, which takes fewer registers; the non-finite count is unused here
     l1, l2_sq = tl.sum(norms[0], axis=1), tl.sum(norms[1], axis=1)
