@@ -70,7 +70,7 @@ from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
 from vector_cases import check_operations, check_preconditioner, combination
 
 import fused_warmup as fw
-from fused_warmup.backends.triton import memory, rules, schedules
+from fused_warmup.backends.triton import memory, reduce, rules, schedules
 from fused_warmup.backends.triton.launch import LANES, TritonBackend
 from fused_warmup.plan.hyper import AverageSettings, Hyper, pack_rows, pack_schedules
 from fused_warmup.plan.structs import AVERAGE_KINDS, DTYPES, STRUCTS
@@ -336,6 +336,8 @@ def test_layers_with_one_row_along_its_gradient(shape):
 
 # rows around vectors, tiles, pieces and chunks
 ROWS = [(7, 1), (40, 9), (3, 136), (18, 64), (2, 2049), (3, 4104), (1, 33_000), (1, 5), (4, 0)]
+# and single ones of odd lengths, whose last elements are not read as vectors
+ROWS += [(13,), (2051,), (4109,), (33_001,)]
 
 
 @pytest.mark.parametrize(
@@ -358,6 +360,30 @@ def test_layers_of_odd_channels_longer_than_a_chunk():
     options = {"lr": 0.01, "weight_decay": 0.1, "delta": 1e9}
     params = make_params(torch.float32, [(2, 33_001)])
     assert_like_the_reference(fw.AdamP, torch.float32, params, "triton", steps=1, **options)
+
+
+@triton.jit
+def vector_part_kernel(address, offset, count, part, out):
+    chunk = memory.Chunk(offset=offset, count=count)
+    tl.store(out, reduce.vector_part(address, chunk, part))
+
+
+@pytest.mark.parametrize(
+    ("address", "offset", "count", "part", "expected"),
+    [
+        (4096, 0, 6667, 6667, 6664),
+        (4096, 32_768, 5, 5, 0),
+        (4096, 0, 6664, 3332, 0),
+        (4096, 0, 6672, 3336, 3336),
+        (4100, 0, 6664, 6664, 0),
+        (4096, 33_001, 32_768, 32_768, 0),
+    ],
+)
+def test_vectors_of_a_channel_part(address, offset, count, part, expected):
+    """Whole parts of round lengths, and all but the last elements of one that nothing follows."""
+    out = torch.zeros(1, dtype=torch.int32)
+    vector_part_kernel[(1,)](address, offset, count, part, out)
+    assert out.item() == expected
 
 
 def test_layers_in_any_layout():

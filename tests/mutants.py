@@ -358,6 +358,13 @@ FAULTS: dict[tuple[str, str], list[tuple[str, ...]]] = {
     ("backends/triton/reduce.py", "interpreted.py -k 'rows_of_every'"): [
         ("(part % GRAIN == 0)", "True"),
         ("& (chunk.offset % GRAIN == 0)", "", "interpreted.py -k odd_channels"),
+        ("| (part == chunk.count)", "", "interpreted.py -k vectors_of"),
+    ],
+    ("backends/triton/layerwise.py", "interpreted.py -k 'rows_of_every and (lamb or channels)'"): [
+        ("(skipped > 0)", "(skipped >= 0)", "interpreted.py -k 'trajectory and lamb-l2'"),
+        ("(skipped > 0)", "(skipped < 0)"),
+        ("combine(load_struct(step.partials, index, \"Partial\"), norms)", "norms"),
+        ("sum_sq += stage2_tiles(", "sum_sq = stage2_tiles(", "interpreted.py -k 'on_a_sphere and lamb'"),
     ],
     ("backends/triton/reduce.py", "interpreted.py -k norms_of_every"): [
         ("(part.l2_sq >= 2.0**-80) | (part.l1 == 0.0)", "part.l2_sq >= 0.0"),

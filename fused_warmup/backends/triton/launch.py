@@ -39,8 +39,8 @@ NUM_WARPS = 8
 PROGRAMS_PER_MULTIPROCESSOR = 16
 
 
-# pieces and columns of a tile, which has as many elements as a block, and of an unaligned tile
-_TILES = {"PIECES": 16, "COLUMNS": BLOCK // 16, "ODD_PIECES": 32, "ODD_COLUMNS": TAIL // 32}
+# pieces and columns of a tile, which has as many elements as a block, and columns of an unaligned tile
+_TILES = {"PIECES": 16, "COLUMNS": BLOCK // 16, "ODD_COLUMNS": TAIL // 16}
 # the sources fix the rounding: the compiler must not fuse other multiplications and additions
 _OPTIONS = {"num_warps": NUM_WARPS, "enable_fp_fusion": False}
 

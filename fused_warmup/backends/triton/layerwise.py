@@ -33,14 +33,15 @@ from .reduce import (
     add_products,
     add_sums,
     channel_part,
+    combine,
     combine_all,
     combine_sums,
     count_pieces,
     first_piece,
-    is_aligned,
     load_sums,
     norm_terms,
     tile_places,
+    vector_part,
     zero_part,
     zero_products,
     zero_sums,
@@ -57,6 +58,8 @@ def stage1_tiles(
     grad,
     chunk,
     row_scalars,
+    done,
+    part,
     UPDATE_MOMENTS: tl.constexpr,
     DIRECTION: tl.constexpr,
     REDUCTIONS: tl.constexpr,
@@ -69,19 +72,24 @@ def stage1_tiles(
     COLUMNS: tl.constexpr,
     ALIGNED: tl.constexpr,
 ):
-    """Update the moments of a chunk, and sum the products of its update over pieces; returns its norms."""
+    """Update the moments of a chunk, and sum the products of its update over pieces; returns its norms.
+
+    The first ``done`` elements of each channel part are left out, and those behind its first ``part``; the
+    stored sums of the first ones are added.
+    """
     C: tl.constexpr = arithmetic(DTYPE)
     STATE_DTYPE: tl.constexpr = state_dtype(DTYPE)
     states = (row.state0, row.state1, row.state2)
     s = scalars_of(row_scalars, C)
-    part = channel_part(row, chunk)
+    begun = done // PIECE
+    skipped = done - begun * PIECE
     count = count_pieces(chunk, part)
     first = first_piece(row, chunk)
-    norms = zero_products(PIECES, COLUMNS, 2)
-    for start in range(0, count, PIECES):
+    norms = zero_products(PIECES, COLUMNS, 2, ALIGNED)
+    for start in range(begun, count, PIECES):
         i = start + tl.arange(0, PIECES)
-        sums = zero_products(PIECES, COLUMNS, N_SUMS)
-        for column in range(0, tl.minimum(part, PIECE), COLUMNS):
+        sums = zero_products(PIECES, COLUMNS, N_SUMS, ALIGNED)
+        for column in range(skipped, tl.minimum(part - begun * PIECE, PIECE), COLUMNS):
             places, mask = tile_places(i, column, part, count, COLUMNS, ALIGNED)
             here = row.param + chunk.offset * item_size(DTYPE)
             param = load_tile(here, places, mask, DTYPE, C, ALIGNED)
@@ -102,9 +110,14 @@ def stage1_tiles(
             sums = add_products(sums, products, mask)
         for k in tl.static_range(N_SUMS):
             out = (step.sums + ((first + i) * N_SUMS + k) * 8).to(tl.pointer_type(tl.float64))
-            tl.store(out, tl.sum(sums[k], axis=1), i < count)
-    # the non-finite count is unused here
-    return Partial(l1=tl.sum(norms[0]), l2_sq=tl.sum(norms[1]), nonfinite=tl.full((), 0, tl.int64))
+            total = tl.sum(sums[k], axis=1)
+            if not ALIGNED:
+                # the elements of the piece that were read as vectors
+                total += tl.load(out, (i < count) & as_mask(skipped > 0), 0.0)
+            tl.store(out, total, i < count)
+    # by rows, as the sums over pieces, which takes fewer registers; the non-finite count is unused here
+    l1, l2_sq = tl.sum(norms[0], axis=1), tl.sum(norms[1], axis=1)
+    return Partial(l1=tl.sum(l1), l2_sq=tl.sum(l2_sq), nonfinite=tl.full((), 0, tl.int64))
 
 
 @triton.jit
@@ -176,6 +189,46 @@ def sum_chunk(
 
 
 @triton.jit
+def stage1_chunk(
+    address,
+    index,
+    UPDATE_MOMENTS: tl.constexpr,
+    DIRECTION: tl.constexpr,
+    REDUCTIONS: tl.constexpr,
+    N_SUMS: tl.constexpr,
+    KINDS: tl.constexpr,
+    ACCUMULATE: tl.constexpr,
+    PIECES: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    ALIGNED: tl.constexpr,
+):
+    """Run stage1 on the elements of a chunk that are read as vectors, or on the others; stores their norms.
+
+    Both load everything for themselves, because what one kept for the other would take registers.
+    """
+    step = load_struct(address, 0, "Step")
+    chunk = load_struct(step.chunks, index, "Chunk")
+    row = load_struct(step.rows, chunk.row, "Row")
+    grad = tl.load(grad_of(step, chunk.row))
+    s = load_struct(step.scalars, chunk.row, "Scalars")
+    part = channel_part(row, chunk)
+    whole = vector_part(row.param | grad | row.state0 | row.state1, chunk, part)
+    done, part = (0, whole) if ALIGNED else (whole, part)
+    norms = zero_part()
+    for k in tl.static_range(len(KINDS)):
+        kind = (row.dtype == KINDS[k][0]) & (row.grad_dtype == KINDS[k][1]) & (row.n_states == KINDS[k][2])
+        if (grad != 0) & kind & (done < part):
+            norms = stage1_tiles(
+                step, row, grad, chunk, s, done, part, UPDATE_MOMENTS, DIRECTION, REDUCTIONS, N_SUMS,
+                KINDS[k][0], KINDS[k][1], KINDS[k][2], ACCUMULATE, PIECES, COLUMNS, ALIGNED,
+            )  # fmt: skip
+    if ACCUMULATE:
+        if not ALIGNED:
+            norms = combine(load_struct(step.partials, index, "Partial"), norms)
+        store_struct(step.partials, index, norms, "Partial")
+
+
+@triton.jit
 def stage1_kernel(
     step,
     UPDATE_MOMENTS: tl.constexpr,
@@ -189,7 +242,6 @@ def stage1_kernel(
     ACCUMULATE: tl.constexpr,
     PIECES: tl.constexpr,
     COLUMNS: tl.constexpr,
-    ODD_PIECES: tl.constexpr,
     ODD_COLUMNS: tl.constexpr,
     SPREAD: tl.constexpr,
     LANES: tl.constexpr,
@@ -199,30 +251,22 @@ def stage1_kernel(
     step = load_struct(address, 0, "Step")
     if load_struct(step.decision, 0, "StepDecision").skipped == 0:
         for i in range(tl.program_id(0), step.n_chunks, tl.num_programs(0)):
+            stage1_chunk(
+                address, i, UPDATE_MOMENTS, DIRECTION, REDUCTIONS, N_SUMS, KINDS, ACCUMULATE,
+                PIECES, COLUMNS, True,
+            )  # fmt: skip
+        # a loop of its own, and loaded again: the first loop has no registers left for what this one needs
+        step = load_struct(address, 0, "Step")
+        for i in range(tl.program_id(0), step.n_chunks, tl.num_programs(0)):
+            # wait for the sums that other threads have stored
+            tl.debug_barrier()
+            stage1_chunk(
+                address, i, UPDATE_MOMENTS, DIRECTION, REDUCTIONS, N_SUMS, KINDS, ACCUMULATE,
+                PIECES, ODD_COLUMNS, False,
+            )  # fmt: skip
             chunk = load_struct(step.chunks, i, "Chunk")
-            row = load_struct(step.rows, chunk.row, "Row")
-            grad = tl.load(grad_of(step, chunk.row))
-            s = load_struct(step.scalars, chunk.row, "Scalars")
-            addresses = row.param | grad | row.state0 | row.state1
-            aligned = is_aligned(addresses, chunk, channel_part(row, chunk))
-            norms = zero_part()
-            for k in tl.static_range(len(KINDS)):
-                kind = (row.dtype == KINDS[k][0]) & (row.grad_dtype == KINDS[k][1])
-                if (grad != 0) & kind & (row.n_states == KINDS[k][2]):
-                    if aligned:
-                        norms = stage1_tiles(
-                            step, row, grad, chunk, s, UPDATE_MOMENTS, DIRECTION, REDUCTIONS, N_SUMS,
-                            KINDS[k][0], KINDS[k][1], KINDS[k][2], ACCUMULATE, PIECES, COLUMNS, True,
-                        )  # fmt: skip
-                    else:
-                        norms = stage1_tiles(
-                            step, row, grad, chunk, s, UPDATE_MOMENTS, DIRECTION, REDUCTIONS, N_SUMS,
-                            KINDS[k][0], KINDS[k][1], KINDS[k][2], ACCUMULATE, ODD_PIECES, ODD_COLUMNS, False,
-                        )  # fmt: skip
-            if grad != 0:
+            if tl.load(grad_of(step, chunk.row)) != 0:
                 sum_chunk(address, i, SCALE_INVARIANT, PROJECTION_COEF, N_SUMS, PROJECTS, SPREAD, LANES)
-            if ACCUMULATE:
-                store_struct(step.partials, i, norms, "Partial")
 
 
 @triton.jit
@@ -427,6 +471,8 @@ def stage2_tiles(
     average_weight,
     on_sphere,
     needs_grad,
+    done,
+    part,
     DIRECTION: tl.constexpr,
     APPLY: tl.constexpr,
     PROJECTS: tl.constexpr,
@@ -439,27 +485,31 @@ def stage2_tiles(
     COLUMNS: tl.constexpr,
     ALIGNED: tl.constexpr,
 ):
-    """Recompute the direction of a chunk, update and average the parameter; returns its sum of squares."""
+    """Recompute the direction of a chunk, update and average the parameter; returns its sum of squares.
+
+    Elements are left out as by ``stage1_tiles``.
+    """
     C: tl.constexpr = arithmetic(DTYPE)
     STATE_DTYPE: tl.constexpr = state_dtype(DTYPE)
     states = (row.state0, row.state1, row.state2)
     s = scalars_of(row_scalars, C)
     weight = average_weight.to(C)
-    part = channel_part(row, chunk)
+    begun = done // PIECE
+    skipped = done - begun * PIECE
     count = count_pieces(chunk, part)
     first = first_piece(row, chunk)
     if PROJECTS:
         layer = load_struct(step.layer_projections, chunk.row, "LayerProjection")
         by_channel = as_mask(layer.view == CHANNEL_VIEW)
-    sum_sq = zero_products(PIECES, COLUMNS, 1)
-    for start in range(0, count, PIECES):
+    sum_sq = zero_products(PIECES, COLUMNS, 1, ALIGNED)
+    for start in range(begun, count, PIECES):
         i = start + tl.arange(0, PIECES)
         projection_coef = tl.zeros((PIECES,), tl.float64)
         if PROJECTS:
             projection_coefs = (step.projection_coefs + (first + i) * 8).to(tl.pointer_type(tl.float64))
             own = tl.load(projection_coefs, (i < count) & as_mask(grad != 0) & by_channel, 0.0)
             projection_coef = tl.where(by_channel, own, layer.coef)
-        for column in range(0, tl.minimum(part, PIECE), COLUMNS):
+        for column in range(skipped, tl.minimum(part - begun * PIECE, PIECE), COLUMNS):
             places, mask = tile_places(i, column, part, count, COLUMNS, ALIGNED)
             here = row.param + chunk.offset * item_size(DTYPE)
             param = load_tile(here, places, mask, DTYPE, C, ALIGNED)
@@ -501,7 +551,6 @@ def stage2_kernel(
     SPHERES: tl.constexpr,
     PIECES: tl.constexpr,
     COLUMNS: tl.constexpr,
-    ODD_PIECES: tl.constexpr,
     ODD_COLUMNS: tl.constexpr,
     LANES: tl.constexpr,
 ):
@@ -516,7 +565,8 @@ def stage2_kernel(
             s = load_struct(step.scalars, chunk.row, "Scalars")
             needs_grad = as_mask(NEEDS_GRAD(load_struct(step.hypers, row.group, "Hyper"), row.n_states))
             addresses = row.param | grad | row.state0 | row.state1 | row.average
-            aligned = is_aligned(addresses, chunk, channel_part(row, chunk))
+            part = channel_part(row, chunk)
+            whole = vector_part(addresses, chunk, part)
             weight = average_weight_of(row)
             sum_sq = tl.full((), 0.0, tl.float64)
             wanted = grad != 0
@@ -531,17 +581,17 @@ def stage2_kernel(
             for k in tl.static_range(len(KINDS)):
                 kind = (row.dtype == KINDS[k][0]) & (row.grad_dtype == KINDS[k][1])
                 if wanted & kind & (row.n_states == KINDS[k][2]):
-                    if aligned:
+                    if whole > 0:
                         sum_sq = stage2_tiles(
-                            step, row, grad, chunk, s, weight, on_sphere, needs_grad,
+                            step, row, grad, chunk, s, weight, on_sphere, needs_grad, 0, whole,
                             DIRECTION, APPLY, PROJECTS, KINDS[k][0], KINDS[k][1], KINDS[k][2],
                             AVERAGE, SPHERES, PIECES, COLUMNS, True,
                         )  # fmt: skip
-                    else:
-                        sum_sq = stage2_tiles(
-                            step, row, grad, chunk, s, weight, on_sphere, needs_grad,
+                    if whole < part:
+                        sum_sq += stage2_tiles(
+                            step, row, grad, chunk, s, weight, on_sphere, needs_grad, whole, part,
                             DIRECTION, APPLY, PROJECTS, KINDS[k][0], KINDS[k][1], KINDS[k][2],
-                            AVERAGE, SPHERES, ODD_PIECES, ODD_COLUMNS, False,
+                            AVERAGE, SPHERES, PIECES, ODD_COLUMNS, False,
                         )  # fmt: skip
             if SPHERES:
                 if on_sphere:

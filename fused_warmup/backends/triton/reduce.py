@@ -185,28 +185,34 @@ def tile_places(i, column, part, count, COLUMNS: tl.constexpr, ALIGNED: tl.const
 
 
 @triton.jit
-def is_aligned(addresses, chunk, part):
-    """Return whether all pieces of a chunk may be read as vectors."""
-    return (addresses % VECTOR == 0) & (chunk.offset % GRAIN == 0) & (part % GRAIN == 0)
+def vector_part(addresses, chunk, part):
+    """Return how many elements of a channel part, from its first on, may be read as vectors."""
+    aligned = (addresses % VECTOR == 0) & (chunk.offset % GRAIN == 0)
+    # behind a part of an odd length, the next one is not aligned
+    aligned = aligned & ((part % GRAIN == 0) | (part == chunk.count))
+    return tl.where(aligned, part // GRAIN * GRAIN, 0)
 
 
 @triton.jit
 def add_products(sums, products, mask):
-    """Add the products of a tile to the sums; one thread holds four neighbours."""
+    """Add the products of a tile to the sums of ``zero_products``."""
     added = ()
     for k in tl.static_range(len(sums)):
         x = tl.where(mask, products[k], 0.0)
-        fours = tl.reshape(x, (x.shape[0], x.shape[1] // 4, 4))
-        added = added + (sums[k] + tl.sum(fours, axis=2),)
+        if x.shape[1] > sums[k].shape[1]:
+            x = tl.sum(tl.reshape(x, (x.shape[0], x.shape[1] // 4, 4)), axis=2)
+        added = added + (sums[k] + x,)
     return added
 
 
 @triton.jit
-def zero_products(PIECES: tl.constexpr, COLUMNS: tl.constexpr, N_SUMS: tl.constexpr):
+def zero_products(PIECES: tl.constexpr, COLUMNS: tl.constexpr, N_SUMS: tl.constexpr, ALIGNED: tl.constexpr):
     """Sums of zero for every thread of a tile."""
+    # threads hold four neighbours of aligned tiles only, and must not exchange the others
+    LANES: tl.constexpr = COLUMNS // 4 if ALIGNED else COLUMNS
     sums = ()
     for _ in tl.static_range(N_SUMS):
-        sums = sums + (tl.zeros((PIECES, COLUMNS // 4), tl.float64),)
+        sums = sums + (tl.zeros((PIECES, LANES), tl.float64),)
     return sums
 
 
