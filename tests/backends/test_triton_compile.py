@@ -27,6 +27,7 @@ from fused_warmup.backends.triton.measure import measure_kernel  # noqa: E402
 from fused_warmup.backends.triton.probe import check_kernel  # noqa: E402
 from fused_warmup.backends.triton.sphere import rescale_kernel  # noqa: E402
 from fused_warmup.backends.triton.step import finish_kernel, update_kernel  # noqa: E402
+from fused_warmup.backends.triton.totals import fold_kernel  # noqa: E402
 
 pytestmark = pytest.mark.slow
 F32, F64, BF16, F16 = (DTYPES[d] for d in (torch.float32, torch.float64, torch.bfloat16, torch.float16))
@@ -230,6 +231,39 @@ def test_decide_spills_nothing(target, spheres):
     # the cosine has a table for arguments that no schedule gives it
     assert numbers["stack"] <= 48
     assert numbers["registers"] * THREADS <= REGISTERS
+
+
+SPREAD = {
+    "decide": (decide_kernel, launch.decide_constants("RAdam", spheres=True, spread=True)),
+    "finish": (finish_kernel, launch.finish_constants(spheres=True, spread=True)),
+    "fold": (fold_kernel, launch.fold_constants(measured=True, norms=True, squares=False)),
+    "fold-all": (fold_kernel, launch.fold_constants(measured=False, norms=True, squares=True)),
+    "fold-lamb": (layerwise.fold_layers_kernel, launch.fold_layers_constants("LAMB", accumulate=True)),
+    "fold-adamp": (layerwise.fold_layers_kernel, launch.fold_layers_constants("AdamP", accumulate=True)),
+    "reduce-lamb": (
+        layerwise.reduce_layers_kernel,
+        launch.reduce_layers_constants("LAMB", accumulate=True, spread=True),
+    ),
+    "reduce-adamp": (
+        layerwise.reduce_layers_kernel,
+        launch.reduce_layers_constants("AdamP", accumulate=True, spread=True),
+    ),
+    "stage1": (
+        layerwise.stage1_kernel,
+        launch.stage1_constants("AdamP", ((F32, F32, 2),), accumulate=True, spread=True),
+    ),
+}
+
+
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("name", SPREAD)
+def test_kernels_for_rows_of_several_processes_spill_nothing(target, name):
+    kernel, constants = SPREAD[name]
+    ptx, numbers = compile_kernel(kernel, constants, target)
+    assert numbers["spills"] == 0
+    # the cosine of the schedules has a table and float32 arithmetic of its own
+    assert numbers["stack"] <= (48 if name == "decide" else 0)
+    assert name == "decide" or not re.findall(FLUSHED_OR_INEXACT, ptx)
 
 
 @pytest.mark.parametrize(("rule", "n_states", "written"), [("Adam", 2, 5), ("RAdam", 2, 4), ("SGD", 1, 4)])
@@ -450,6 +484,7 @@ CHANGES = {
     "record": {"ring_buffer": torch.zeros(1)},
     "average": ("ema",),
     "groups": SimpleNamespace(has_spheres=True),
+    "reduction": object(),
 }
 
 
@@ -463,13 +498,15 @@ def test_kept_launches_follow_the_plan(monkeypatch, name):
         "device": column.device,
         **{"rule": "Adam", "kinds": ((F32, F32, 2),), "n_chunks": 1, "n_tiles": 1, "rows": [None]},
         **{"record": {"ring_buffer": None}, "average": (None,), "groups": SimpleNamespace(has_spheres=False)},
+        "reduction": None,
     }
     plan, other = (SimpleNamespace(**{**properties, **change}) for change in ({}, {name: CHANGES[name]}))
     backend = launch.TritonBackend(8)
     first = backend._bound_launches(plan, False)
     assert backend._bound_launches(plan, False) is first
     for one in (other, plan):
-        assert backend._bound_launches(one, False) == list(backend._launches(one, False))
+        launches = [(stage, tuple(launch)) for stage, *launch in backend._launches(one, False)]
+        assert backend._bound_launches(one, False) == launches
     assert backend._bound_launches(other, False) != first
 
 
