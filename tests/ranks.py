@@ -1,8 +1,9 @@
-"""Runs a script as two processes that form a gloo group; the script prints what it found."""
+"""Runs a script as processes that form a gloo group; the script prints what it found."""
 
 import os
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import fused_warmup as fw
@@ -14,7 +15,9 @@ import torch.distributed as dist
 import fused_warmup as fw
 
 rank = int(sys.argv[1])
-dist.init_process_group("gloo", init_method="file://" + sys.argv[2], rank=rank, world_size=2)
+dist.init_process_group(
+    "gloo", init_method="file://" + sys.argv[2], rank=rank, world_size=int(sys.argv[3])
+)
 torch.set_num_threads(1)
 """
 
@@ -27,22 +30,24 @@ os._exit(0)
 """
 
 
-def run_ranks(tmp_path, body):
+def run_ranks(tmp_path, body, world_size=2):
     """Return the words that each rank printed."""
     script = tmp_path / "rank.py"
+    # a group cannot take over the file of one before
+    store = Path(tempfile.mkdtemp(dir=tmp_path)) / "store"
     script.write_text(START + body + END)
     root = str(Path(fw.__file__).parents[1])
     environment = {"PYTHONPATH": root, "PATH": os.environ["PATH"], "OMP_NUM_THREADS": "1"}
-    both = [
+    processes = [
         subprocess.Popen(
-            [sys.executable, str(script), str(rank), str(tmp_path / "store")],
+            [sys.executable, str(script), str(rank), str(store), str(world_size)],
             env=environment,
             text=True,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
         )
-        for rank in range(2)
+        for rank in range(world_size)
     ]
-    out = [process.communicate(timeout=120) for process in both]
-    assert [process.returncode for process in both] == [0, 0], out
+    out = [process.communicate(timeout=120) for process in processes]
+    assert [process.returncode for process in processes] == [0] * world_size, out
     return [text.split() for text, _ in out]

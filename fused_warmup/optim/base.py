@@ -269,8 +269,9 @@ class FusedOptimizer(Optimizer):
                 params = unique_params(name, list(params))
                 self._session.check_params(tensors_of(params), hyper)
             param_group["params"] = params
-            # the norm may come from another optimizer that had the group; this one measures its own
-            param_group.pop("norm", None)
+            # these may come from another optimizer that had the group; this one has its own
+            for key in ("norm", "updates"):
+                param_group.pop(key, None)
         super().add_param_group(param_group)
         self._session.reset()
 

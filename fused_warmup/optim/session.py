@@ -186,6 +186,20 @@ class Session:
             self.counters = fresh if self.counters is None else fresh.copy_(self.counters)
         return self.counters
 
+    @property
+    def shared_updates(self) -> Tensor:
+        """Number of updates in the memory where the kernels count, 0-dim int64."""
+        counters = self.counters
+        if counters is None:
+            counters = torch.zeros(len(COUNTERS), dtype=torch.int64, device="cpu")
+        return counters[COUNTERS.index("step")]
+
+    def _enter_updates(self) -> None:
+        """Enter the number of updates into the groups: checkpoints of torch keep those entries alone."""
+        updates = self.shared_updates
+        for group in self.param_groups:
+            group["updates"] = updates
+
     def allocate_rates(self, device: torch.device) -> Tensor:
         """Return memory for learning rate and weight decay of each group, float64 of ``[>= groups, 2]``.
 
@@ -356,6 +370,7 @@ class Session:
         )
         backend = self.resolve(device)
         counters = self.allocate_counters(device)
+        self._enter_updates()
         self.telemetry.allocate(device, counters)
         drawn, started = self._allocate_states([rows[i] for i in fresh], hypers, names, counts)
         if drawn:
