@@ -272,9 +272,11 @@ def _loaded_states(
         if len(others) == len(saved):
             # entries of the user alone: no step has been made
             continue
-        # torch's SGD keeps no count; with a buffer the first step is over
-        step = saved.get("step", 1 if spec.first_gradient in tensors else 0)
-        step = whole_count(owner, f"{name}['step']", step)
+        step = whole_count(owner, f"{name}['step']", saved.get("step", 0))
+        if not step and spec.has_first_gradient(tensors):
+            # torch's SGD keeps no count, and its checkpoints leave ours at 0: with a buffer the first step is
+            # over, unless the buffer is that of a state without steps
+            step = int("step" not in saved or _is_filled(tensors[spec.first_gradient]))
         # beyond 2**24 the float says less than a count that agrees with it
         count = exact.get(k, updates)
         step = count if float(np.float32(count)) == step else step
@@ -284,6 +286,17 @@ def _loaded_states(
         initialized = bool(saved.get("initialized", False))
         states[param] |= {"step": step, "n_averaged": n_averaged, "initialized": initialized}
     return states
+
+
+def _is_filled(tensor: Tensor) -> bool:
+    """Return whether a state has an element other than zero, on any process."""
+    return bool(_whole(tensor.any()))
+
+
+def _whole(value: Tensor) -> Tensor:
+    """Return a reduction over all processes that have parts of a tensor; each of them makes this call."""
+    whole: Tensor = value.full_tensor() if hasattr(value, "full_tensor") else value
+    return whole
 
 
 def _known_states(spec: RuleSpec) -> tuple[str, ...]:
@@ -357,5 +370,21 @@ def _load_counters(
     if session.counters is None:
         session.counters = torch.zeros(len(COUNTERS), dtype=torch.int64, device=device)
     session.counters.copy_(torch.tensor([step, calls], dtype=torch.int64, device="cpu"))
-    session.init_norm_sq = float(own.get("init_norm_sq", 0.0))
+    session.init_norm_sq = float(own.get("init_norm_sq", 0.0)) if own else _drawn_norm_sq(session, states)
     return step
+
+
+def _drawn_norm_sq(session: Session, states: Mapping[Tensor, Mapping[str, Any]]) -> float:
+    """Return the squared norm of a random start from the second moments themselves, 0 if none waits."""
+    name, drawn, started = session.spec.second_moment, 0.0, 0
+    for group in session.param_groups:
+        if name is None or make_hyper(session.owner, session.spec, group).init != "random":
+            continue
+        for param in group["params"]:
+            state = states.get(param, {})
+            if state.get("step") == 0 and not state["initialized"] and name in state["tensors"]:
+                drawn += float(_whole(state["tensors"][name].sum(dtype=torch.float64)))
+            else:
+                started += param.numel()
+    # those that have made a step count by the mean of what was drawn, 1 for each element
+    return drawn + started if drawn else 0.0
