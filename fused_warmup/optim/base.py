@@ -269,9 +269,8 @@ class FusedOptimizer(Optimizer):
                 params = unique_params(name, list(params))
                 self._session.check_params(tensors_of(params), hyper)
             param_group["params"] = params
-            # these may come from another optimizer that had the group; this one has its own
-            for key in ("norm", "updates"):
-                param_group.pop(key, None)
+            # the norm may come from another optimizer that had the group; this one measures its own
+            param_group.pop("norm", None)
         super().add_param_group(param_group)
         self._session.reset()
 
@@ -488,8 +487,10 @@ class FusedOptimizer(Optimizer):
     def state_dict(self) -> dict[str, Any]:
         """Return the state in torch's format, tensors and plain types only.
 
-        ``state`` and ``param_groups`` load into the ``torch.optim`` optimizer of the same name; the entry
-        ``fused_warmup`` holds counters and telemetry besides. As in torch, dictionaries and tensors are those
+        ``state`` and ``param_groups`` load into the ``torch.optim`` optimizer of the same name. A schedule is
+        one line of JSON there, which ``schedules.from_json`` reads unless it is adaptive, and ``updates`` the
+        number of updates. The entry ``fused_warmup`` holds exact counts and telemetry besides;
+        ``torch.distributed.checkpoint`` drops it. As in torch, dictionaries and tensors are those
         of the optimizer and follow its later steps; make a deep copy to keep one of the past in memory.
         """
         # hooks get the returned dictionary, so they run after the packing

@@ -273,10 +273,11 @@ def _loaded_states(
             # entries of the user alone: no step has been made
             continue
         step = whole_count(owner, f"{name}['step']", saved.get("step", 0))
-        if not step and spec.has_first_gradient(tensors):
+        buffer = tensors.get(spec.first_gradient or "")
+        if buffer is not None and not step:
             # torch's SGD keeps no count, and its checkpoints leave ours at 0: with a buffer the first step is
             # over, unless the buffer is that of a state without steps
-            step = int("step" not in saved or _is_filled(tensors[spec.first_gradient]))
+            step = int("step" not in saved or _is_filled(buffer))
         # beyond 2**24 the float says less than a count that agrees with it
         count = exact.get(k, updates)
         step = count if float(np.float32(count)) == step else step
@@ -366,7 +367,7 @@ def _load_counters(
     if session.telemetry.enabled:
         empty = torch.empty(0, len(TELEMETRY), dtype=torch.float64, device="cpu")
         calls = session.telemetry.load_rows(rows if rows is not None else empty)
-    step = max([updates, *(state["step"] for state in states.values() if state["counted"])])
+    step: int = max([updates, *(state["step"] for state in states.values() if state["counted"])])
     if session.counters is None:
         session.counters = torch.zeros(len(COUNTERS), dtype=torch.int64, device=device)
     session.counters.copy_(torch.tensor([step, calls], dtype=torch.int64, device="cpu"))

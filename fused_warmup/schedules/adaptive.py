@@ -97,8 +97,9 @@ def _parsed(text: str) -> Any:
     try:
         return json.loads(text, object_hook=_decoded)
     except json.JSONDecodeError as error:
-        place = f"{error.msg} at column {error.colno}"
-        check.fail("state_dict", "a schedule", "be complete JSON", place)
+        raise ValueError(
+            f"state_dict: a schedule must be complete JSON, got {error.msg} at column {error.colno}."
+        ) from None
 
 
 def _encoded(value: Any) -> dict[str, Any]:
