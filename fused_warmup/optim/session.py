@@ -194,11 +194,13 @@ class Session:
             counters = torch.zeros(len(COUNTERS), dtype=torch.int64, device="cpu")
         return counters[COUNTERS.index("step")]
 
-    def _enter_updates(self) -> None:
-        """Enter the number of updates into the groups: checkpoints of torch keep those entries alone."""
-        updates = self.shared_updates
+    def _reserve_updates(self) -> None:
+        """Give the groups an entry for the number of updates, which a state dict fills.
+
+        Flattened checkpoints of torch load those entries alone that a group has already.
+        """
         for group in self.param_groups:
-            group["updates"] = updates
+            group["updates"] = None
 
     def allocate_rates(self, device: torch.device) -> Tensor:
         """Return memory for learning rate and weight decay of each group, float64 of ``[>= groups, 2]``.
@@ -370,7 +372,7 @@ class Session:
         )
         backend = self.resolve(device)
         counters = self.allocate_counters(device)
-        self._enter_updates()
+        self._reserve_updates()
         self.telemetry.allocate(device, counters)
         drawn, started = self._allocate_states([rows[i] for i in fresh], hypers, names, counts)
         if drawn:

@@ -129,7 +129,7 @@ def _saved_updates(own: Mapping[str, Any], groups: list[dict[str, Any]]) -> int:
 
     Wrappers and checkpoints of torch keep the entries of groups, and drop the one of this package.
     """
-    told = [group.pop("updates", 0) for group in groups]
+    told = [group.pop("updates", None) or 0 for group in groups]
     saved = own.get("counters")
     return max(told, default=0) if saved is None else int(saved[COUNTERS.index("step")])
 
@@ -203,7 +203,8 @@ def _loaded_groups(
             device = live["params"][0].device if live["params"] else torch.device("cpu")
             name = f"state_dict['param_groups'][{i}]['norm']"
             loaded["norm"] = checked_norm(owner, name, loaded["norm"], device)
-        if "updates" in loaded:
+        # wrappers save the place of it alone
+        if loaded.get("updates") is not None:
             name = f"state_dict['param_groups'][{i}]['updates']"
             loaded["updates"] = whole_count(owner, name, loaded["updates"])
         groups.append(loaded)

@@ -326,7 +326,6 @@ def test_updates_are_in_the_groups():
     opt = fw.Adam(params, schedule=SCHEDULES["warmup_linear"])
     assert opt.state_dict()["param_groups"][0]["updates"] == 0
     turns(opt, range(5))
-    assert opt.param_groups[0]["updates"] == 5
     saved = copy.deepcopy(opt.state_dict())
     del saved["fused_warmup"]
     other = fw.Adam(params)
@@ -334,7 +333,7 @@ def test_updates_are_in_the_groups():
     assert other.state_dict()["param_groups"][0]["updates"] == 5
     for each in (opt, other):
         turns(each, range(5, 6))
-    assert other.param_groups[0]["updates"] == 6
+    assert other.state_dict()["param_groups"][0]["updates"] == 6
     assert opt.get_last_lr() == other.get_last_lr()
     # a group that comes from another optimizer counts anew
     assert fw.Adam(opt.param_groups[:1]).state_dict()["param_groups"][0]["updates"] == 0
