@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import fused_warmup as fw
@@ -30,6 +31,8 @@ os._exit(0)
 def run_ranks(tmp_path, body, world_size=2, timeout=120, **variables):
     """Return the words that each rank printed; ``variables`` are added to its environment."""
     script = tmp_path / "rank.py"
+    # a group cannot take over the file of one before
+    store = Path(tempfile.mkdtemp(dir=tmp_path)) / "store"
     script.write_text(START + body + END)
     root = str(Path(fw.__file__).parents[1])
     tests = str(Path(__file__).parent)
@@ -41,7 +44,7 @@ def run_ranks(tmp_path, body, world_size=2, timeout=120, **variables):
     }
     ranks = [
         subprocess.Popen(
-            [sys.executable, str(script), str(rank), str(tmp_path / "store"), str(world_size)],
+            [sys.executable, str(script), str(rank), str(store), str(world_size)],
             env=environment,
             text=True,
             stdout=subprocess.PIPE,

@@ -505,8 +505,10 @@ class FusedOptimizer(Optimizer):
     def state_dict(self) -> dict[str, Any]:
         """Return the state in torch's format, tensors and plain types only.
 
-        ``state`` and ``param_groups`` load into the ``torch.optim`` optimizer of the same name; the entry
-        ``fused_warmup`` holds counters and telemetry besides. As in torch, dictionaries and tensors are those
+        ``state`` and ``param_groups`` load into the ``torch.optim`` optimizer of the same name. A schedule is
+        one line of JSON there, which ``schedules.from_json`` reads unless it is adaptive, and ``updates`` the
+        number of updates. The entry ``fused_warmup`` holds exact counts and telemetry besides;
+        ``torch.distributed.checkpoint`` drops it. As in torch, dictionaries and tensors are those
         of the optimizer and follow its later steps; make a deep copy to keep one of the past in memory.
         """
         # hooks get the returned dictionary, so they run after the packing

@@ -53,7 +53,7 @@ def _plain_schedule(owner: str, key: str, schedule: Any) -> Schedule | None:
 
 
 def restore_schedules(group: Any, held: AdaptiveSchedule | None) -> None:
-    """Replace schedules that came as plain types, as in a state dict, by schedules.
+    """Replace schedules that came as text or as plain types, as in a state dict, by schedules.
 
     Wrappers copy the groups of a state dict without asking ``load_state_dict``.
 
@@ -63,7 +63,7 @@ def restore_schedules(group: Any, held: AdaptiveSchedule | None) -> None:
             what was saved.
     """
     for key in SCHEDULE_KEYS:
-        if group[key] is not None and isinstance(group[key], Mapping):
+        if group[key] is not None and isinstance(group[key], (str, Mapping)):
             schedule = restored(group[key])
             if held is not None and isinstance(schedule, AdaptiveSchedule) and type(held) is type(schedule):
                 held.load_state_dict(schedule.state_dict())

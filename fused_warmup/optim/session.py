@@ -207,6 +207,22 @@ class Session:
             self.counters = fresh if self.counters is None else fresh.copy_(self.counters)
         return self.counters
 
+    @property
+    def shared_updates(self) -> Tensor:
+        """Number of updates in the memory where the kernels count, 0-dim int64."""
+        counters = self.counters
+        if counters is None:
+            counters = torch.zeros(len(COUNTERS), dtype=torch.int64, device="cpu")
+        return counters[COUNTERS.index("step")]
+
+    def _reserve_updates(self) -> None:
+        """Give the groups an entry for the number of updates, which a state dict fills.
+
+        Flattened checkpoints of torch load those entries alone that a group has already.
+        """
+        for group in self.param_groups:
+            group["updates"] = None
+
     def allocate_rates(self, device: torch.device) -> Tensor:
         """Return memory for learning rate and weight decay of each group, float64 of ``[>= groups, 2]``.
 
@@ -377,6 +393,7 @@ class Session:
         spreads = self._spreads((row.index, row.param, hypers[row.group]) for row in rows)
         backend = self.resolve(device)
         counters = self.allocate_counters(device)
+        self._reserve_updates()
         self.telemetry.allocate(device, counters)
         if self.seed is None and any(hyper.init == "random" for hyper in hypers):
             self.seed = shared_seed()

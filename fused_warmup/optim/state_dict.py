@@ -18,7 +18,7 @@ from ..plan.state_checks import checked_norm, checked_state, whole_count
 from ..plan.structs import COUNTERS, TELEMETRY
 from ..plan.tensors import state_like
 from ..schedules import Schedule
-from ..schedules.adaptive import AdaptiveSchedule, adaptive_schedules, restored
+from ..schedules.adaptive import AdaptiveSchedule, restored, to_text
 from .groups import SCHEDULE_KEYS, make_hyper
 from .session import Session
 
@@ -46,17 +46,19 @@ def pack_state(
         The state dict. ``step`` is float32 as torch keeps it; the exact int64 counts are in ``fused_warmup``.
     """
     groups = [dict(group) for group in state_dict["param_groups"]]
-    # an adaptive schedule that groups share is one object in the state dict too
-    live = {id(schedule): schedule.state_dict() for schedule in adaptive_schedules(groups)}
+    # groups may share a schedule with a value for every step
+    texts: dict[int, str] = {}
     for group in groups:
         if "norm" in group:
             # a later step writes it
             group["norm"] = torch.as_tensor(group["norm"]).clone()
         for key in SCHEDULE_KEYS:
-            if isinstance(group.get(key), Schedule):
-                group[key] = group[key].to_dict()
-            elif isinstance(group.get(key), AdaptiveSchedule):
-                group[key] = live[id(group[key])]
+            schedule = group.get(key)
+            if isinstance(schedule, (Schedule, AdaptiveSchedule)):
+                if id(schedule) not in texts:
+                    texts[id(schedule)] = to_text(schedule)
+                group[key] = texts[id(schedule)]
+        group["updates"] = session.shared_updates
     if counts is None:
         _convert_counts(session, state_dict["state"])
         counts = session.counts.select(session.params)
@@ -100,7 +102,8 @@ def load_state(session: Session, fixed: Mapping[str, Any], state_dict: dict[str,
     owner = session.owner
     own = _own_entry(session, state_dict)
     groups = _loaded_groups(session, fixed, state_dict)
-    states = _loaded_states(session, state_dict, own, groups)
+    updates = _saved_updates(own, groups)
+    states = _loaded_states(session, state_dict, own, groups, updates)
     ids = {k for group in state_dict["param_groups"] for k in group["params"]}
     others = {k: value for k, value in state_dict["state"].items() if k not in ids}
 
@@ -112,13 +115,23 @@ def load_state(session: Session, fixed: Mapping[str, Any], state_dict: dict[str,
     for key in session.state.keys() - set(params):
         del session.state[key]
     session.state.update(others)
-    calls = _load_counters(session, own, states)
+    calls = _load_counters(session, own, updates, states)
     with torch.no_grad():
         for param in params:
             _fill(session, param, states.get(param), calls)
     counted = [param for param in params if "step" in states.get(param, ())]
     session.counts.load(counted, session.state, [states[param]["step"] for param in counted])
     session.reset()
+
+
+def _saved_updates(own: Mapping[str, Any], groups: list[dict[str, Any]]) -> int:
+    """Return the number of updates that a state dict tells, and take it out of the groups.
+
+    Wrappers and checkpoints of torch keep the entries of groups, and drop the one of this package.
+    """
+    told = [group.pop("updates", None) or 0 for group in groups]
+    saved = own.get("counters")
+    return max(told, default=0) if saved is None else int(saved[COUNTERS.index("step")])
 
 
 def _warn_of_schedules(owner: str, session: Session, groups: list[dict[str, Any]]) -> None:
@@ -170,17 +183,18 @@ def _loaded_groups(
     if len(saved) != len(session.param_groups):
         check.fail(owner, "state_dict", f"have {len(session.param_groups)} parameter groups", len(saved))
     groups = []
-    made: dict[int, Any] = {}
+    made: dict[Any, Any] = {}
     for i, (live, group) in enumerate(zip(session.param_groups, saved, strict=True)):
         if len(_ids(group)) != len(live["params"]):
             name = f"state_dict['param_groups'][{i}]"
             check.fail(owner, name, f"have {len(live['params'])} parameters", len(_ids(group)))
         loaded = {}
         for key, value in group.items():
-            if key in SCHEDULE_KEYS and isinstance(value, Mapping):
-                place = id(value)
-                made[place] = made[place] if place in made else restored(value)
-                loaded[key] = made[place]
+            if key in SCHEDULE_KEYS and isinstance(value, (str, Mapping)):
+                # groups that shared a schedule share it again
+                same = value if isinstance(value, str) else id(value)
+                made[same] = made[same] if same in made else restored(value)
+                loaded[key] = made[same]
             elif key != "params":
                 loaded[key] = value.detach().clone() if isinstance(value, Tensor) else copy.deepcopy(value)
         loaded.update(fixed)
@@ -189,6 +203,10 @@ def _loaded_groups(
             device = live["params"][0].device if live["params"] else torch.device("cpu")
             name = f"state_dict['param_groups'][{i}]['norm']"
             loaded["norm"] = checked_norm(owner, name, loaded["norm"], device)
+        # wrappers save the place of it alone
+        if loaded.get("updates") is not None:
+            name = f"state_dict['param_groups'][{i}]['updates']"
+            loaded["updates"] = whole_count(owner, name, loaded["updates"])
         groups.append(loaded)
     return groups
 
@@ -218,6 +236,7 @@ def _loaded_states(
     state_dict: Mapping[str, Any],
     own: Mapping[str, Any],
     groups: list[dict[str, Any]],
+    updates: int,
 ) -> dict[Tensor, dict[str, Any]]:
     """Return the checked states of the state dict by parameter; ``step`` is an int."""
     owner, spec = session.owner, session.spec
@@ -254,17 +273,32 @@ def _loaded_states(
         if len(others) == len(saved):
             # entries of the user alone: no step has been made
             continue
-        # torch's SGD keeps no count; with a buffer the first step is over
-        step = saved.get("step", 1 if spec.first_gradient in tensors else 0)
-        step = whole_count(owner, f"{name}['step']", step)
-        if k in exact and float(np.float32(exact[k])) == step:
-            step = exact[k]
+        step = whole_count(owner, f"{name}['step']", saved.get("step", 0))
+        buffer = tensors.get(spec.first_gradient or "")
+        if buffer is not None and not step:
+            # torch's SGD keeps no count, and its checkpoints leave ours at 0: with a buffer the first step is
+            # over, unless the buffer is that of a state without steps
+            step = int("step" not in saved or _is_filled(buffer))
+        # beyond 2**24 the float says less than a count that agrees with it
+        count = exact.get(k, updates)
+        step = count if float(np.float32(count)) == step else step
         n_averaged = saved.get("n_averaged")
         if n_averaged is not None:
             n_averaged = whole_count(owner, f"{name}['n_averaged']", n_averaged)
         initialized = bool(saved.get("initialized", False))
         states[param] |= {"step": step, "n_averaged": n_averaged, "initialized": initialized}
     return states
+
+
+def _is_filled(tensor: Tensor) -> bool:
+    """Return whether a state has an element other than zero, on any process."""
+    return bool(_whole(tensor.any()))
+
+
+def _whole(value: Tensor) -> Tensor:
+    """Return a reduction over all processes that have parts of a tensor; each of them makes this call."""
+    whole: Tensor = value.full_tensor() if hasattr(value, "full_tensor") else value
+    return whole
 
 
 def _known_states(spec: RuleSpec) -> tuple[str, ...]:
@@ -322,23 +356,37 @@ def _fill(session: Session, param: Tensor, loaded: Mapping[str, Any] | None, cal
 
 
 def _load_counters(
-    session: Session, own: Mapping[str, Any], states: Mapping[Tensor, Mapping[str, Any]]
+    session: Session, own: Mapping[str, Any], updates: int, states: Mapping[Tensor, Mapping[str, Any]]
 ) -> int:
     """Load counters and telemetry, and return the number of updates made.
 
     Where the states say more than the counters, or there are none, it is the largest count of a parameter.
     """
     device = session.device
-    saved = own.get("counters")
     rows = own.get("telemetry")
     calls = 0
     if session.telemetry.enabled:
         empty = torch.empty(0, len(TELEMETRY), dtype=torch.float64, device="cpu")
         calls = session.telemetry.load_rows(rows if rows is not None else empty)
-    step: int = 0 if saved is None else int(saved[COUNTERS.index("step")])
-    step = max([step, *(state["step"] for state in states.values() if state["counted"])])
+    step: int = max([updates, *(state["step"] for state in states.values() if state["counted"])])
     if session.counters is None:
         session.counters = torch.zeros(len(COUNTERS), dtype=torch.int64, device=device)
     session.counters.copy_(torch.tensor([step, calls], dtype=torch.int64, device="cpu"))
-    session.init_norm_sq = float(own.get("init_norm_sq", 0.0))
+    session.init_norm_sq = float(own.get("init_norm_sq", 0.0)) if own else _drawn_norm_sq(session, states)
     return step
+
+
+def _drawn_norm_sq(session: Session, states: Mapping[Tensor, Mapping[str, Any]]) -> float:
+    """Return the squared norm of a random start from the second moments themselves, 0 if none waits."""
+    name, drawn, started = session.spec.second_moment, 0.0, 0
+    for group in session.param_groups:
+        if name is None or make_hyper(session.owner, session.spec, group).init != "random":
+            continue
+        for param in group["params"]:
+            state = states.get(param, {})
+            if state.get("step") == 0 and not state["initialized"] and name in state["tensors"]:
+                drawn += float(_whole(state["tensors"][name].sum(dtype=torch.float64)))
+            else:
+                started += param.numel()
+    # those that have made a step count by the mean of what was drawn, 1 for each element
+    return drawn + started if drawn else 0.0

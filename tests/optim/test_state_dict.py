@@ -282,3 +282,108 @@ def test_state_of_a_group_added_after_loading():
     run(a, again, range(3, 5))
     assert [int(again.state[p]["step"]) for p in a] == [5, 2]
     assert again.telemetry.latest()["step"] == 5
+
+
+def test_a_schedule_is_one_text():
+    """Exact, also for floats without a short decimal form."""
+    s = fw.schedules
+    schedule = s.warmup(3).then(s.cosine(1.0, 1 / 3, 20)).then(s.table([0.1, 5e-324, 2 / 3, 1e300]))
+    opt = fw.Adam(make_params(torch.float32, [(3,)]), schedule=schedule, weight_decay_schedule=s.constant())
+    group = opt.state_dict()["param_groups"][0]
+    assert isinstance(group["schedule"], str)
+    assert s.from_json(group["schedule"]) == schedule
+    assert s.from_json(group["weight_decay_schedule"]) == s.constant()
+
+
+def test_older_state_dicts_have_schedules_as_dictionaries():
+    wu = fw.AutoWU(20, 2)
+    for step in range(5):
+        wu.step(1.0 / (1 + step))
+    groups = [{"params": make_params(torch.float32, [(3,)])} for _ in range(2)]
+    saved = fw.Adam(groups).state_dict()
+    state, decay = wu.state_dict(), SCHEDULES["cosine"].to_dict()
+    for group in saved["param_groups"]:
+        del group["updates"]
+        group |= {"schedule": state, "weight_decay_schedule": decay}
+    opt = fw.Adam([{"params": make_params(torch.float32, [(3,)])} for _ in range(2)])
+    opt.load_state_dict(saved)
+    first, second = opt.param_groups
+    assert first["schedule"] is second["schedule"]
+    assert first["schedule"].schedule == wu.schedule
+    assert second["weight_decay_schedule"] == SCHEDULES["cosine"]
+
+
+def test_updates_are_in_the_groups():
+    """Checkpoints of torch keep them, and drop the entry of this package."""
+    params = make_params(torch.float32, [(3,), (2,)])
+
+    def turns(opt, steps):
+        for step in steps:
+            set_grads(params, step)
+            params[step % 2].grad = None
+            opt.step()
+
+    opt = fw.Adam(params, schedule=SCHEDULES["warmup_linear"])
+    assert opt.state_dict()["param_groups"][0]["updates"] == 0
+    turns(opt, range(5))
+    saved = copy.deepcopy(opt.state_dict())
+    del saved["fused_warmup"]
+    other = fw.Adam(params)
+    other.load_state_dict(saved)
+    assert other.state_dict()["param_groups"][0]["updates"] == 5
+    for each in (opt, other):
+        turns(each, range(5, 6))
+    assert other.state_dict()["param_groups"][0]["updates"] == 6
+    assert opt.get_last_lr() == other.get_last_lr()
+    # a group that comes from another optimizer counts anew
+    assert fw.Adam(opt.param_groups[:1]).state_dict()["param_groups"][0]["updates"] == 0
+
+
+def test_updates_tell_what_the_floats_cannot():
+    opt = fw.Adam(make_params(torch.float32, [(3,), (2,)]))
+    opt.init_state()
+    saved = save(opt)
+    del saved["fused_warmup"]
+    saved["param_groups"][0]["updates"] = 2**24 + 1
+    for index, step in enumerate((2**24, 7)):
+        saved["state"][index]["step"] = torch.tensor(float(step))
+    opt.load_state_dict(saved)
+    assert opt.state_dict()["fused_warmup"]["steps"].tolist() == [2**24 + 1, 7]
+
+
+@pytest.mark.parametrize(
+    ("entry", "message"),
+    [
+        ({"schedule": '{"format"'}, "state_dict: a schedule must be complete JSON, got Expecting ':'"),
+        ({"schedule": "3"}, "from_json: format must be 'fused_warmup.schedule', got 3"),
+        (
+            {"updates": -1},
+            r"Adam: state_dict\['param_groups'\]\[0\]\['updates'\] must be a whole number >= 0",
+        ),
+    ],
+    ids=["cut short", "another text", "a negative count"],
+)
+def test_texts_and_counts_are_checked_before_anything_changes(entry, message):
+    opt = fw.Adam(make_params(torch.float32, [(3,)]), lr=0.1)
+    saved = opt.state_dict()
+    saved["param_groups"][0] |= {"lr": 5.0, **entry}
+    with pytest.raises(ValueError, match=message):
+        opt.load_state_dict(saved)
+    assert opt.param_groups[0]["lr"] == 0.1
+
+
+def test_a_count_of_zero_beside_a_filled_buffer():
+    """Checkpoints of torch's SGD have no count, and leave that of a fresh optimizer in place."""
+    x = torch.nn.Parameter(torch.zeros(1))
+    opt = fw.SGD([x], lr=0.1, momentum=0.9, dampening=0.5)
+    for buffer, moved in ((2.0, 0.1 * (0.9 * 2.0 + 0.5)), (0.0, 0.1)):
+        x.data.zero_()
+        x.grad = torch.ones(1)
+        opt.step()
+        saved = copy.deepcopy(opt.state_dict())
+        saved["state"][0] |= {"momentum_buffer": torch.full((1,), buffer), "step": torch.zeros(())}
+        del saved["fused_warmup"]
+        x.data.zero_()
+        opt.load_state_dict(saved)
+        opt.step()
+        assert -x.item() == pytest.approx(moved, rel=1e-6)

@@ -17,6 +17,7 @@ from ranks import run_ranks
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import fused_warmup as fw
+from fused_warmup.schedules.adaptive import restored, to_text
 from fused_warmup.tuning.autowu import gaussian_process
 
 DATA = Path(__file__).parents[1] / "data"
@@ -394,7 +395,7 @@ def test_resume_bit_for_bit(stop):
 
 
 @pytest.mark.parametrize("parity", [True, False])
-@pytest.mark.parametrize("again", ["state_dict", "pickle", "deepcopy"])
+@pytest.mark.parametrize("again", ["state_dict", "pickle", "deepcopy", "text"])
 def test_resume_alone(parity, again):
     """Including the random numbers and moments of the parity mode."""
     noise = np.random.default_rng(0).standard_normal(800)
@@ -405,6 +406,8 @@ def test_resume_alone(parity, again):
             if again == "state_dict":
                 other = fw.AutoWU(5, 1)
                 other.load_state_dict(copy.deepcopy(wu.state_dict()))
+            elif again == "text":
+                other = restored(to_text(wu))
             else:
                 other = pickle.loads(pickle.dumps(wu)) if again == "pickle" else copy.deepcopy(wu)
         if i >= 147:
