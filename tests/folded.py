@@ -41,7 +41,7 @@ def orthogonal(param, step):
 
 
 def check_folded(name, backend, monkeypatch):
-    """Check that folded sums give the steps of a process that has all rows and says so."""
+    """Check that folded sums give the steps of a process that has all rows; a backend or its name."""
     monkeypatch.setattr(torch.distributed, "get_rank", lambda group: 0)
     messages = []
     monkeypatch.setattr(torch.distributed, "all_reduce", lambda sums, group: messages.append(group))
@@ -50,7 +50,10 @@ def check_folded(name, backend, monkeypatch):
     for folds in (False, True):
         torch.manual_seed(0)
         params = [torch.nn.Parameter(torch.randn(shape)) for shape in SHAPES]
-        opt = make(params, lr=0.05, backend=backend, **options)
+        named = isinstance(backend, str)
+        opt = make(params, lr=0.05, backend=backend if named else "cpu", **options)
+        if not named:
+            opt.session.backend = backend
         spreads = spreads_of(params, opt.spec.by_channel)
         with monkeypatch.context() as patch:
             if folds:

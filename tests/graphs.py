@@ -112,9 +112,9 @@ class Recorder:
         def kept(address: int, size: int) -> Any:
             return ctypes.create_string_buffer(ctypes.string_at(address, size), max(size, 1))
 
-        def cpu_step(isa: int, rule: int, address: int, threads: int) -> None:
+        def cpu_step(isa: int, rule: int, address: int, *rest: int) -> None:
             call = kept(address, STRUCTS["Step"].itemsize)
-            self.launch(lambda: module.step(isa, rule, ctypes.addressof(call), threads))
+            self.launch(lambda: module.step(isa, rule, ctypes.addressof(call), *rest))
 
         def cuda_step(rule: int, address: int, grads: int, n_grads: int, *rest: Any) -> None:
             call, pointers = kept(address, STRUCTS["Step"].itemsize), kept(grads, 8 * n_grads)

@@ -6,6 +6,7 @@ Threads and blocks run in a random order, and races of global memory are looked 
 import itertools
 import re
 
+import folded
 import pytest
 import torch
 from cases import CASES, SCHEDULES, assert_close, assert_same_bits, make_params, states_of
@@ -124,6 +125,15 @@ def test_small_chunks_take_blocks_of_a_warp(option, monkeypatch):
     backends = (backend_of(MAIN[0], monkeypatch), CpuBackend())
     step_all(runs := make_runs(BY_NAME["adamw"], HALVES, backends, [(1,), (64,), (7, 9), (0,)], **option))
     assert_same(runs)
+
+
+@pytest.mark.parametrize("side", MAIN)
+@pytest.mark.parametrize(
+    "name", [*(pytest.param(name, marks=pytest.mark.rest) for name in ("Adam-sphere", "LAMB")), "AdamP-all"]
+)
+def test_folded_sums(side, name, monkeypatch):
+    """The kernels of rows that are spread over processes."""
+    folded.check_folded(name, backend_of(side, monkeypatch), monkeypatch)
 
 
 @pytest.mark.rest

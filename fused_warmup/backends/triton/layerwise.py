@@ -114,6 +114,8 @@ def stage1_tiles(
             if not ALIGNED:
                 # the elements of the piece that were read as vectors
                 total += tl.load(out, (i < count) & as_mask(skipped > 0), 0.0)
+                # wait until all threads have read the sums that some of them overwrite
+                tl.debug_barrier()
             tl.store(out, total, i < count)
     # by rows, as the sums over pieces, which takes fewer registers; the non-finite count is unused here
     l1, l2_sq = tl.sum(norms[0], axis=1), tl.sum(norms[1], axis=1)
@@ -225,6 +227,7 @@ def stage1_chunk(
     if ACCUMULATE:
         if not ALIGNED:
             norms = combine(load_struct(step.partials, index, "Partial"), norms)
+            tl.debug_barrier()
         store_struct(step.partials, index, norms, "Partial")
 
 
