@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import torch
@@ -72,6 +72,20 @@ class Reduction:
         """Number of slots."""
         return len(self.norms)
 
+    def _messages(self, squares: bool, norms: bool, layers: bool) -> Iterator[tuple[Group, slice]]:
+        """Yield the groups that sums are added up over, and the place of the sums."""
+        wanted = [part for part, w in zip(self._parts, (squares, norms, layers), strict=True) if w]
+        for group, takes in self._takes.items():
+            # processes may have other layers where they share none of them
+            found = [part for part in wanted if takes[part].any()]
+            if found:
+                yield group, slice(found[0].start, found[-1].stop)
+
+    def messages(self, *, squares: bool = False, norms: bool = False, layers: bool = False) -> list[int]:
+        """Return the bytes of each all-reduce that ``add_up`` makes."""
+        sizes = [part.stop - part.start for _, part in self._messages(squares, norms, layers)]
+        return [size * self.totals.itemsize for size in sizes]
+
     def add_up(self, *, squares: bool = False, norms: bool = False, layers: bool = False) -> None:
         """Add sums up over all processes, each of which makes this call; the device is not waited for.
 
@@ -80,17 +94,11 @@ class Reduction:
             norms: Whether to take the norms and flags.
             layers: Whether to take the sums of the layers.
         """
-        wanted = [part for part, w in zip(self._parts, (squares, norms, layers), strict=True) if w]
-        for group, takes in self._takes.items():
-            # processes may have other layers where they share none of them
-            found = [part for part in wanted if takes[part].any()]
-            if not found:
-                continue
-            sums = self.totals[found[0].start : found[-1].stop]
+        for group, part in self._messages(squares, norms, layers):
             mask = self._masks.get(group)
             if mask is not None:
-                sums.masked_fill_(mask[found[0].start : found[-1].stop], 0.0)
-            torch.distributed.all_reduce(sums, group=group)
+                self.totals[part].masked_fill_(mask[part], 0.0)
+            torch.distributed.all_reduce(self.totals[part], group=group)
         if norms and not self.is_known:
             self.norms.fill_(torch.nan)
 

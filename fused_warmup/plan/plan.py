@@ -379,26 +379,34 @@ class Plan:
         self.buffers.reupload("rows")
         return True
 
-    def stages(self) -> Iterator[int]:
-        """Yield the stages that a backend runs together; sums of all processes are added up between them."""
-        reduction = self.reduction
-        if reduction is None:
-            yield ALL_STAGES
-            return
+    def exchanges(self) -> list[tuple[int, dict[str, bool]]]:
+        """Return the stages of the next step after which processes add sums up, and which sums."""
+        if self.reduction is None:
+            return []
         measures, layers, squares = self.settings.measure, self.spec.is_layerwise, self.groups.has_spheres
         # without a measure stage the update sums the norms, for the telemetry alone
         norms = self.record["ring_buffer"] is not None and not measures
+        found: list[tuple[int, dict[str, bool]]] = []
         if measures or self.scaling[1] is not None:
-            yield MEASURE_STAGE
-            reduction.add_up(norms=True)
+            found.append((MEASURE_STAGE, {"norms": True}))
         if layers or norms or squares:
-            yield UPDATE_STAGE
-            reduction.add_up(norms=norms, layers=layers, squares=squares and not layers)
+            parts = {"norms": norms, "layers": layers, "squares": squares and not layers}
+            found.append((UPDATE_STAGE, parts))
         if layers and squares:
-            yield LAYER_STAGE
-            reduction.add_up(squares=True)
-        done = UPDATE_STAGE * (layers or norms or squares) | LAYER_STAGE * (layers and squares)
-        yield ALL_STAGES & ~MEASURE_STAGE & ~done
+            found.append((LAYER_STAGE, {"squares": True}))
+        return found
+
+    def stages(self) -> Iterator[int]:
+        """Yield the stages that a backend runs together; sums of all processes are added up between them."""
+        if self.reduction is None:
+            yield ALL_STAGES
+            return
+        left = ALL_STAGES & ~MEASURE_STAGE
+        for stage, parts in self.exchanges():
+            yield stage
+            self.reduction.add_up(**parts)
+            left &= ~stage
+        yield left
 
     def has_zero_gradients(self) -> bool:
         """Return whether all gradients are zero, in all processes that parameters are spread over."""

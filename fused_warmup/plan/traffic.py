@@ -14,6 +14,7 @@ from .chunks import CHUNK, TILE_BYTES
 from .plan import Plan
 from .roofline import NORMS, SUM, Device, Kernel, Prediction, Units, Work, find_device, predict, work_of
 from .rows import Row
+from .structs import LAYER_STAGE, MEASURE_STAGE, UPDATE_STAGE
 
 
 @dataclass(frozen=True)
@@ -25,12 +26,14 @@ class Traffic:
         units: Tensors, chunks and tiles that the blocks of a launch share.
         numel: Number of parameters.
         held: Bytes of parameters, gradients, states and averages.
+        messages: Bytes of each all-reduce of sums, where parameters are spread over processes.
     """
 
     kernels: tuple[Kernel, ...]
     units: Units
     numel: int
     held: int
+    messages: tuple[int, ...] = ()
 
     @property
     def launches(self) -> int:
@@ -97,7 +100,16 @@ def traffic(plan: Plan) -> Traffic:
         Units.of([row.work.numel() for row, _ in active], TILE_BYTES // widest if tiled else CHUNK),
         plan.numel,
         sum(_bytes(_kept(row)) + row.work.numel() * size for row, size in active),
+        _messages(plan),
     )
+
+
+def _messages(plan: Plan) -> tuple[int, ...]:
+    """Return the bytes of each all-reduce."""
+    if plan.reduction is None:
+        return ()
+    messages = plan.reduction.messages
+    return tuple(size for _, parts in plan.exchanges() for size in messages(**parts))
 
 
 def _launches(plan: Plan) -> list[str]:
@@ -106,12 +118,18 @@ def _launches(plan: Plan) -> list[str]:
     # the norm is measured before the update, or telemetry sums it in the update; rules that sum over layers
     # finish that sum in the launch between
     records = elementwise and not plan.settings.measure and plan.record["ring_buffer"] is not None
+    folds = {stage for stage, _ in plan.exchanges()}
+    finishes = records or (plan.reduction is not None and plan.groups.has_spheres)
     return [
         *(["measure"] if plan.settings.measure else []),
+        *(["fold"] if MEASURE_STAGE in folds else []),
         "decide",
-        *([] if elementwise else ["stage1", "reduce"]),
+        *([] if elementwise else ["stage1"]),
+        *(["fold"] if not elementwise and UPDATE_STAGE in folds else []),
+        *([] if elementwise else ["reduce"]),
         "update",
-        *(["finish"] if records else []),
+        *(["fold"] if (UPDATE_STAGE if elementwise else LAYER_STAGE) in folds else []),
+        *(["finish"] if finishes else []),
         *(["rescale"] if plan.groups.has_spheres else []),
     ]
 

@@ -26,7 +26,7 @@ LIMITS = {"decide": 65536 // 512, "update": 65536 // 640, "update of doubles": 1
 LIMITS |= {"measure": 65536 // 512}
 LIMITS |= dict.fromkeys(("rescale", "rescale of doubles"), 65536 // 640)
 VECTOR_PARTS = ("Perturb", "Finish", "Combine")
-LIMITS |= dict.fromkeys((*VECTOR_PARTS, "preconditioner"), 65536 // 512) | {"Finish": 65536 // 384}
+LIMITS |= dict.fromkeys((*VECTOR_PARTS, "preconditioner", "fold"), 65536 // 512) | {"Finish": 65536 // 384}
 LIMITS |= dict.fromkeys(("stage1", "stage1 of doubles", "reduce_layers"), 65536 // 512)
 
 
@@ -64,7 +64,7 @@ def kernel_of(symbol):
     """The stage and the rule that a mangled name stands for; the operation on vectors."""
     if match := re.search(rf"vector_kernel.*({'|'.join(VECTOR_PARTS)})", symbol):
         return match.group(1), None
-    stages = "measure|decide|stage1|reduce_layers|update|finish|rescale|preconditioner"
+    stages = "measure|decide|stage1|reduce_layers|update|finish|rescale|preconditioner|fold"
     stage = re.search(rf"({stages})_kernel", symbol).group(1)
     rule = re.search(rf"\d({'|'.join(RULES)})(?=E)", symbol)
     doubles = stage in ("stage1", "update", "rescale") and "Lb1E" in symbol
@@ -110,7 +110,7 @@ def test_every_device_has_every_kernel(resources):
         counts = defaultdict(int)
         for symbol in kernels:
             counts[kernel_of(symbol)] += 1
-        variants = {"decide": 2, "update": 1, "update of doubles": 1}
+        variants = {"decide": 2, "update": 1, "update of doubles": 1, "fold": 1}
         wanted = {(stage, rule): n for stage, n in variants.items() for rule in RULES}
         wanted |= {
             (s, rule): 1 for s in ("stage1", "stage1 of doubles", "reduce_layers") for rule in LAYER_RULES
@@ -146,7 +146,7 @@ def test_no_local_memory(code):
 def test_memory_is_known_to_be_global(code):
     """A load from anywhere must first find out where it is."""
     for symbol, body in code.items():
-        if kernel_of(symbol)[0] not in ("decide", "reduce_layers"):
+        if kernel_of(symbol)[0] not in ("decide", "reduce_layers", "fold"):
             assert not [op for op in body if re.match(r"(LD|ST)\.", op)], symbol
 
 

@@ -128,6 +128,14 @@ params[0].grad.zero_()
 _, opt = params, fw.Adam(params, lr=0.0)
 opt.step()
 print(len(opt.telemetry), opt.session.updates)
+# what is sent, and the launches
+for make, options in (
+    (fw.Adam, {"max_grad_norm": 1.0}), (fw.Adam, {}), (fw.Adam, {"telemetry": False}), (fw.LAMB, {}),
+    (fw.AdamP, {"max_grad_norm": 1.0, "projection": "sphere"}),
+):
+    params, _ = made((5, 3), (2, 2))
+    traffic = make(params, lr=0.1, **options).traffic()
+    print(*(kernel.name for kernel in traffic.kernels), *traffic.messages)
 # parts made by hand
 whole = torch.nn.Parameter(torch.arange(12.0))
 part = torch.nn.Parameter(torch.arange(12.0).chunk(2)[rank].clone())
@@ -169,6 +177,9 @@ dist.destroy_process_group()
 def test_edges(tmp_path):
     both = run_ranks(tmp_path, EDGES)
     told = ["True", "1.0"] * 2 + ["True"] + ["1", "1", "0", "0"]
+    told += "measure fold decide update 32 decide update fold finish 32 decide update".split()
+    told += "decide stage1 fold reduce update 80".split()
+    told += "measure fold decide stage1 fold reduce update fold finish rescale 32 80 8".split()
     told += ["True", "True", "True"] + ["True"] * 3 + ["True"] * 5 + ["True"] * 2
     assert both == [told] * 2
 
