@@ -39,6 +39,7 @@ SPHERE = "optim/test_sphere.py"
 # what is the same for all rules and backends is tried with some
 SOME = "-k 'not -reference and not spawned and not forked and not new_process and not LAMB and not RAdam and not amsgrad'"
 STATES = f"optim/test_state_dict.py {SOME}"
+SUMS, EDGES = "distributed/test_sums.py -k steps_are_those", "distributed/test_sums.py -k edges"
 MODES = f"optim/test_failure_modes.py {SOME}"
 PLACES = f"{MODES[:-1]} and not odd_sizes and not disturb and not empty_tensors and not scalars and not flags_of and not maximize and not turned_on and not schedulers'"
 PLAN = "plan/test_plan.py"
@@ -97,6 +98,20 @@ FAULTS: dict[tuple[str, str], list[tuple[str, ...]]] = {
     ("distributed/groups.py", "distributed/test_processes.py -k shards"): [
         ('"_fsdp_flattened"', '"_flattened"'),
         ("return None if frame is None else", "return None if True else"),
+    ],
+    ("distributed/reduction.py", SUMS): [
+        ("            if mask is not None:\n", "            if False:\n"),
+        ("[frozenset(groups)] * _FLAGS", "[frozenset()] * _FLAGS", EDGES),
+        ("if norms and not self.is_known:", "if False:", EDGES),
+    ],
+    ("distributed/spread.py", SUMS): [
+        ("any(dim != 0 for _, dim in cuts)", "False"),
+        ("first + each * mesh.get_local_rank(i)", "first + each"),
+    ],
+    ("plan/plan.py", SUMS): [
+        ("squares and not layers", "False"),
+        ("if measures or self.scaling[1] is not None:", "if measures:", EDGES),
+        ("some = found_inf or self.reduction is not None", "some = found_inf", EDGES),
     ],
     ("optim/session.py", OUTSIDE): [
         ("if self.average != self.planned_average:", "if False:", f"{PLAN} optim/test_averaging.py"),
@@ -499,6 +514,12 @@ FAULTS: dict[tuple[str, str], list[tuple[str, ...]]] = {
 
 # by file below csrc
 CPP_FAULTS: dict[tuple[str, str], list[tuple[str, ...]]] = {
+    ("totals.h", SUMS): [
+        ("step.totals ? spread_of(step, index).numel : row.numel", "row.numel"),
+        ("total.nonfinite = static_cast<int64_t>(flags_of(step)[0]);", ""),
+    ],
+    ("cpu/totals.h", SUMS): [("norms[1] += part.l2_sq;", "norms[1] = part.l2_sq;")],
+    ("cpu/layerwise.h", SUMS): [("sums[Rule::kSums] = found.failed;", "sums[Rule::kSums] = 0.0;")],
     ("decide.h", f"{GAPS} scaled_gradients"): [
         ("decision.grad_norm_l1 = total.l1 * decision.unscale", "decision.grad_norm_l1 = total.l1"),
     ],

@@ -177,9 +177,36 @@ dist.destroy_process_group()
 def test_edges(tmp_path):
     both = run_ranks(tmp_path, EDGES)
     told = ["True", "1.0"] * 2 + ["True"] + ["1", "1", "0", "0"]
-    told += "measure fold decide update 32 decide update fold finish 32 decide update".split()
-    told += "decide stage1 fold reduce update 80".split()
-    told += "measure fold decide stage1 fold reduce update fold finish rescale 32 80 8".split()
+    told += [
+        "measure",
+        "fold",
+        "decide",
+        "update",
+        "32",
+        "decide",
+        "update",
+        "fold",
+        "finish",
+        "32",
+        "decide",
+        "update",
+    ]
+    told += ["decide", "stage1", "fold", "reduce", "update", "80"]
+    told += [
+        "measure",
+        "fold",
+        "decide",
+        "stage1",
+        "fold",
+        "reduce",
+        "update",
+        "fold",
+        "finish",
+        "rescale",
+        "32",
+        "80",
+        "8",
+    ]
     told += ["True", "True", "True"] + ["True"] * 3 + ["True"] * 5 + ["True"] * 2
     assert both == [told] * 2
 
