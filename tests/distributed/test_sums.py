@@ -109,9 +109,9 @@ def refuses(make, *words):
         print("nothing")
 
 # an overflow that one process has found, as a tensor or as the plain 0 of a scaler without a gradient
-for found in (1.0, torch.tensor(1.0)):
+for found, who in ((1.0, 0), (torch.tensor(1.0), 1)):
     params, opt = made((4, 3))
-    opt.grad_scale, opt.found_inf = torch.tensor(2.0), found * (1 - rank)
+    opt.grad_scale, opt.found_inf = torch.tensor(2.0), found * (rank == who)
     opt.step()
     print(bool((params[0].to_local() == 1.0).all()), opt.telemetry.latest()["skipped"])
 # one process without a gradient
