@@ -9,15 +9,21 @@ import torch
 from torch import Tensor
 
 
-def average(tensor: Tensor) -> None:
-    """Replace a tensor by its mean over the default process group, if there is one; every rank calls this."""
+def average(tensor: Tensor, group: Any = None) -> None:
+    """Replace a tensor by its mean over a process group, of which every rank calls this.
+
+    Args:
+        tensor: Tensor that is written.
+        group: The group; None for the default one, if there is one.
+    """
     dist = torch.distributed
     if world_size() == 1:
         return
     # nccl takes only tensors on its own device
-    shared = tensor.cuda() if dist.get_backend() == "nccl" and not tensor.is_cuda else tensor.contiguous()
-    dist.all_reduce(shared)
-    tensor.copy_(shared / dist.get_world_size())
+    on_device = dist.get_backend(group) == "nccl" and not tensor.is_cuda
+    shared = tensor.cuda() if on_device else tensor.contiguous()
+    dist.all_reduce(shared, group=group)
+    tensor.copy_(shared / dist.get_world_size(group))
 
 
 def shared_seed() -> int:

@@ -15,6 +15,7 @@ from torch.nn.modules.module import register_module_forward_pre_hook
 from .. import _checks as check
 from ..backends import resolve
 from ..backends.base import VectorBackend
+from ..distributed.agreement import agreed_group
 from ..distributed.groups import average
 from ..optim.losses import checked_loss
 from ..plan.structs import DTYPES
@@ -24,6 +25,9 @@ from .randomness import random_state, restorer, set_random_state
 from .vectors import FusedVectors, Vectors
 
 Loss = Callable[[], Tensor]
+
+# hint where processes do not measure the same
+ALONE = "Pass reduce=False to measure the loss of one rank."
 
 
 class LossEvaluator:
@@ -77,7 +81,14 @@ class LossEvaluator:
         self._buffers: list[tuple[torch.nn.Module, dict[str, Tensor | None], dict[str, Tensor]]] = []
 
     def __enter__(self) -> LossEvaluator:
-        """Save all state that an evaluation could change."""
+        """Save all state that an evaluation could change.
+
+        Raises:
+            ValueError: If the means of all ranks are wanted, and a rank measures something else.
+            RuntimeError: If a rank measures nothing for 10 minutes.
+        """
+        if self._reduce:
+            agreed_group(self.owner, {"elements of params": sum(p.numel() for p in self.params)}, ALONE)
         self.snapshot = [p.detach().clone() for p in self.params]
         self.vectors = self._make_vectors()
         self._grads = [p.grad for p in self.params]
