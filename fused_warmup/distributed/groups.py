@@ -126,6 +126,19 @@ def reshard(model: torch.nn.Module) -> None:
                 _reshard(module, handle, True)
 
 
+def is_fsdp2(module: torch.nn.Module) -> bool:
+    """Return whether a module is one of FSDP2, which ``fully_shard`` returns."""
+    fsdp = sys.modules.get("torch.distributed.fsdp")
+    return fsdp is not None and isinstance(module, fsdp.FSDPModule)
+
+
+def computes_in_16_bits(module: Any) -> bool:
+    """Return whether a module of FSDP2 gathers its parameters in 16 bits."""
+    # torch has no public way to read the policy
+    dtype = module._get_fsdp_state()._mp_policy.param_dtype
+    return dtype is not None and dtype.itemsize == 2
+
+
 def is_flattened_part(param: Tensor) -> bool:
     """Return whether other processes hold the rest of what FSDP1 has flattened.
 

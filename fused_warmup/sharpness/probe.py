@@ -90,11 +90,16 @@ class SharpnessProbe:
             check.fail(name, "budget", "be None where reduce is True", budget)
         # raises for an optimizer without a known rule, now rather than at the first measurement
         pending = PendingStep(name, optimizer, use_grad=False)
+        pending.shards.check_method(self._method)
+        if pending.shards.is_placed and self.budget is not None:
+            check.fail(name, "budget", "be None for DTensors", budget, "The clocks of ranks differ.")
         self.optimizer, self._device = pending.optimizer, pending.params[0].device
         self._generator = torch.Generator(self._device).manual_seed(check.whole(name, "seed", seed))
         self._clock = _Clock(self._device)
         self._calls = self._measured = 0
         self._vectors: list[Tensor | None] = [None, None]
+        # elements of the vectors in all processes
+        self._length = 0
         self._gap: Tensor | None = None
         self._relative_error: Tensor | None = None
         self._stretch: Tensor | float = 1.0
@@ -177,7 +182,9 @@ class SharpnessProbe:
         """Return whether the previous Ritz vector fits the parameters; forget both vectors if not."""
         vector = self._vectors[0]
         vectors = evaluator.vectors
-        fits = vector is not None and (len(vector), vector.dtype) == (vectors.numel, vectors.dtype)
+        known = vector is not None and vector.dtype == vectors.dtype
+        fits = known and self._length == vectors.length
+        self._length = vectors.length
         if not fits:
             self._vectors = [None, None]
         return fits
@@ -192,7 +199,7 @@ class SharpnessProbe:
         if old is None:
             spectrum = lanczos(operator, noise, _COLD_STEPS)
         else:
-            start = old + _ADMIXTURE * noise / noise.norm()
+            start = old + _ADMIXTURE * noise / evaluator.vectors.norm(noise)
             early = _EARLY_STEPS if self._measured < _EARLY else 0
             spectrum = lanczos(operator, start, max(self._steps, early))
         if audit and old is not None:
