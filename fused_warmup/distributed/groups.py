@@ -135,7 +135,8 @@ def is_fsdp2(module: torch.nn.Module) -> bool:
 def computes_in_16_bits(module: Any) -> bool:
     """Return whether a module of FSDP2 gathers its parameters in 16 bits."""
     # torch has no public way to read the policy
-    dtype = module._get_fsdp_state()._mp_policy.param_dtype
+    state = getattr(module, "_get_fsdp_state", lambda: None)()
+    dtype = getattr(getattr(state, "_mp_policy", None), "param_dtype", None)
     return dtype is not None and dtype.itemsize == 2
 
 

@@ -170,6 +170,10 @@ class LossEvaluator:
         if not self.shards.is_placed:
             return torch.autograd.grad(loss, self.params, create_graph=create_graph, allow_unused=True)
         # FSDP2 reduces what a backward pass leaves in .grad, and its parameters are in no graph
+        for p in (*self.params, *self._others.values()):
+            if getattr(p, "_post_accumulate_grad_hooks", None):
+                condition = "have no hook after its gradient where a DTensor is measured"
+                check.fail(self.owner, "a parameter", condition, tuple(p.shape))
         kept = [(p, p.grad) for p in self._others.values()]
         for p, _ in kept:
             p.grad = None

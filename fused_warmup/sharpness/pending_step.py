@@ -137,7 +137,8 @@ class PendingStep:
         if ours is None:
             self.made = max(_counts(0, [self._state.get(p, {}) for p in self.params])[1]) - 1
         self.shards = Shards(owner, self.params)
-        if session is not None and session.process_group is not None:
+        group = None if session is None else session.process_group
+        if group is not None and torch.distributed.get_world_size(group) > 1:
             hint = "Shard with fully_shard (FSDP2)."
             check.fail(owner, "process_group", "be None where an optimizer is measured", "a group", hint)
         self.grads: list[Tensor] | None = None

@@ -47,7 +47,8 @@ class SharpnessProbe:
         method: ``"difference"`` or ``"autograd"``.
         use_grad: As for ``preconditioned``.
         seed: Seed of the random vectors.
-        reduce: As for ``preconditioned``; not with ``budget``, because the clocks of ranks differ.
+        reduce: As for ``preconditioned``; not with ``budget``, because the clocks of ranks differ. DTensors
+            take no ``budget`` either.
 
     Raises:
         TypeError: If the rule of the optimizer is not known, or an argument has a wrong type.

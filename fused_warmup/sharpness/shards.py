@@ -43,7 +43,8 @@ class Shards:
         self.is_placed = any(map(is_distributed, self.params))
         self.numel = sum(p.numel() for p in self.params)
         self._spreads = [spread_of(p, by_channel=False) for p in self.params] if self.is_placed else []
-        self._reductions: dict[int, Reduction | None] = {}
+        # sums, and the slot of each row, by the number of columns and the rows
+        self._reductions: dict[tuple[int, ...], tuple[Reduction | None, Tensor | None]] = {}
 
     def check_method(self, method: str) -> str:
         """Return the method of products, or raise ``ValueError`` if DTensors do not take it."""
@@ -74,17 +75,25 @@ class Shards:
         Returns:
             Float64 of ``[k]``, the same bits in all processes.
         """
-        count = sums.shape[1]
-        if count not in self._reductions:
-            self._reductions[count] = make_reduction(self._spreads, count, 0, sums.device)
-        reduction = self._reductions[count]
-        if reduction is None:
+        key = (sums.shape[1], *firsts)
+        if key not in self._reductions:
+            self._reductions[key] = self._reduction(firsts, sums.shape[1], sums.device)
+        reduction, slots = self._reductions[key]
+        if reduction is None or slots is None:
             return sums.sum(0)
         reduction.squares.zero_()
-        slots = torch.tensor([reduction.slots[i] for i in firsts], device=sums.device)
         reduction.squares.index_add_(1, slots, sums.T)
         reduction.add_up(squares=True)
         return reduction.squares.sum(1)
+
+    def _reduction(
+        self, firsts: Sequence[int], count: int, device: torch.device
+    ) -> tuple[Reduction | None, Tensor | None]:
+        """Return a reduction of ``count`` columns, and the slot of each row; None without processes."""
+        reduction = make_reduction(self._spreads, count, 0, device)
+        if reduction is None:
+            return None, None
+        return reduction, torch.tensor([reduction.slots[i] for i in firsts], device=device)
 
     def total(self, sums: Sequence[Tensor]) -> Tensor:
         """Return the sum of a sum over each parameter, 0-dim float64; all processes call this."""

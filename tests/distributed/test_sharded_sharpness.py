@@ -62,7 +62,7 @@ def measure(model, run, x, y, opt, steps):
 """
 WRAPS = """
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FullyShardedDataParallel as FSDP, fully_shard
+from torch.distributed.fsdp import FullyShardedDataParallel as FSDP, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
 mesh = init_device_mesh("cpu", (2,))
@@ -93,6 +93,12 @@ for name, i in CASES:
         x, y = x.chunk(2)[rank], y.chunk(2)[rank]
     restored, found = measure(model, lambda x: model(x), x, y, list(optimizers(model))[i], 2)
     print(name, i, restored, *(v.hex() for v in found))
+
+model, x, y = made(7)
+fsdp2(model.float(), mp_policy=MixedPrecisionPolicy(torch.bfloat16, torch.float32))
+x, y = x.float().chunk(2)[rank], y.float().chunk(2)[rank]
+loss_fn = lambda: torch.nn.functional.mse_loss(model(x).float(), y)
+print(float(fw.sharpness.top_eigenvalue(loss_fn, model.parameters()).value))
 dist.destroy_process_group()
 """
 )
@@ -111,6 +117,10 @@ def test_shards_measure_what_one_process_does(tmp_path):
         assert restored
         values = [float.fromhex(next(words)) for _ in found]
         assert values == pytest.approx(found, rel=1e-5), (name, i)
+    # a step for 16 bits is as long as for bfloat16 parameters
+    model, x, y = scope["made"](7)
+    whole = fw.sharpness.top_eigenvalue(lambda: torch.nn.functional.mse_loss(model(x), y), model.parameters())
+    assert float(next(words)) == pytest.approx(float(whole.value), rel=0.1)
     assert next(words, None) is None
 
 
@@ -130,8 +140,10 @@ message(lambda: fw.SharpnessProbe(opt, method="autograd"))
 message(lambda: fw.SharpnessProbe(opt, budget=0.02))
 flat = FSDP(made(7)[0], device_id=torch.device("cpu"), use_orig_params=True)
 message(lambda: fw.sharpness.top_eigenvalue(lambda: flat(x).sum(), flat.parameters()), TypeError)
-opt = fw.SGD(flat.parameters(), lr=0.1, process_group=dist.group.WORLD)
-message(lambda: fw.PersistentCatapult(opt, 10.0), (TypeError, ValueError))
+opt = fw.SGD(made(7)[0].parameters(), lr=0.1, process_group=dist.group.WORLD)
+message(lambda: fw.PersistentCatapult(opt, 10.0))
+model[2].bias.register_post_accumulate_grad_hook(lambda p: None)
+message(lambda: fw.sharpness.top_eigenvalue(loss_fn, model[0].parameters()))
 dist.destroy_process_group()
 """
 
@@ -139,10 +151,14 @@ dist.destroy_process_group()
 def test_what_shards_do_not_take_is_refused(tmp_path):
     first, second = run_ranks(tmp_path, MODEL + WRAPS + REFUSED)
     assert first == second
+    method = "method must be 'difference' for DTensors, got 'autograd'. FSDP2 has no double backward."
     assert [word.replace("_", " ") for word in first] == [
-        "top eigenvalue: method must be 'difference' for DTensors, got 'autograd'. FSDP2 has no double backward.",
-        "SharpnessProbe: method must be 'difference' for DTensors, got 'autograd'. FSDP2 has no double backward.",
+        f"top eigenvalue: {method}",
+        f"SharpnessProbe: {method}",
         "SharpnessProbe: budget must be None for DTensors, got 0.02. The clocks of ranks differ.",
-        "top eigenvalue: params[0] must be a tensor or DTensor, got 'a part of FSDP1'. Shard with fully shard (FSDP2).",
-        "PersistentCatapult: params[0] must be a tensor or DTensor, got 'a part of FSDP1'. Shard with fully shard (FSDP2).",
+        "top eigenvalue: params[0] must be a tensor or DTensor, got 'a part of FSDP1'. "
+        "Shard with fully shard (FSDP2).",
+        "PersistentCatapult: process group must be None where an optimizer is measured, got 'a group'. "
+        "Shard with fully shard (FSDP2).",
+        "top eigenvalue: a parameter must have no hook after its gradient where a DTensor is measured, got (1,).",
     ]
