@@ -183,8 +183,8 @@ class SharpnessProbe:
         """Return whether the previous Ritz vector fits the parameters; forget both vectors if not."""
         vector = self._vectors[0]
         vectors = evaluator.vectors
-        known = vector is not None and vector.dtype == vectors.dtype
-        fits = known and self._length == vectors.length
+        known = (self._length, vectors.dtype)
+        fits = vector is not None and (vectors.length, vector.dtype) == known
         self._length = vectors.length
         if not fits:
             self._vectors = [None, None]
