@@ -31,6 +31,7 @@ ROOT = Path(__file__).resolve().parent.parent
 COPIED = ("fused_warmup", "tests", "csrc", "benchmarks", "pyproject.toml", "setup.py", "README.md", "LICENSE")
 # a fault may make a loop endless
 SECONDS = 900
+SHARDS = "distributed/test_sharded_sharpness.py -k one_process"
 AUTOWU = "tuning/test_autowu.py -k 'not digits'"
 LARGE = "tuning/test_large_lr.py -k 'not digits and not ticks and not signatures and not held_out'"
 REFINE = "tuning/test_refine.py -k 'not digits and not command'"
@@ -315,6 +316,22 @@ FAULTS: dict[tuple[str, str], list[tuple[str, ...]]] = {
         ("(step - start) % every == 0", "step % every == 0", f"{GAPS} whose_period"),
         ("1.0 if n_averaged == 1 else 1.0 - decay", "1.0 - decay"),
     ],
+    ("distributed/agreement.py", "distributed/test_adaptive.py"): [
+        ("if all(torch.equal(digest, own) for digest in digests):", "if True:", "distributed/test_adaptive.py -k differ"),
+        ('dist.new_group(backend="gloo", timeout=TIMEOUT)', "dist.group.WORLD", "distributed/test_adaptive.py -k one_rank"),
+    ],
+    ("sharpness/shards.py", SHARDS): [
+        ("        reduction.add_up(squares=True)\n", "        pass\n"),
+        ("local_tensor(placed(v.view(p.shape), p)).reshape(-1)", "v[: local_tensor(p).numel()]"),
+    ],
+    ("sharpness/loss_evaluator.py", SHARDS): [
+        ("                p.grad = grad\n        return", "                pass\n        return"),
+        ("        for module in self._gathering:\n            reshard(module)\n", "        pass\n"),
+        ("self.autocast = self.autocast or computes_in_16_bits(module)", "pass"),
+    ],
+    ("sharpness/pending_step.py", SHARDS): [
+        ("self.shards.total([dot(g.double(), g.double()) for g in grads])", "sum(dot(g.double(), g.double()) for g in grads)"),
+    ],
     ("sharpness/probe.py", "sharpness/test_probe.py"): [
         ("max(self._steps, early)", "(early or self._steps)", f"{GAPS} more_products"),
         ("a.largest > b.largest", "a.largest < b.largest", f"{GAPS} larger_of"),
@@ -331,8 +348,8 @@ FAULTS: dict[tuple[str, str], list[tuple[str, ...]]] = {
         (".clamp(min=0.0)", "", f"{GAPS} is_smoothed"),
         ("torch.where(old.isfinite(), _MEMORY", "torch.where(old.isnan(), _MEMORY", f"{GAPS} batch_error"),
         ("torch.where(gap.isfinite(), smooth, old)", "smooth", f"{GAPS} is_smoothed"),
-        ("(len(vector), vector.dtype) == (vectors.numel, vectors.dtype)", "vector.dtype == vectors.dtype", f"{GAPS} other_parameters"),
-        ("(len(vector), vector.dtype) == (vectors.numel, vectors.dtype)", "len(vector) == vectors.numel", f"{GAPS} other_parameters"),
+        ("(vectors.length, vector.dtype) == known", "vector.dtype == known[1]", f"{GAPS} other_parameters"),
+        ("(vectors.length, vector.dtype) == known", "vectors.length == known[0]", f"{GAPS} other_parameters"),
         ("self.optimizer, self._use_grad)", "self.optimizer, True)", f"{GAPS} arguments_of"),
         ("pending.sign, self._stretch)", "1.0, self._stretch)", f"{GAPS} arguments_of"),
         ('manual_seed(check.whole(name, "seed", seed))', "manual_seed(0)", f"{GAPS} arguments_of"),

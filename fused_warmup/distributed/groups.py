@@ -9,15 +9,21 @@ import torch
 from torch import Tensor
 
 
-def average(tensor: Tensor) -> None:
-    """Replace a tensor by its mean over the default process group, if there is one; every rank calls this."""
+def average(tensor: Tensor, group: Any = None) -> None:
+    """Replace a tensor by its mean over a process group, of which every rank calls this.
+
+    Args:
+        tensor: Tensor that is written.
+        group: The group; None for the default one, if there is one.
+    """
     dist = torch.distributed
     if world_size() == 1:
         return
     # nccl takes only tensors on its own device
-    shared = tensor.cuda() if dist.get_backend() == "nccl" and not tensor.is_cuda else tensor.contiguous()
-    dist.all_reduce(shared)
-    tensor.copy_(shared / dist.get_world_size())
+    on_device = dist.get_backend(group) == "nccl" and not tensor.is_cuda
+    shared = tensor.cuda() if on_device else tensor.contiguous()
+    dist.all_reduce(shared, group=group)
+    tensor.copy_(shared / dist.get_world_size(group))
 
 
 def shared_seed() -> int:
@@ -118,6 +124,20 @@ def reshard(model: torch.nn.Module) -> None:
             handle = getattr(module, "_handle", None)
             if handle is not None:
                 _reshard(module, handle, True)
+
+
+def is_fsdp2(module: torch.nn.Module) -> bool:
+    """Return whether a module is one of FSDP2, which ``fully_shard`` returns."""
+    fsdp = sys.modules.get("torch.distributed.fsdp")
+    return fsdp is not None and isinstance(module, fsdp.FSDPModule)
+
+
+def computes_in_16_bits(module: Any) -> bool:
+    """Return whether a module of FSDP2 gathers its parameters in 16 bits."""
+    # torch has no public way to read the policy
+    state = getattr(module, "_get_fsdp_state", lambda: None)()
+    dtype = getattr(getattr(state, "_mp_policy", None), "param_dtype", None)
+    return dtype is not None and dtype.itemsize == 2
 
 
 def is_flattened_part(param: Tensor) -> bool:

@@ -44,9 +44,9 @@ class Hessian:
         stretch: Tensor | float = 1.0,
     ) -> None:
         self.evaluator, self.sign, self.stretch, self.products = evaluator, sign, stretch, 0
-        self.method = check.one_of(evaluator.owner, "method", method, METHODS)
+        self.method = evaluator.shards.check_method(check.one_of(evaluator.owner, "method", method, METHODS))
         norms = [torch.linalg.vector_norm(p, dtype=evaluator.vectors.dtype) for p in evaluator.snapshot]
-        self._params_norm = torch.linalg.vector_norm(torch.stack(norms)).to(torch.float64)
+        self._params_norm = evaluator.shards.total([n.to(torch.float64).square() for n in norms]).sqrt()
         # with their graph, for double backward
         self._graph_gradients: Sequence[Tensor | None] = ()
 
@@ -111,9 +111,7 @@ class Hessian:
             loss = self.evaluator.evaluate()
             if not loss.requires_grad:
                 check.fail(self.evaluator.owner, "loss_fn", "return a loss with a gradient", loss)
-            return torch.autograd.grad(
-                loss, self.evaluator.params, create_graph=create_graph, allow_unused=True
-            )
+            return self.evaluator.gradients(loss, create_graph)
 
     def _differentiate(self, direction: Direction, out: Tensor, scale: Tensor | None) -> Product:
         """Return the product by a second backward pass."""

@@ -79,7 +79,7 @@ def lanczos(operator: Symmetric, start: Tensor, steps: int) -> Spectrum:
         later iterations are ignored.
     """
     vectors, scale = operator.vectors, operator.scale
-    steps = min(steps, start.numel())
+    steps = min(steps, vectors.length)
     basis = vectors.basis(steps + 1)
     basis[0].copy_(start)
     direction = start_direction(vectors, basis[:1], scale)

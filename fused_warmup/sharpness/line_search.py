@@ -36,7 +36,7 @@ class Line:
         grads = pending.grads_of(Hessian(evaluator))
         directions = pending.directions(grads)
         self.slope = self._sign * float(
-            torch.stack([dot(g.to(u.dtype), u) for g, u in zip(grads, directions, strict=True)]).sum()
+            pending.shards.total([dot(g.to(u.dtype), u) for g, u in zip(grads, directions, strict=True)])
         )
         self._direction = evaluator.vectors.flat(directions)
         self.forwards = 0
@@ -48,9 +48,7 @@ class Line:
         vectors = self._evaluator.vectors
         vectors.perturb(self._direction, None, vectors.number(-eta))
         self.forwards += 1
-        loss = self._evaluator.value()
-        self._evaluator.share(loss)
-        value = self._sign * float(loss)
+        value = self._sign * self._evaluator.mean(self._evaluator.value())
         return value if math.isfinite(value) else math.inf
 
 

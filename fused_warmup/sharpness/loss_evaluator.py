@@ -15,15 +15,20 @@ from torch.nn.modules.module import register_module_forward_pre_hook
 from .. import _checks as check
 from ..backends import resolve
 from ..backends.base import VectorBackend
-from ..distributed.groups import average
+from ..distributed.agreement import agreed_group
+from ..distributed.groups import average, computes_in_16_bits, is_distributed, is_fsdp2, is_partial, reshard
 from ..optim.losses import checked_loss
 from ..plan.structs import DTYPES
 from ..plan.tensors import compute_dtype, is_dense, local_tensor
 from .closures import Search
 from .randomness import random_state, restorer, set_random_state
-from .vectors import FusedVectors, Vectors
+from .shards import Shards
+from .vectors import FusedVectors, ShardedVectors, Vectors
 
 Loss = Callable[[], Tensor]
+
+# hint where processes do not measure the same
+ALONE = "Pass reduce=False to measure the loss of one rank."
 
 
 class LossEvaluator:
@@ -38,9 +43,10 @@ class LossEvaluator:
     Args:
         owner: Name of the caller, for error messages.
         loss_fn: Returns the loss, a tensor with one element, without calling ``backward()``.
-        params: Parameters, dense tensors of float32, float64, bfloat16 or float16 on one device.
+        params: Parameters, dense tensors or DTensors of float32, float64, bfloat16 or float16 on one device.
         backend: Name of the backend whose kernels work on the vectors.
-        reduce: Average losses and gradients over the default process group, if there is one.
+        reduce: Average losses and gradients over the default process group, if there is one. With DTensors
+            losses always are, and gradients are those that a backward pass leaves in ``.grad``.
 
     Raises:
         TypeError: If ``loss_fn`` is not callable or a parameter is of another kind.
@@ -48,7 +54,8 @@ class LossEvaluator:
 
     Attributes:
         params: The parameters.
-        snapshot: Their values before the block.
+        shards: Their parts in this process.
+        snapshot: The values of those parts before the block.
         vectors: Operations on flat vectors, of float64 if one of the parameters is, else float32.
         evaluations: Number of evaluations of the closure so far.
         autocast: Whether a module of the closure ran under autocast to 16 bits.
@@ -71,14 +78,28 @@ class LossEvaluator:
         self._backend = resolve(backend, self.device)
         self.evaluations, self.autocast = 0, False
         self._loss_fn = loss_fn
-        self._reduce = check.flag(owner, "reduce", reduce)
+        self.shards = Shards(owner, self.params)
+        # steps along a line must be the same in all processes that have parts of it
+        self._reduce = check.flag(owner, "reduce", reduce) or self.shards.is_placed
+        # modules of FSDP2, and parameters of the closure that are not measured
+        self._gathering: list[torch.nn.Module] = []
+        self._others: dict[int, Tensor] = {}
+        self._group: Any = None
         self._search = Search()
         self._generators: list[Callable[[], object]] = []
         self._buffers: list[tuple[torch.nn.Module, dict[str, Tensor | None], dict[str, Tensor]]] = []
 
     def __enter__(self) -> LossEvaluator:
-        """Save all state that an evaluation could change."""
-        self.snapshot = [p.detach().clone() for p in self.params]
+        """Save all state that an evaluation could change.
+
+        Raises:
+            ValueError: If the means of all ranks are wanted, and a rank measures something else.
+            RuntimeError: If a rank measures nothing for 10 minutes.
+        """
+        if self._reduce:
+            facts = {"elements of params": self.shards.numel}
+            self._group = agreed_group(self.owner, facts, ALONE)
+        self.snapshot = [p.detach().clone() for p in self.shards.locals]
         self.vectors = self._make_vectors()
         self._grads = [p.grad for p in self.params]
         self._random = random_state(self.device)
@@ -91,9 +112,11 @@ class LossEvaluator:
 
     def __exit__(self, *_: object) -> None:
         """Restore all state."""
-        for param, value, grad in zip(self.params, self.snapshot, self._grads, strict=True):
-            param.data.copy_(value)
+        for local, value in zip(self.shards.locals, self.snapshot, strict=True):
+            local.data.copy_(value)
+        for param, grad in zip(self.params, self._grads, strict=True):
             param.grad = grad
+        self._reshard()
         torch.clear_autocast_cache()
         self._rewind()
 
@@ -127,6 +150,7 @@ class LossEvaluator:
         if self.evaluations:
             self._rewind()
         self.evaluations += 1
+        self._reshard()
         # it may hold casts of parameters that have moved since
         torch.clear_autocast_cache()
         # the first evaluation finds the modules: the others run the same ones
@@ -136,15 +160,54 @@ class LossEvaluator:
             check.fail(self.owner, "loss_fn", "return the loss without calling backward()", "new gradients")
         return loss
 
+    def gradients(self, loss: Tensor, create_graph: bool) -> Sequence[Tensor | None]:
+        """Return the parts of the gradients of a loss in this process, None where it does not depend on one.
+
+        Args:
+            loss: A result of ``evaluate``.
+            create_graph: Whether to keep the graph; not with DTensors.
+        """
+        if not self.shards.is_placed:
+            return torch.autograd.grad(loss, self.params, create_graph=create_graph, allow_unused=True)
+        # FSDP2 reduces what a backward pass leaves in .grad, and its parameters are in no graph
+        for p in (*self.params, *self._others.values()):
+            if getattr(p, "_post_accumulate_grad_hooks", None):
+                condition = "have no hook after its gradient where a DTensor is measured"
+                check.fail(self.owner, "a parameter", condition, tuple(p.shape))
+        kept = [(p, p.grad) for p in self._others.values()]
+        for p, _ in kept:
+            p.grad = None
+        try:
+            loss.backward()  # type: ignore[no-untyped-call]
+            found = [p.grad for p in self.params]
+        finally:
+            for p in self.params:
+                p.grad = None
+            for p, grad in kept:
+                p.grad = grad
+        return [None if g is None else self.shards.part_of(i, g.detach()) for i, g in enumerate(found)]
+
     def share(self, *tensors: Tensor | None) -> None:
-        """Average quantities linear in the loss over all processes in place, if ``reduce`` is set."""
-        for tensor in tensors if self._reduce else ():
+        """Average quantities linear in the gradients over all processes in place, if ``reduce`` is set.
+
+        Those of DTensors are averages already.
+        """
+        for tensor in tensors if self._reduce and not self.shards.is_placed else ():
             if tensor is not None:
                 average(tensor)
+
+    def mean(self, loss: Tensor) -> float:
+        """Return a loss on the host, its mean over all processes if ``reduce`` is set."""
+        value = loss.to("cpu", torch.float64, copy=True)
+        if self._reduce:
+            average(value, self._group)
+        return float(value)
 
     def _make_vectors(self) -> Vectors:
         """Return the vector operations of the backend, or plain ones if a parameter is a strided view."""
         dtype = functools.reduce(torch.promote_types, (compute_dtype(p.dtype) for p in self.params))
+        if self.shards.is_placed:
+            return ShardedVectors(self.shards, self.snapshot, dtype)
         if isinstance(self._backend, VectorBackend) and all(map(is_dense, self.params)):
             return FusedVectors(self.params, self.snapshot, dtype, self._backend)
         return Vectors(self.params, self.snapshot, dtype)
@@ -159,7 +222,9 @@ class LossEvaluator:
 
     def _save(self, root: Any) -> None:
         """Save buffers of modules and states of generators reachable from an object, unless saved already."""
-        for item in self._search(root):
+        items = list(self._search(root))
+        self._note_sharded([item for item in items if isinstance(item, torch.nn.Module)])
+        for item in items:
             if isinstance(item, torch.nn.Module):
                 # the public iterators leave out buffers that are None
                 objects = dict(item._buffers)
@@ -167,6 +232,27 @@ class LossEvaluator:
                 self._buffers.append((item, objects, values))
             elif (restore := restorer(item)) is not None:
                 self._generators.append(restore)
+
+    def _note_sharded(self, modules: Sequence[torch.nn.Module]) -> None:
+        """Note the modules of FSDP2, and the parameters whose gradients a backward pass would change."""
+        if not self.shards.is_placed:
+            return
+        gathering = [module for module in modules if is_fsdp2(module)]
+        for module in gathering:
+            # before it has gathered anything, so that its parameters are those of the optimizer
+            reshard(module)
+            self.autocast = self.autocast or computes_in_16_bits(module)
+        self._gathering += gathering
+        measured = {id(p) for p in self.params}
+        for module in modules:
+            for p in module.parameters(recurse=False):
+                if id(p) not in measured:
+                    self._others[id(p)] = p
+
+    def _reshard(self) -> None:
+        """Let modules of FSDP2 gather the parameters again, which have moved."""
+        for module in self._gathering:
+            reshard(module)
 
     def _rewind(self) -> None:
         """Restore buffers and random numbers, so that the next evaluation computes the same function."""
@@ -219,7 +305,7 @@ def check_params(owner: str, params: Sequence[Tensor]) -> list[Tensor]:
     """Return the parameters as a list.
 
     Raises:
-        TypeError: If one is no dense floating-point tensor, or is sharded.
+        TypeError: If one is no dense floating-point tensor, or is a partial sum.
         ValueError: If there is none, one is given twice, or they are on several devices.
     """
     params = list(params)
@@ -230,8 +316,8 @@ def check_params(owner: str, params: Sequence[Tensor]) -> list[Tensor]:
         if not isinstance(p, Tensor) or p.layout != torch.strided or p.dtype not in DTYPES:
             condition = "be a dense tensor of float32, float64, bfloat16 or float16"
             check.fail(owner, f"params[{i}]", condition, getattr(p, "dtype", p), error=TypeError)
-        if local_tensor(p) is not p:
-            check.fail(owner, f"params[{i}]", "be a plain tensor, not a sharded one", type(p).__name__,
+        if (local_tensor(p) is not p and not is_distributed(p)) or is_partial(p):
+            check.fail(owner, f"params[{i}]", "be a tensor or a DTensor of whole elements", type(p).__name__,
                        error=TypeError)  # fmt: skip
         if not (p.requires_grad and p.is_leaf):
             check.fail(owner, f"params[{i}]", "be a leaf that requires a gradient", tuple(p.shape))

@@ -37,10 +37,11 @@ def top_eigenvalue(
             the closure refers to or its modules own. Not restored are generators inside a C extension,
             another process or thread, those that the closure makes and keeps, and ``random.SystemRandom``.
         params: Parameters, float32, float64, bfloat16 or float16 of any shape on one device. Those that the
-            loss does not depend on count as zero rows.
+            loss does not depend on count as zero rows. DTensors of FSDP2 and tensor parallelism are measured
+            as one whole model: every rank makes the call, and losses are means over all ranks.
         iterations: Hessian-vector products of two gradients each; two more products estimate ``err_fd``.
         method: ``"difference"`` of gradients, or ``"autograd"`` for double backward, the exact form where
-            every operation has a second derivative.
+            every operation has a second derivative; not for DTensors.
         seed: Seed of the start vector.
         reduce: Measure the mean of the losses of all ranks of the default process group, if there is one:
             every rank calls this, with its own batch, and gets the same reading.

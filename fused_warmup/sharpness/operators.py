@@ -11,7 +11,7 @@ from .hvp import Hessian
 from .lanczos import Spectrum, start_direction
 from .loss_evaluator import Loss, LossEvaluator
 from .pending_step import PendingStep
-from .vectors import Direction, Product, dot
+from .vectors import Direction, Product
 
 # largest relative error of long finite-difference steps that still beat short ones
 _SMALL = 2.0**-6
@@ -39,8 +39,8 @@ class Operator:
         basis, inverse = direction.basis, direction.inverse
         shifted = self._shift * (inverse.to(out.dtype) * basis[-1])
         out.mul_(found.factor.to(out.dtype)).add_(shifted)
-        dots = torch.stack([dot(v, out) for v in basis])
-        quotient = found.quotient + inverse * dot(basis[-1], shifted)
+        dots = self.vectors.dots(basis, out)
+        quotient = found.quotient + inverse * self.vectors.dots(basis[-1:], shifted)[0]
         return Product(torch.ones_like(found.factor), dots, quotient)
 
     def quotient(self, vector: Tensor, times: float = 1.0) -> Tensor:
@@ -129,10 +129,13 @@ def step_operators(pending: PendingStep, hessian: Hessian) -> StepOperators:
 
 
 def random_vector(evaluator: LossEvaluator, seed: int | torch.Generator) -> Tensor:
-    """Return a standard normal vector ``[n]``, without touching torch's global random numbers."""
+    """Return a standard normal vector ``[n]``, without touching torch's global random numbers.
+
+    Processes draw the vector of one process, whole, and keep their parts.
+    """
     generator = seed
     if isinstance(generator, int):
         generator = torch.Generator(evaluator.device).manual_seed(generator)
     vectors = evaluator.vectors
-    drawn = torch.randn(vectors.numel, dtype=vectors.dtype, device=vectors.device, generator=generator)
+    drawn = torch.randn(vectors.length, dtype=vectors.dtype, device=vectors.device, generator=generator)
     return vectors.from_params_order(drawn)

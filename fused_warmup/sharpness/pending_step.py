@@ -22,7 +22,7 @@ from ..optim.sgd import SGD
 from ..plan.hyper import Hyper
 from ..plan.plan import Plan
 from ..plan.spec import RuleSpec
-from ..plan.tensors import compute_dtype
+from ..plan.tensors import compute_dtype, local_tensor
 from ..plan.vector_tables import PreconditionerTable
 from ..reference.rules import (
     RULES,
@@ -34,6 +34,7 @@ from ..reference.rules import (
     start_exp_avg_sq,
 )
 from .hvp import Hessian
+from .shards import Shards
 from .vectors import FusedVectors, Vectors, dot
 
 _TORCH: dict[type[torch.optim.Optimizer], type[FusedOptimizer]] = {
@@ -52,7 +53,7 @@ class ParamState:
     """State of one parameter in the next step.
 
     Attributes:
-        param: The parameter.
+        param: The part of the parameter in this process.
         spec: Its update rule.
         hyper: Validated hyper-parameters of its group.
         states: States of the rule, zeros before the first step; not copies.
@@ -108,7 +109,8 @@ class PendingStep:
     Attributes:
         optimizer: The optimizer itself, where a wrapper passes for one.
         params: The parameters.
-        grads: Their gradients, or None if the closure must give them.
+        shards: Their parts in this process.
+        grads: The parts of their gradients in this process, or None if the closure must give them.
         spec: The update rule.
         hypers: Hyper-parameters of each parameter's group.
         made: Updates that the optimizer has made, a copy of its 0-dim int64, or an int.
@@ -134,7 +136,14 @@ class PendingStep:
         self.made: Tensor | int = 0 if counters is None else counters[0].clone()
         if ours is None:
             self.made = max(_counts(0, [self._state.get(p, {}) for p in self.params])[1]) - 1
-        self.grads = [p.grad.detach() for _, p in with_grad] if with_grad else None
+        self.shards = Shards(owner, self.params)
+        group = None if session is None else session.process_group
+        if group is not None and torch.distributed.get_world_size(group) > 1:
+            hint = "Shard with fully_shard (FSDP2)."
+            check.fail(owner, "process_group", "be None where an optimizer is measured", "a group", hint)
+        self.grads: list[Tensor] | None = None
+        if with_grad:
+            self.grads = [self.shards.part_of(i, p.grad.detach()) for i, (_, p) in enumerate(with_grad)]
         self.hypers = [self._by_group[id(g)] for g, _ in chosen]
         if any(hyper.sphere for hyper in self.hypers):
             hint = "The line search leaves the sphere."
@@ -193,7 +202,7 @@ class PendingStep:
         if self.grads is not None:
             return self.grads
         found = zip(hessian.gradient(), self.params, strict=True)
-        return [torch.zeros_like(p) if g is None else g for g, p in found]
+        return [torch.zeros_like(local_tensor(p)) if g is None else g for g, p in found]
 
     def ratios(self) -> list[float]:
         """Return the learning rate of each parameter over ``lr``; by ``param_groups`` while ``lr`` is 0."""
@@ -238,7 +247,7 @@ class PendingStep:
     def _clipping(self, grads: Sequence[Tensor]) -> tuple[float, float]:
         """Return the clip coefficient, and the norm of all gradients after clipping; waits for the device."""
         # in double before they are squared, which 16 bits would round
-        norm = float(torch.stack([dot(g.double(), g.double()) for g in grads]).sum().sqrt())
+        norm = float(self.shards.total([dot(g.double(), g.double()) for g in grads]).sqrt())
         clip_coef = 1.0
         if self._max_grad_norm is not None:
             clip_coef = clip_coefficient(norm, self._max_grad_norm)
@@ -410,13 +419,14 @@ def _param_state(
 ) -> ParamState:
     """Return the state of a parameter in the next step."""
     states = [state.get(name) for name in spec.state_names(group)]
-    zeros = torch.zeros_like(param, dtype=compute_dtype(param.dtype), requires_grad=False)
+    local = local_tensor(param)
+    zeros = torch.zeros_like(local, dtype=compute_dtype(param.dtype), requires_grad=False)
     lr, weight_decay = hyper.rates_at(t)
     return ParamState(
-        param=param,
+        param=local,
         spec=spec,
         hyper=hyper,
-        states=[zeros if s is None else s.detach() for s in states],
+        states=[zeros if s is None else local_tensor(s.detach()) for s in states],
         step=step,
         initialized=bool(state.get("initialized", False)),
         lr=lr,

@@ -47,7 +47,8 @@ class SharpnessProbe:
         method: ``"difference"`` or ``"autograd"``.
         use_grad: As for ``preconditioned``.
         seed: Seed of the random vectors.
-        reduce: As for ``preconditioned``; not with ``budget``, because the clocks of ranks differ.
+        reduce: As for ``preconditioned``; not with ``budget``, because the clocks of ranks differ. DTensors
+            take no ``budget`` either.
 
     Raises:
         TypeError: If the rule of the optimizer is not known, or an argument has a wrong type.
@@ -90,11 +91,16 @@ class SharpnessProbe:
             check.fail(name, "budget", "be None where reduce is True", budget)
         # raises for an optimizer without a known rule, now rather than at the first measurement
         pending = PendingStep(name, optimizer, use_grad=False)
+        pending.shards.check_method(self._method)
+        if pending.shards.is_placed and self.budget is not None:
+            check.fail(name, "budget", "be None for DTensors", budget, "The clocks of ranks differ.")
         self.optimizer, self._device = pending.optimizer, pending.params[0].device
         self._generator = torch.Generator(self._device).manual_seed(check.whole(name, "seed", seed))
         self._clock = _Clock(self._device)
         self._calls = self._measured = 0
         self._vectors: list[Tensor | None] = [None, None]
+        # elements of the vectors in all processes
+        self._length = 0
         self._gap: Tensor | None = None
         self._relative_error: Tensor | None = None
         self._stretch: Tensor | float = 1.0
@@ -177,7 +183,9 @@ class SharpnessProbe:
         """Return whether the previous Ritz vector fits the parameters; forget both vectors if not."""
         vector = self._vectors[0]
         vectors = evaluator.vectors
-        fits = vector is not None and (len(vector), vector.dtype) == (vectors.numel, vectors.dtype)
+        known = (self._length, vectors.dtype)
+        fits = vector is not None and (vectors.length, vector.dtype) == known
+        self._length = vectors.length
         if not fits:
             self._vectors = [None, None]
         return fits
@@ -192,7 +200,7 @@ class SharpnessProbe:
         if old is None:
             spectrum = lanczos(operator, noise, _COLD_STEPS)
         else:
-            start = old + _ADMIXTURE * noise / noise.norm()
+            start = old + _ADMIXTURE * noise / evaluator.vectors.norm(noise)
             early = _EARLY_STEPS if self._measured < _EARLY else 0
             spectrum = lanczos(operator, start, max(self._steps, early))
         if audit and old is not None:

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ..backends.base import VectorBackend
 from ..plan.vector_tables import VectorTable
+from .shards import Shards
 
 
 def dot(a: Tensor, b: Tensor) -> Tensor:
@@ -58,13 +59,17 @@ class Vectors:
         params: Parameters, on one device.
         snapshot: Their values.
         dtype: Dtype of the vectors.
+
+    Attributes:
+        numel: Elements ``n`` of a vector in this process.
+        length: Elements in all processes together.
     """
 
     def __init__(self, params: Sequence[Tensor], snapshot: Sequence[Tensor], dtype: torch.dtype) -> None:
         self.params, self.snapshot, self.dtype = list(params), list(snapshot), dtype
         self.device = self.params[0].device
         self.sizes = [p.numel() for p in self.params]
-        self.numel = sum(self.sizes)
+        self.numel = self.length = sum(self.sizes)
         self.is_narrow = any(p.dtype.itemsize == 2 for p in self.params)
 
     def basis(self, count: int) -> Tensor:
@@ -88,6 +93,15 @@ class Vectors:
             else:
                 view.copy_(t.detach())
         return vector
+
+    def dots(self, vectors: Sequence[Tensor] | Tensor, other: Tensor) -> Tensor:
+        """Return the inner products of at least one vector of ``[n]`` with another, float64 of ``[m]``."""
+        return torch.stack([dot(v, other) for v in vectors])
+
+    def norm(self, vector: Tensor) -> Tensor:
+        """Return the length of a vector of ``[n]``, 0-dim."""
+        length: Tensor = vector.norm()
+        return length
 
     def from_params_order(self, vector: Tensor) -> Tensor:
         """Reorder a vector whose segments are in the order of the parameters: all backends draw the same."""
@@ -136,11 +150,11 @@ class Vectors:
                 values = self._displaced(basis[-1], scale, sign * size)
                 ends.append(self.flat([v.to(p.dtype) for v, p in zip(values, self.params, strict=True)]))
             displacement = ends[0] - ends[1]
-            moved = torch.stack([dot(displacement, displacement), dot(displacement, difference)])
+            moved = self.dots((displacement, difference), displacement)
         out.copy_(difference if scale is None else scale * difference)
         for param, value in zip(self.params, self.snapshot, strict=True):
             param.data.copy_(value)
-        return torch.stack([dot(v, out) for v in basis]), moved
+        return self.dots(basis, out), moved
 
     def combine(
         self, out: Tensor, keep: Tensor | None, basis: Tensor, coefficients: Tensor, scale: Tensor | None
@@ -162,18 +176,50 @@ class Vectors:
         for v, c in zip(basis, coefficients.to(out.dtype), strict=True):
             total = total + c * v
         out.copy_(total)
-        scaled = out * scale if scale is not None else torch.zeros_like(out[:0])
-        products = [dot(v, out) for v in basis]
-        return (
-            torch.stack(products) if products else coefficients,
-            torch.stack([dot(out, out), dot(scaled, scaled)]),
-        )
+        products = self.dots((*basis, out), out)
+        last = torch.zeros_like(products[:1])
+        if scale is not None:
+            scaled = out * scale
+            last = self.dots((scaled,), scaled)
+        return products[:-1], torch.cat([products[-1:], last])
 
     def _displaced(self, vector: Tensor, scale: Tensor | None, size: Tensor) -> list[Tensor]:
         """Return the parameters after a step along a vector, not rounded to their dtypes."""
         scaled = vector if scale is None else scale * vector
         parts = self.split(scaled * size.to(scaled.dtype))
         return [value + part for value, part in zip(self.snapshot, parts, strict=True)]
+
+
+class ShardedVectors(Vectors):
+    """Vector operations on the parts of parameters in this process, with sums over all processes.
+
+    Args:
+        shards: The parameters.
+        snapshot: Values of their parts in this process.
+        dtype: Dtype of the vectors.
+    """
+
+    def __init__(self, shards: Shards, snapshot: Sequence[Tensor], dtype: torch.dtype) -> None:
+        super().__init__(shards.locals, snapshot, dtype)
+        self._shards, self.length = shards, shards.numel
+        runs = shards.runs()
+        self._firsts = [first for first, _ in runs]
+        self._sizes = [sum(self.sizes[first:end]) for first, end in runs]
+
+    def dots(self, vectors: Sequence[Tensor] | Tensor, other: Tensor) -> Tensor:
+        """See ``Vectors.dots``; all processes call this."""
+        parts = [torch.split(v, self._sizes) for v in vectors]
+        runs = zip(*parts, torch.split(other, self._sizes), strict=True)
+        sums = [torch.stack([dot(v, last) for v in first]) for *first, last in runs]
+        return self._shards.add_up(torch.stack(sums), self._firsts)
+
+    def norm(self, vector: Tensor) -> Tensor:
+        """See ``Vectors.norm``; all processes call this."""
+        return self.dots((vector,), vector)[0].sqrt().to(vector.dtype)
+
+    def from_params_order(self, vector: Tensor) -> Tensor:
+        """Return the parts in this process of a vector over whole parameters."""
+        return self._shards.parts_of_flat(vector)
 
 
 class FusedVectors(Vectors):

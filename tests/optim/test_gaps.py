@@ -321,7 +321,7 @@ def test_a_loss_that_a_closure_returns_as_a_number_is_recorded():
 def test_what_is_kept_on_a_device_follows_the_parameters():
     """Of which there is another one on every machine, though nothing can be read there."""
     cpu, meta = torch.device("cpu"), torch.device("meta")
-    telemetry, losses = Telemetry(), LossBuffer(3, reduce=False)
+    telemetry, losses = Telemetry(), LossBuffer(3)
     for device in (cpu, meta):
         telemetry.allocate(device)
         losses.add(1.0, device)

@@ -5,23 +5,20 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ...distributed.groups import average
-
 
 class LossBuffer:
     """Collects the losses of an epoch; only ``drain`` waits for the device.
 
     Args:
         size: Losses per epoch.
-        reduce: Average them over the default process group, if there is one.
 
     Attributes:
         filled: Losses collected so far.
         values: The losses, then the number of updates made; float64 of ``[size + 1]``, None before the first.
     """
 
-    def __init__(self, size: int, reduce: bool) -> None:
-        self.size, self.reduce, self.filled = size, reduce, 0
+    def __init__(self, size: int) -> None:
+        self.size, self.filled = size, 0
         self.values: Tensor | None = None
 
     @property
@@ -56,8 +53,6 @@ class LossBuffer:
             self.values[-1].copy_(made)
         else:
             self.values[-1] = made
-        if self.reduce:
-            average(self.values[:-1])
         self.filled = 0
         host = self.values.to("cpu", copy=True)
         return host[:-1], int(host[-1])

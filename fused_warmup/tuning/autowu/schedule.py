@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 
 from ... import _checks as check
+from ...distributed.agreement import agreed_group
+from ...distributed.groups import average
 from ...optim.losses import checked_loss
 from ...plan.device_buffers import is_capturing
 from ...schedules import Schedule, Segment
@@ -60,7 +62,9 @@ class AutoWU(AdaptiveSchedule):
     device is rewritten if the rate changes. To drive any other optimizer, set its rate to ``wu.lr`` before
     the first step and to ``wu.step(loss)`` after each one.
 
-    In a group of processes the losses are averaged, so that all ranks decide the same.
+    In a group of processes the losses are averaged, so that all ranks decide the same: every rank records its
+    losses, equally often. The end of an epoch raises an error if a rank has other arguments or has recorded
+    another number of losses, or none for 10 minutes.
 
     Args:
         total_steps: Steps of the training; the last rate is held after them.
@@ -152,7 +156,7 @@ class AutoWU(AdaptiveSchedule):
         self.tests: list[WarmupTest] = []
         self._steps = 0
         self._losses = torch.empty(0, dtype=torch.float64, device="cpu")
-        self._epoch = LossBuffer(self._per_epoch, self._options["reduce"])
+        self._epoch = LossBuffer(self._per_epoch)
         self._smoother: ScaleFree | Parity = Parity() if parity else ScaleFree()
         self._plateau = [math.inf, 0.0]
         self._source: weakref.ref[object] | None = None
@@ -288,10 +292,23 @@ class AutoWU(AdaptiveSchedule):
         if not self._epoch.full:
             return
         losses, made = self._epoch.drain(self._steps - 1 if counters is None else counters[0])
+        if self._options["reduce"]:
+            self._share(losses)
         if self.phase == "warmup":
             self._test(losses, made)
         else:
             self._check_plateau(losses, made)
+
+    def _share(self, losses: Tensor) -> None:
+        """Replace the losses of an epoch by their means over all ranks.
+
+        Raises:
+            ValueError: If ranks have other arguments, or have recorded other numbers of losses.
+            RuntimeError: If a rank has recorded fewer losses and does not record more in time.
+        """
+        facts = {**self._options, "phase": self.phase, "recorded losses": self._steps}
+        hint = "Record the losses on all ranks; independent trainings need reduce=False."
+        average(losses, agreed_group(type(self).__name__, facts, hint))
 
     def _test(self, losses: Tensor, made: int) -> None:
         """Test all losses of the warmup, and end it after enough positive tests or too many lost losses."""

@@ -8,10 +8,11 @@ from typing import Any
 import torch
 
 from ... import _checks as check
+from ...distributed.agreement import agreed_group
 from ...distributed.groups import average
 from ...optim.losses import checked_loss
 from ...sharpness.line_search import Line
-from ...sharpness.loss_evaluator import Loss
+from ...sharpness.loss_evaluator import ALONE, Loss
 from ...sharpness.operators import evaluator_of
 from ...sharpness.pending_step import PendingStep
 from .initial_lr import search
@@ -104,6 +105,8 @@ class PersistentCatapult:
         if not self.done:
             shared = torch.as_tensor(loss).to(torch.float64, copy=True)
             if self.reduce:
+                facts = {"target": self.target, "start": self.start, "searches": self.searches}
+                agreed_group(type(self).__name__, facts, ALONE)
                 average(shared)
             self._follow(float(shared), loss_fn)
         for group, given in list(zip(self.optimizer.param_groups, self._given, strict=True))[first:]:
