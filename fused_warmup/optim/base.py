@@ -185,7 +185,8 @@ class FusedOptimizer(Optimizer):
             "radius": radius,
         }
         ignored = {"foreach": foreach, "capturable": capturable, "differentiable": False, "fused": fused}
-        merged = {**defaults, **group_options, **ignored}
+        # flattened checkpoints of torch load those entries alone that a group has already
+        merged = {**defaults, **group_options, **ignored, "updates": None}
         self._session.bind(name, self.spec, merged)
         super().__init__(params, merged)
         self._session.track_states()

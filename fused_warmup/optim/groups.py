@@ -17,8 +17,8 @@ from ..schedules import Schedule
 from ..schedules.adaptive import AdaptiveSchedule, restored
 
 SCHEDULE_KEYS = ("schedule", "weight_decay_schedule")
-# arguments of torch's optimizers that are accepted and not used
-IGNORED_KEYS = ("foreach", "capturable", "differentiable", "fused")
+# arguments of torch's optimizers that are accepted and not used, and what a state dict alone fills
+IGNORED_KEYS = ("foreach", "capturable", "differentiable", "fused", "updates")
 
 
 def make_hyper(owner: str, spec: RuleSpec, group: Mapping[str, Any]) -> Hyper:

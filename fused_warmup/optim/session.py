@@ -215,14 +215,6 @@ class Session:
             counters = torch.zeros(len(COUNTERS), dtype=torch.int64, device="cpu")
         return counters[COUNTERS.index("step")]
 
-    def _reserve_updates(self) -> None:
-        """Give the groups an entry for the number of updates, which a state dict fills.
-
-        Flattened checkpoints of torch load those entries alone that a group has already.
-        """
-        for group in self.param_groups:
-            group["updates"] = None
-
     def allocate_rates(self, device: torch.device) -> Tensor:
         """Return memory for learning rate and weight decay of each group, float64 of ``[>= groups, 2]``.
 
@@ -393,10 +385,7 @@ class Session:
         spreads = self._spreads((row.index, row.param, hypers[row.group]) for row in rows)
         backend = self.resolve(device)
         counters = self.allocate_counters(device)
-        self._reserve_updates()
         self.telemetry.allocate(device, counters)
-        if self.seed is None and any(hyper.init == "random" for hyper in hypers):
-            self.seed = shared_seed()
         started = self._allocate_states([rows[i] for i in fresh], hypers, names, counts)
         self._note_start([rows[i] for i in fresh], active, hypers, started)
         self.counts.arrange(rows, device)
@@ -491,6 +480,7 @@ class Session:
         add = state.add if isinstance(state, TrackedStates) else self._add_state
         zero = torch.zeros((), dtype=torch.float32, device=rows[0].local.device if rows else "cpu")
         started: dict[int, float] = {}
+        seeds = self._seeds() if any(hyper.init == "random" for hyper in hypers) else {}
         fresh = not state
         for row, count in zip(rows, counts, strict=True):
             own = (None if fresh else peek(state, row.param)) or {}
@@ -504,17 +494,22 @@ class Session:
                 started[id(row.param)] = 0.0
                 if hypers[row.group].init == "random":
                     second_moment = entries[spec.states[spec.second_moment_index]]
-                    seed = self._seed_of(row)
+                    seed = seeds[id(row.param)]
                     started[id(row.param)] = build.draw_second_moment(second_moment, seed)
             add(row.param, entries)
         return started
 
-    def _seed_of(self, row: Row) -> int:
-        """Return the seed of the random start of a row."""
-        assert self.seed is not None
+    def _seeds(self) -> dict[int, int]:
+        """Return the seed of a random start of each parameter, by its identity."""
+        if self.seed is None:
+            self.seed = shared_seed()
         own = 0 if self.process_group is None else torch.distributed.get_rank(self.process_group)
-        # processes with other parts draw other numbers
-        return self.seed + row.index + (own << 32) * (not is_distributed(row.param))
+        seeds, index = {}, 0
+        for param in self.params:
+            # processes with other parts draw other numbers; an empty tensor changes none
+            seeds[id(param)] = self.seed + index + (own << 32) * (not is_distributed(param))
+            index += bool(param.numel())
+        return seeds
 
     def _note_start(
         self, fresh: Sequence[Row], rows: Sequence[Row], hypers: Sequence[Hyper], started: Mapping[int, float]
@@ -527,7 +522,10 @@ class Session:
             hypers: Hyper-parameters of each group.
             started: Sums over the rows that had none.
         """
-        if not any(hypers[row.group].init == "random" for row in fresh):
+        drawn = any(hypers[row.group].init == "random" and id(row.param) in started for row in fresh)
+        # a process without rows adds to the first sum of the others
+        waited_for = self.process_group is not None and self.seed is not None and not self.init_norm_sq
+        if not (drawn or waited_for):
             return
         total = here = 0.0
         for row in rows:
@@ -537,7 +535,7 @@ class Session:
             else:
                 here += value
         if self.process_group is not None:
-            total += sum_over(here, self.process_group, rows[0].local.device)
+            total += sum_over(here, self.process_group, self.device)
         self.init_norm_sq = total
 
     def _add_state(self, param: Tensor, entries: Mapping[str, Any]) -> None:

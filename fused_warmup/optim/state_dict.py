@@ -129,7 +129,9 @@ def _saved_updates(own: Mapping[str, Any], groups: list[dict[str, Any]]) -> int:
 
     Wrappers and checkpoints of torch keep the entries of groups, and drop the one of this package.
     """
-    told = [group.pop("updates", None) or 0 for group in groups]
+    told = [group.get("updates") or 0 for group in groups]
+    for group in groups:
+        group["updates"] = None
     saved = own.get("counters")
     return max(told, default=0) if saved is None else int(saved[COUNTERS.index("step")])
 
