@@ -47,16 +47,14 @@ class Reduction:
         per_slot = [frozenset(own) for own in numbers]
         sizes = [_n_sums(spread, n_sums) for spread in spreads]
         self.first_totals = np.cumsum(sizes, dtype=np.int64) - sizes
-        # the groups that each number is added up over
-        over = per_slot * n_groups
-        first = len(over)
-        over += [own for own in per_slot for _ in range(_NORMS)] + [frozenset(groups)] * _FLAGS
-        second = len(over)
-        for spread, size in zip(spreads, sizes, strict=True):
-            over += [frozenset(spread.layer_groups)] * size
-        self._parts = slice(0, first), slice(first, second), slice(second, len(over))
-        self.totals = torch.zeros(len(over), dtype=torch.float64, device=device)
-        self._takes = {group: np.array([group in own for own in over]) for group in groups}
+        # the groups that numbers are added up over, and how many numbers
+        over = per_slot * n_groups + [own for own in per_slot for _ in range(_NORMS)]
+        over += [frozenset(groups)] * _FLAGS + [frozenset(spread.layer_groups) for spread in spreads]
+        counts = [1] * (len(over) - len(spreads)) + sizes
+        first, second = len(per_slot) * n_groups, len(over) - len(spreads)
+        self._parts = slice(0, first), slice(first, second), slice(second, sum(counts))
+        self.totals = torch.zeros(sum(counts), dtype=torch.float64, device=device)
+        self._takes = {group: np.repeat([group in own for own in over], counts) for group in groups}
         # what another process of a group passes on
         self._masks = {
             group: torch.from_numpy(~takes).to(device)
