@@ -729,7 +729,8 @@ def test_graphs_hold_their_gradients_and_settings(capture, monkeypatch, clip):  
     recorder, real = Recorder(capture), TritonBackend._bound_launches
 
     def bound(self, plan, measure):
-        return [lambda launch=launch: recorder.launch(launch) for launch in real(self, plan, measure)]
+        launches = real(self, plan, measure)
+        return [(stage, lambda launch=launch: recorder.launch(launch)) for stage, launch in launches]
 
     monkeypatch.setattr(TritonBackend, "_bound_launches", bound)
     options = {"schedule": fw.schedules.constant(0.5), "max_grad_norm": clip, "backend": "triton"}

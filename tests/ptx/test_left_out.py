@@ -79,7 +79,10 @@ JOBS = {
         [steps("adamw", MANY), steps("adam", SHAPES, **SPHERE), steps("adam", SHAPES, **CLIP, **SPHERE)],
     ),
     "lamb": ("stage1|reduce_layers", [steps("lamb", SHAPES)]),
-    "adamp": ("stage|reduce_layers|update", [steps("adamp", SHAPES), steps("adamp", SHAPES, **SPHERE)]),
+    "adamp": (
+        "stage|reduce_layers|update",
+        [steps("adamp", SHAPES), steps("adamp", SHAPES, **SPHERE), steps("adamp", SHAPES, **CLIP)],
+    ),
     "vectors": ("vector", [vectors]),
     "preconditioner": ("preconditioner", [preconditioner]),
 }

@@ -93,7 +93,8 @@ def preconditioner_kernel(
     call = load_struct(call.to(tl.int64), 0, "PreconditionerOp")
     t = load_struct(step.counters, 0, "Counters").step
     l2_sq = tl.load(call.l2_sq.to(tl.pointer_type(tl.float64)))
-    decision = decide(step, t, Partial(l1=l2_sq * 0.0, l2_sq=l2_sq, nonfinite=tl.full((), 0, tl.int64)))
+    part = Partial(l1=l2_sq * 0.0, l2_sq=l2_sq, nonfinite=tl.full((), 0, tl.int64))
+    decision = decide(step, t, part, False)
     # for the caller: programs cannot wait for each other, so each computes the rates of its rows itself
     if tl.program_id(0) == 0:
         set_rates(Step(step, rates=call.rates), t, 0, 1, LANES)
