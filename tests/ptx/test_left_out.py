@@ -79,10 +79,7 @@ JOBS = {
         [steps("adamw", MANY), steps("adam", SHAPES, **SPHERE), steps("adam", SHAPES, **CLIP, **SPHERE)],
     ),
     "lamb": ("stage1|reduce_layers", [steps("lamb", SHAPES)]),
-    "adamp": (
-        "stage|reduce_layers|update",
-        [steps("adamp", SHAPES), steps("adamp", SHAPES, **SPHERE), steps("adamp", SHAPES, **CLIP)],
-    ),
+    "adamp": ("stage|reduce_layers|update", [steps("adamp", SHAPES), steps("adamp", SHAPES, **SPHERE)]),
     "vectors": ("vector", [vectors]),
     "preconditioner": ("preconditioner", [preconditioner]),
 }
@@ -90,12 +87,14 @@ ROWS = [("cuda", job) for job in JOBS] + [("triton", job) for job in ("decide", 
 # Barriers that nothing needs, by function and place there, with their number. The first one of block_sum,
 # share_block_sum and block_min protects what threads still read from the next call: there is none in a launch that
 # calls it once, and in set_rows a later barrier comes between. first_rect calls block_min again only for more than a
-# tile of rows, which the kernel for few rows never has.
+# tile of rows, which the kernel for few rows never has. Before sum_chunk, stage1_chunk waits where it adds up norms,
+# which these runs do.
 REDUNDANT = {
     ("cuda", "decide"): {("block_sum", 1): 1, ("block_min", 1): 3},
     ("cuda", "update"): {("block_sum", 1): 1},
     ("cuda", "lamb"): {("block_sum", 1): 1, ("share_block_sum", 1): 1},
     ("cuda", "adamp"): {("block_sum", 1): 1, ("share_block_sum", 1): 2},
+    ("triton", "adamp"): {("sum_chunk", 1): 1},
 }
 TARGETS = {"cuda": SIDES[0], "triton": SIDES[1]}
 
