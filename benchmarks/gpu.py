@@ -418,7 +418,12 @@ def driver() -> str:
         text = Path("/proc/driver/nvidia/version").read_text(encoding="utf-8")
     except OSError:
         return "unknown"
-    match = re.search(r"Kernel Module\D*([\d.]+)", text)
+    return driver_version(text)
+
+
+def driver_version(text: str) -> str:
+    """Return the version in what the kernel driver says of itself, or ``"unknown"``."""
+    match = re.search(r"Kernel Module.*?(\d+\.[\d.]+)", text)
     return match.group(1) if match else "unknown"
 
 

@@ -24,7 +24,11 @@ ROOT = Path(__file__).resolve().parents[1]
 ALL, BUILD, TESTS = 480.0, 180.0, 120.0
 # the measurement stops starting cases so long before the end
 LAST_CASE = 45.0
-TEST_FILES = ("tests/backends/test_gpu.py", "tests/backends/test_backends.py")
+TEST_FILES = (
+    "tests/backends/test_gpu.py",
+    "tests/backends/test_backends.py",
+    "tests/distributed/test_nccl.py",
+)
 LOG = ROOT / "build" / "kernels.log"
 
 

@@ -1,5 +1,7 @@
 """Steps whose sums are folded for other processes, in one process that has all rows."""
 
+import contextlib
+
 import torch
 
 import fused_warmup as fw
@@ -19,20 +21,33 @@ CASES = {
 }
 
 
-def spreads_of(params, by_channel):
+def spreads_of(params, by_channel, groups):
     """Return rows in two slots, the channels of every other one cut."""
     found = []
     for i, param in enumerate(params):
         channels = len(param) if by_channel and param.dim() > 1 else 1
-        groups = (("even", "odd")[i % 2],)
-        found.append(Spread(groups, groups, param.numel(), channels, 0, channels > 1 and i % 4 == 0))
+        own = (groups[i % 2],)
+        found.append(Spread(own, own, param.numel(), channels, 0, channels > 1 and i % 4 == 0))
     return found
+
+
+@contextlib.contextmanager
+def folding(monkeypatch, groups):
+    """Let the steps of optimizers made inside fold sums and add them up over groups of this process alone."""
+
+    def check_spreads(owner, spec, members, *settings, is_zero):
+        return spreads_of([param for _, param, _ in members], spec.by_channel, groups)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(session.build, "check_spreads", check_spreads)
+        patch.setattr(plan, "make_reduction", Reduction)
+        yield
 
 
 def orthogonal(param, step):
     """Return a gradient that is orthogonal to every channel or, of the second tensor, to the whole."""
     grad = torch.randn(param.shape, generator=torch.Generator().manual_seed(step))
-    whole = param.detach()
+    whole = param
     rows = whole.reshape(len(whole) if whole.dim() > 1 and len(whole) != 3 else 1, -1)
     part = grad.reshape(rows.shape)
     return (part - (part * rows).sum(1, keepdim=True) / (rows * rows).sum(1, keepdim=True) * rows).reshape(
@@ -45,29 +60,45 @@ def check_folded(name, backend, monkeypatch):
     monkeypatch.setattr(torch.distributed, "get_rank", lambda group: 0)
     messages = []
     monkeypatch.setattr(torch.distributed, "all_reduce", lambda sums, group: messages.append(group))
+    compare_steps(name, backend, monkeypatch, ("even", "odd"))
+    assert set(messages) == {"even", "odd"}
+
+
+def compare_steps(name, backend, monkeypatch, groups, device="cpu"):
+    """Make steps with and without folded sums and compare all that they write."""
     make, options = CASES[name]
     runs = []
     for folds in (False, True):
-        torch.manual_seed(0)
-        params = [torch.nn.Parameter(torch.randn(shape)) for shape in SHAPES]
+        params = start(device)
         named = isinstance(backend, str)
-        opt = make(params, lr=0.05, backend=backend if named else "cpu", **options)
-        if not named:
-            opt.session.backend = backend
-        spreads = spreads_of(params, opt.spec.by_channel)
-        with monkeypatch.context() as patch:
-            if folds:
-                patch.setattr(session.build, "check_spreads", lambda *args, found=spreads, **more: found)
-                patch.setattr(plan, "make_reduction", Reduction)
+        with folding(monkeypatch, groups) if folds else contextlib.nullcontext():
+            opt = make(params, lr=0.05, backend=backend if named else "cpu", **options)
+            if not named:
+                opt.session.backend = backend
             for step in range(3):
-                for param in params:
-                    param.grad = orthogonal(param, step)
+                set_gradients(params, step)
                 if step == 1:
                     params[2].grad = None
                 opt.step()
         runs.append((params, opt))
-    (params, opt), (others, other) = runs
-    assert set(messages) == {"even", "odd"}
+    compare_runs(*runs)
+
+
+def start(device):
+    """Return parameters."""
+    torch.manual_seed(0)
+    return [torch.nn.Parameter(torch.randn(shape).to(device)) for shape in SHAPES]
+
+
+def set_gradients(params, step):
+    """Give every parameter the gradient of a step."""
+    for param in params:
+        param.grad = orthogonal(param.detach().cpu(), step).to(param.device)
+
+
+def compare_runs(one, folded):
+    """Compare the parameters, states and telemetry of two runs."""
+    (params, opt), (others, other) = one, folded
     for p, q in zip(params, others, strict=True):
         torch.testing.assert_close(q, p, rtol=2e-6, atol=1e-7)
         for key, value in opt.state[p].items():

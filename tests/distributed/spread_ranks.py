@@ -3,6 +3,7 @@
 Run in every process of a group. Gradients are given, so that they are the same bits in both.
 """
 
+import functools
 import hashlib
 import math
 
@@ -50,7 +51,7 @@ def gradients(step, params, name, option):
     generator = torch.Generator().manual_seed(step)
     found = []
     for i, param in enumerate(params):
-        grad = torch.randn(param.shape, generator=generator, dtype=torch.float64)
+        grad = torch.randn(param.shape, generator=generator, dtype=torch.float64).to(param.device)
         whole = param.detach().to(torch.float64)
         if name in ("AdamP", "SGDP"):
             # channels of the first ones, layers of the next, and neither
@@ -64,9 +65,24 @@ def gradients(step, params, name, option):
     return found
 
 
+@functools.cache
+def mesh_of(device, shape):
+    """Return the mesh of that shape."""
+    return init_device_mesh(device, shape)
+
+
+def gathered(tensor):
+    """Return a tensor whole and on the CPU, where gloo gathers."""
+    if not isinstance(tensor, DTensor):
+        return tensor.cpu()
+    mesh = mesh_of("cpu", tensor.device_mesh.shape)
+    local, like = tensor.to_local().cpu(), {"shape": tensor.shape, "stride": tensor.stride()}
+    return DTensor.from_local(local, mesh, tensor.placements, run_check=False, **like).full_tensor()
+
+
 def distance(a, b):
     """Return the largest distance of two tensors relative to the largest element, infinity where one is NaN."""
-    a, b = (t.full_tensor() if isinstance(t, DTensor) else t for t in (a, b))
+    a, b = gathered(a), gathered(b)
     finite = a.isfinite()
     if not torch.equal(finite, b.isfinite()):
         return math.inf
@@ -77,7 +93,7 @@ def distance(a, b):
 def run(make, options, name, option, places, mesh, backend, dtype=torch.float64):
     """Return the largest relative distance of parameters, states and telemetry."""
     torch.manual_seed(0)
-    start = [torch.randn(shape, dtype=dtype) for shape in SHAPES]
+    start = [torch.randn(shape, dtype=dtype).to(mesh.device_type) for shape in SHAPES]
     whole = [torch.nn.Parameter(p.clone()) for p in start]
     spread = [
         torch.nn.Parameter(
@@ -165,9 +181,9 @@ def use_cuda_on_host():
     device_buffers.is_mirrored = lambda device: True
 
 
-def compare(shape, backend, names=tuple(OPTIMIZERS), options=tuple(OPTIONS)):
+def compare(shape, backend, names=tuple(OPTIMIZERS), options=tuple(OPTIONS), device="cpu"):
     """Return the cases of a mesh of that shape in which the two are not equal, and their distance."""
-    mesh, different = init_device_mesh("cpu", shape), {}
+    mesh, different = mesh_of(device, shape), {}
     for place, places in placements(mesh).items():
         for name in names:
             # what is true of one rule without sums over layers is true of the others
