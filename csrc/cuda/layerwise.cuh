@@ -11,57 +11,80 @@
 namespace fw {
 namespace {
 
-// updates the moments, and sums over the direction of the update and over the gradient
-template <class Rule, int kStates, int N, class P, class G, class C>
-FW_DEVICE void stage1_pack(const ChunkPointers<P, G>& s, int32_t i, const ScalarsOf<C>& scalars,
-                           double (&sums)[Rule::kSums], bool accumulate, NormSum<C>& norms) {
+// two packs of float32 fit into the registers of a thread
+template <class P>
+constexpr int kLayerPacks = sizeof(P) == sizeof(float) ? 2 : 1;
+
+// N elements of the tensors of a layer-wise rule, in registers
+template <int kStates, int N, class P, class G>
+struct LayerPack {
+  using C = typename Arithmetic<P>::type;
   C state0[N], state1[N];
-  G raw_grad[N];
-  P raw_param[N];
-  load(s.grad + i, raw_grad);
-  load(s.param + i, raw_param);
-  if constexpr (kStates > 0) load(s.state0 + i, state0);
-  if constexpr (kStates > 1) load(s.state1 + i, state1);
-  if constexpr (N > 1)
-    if (accumulate) add_pack<C>(norms, raw_grad);
-  for (int k = 0; k < N; ++k) {
-    const C param = static_cast<C>(widen(raw_param[k])), grad = static_cast<C>(widen(raw_grad[k]));
-    C state[kMaxStates] = {};
+  G grad[N] = {};
+  P param[N];
+
+  FW_DEVICE void load_from(const ChunkPointers<P, G>& s, int32_t i, bool needs_grad) {
+    if (needs_grad) load(s.grad + i, grad);
+    load(s.param + i, param);
+    if constexpr (kStates > 0) load(s.state0 + i, state0);
+    if constexpr (kStates > 1) load(s.state1 + i, state1);
+  }
+
+  // the moments of an element, zeros for those that the row does not have
+  FW_DEVICE void read(int k, C (&state)[kMaxStates]) const {
     if constexpr (kStates > 0) state[0] = state0[k];
     if constexpr (kStates > 1) state[1] = state1[k];
-    Rule::template update_moments<kStates>(param, grad, state, scalars);
-    const C update = Rule::template direction<kStates>(param, grad, state, scalars);
-    Rule::accumulate(sums, param, grad, update, scalars);
-    if constexpr (kStates > 0) state0[k] = state[0];
-    if constexpr (kStates > 1) state1[k] = state[1];
   }
-  if constexpr (kStates > 0) store(state0, s.state0 + i);
-  if constexpr (kStates > 1) store(state1, s.state1 + i);
+};
+
+// updates the moments of kPacks packs from i on, a stride apart, and sums over the direction of the update
+// and over the gradient; all loads come before the first result
+template <class Rule, int kStates, int kPacks, int N, class P, class G, class C>
+FW_DEVICE void stage1_part(const ChunkPointers<P, G>& s, int32_t i, int32_t stride,
+                           const ScalarsOf<C>& scalars, double (&sums)[Rule::kSums], bool accumulate,
+                           NormSum<C>& norms) {
+  LayerPack<kStates, N, P, G> packs[kPacks];
+  for (int p = 0; p < kPacks; ++p) packs[p].load_from(s, i + p * stride, true);
+  for (int p = 0; p < kPacks; ++p) {
+    auto& pack = packs[p];
+    if constexpr (N > 1)
+      if (accumulate) add_pack<C>(norms, pack.grad);
+    for (int k = 0; k < N; ++k) {
+      const C param = static_cast<C>(widen(pack.param[k])), grad = static_cast<C>(widen(pack.grad[k]));
+      C state[kMaxStates] = {};
+      pack.read(k, state);
+      Rule::template update_moments<kStates>(param, grad, state, scalars);
+      const C update = Rule::template direction<kStates>(param, grad, state, scalars);
+      Rule::accumulate(sums, param, grad, update, scalars);
+      if constexpr (kStates > 0) pack.state0[k] = state[0];
+      if constexpr (kStates > 1) pack.state1[k] = state[1];
+    }
+    if constexpr (kStates > 0) store(pack.state0, s.state0 + i + p * stride);
+    if constexpr (kStates > 1) store(pack.state1, s.state1 + i + p * stride);
+  }
 }
 
 // recomputes the direction from the updated moments, and updates the parameter
-template <class Rule, int kStates, int N, class P, class G, class C>
-FW_DEVICE void stage2_pack(const ChunkPointers<P, G>& s, int32_t i, const ScalarsOf<C>& scalars,
-                           C projection_coef, C weight, bool needs_grad, SumSq& sum_sq) {
-  C state0[N], state1[N];
-  G raw_grad[N] = {};
-  P param[N];
-  if (needs_grad) load(s.grad + i, raw_grad);
-  load(s.param + i, param);
-  if constexpr (kStates > 0) load(s.state0 + i, state0);
-  if constexpr (kStates > 1) load(s.state1 + i, state1);
-  for (int k = 0; k < N; ++k) {
-    C value = static_cast<C>(widen(param[k])), state[kMaxStates] = {};
-    const C grad = static_cast<C>(widen(raw_grad[k]));
-    if constexpr (kStates > 0) state[0] = state0[k];
-    if constexpr (kStates > 1) state[1] = state1[k];
-    Rule::apply(value, Rule::template direction<kStates>(value, grad, state, scalars), projection_coef,
-                scalars);
-    narrow(value, param[k]);
+template <class Rule, int kStates, int kPacks, int N, class P, class G, class C>
+FW_DEVICE void stage2_part(const ChunkPointers<P, G>& s, int32_t i, int32_t stride,
+                           const ScalarsOf<C>& scalars, C projection_coef, C weight, bool needs_grad,
+                           SumSq& sum_sq) {
+  LayerPack<kStates, N, P, G> packs[kPacks];
+  for (int p = 0; p < kPacks; ++p) packs[p].load_from(s, i + p * stride, needs_grad);
+  for (int p = 0; p < kPacks; ++p) {
+    auto& pack = packs[p];
+    for (int k = 0; k < N; ++k) {
+      C value = static_cast<C>(widen(pack.param[k])), state[kMaxStates] = {};
+      const C grad = static_cast<C>(widen(pack.grad[k]));
+      pack.read(k, state);
+      Rule::apply(value, Rule::template direction<kStates>(value, grad, state, scalars), projection_coef,
+                  scalars);
+      narrow(value, pack.param[k]);
+    }
+    store(pack.param, s.param + i + p * stride);
+    sum_sq.add(pack.param);
+    if (s.average) average_part<N>(s.average + i + p * stride, pack.param, weight);
   }
-  store(param, s.param + i);
-  sum_sq.add(param);
-  if (s.average) average_part<N>(s.average + i, param, weight);
 }
 
 // the packs of one of `threads` threads; norms are summed in the order of the measure stage, so that they
@@ -70,14 +93,17 @@ template <class Rule, int kStates, class P, class G, class C>
 FW_DEVICE void stage1_packs(const ChunkPointers<P, G>& s, int32_t thread, int32_t threads,
                             const ScalarsOf<C>& scalars, double (&sums)[Rule::kSums], bool accumulate,
                             NormSum<C>& norms) {
-  share_packs(
+  share_packs<kLayerPacks<P>>(
       s, thread, threads,
-      [&](int32_t i) { stage1_pack<Rule, kStates, kPack<P>>(s, i, scalars, sums, accumulate, norms); },
+      [&](int32_t i, int32_t stride, auto packs) {
+        stage1_part<Rule, kStates, decltype(packs)::value, kPack<P>>(s, i, stride, scalars, sums, accumulate,
+                                                                     norms);
+      },
       [&](int32_t i) {
         if (accumulate) add_partial_pack(norms, s, i);
 #pragma unroll 1
         for (int32_t k = i; k < s.end(i); ++k)
-          stage1_pack<Rule, kStates, 1>(s, k, scalars, sums, false, norms);
+          stage1_part<Rule, kStates, 1, 1>(s, k, 0, scalars, sums, false, norms);
       });
 }
 
@@ -156,15 +182,16 @@ FW_DEVICE void stage2_chunk(const Step& step, const Row& row, uint64_t grad_addr
     C projection_coef = static_cast<C>(layer.coef);
     if (layer.view == kChannelView && s.count > 0)
       projection_coef = static_cast<C>(at<double>(step.projection_coefs)[pieces.first + piece]);
-    share_packs(
+    share_packs<kLayerPacks<P>>(
         s, threads.lane, threads.width,
-        [&](int32_t i) {
-          stage2_pack<Rule, kStates, kPack<P>>(s, i, scalars, projection_coef, weight, needs_grad, sum_sq);
+        [&](int32_t i, int32_t stride, auto packs) {
+          stage2_part<Rule, kStates, decltype(packs)::value, kPack<P>>(s, i, stride, scalars, projection_coef,
+                                                                       weight, needs_grad, sum_sq);
         },
         [&](int32_t i) {
 #pragma unroll 1
           for (int32_t k = i; k < s.end(i); ++k)
-            stage2_pack<Rule, kStates, 1>(s, k, scalars, projection_coef, weight, needs_grad, sum_sq);
+            stage2_part<Rule, kStates, 1, 1>(s, k, 0, scalars, projection_coef, weight, needs_grad, sum_sq);
         });
   });
 }
@@ -239,9 +266,10 @@ FW_DEVICE void sum_layer(const Step& step, int64_t index, double (&found)[Rule::
       combine(found, channel);
     }
   } else {
-#pragma unroll 4
-    for (int64_t i = threadIdx.x; i < row.n_chunks; i += kThreads)
-      combine_chunks(found, step, row.first_chunk + i, 1);
+    combine_every<4>(found, threadIdx.x, row.n_chunks, kThreads,
+                     [&](double (&sums)[Rule::kSums + 1], int64_t i) {
+                       combine_chunks(sums, step, row.first_chunk + i, 1);
+                     });
   }
   share_block_sum(found);
 }
@@ -299,7 +327,8 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerProcessorOfSums)
   if (decision.skipped) return;
   for (int64_t row = blockIdx.x; row < step.n_rows; row += gridDim.x)
     if (at<uint64_t>(step.grads)[row] && at<Row>(step.rows)[row].numel > 0) reduce_layer<Rule>(step, row);
-  if (blockIdx.x == 0 && accumulates(step)) finish_norms(step, decision);
+  // the block that is likely to have the shortest layer
+  if (blockIdx.x == gridDim.x - 1 && accumulates(step)) finish_norms(step, decision);
 }
 
 }  // namespace

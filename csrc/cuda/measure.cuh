@@ -57,9 +57,8 @@ FW_DEVICE Partial total_of(const WideSum& sum, const Again&) {
   return total_of(sum);
 }
 
-// the sum over the first kThreads threads of a block, in thread 0
-FW_DEVICE Partial block_sum(Partial total) {
-  __shared__ Partial of_warp[kDecideThreads / kWarp];
+// the sum over a warp, in its first thread
+FW_DEVICE Partial warp_sum(Partial total) {
   for (int distance = kWarp / 2; distance > 0; distance /= 2) {
     Partial other;
     other.l1 = __shfl_down_sync(~0u, total.l1, distance);
@@ -67,12 +66,23 @@ FW_DEVICE Partial block_sum(Partial total) {
     other.nonfinite = __shfl_down_sync(~0u, total.nonfinite, distance);
     combine(total, other);
   }
+  return total;
+}
+
+// the sum over the first kThreads threads of a block, from those over its warps
+FW_DEVICE Partial combine_warps(const Partial* of_warp) {
+  return combine_all(of_warp, (blockDim.x < kThreads ? blockDim.x : kThreads) / kWarp);
+}
+
+// the sum over the first kThreads threads of a block, in thread 0
+FW_DEVICE Partial block_sum(const Partial& part) {
+  __shared__ Partial of_warp[kDecideThreads / kWarp];
+  const Partial total = warp_sum(part);
   // other threads may still read the sums of the previous chunk
   __syncthreads();
   if (threadIdx.x % kWarp == 0) of_warp[threadIdx.x / kWarp] = total;
   __syncthreads();
-  const int warps = (blockDim.x < kThreads ? blockDim.x : kThreads) / kWarp;
-  return threadIdx.x == 0 ? combine_all(of_warp, warps) : total;
+  return threadIdx.x == 0 ? combine_warps(of_warp) : total;
 }
 
 // written by other blocks: bypass L1
@@ -84,15 +94,30 @@ FW_DEVICE Partial load_partial(const Partial* from) {
   return part;
 }
 
+// Adds the sums at begin, begin + stride and so on up to end, so many loads in flight: without zeros behind
+// the last one, the compiler would load the rest one by one.
+template <int kBatch, class Sum, class Load>
+FW_DEVICE void combine_every(Sum& total, int64_t begin, int64_t end, int64_t stride, const Load& load_sum) {
+#pragma unroll 1
+  for (int64_t i = begin; i < end; i += kBatch * stride) {
+    Sum batch[kBatch] = {};
+    for (int k = 0; k < kBatch; ++k)
+      if (i + k * stride < end) load_sum(batch[k], i + k * stride);
+    for (int k = 0; k < kBatch; ++k) combine(total, batch[k]);
+  }
+}
+
+FW_DEVICE void combine_partials(Partial& total, const Partial* parts, int64_t begin, int64_t end,
+                                int64_t stride) {
+  combine_every<16>(total, begin, end, stride,
+                    [&](Partial& part, int64_t i) { part = load_partial(parts + i); });
+}
+
 // the sum over all chunks, in thread 0
 FW_DEVICE Partial sum_chunks(const Step& step) {
-  const Partial* partials = at<Partial>(step.partials);
   Partial total = {};
-  if (threadIdx.x < kThreads) {
-#pragma unroll 16
-    for (int64_t i = threadIdx.x; i < step.n_chunks; i += kThreads)
-      combine(total, load_partial(partials + i));
-  }
+  if (threadIdx.x < kThreads)
+    combine_partials(total, at<Partial>(step.partials), threadIdx.x, step.n_chunks, kThreads);
   return block_sum(total);
 }
 
@@ -167,9 +192,9 @@ FW_DEVICE Sum sum_channels(const Row& row, uint64_t grad_address, const Chunk& c
   const ThreadGroup<P, G> threads(pieces);
   Sum sum;
   threads.visit(pieces, row, grad_address, chunk, [&](int32_t, const ChunkPointers<P, G>& s) {
-    share_packs(
+    share_packs<1>(
         s, threads.lane, threads.width,
-        [&](int32_t i) {
+        [&](int32_t i, int32_t, Packs<1>) {
           G grad[kPack<P>];
           load(s.grad + i, grad);
           add_pack<C>(sum, grad);
@@ -191,10 +216,8 @@ FW_DEVICE void combine_tiles(const Step& step) {
   for (int64_t i = int64_t(blockIdx.x) * kThreads + threadIdx.x; i < step.n_chunks; i += stride) {
     const Tile tile(step, i, 0);
     if (tile.count == 1) continue;
-    const Partial* parts = &tile.partial(step);
     Partial total = {};
-#pragma unroll 4
-    for (int32_t t = 0; t < tile.count; ++t) combine(total, parts[t]);
+    combine_partials(total, &tile.partial(step), 0, tile.count, 1);
     at<Partial>(step.partials)[i] = total;
   }
 }
@@ -204,6 +227,48 @@ FW_DEVICE void finish_norms(const Step& step, StepDecision& decision) {
   const Partial total = sum_norms(step);
   if (threadIdx.x == 0) record_norms(step, decision, total);
 }
+
+// by tile and warp; a chunk has at most as many tiles as a warp has threads
+using WarpSums = Partial[kWarp][kThreads / kWarp];
+
+FW_DEVICE void store_warp_sum(WarpSums& sums, int32_t tile, const Partial& part) {
+  const Partial total = warp_sum(part);
+  if (threadIdx.x % kWarp == 0) sums[tile][threadIdx.x / kWarp] = total;
+}
+
+// The sums over the whole tiles of a chunk whose packs may be accessed as vectors; returns how many those
+// are. The next tile is loaded before the sums over one are taken.
+struct MeasureTiles {
+  WarpSums& sums;
+
+  template <class P, class G>
+  FW_DEVICE int32_t run(const Row& row, uint64_t grad_address, const Chunk& chunk) const {
+    using C = typename ChunkPointers<P, G>::C;
+    constexpr int N = kPack<P>, kStride = kThreads * N, kTile = kTileBytes / sizeof(P),
+                  kPacks = kTile / kStride;
+    const ChunkPointers<P, G> s(row, grad_address, chunk);
+    if (!s.grad || !s.aligned) return 0;
+    const int32_t count = s.count / kTile;
+    const G* from = s.grad + threadIdx.x * N;
+    G grad[kPacks][N], next[kPacks][N] = {};
+    if (count > 0)
+      for (int p = 0; p < kPacks; ++p) load(from + p * kStride, next[p]);
+#pragma unroll 1
+    for (int32_t t = 0; t < count; ++t) {
+      memcpy(grad, next, sizeof grad);
+      from += kTile;
+      if (t + 1 < count)
+        for (int p = 0; p < kPacks; ++p) load(from + p * kStride, next[p]);
+      NormSum<C> sum;
+      for (int p = 0; p < kPacks; ++p) add_pack<C>(sum, grad[p]);
+      store_warp_sum(sums, t, total_of(sum, [&] {
+                       const Chunk tile{chunk.offset + t * kTile, kTile, chunk.row};
+                       return sum_packs<WideSum>(ChunkPointers<P, G>(row, grad_address, tile));
+                     }));
+    }
+    return count;
+  }
+};
 
 struct Measure {
   template <class P, class G>
@@ -215,22 +280,27 @@ struct Measure {
 };
 
 template <int kSize>
-__global__ void __launch_bounds__(kThreads, kBlocksPerProcessorOfSums)
+__global__ void __launch_bounds__(kThreads, kBlocksPerProcessor)
     measure_kernel(const __grid_constant__ Step step, const __grid_constant__ GradPointers<kSize> pointers) {
+  __shared__ WarpSums sums;
   save_grad_pointers(step, pointers);
   for (int64_t i = blockIdx.x; i < step.n_chunks; i += gridDim.x) {
-    const int32_t index = at<Chunk>(step.chunks)[i].row;
-    const Row& row = at<Row>(step.rows)[index];
-    const uint64_t grad_address = grad_of(step, pointers, index);
-    Partial total = {};
-    // tile by tile, as an update sums them
+    const Chunk chunk = at<Chunk>(step.chunks)[i];
+    const Row& row = at<Row>(step.rows)[chunk.row];
+    const uint64_t grad_address = grad_of(step, pointers, chunk.row);
+    // tile by tile, as an update sums them, but no warp waits for another before the last one
+    const int32_t count = Tile(step, i, 0).count;
+    const int32_t begun = count > 1 ? visit<true>(MeasureTiles{sums}, row, grad_address, chunk) : 0;
 #pragma unroll 1
-    for (int32_t t = 0, count = 1; t < count; ++t) {
-      const Tile tile(step, i, t);
-      count = tile.count;
-      combine(total, block_sum(visit<true>(Measure{}, row, grad_address, tile.part)));
-    }
-    if (threadIdx.x == 0) at<Partial>(step.partials)[i] = total;
+    for (int32_t t = begun; t < count; ++t)
+      store_warp_sum(sums, t, visit<true>(Measure{}, row, grad_address, Tile(step, i, t).part));
+    __syncthreads();
+    if (threadIdx.x < count) sums[threadIdx.x][0] = combine_warps(sums[threadIdx.x]);
+    __syncthreads();
+    if (threadIdx.x != 0) continue;
+    Partial total = {};
+    for (int32_t t = 0; t < count; ++t) combine(total, sums[t][0]);
+    at<Partial>(step.partials)[i] = total;
   }
 }
 

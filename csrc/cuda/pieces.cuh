@@ -1,21 +1,32 @@
 // Packs of a chunk, and pieces of its channels, shared out among the threads of a block.
 // SPDX-License-Identifier: Apache-2.0
 #pragma once
+#include <type_traits>
+
 #include "../reduce.h"
 #include "chunks.cuh"
 
 namespace fw {
 namespace {
 
-// the packs of one of `threads` threads: calls whole(i) for a pack at element i that may be accessed as
-// vectors, and incomplete(i) for any other
-template <class P, class G, class Whole, class Incomplete>
+template <int N>
+using Packs = std::integral_constant<int, N>;
+
+// The packs of one of `threads` threads: calls whole(i, stride, Packs<N>()) for N packs at element i and
+// every stride on that may be accessed as vectors, kPacks of them as long as there are so many, and
+// incomplete(i) for any other pack.
+template <int kPacks, class P, class G, class Whole, class Incomplete>
 FW_DEVICE void share_packs(const ChunkPointers<P, G>& s, int32_t thread, int32_t threads, const Whole& whole,
                            const Incomplete& incomplete) {
+  const int32_t stride = threads * kPack<P>;
+  int32_t i = thread * kPack<P>;
+  if constexpr (kPacks > 1)
 #pragma unroll 1
-  for (int32_t i = thread * kPack<P>; i < s.count; i += threads * kPack<P>) {
+    for (; s.whole(i + (kPacks - 1) * stride); i += kPacks * stride) whole(i, stride, Packs<kPacks>());
+#pragma unroll 1
+  for (; i < s.count; i += stride) {
     if (s.whole(i))
-      whole(i);
+      whole(i, stride, Packs<1>());
     else
       incomplete(i);
   }

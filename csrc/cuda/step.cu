@@ -154,8 +154,14 @@ struct Update {
   }
 };
 
+// two packs of a rule that projects need more registers too
 template <class Rule, bool kDoubles>
-__global__ void __launch_bounds__(kThreads, kDoubles ? kBlocksPerProcessorOfDoubles : kBlocksPerProcessor)
+constexpr int kBlocksOfUpdate = kDoubles          ? kBlocksPerProcessorOfDoubles
+                                : Rule::kSums > 0 ? kBlocksPerProcessorOfSums
+                                                  : kBlocksPerProcessor;
+
+template <class Rule, bool kDoubles>
+__global__ void __launch_bounds__(kThreads, kBlocksOfUpdate<Rule, kDoubles>)
     update_kernel(const __grid_constant__ Step step) {
   StepDecision& decision = *at<StepDecision>(step.decision);
   if (decision.skipped) return;
