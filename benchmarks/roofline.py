@@ -1,4 +1,4 @@
-"""Write the tables of ``docs/roofline.md``, all of them predictions but for the times measured on an H100."""
+"""Write the tables of ``docs/roofline.md``, all of them predictions but for the times measured on two GPUs."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from fused_warmup.cli.traffic import MODELS, kernels_of_all, sized, step_ms, tra
 from fused_warmup.plan.roofline import DEVICES, INSTRUCTIONS, NORMS, SUM, KernelTime
 
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "roofline.md"
-MEASURED = RESULTS / "nvidia-h100-80gb-hbm3.json"
+MEASURED = {"H100": "nvidia-h100-80gb-hbm3.json", "H200": "nvidia-h200.json"}
 
 
 def devices() -> list[str]:
@@ -71,15 +71,15 @@ def steps(model: str) -> list[str]:
     return table(["optimizer", "options", *DEVICES], rows)
 
 
-def measured() -> list[str]:
-    """Return the table of times measured on an H100 beside their predictions."""
+def measured(gpu: str) -> list[str]:
+    """Return the table of times measured on a GPU beside their predictions."""
     workloads = {workload.name: workload for workload in WORKLOADS}
     rows = []
-    for row in json.loads(MEASURED.read_text(encoding="utf-8"))["rows"]:
+    for row in json.loads((RESULTS / MEASURED[gpu]).read_text(encoding="utf-8"))["rows"]:
         if row["gb_per_s"] is None:
             continue
         traffic = traffic_of(workloads[row["workload"]], row["optimizer"], row["mode"])
-        predicted, device = traffic.predict("H100").us, row["device_us"]
+        predicted, device = traffic.predict(gpu).us, row["device_us"]
         ratio = f"{device / predicted:.2f}"
         name = f"{row['workload']}: {row['optimizer']}, {row['mode']}"
         missed = not 0.9 <= device / predicted <= 1.1
@@ -99,7 +99,7 @@ TABLES: dict[str, Callable[[], list[str]]] = {
     "kernels": lambda: kernels(torch.float32),
     "kernels of bfloat16": lambda: kernels(torch.bfloat16),
     **{f"steps of {model}": lambda model=model: steps(model) for model in MODELS},
-    "measured": measured,
+    **{f"measured on {gpu}": lambda gpu=gpu: measured(gpu) for gpu in MEASURED},
 }
 
 

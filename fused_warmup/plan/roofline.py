@@ -1,7 +1,7 @@
 """Roofline model of a step on a GPU: bytes, issue, FP64 and latency of each kernel, and their times.
 
 A kernel takes the longest of the four times, and its launch. All times are predictions; nothing is measured.
-``docs/roofline.md`` compares them with times of an H100.
+``docs/roofline.md`` compares them with times of an H100 and an H200.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, fields
 
 from .. import _checks as check
-from .chunks import CHUNK
+from .chunks import BLOCK_THREADS, CHUNK, TILE_BYTES, threads_for
 
 # share of the speed of a copy that the kernels reach; calibrated: the update of Adam on 10 x 16M took 1,503
 # us on an H100, and its bytes take 1,489 at the speed of a copy
@@ -63,7 +63,7 @@ _TABLE = (
         "A100", 108, 1.41, 1820, 32, 16, 80, "0.89 of the peak of 2,039, as in mli/transformers-benchmarks#4"
     ),
     Device("H100", 132, 1.755, 3009, 64, 16, 80, "measured by this project"),
-    Device("H200", 132, 1.755, 4310, 64, 16, 141, "assumption: 0.90 of the peak of 4,800, as the H100"),
+    Device("H200", 132, 1.755, 4270, 64, 16, 141, "measured by this project"),
     Device("B200", 148, 1.755, 6890, 64, 16, 180, "assumption: 0.90 of the peak of 7,672 in pytorch/ao#4002"),
     Device("RTX 4090", 128, 2.52, 920, 2, 2, 24, "918 to 924 measured in tinygrad/open-gpu-kernel-modules#6"),
     Device("RTX 5090", 170, 2.407, 1635, 2, 2, 32, "assumption: 0.91 of the peak of 1,792, as the RTX 4090"),
@@ -175,18 +175,22 @@ class Units:
         chunks: Chunks of them; channels are not regarded.
         tiles: Tiles of these, which a block of the update takes.
         tile: Elements of the longest tile.
+        warps: Warps of a block of ``measure`` and ``update``, fewer than usual if all tensors are small.
     """
 
     rows: int
     chunks: int
     tiles: int
     tile: int
+    warps: int = BLOCK_THREADS // WARP
 
     @staticmethod
     def of(sizes: Sequence[int], tile: int) -> Units:
         """Return the units of tensors of some numbers of elements."""
         chunks, tiles = (sum(math.ceil(size / unit) for size in sizes) for unit in (CHUNK, tile))
-        return Units(len(sizes), chunks, tiles, tile)
+        # a step without tiles has blocks of the usual size
+        longest = max(sizes, default=0) * (TILE_BYTES // tile) if tile < CHUNK else TILE_BYTES
+        return Units(len(sizes), chunks, tiles, tile, threads_for(longest) // WARP)
 
 
 @dataclass(frozen=True)
@@ -287,18 +291,20 @@ def latency_us(name: str, units: Units, measured: bool, device: Device) -> float
         measured: Whether the step measures the norm first, so that ``decide`` sums over the chunks.
         device: The GPU.
     """
-    # 128 threads with eight reads each in flight
-    sum_of_chunks = units.chunks / (128 * 8)
+    # a partial sum of three numbers per chunk, 128 threads with eight reads each in flight
+    sum_of_chunks = 3 * units.chunks / (128 * 8)
     # addresses, types and scalars of a chunk, each found through the one before
     prologue = 6 * L2_NS + MEMORY_NS
+    # registers leave room for 20 warps
+    small = 20 // units.warps
     blocks, per_sm, block_ns = {
-        "measure": (units.chunks, 11, prologue),
+        "measure": (units.chunks, small, prologue),
         # calibrated: 8.2 us for 300 tensors on an H100
         "decide": (units.rows / 512, 1, (21 + sum_of_chunks * measured) * L2_NS),
         "stage1": (units.chunks, 4, prologue),
         # 128 threads with four reads each in flight
         "reduce": (units.rows, 4, (8 + units.chunks / max(units.rows, 1) / 512) * L2_NS),
-        "update": (units.tiles, 5, prologue),
+        "update": (units.tiles, small, prologue),
         # each thread sums the tiles of a chunk, four reads in flight; the last block sums over the chunks
         "finish": (
             units.chunks / 128,

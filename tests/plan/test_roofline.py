@@ -89,6 +89,18 @@ def test_blocks_without_a_place_wait():
     assert two == pytest.approx(2 * one)
 
 
+def test_blocks_of_small_tensors_are_small():
+    """Blocks of one warp, of which 20 share an SM, for tensors of up to 512 bytes; else of four."""
+    assert [Units.of([size, 1], 2048).warps for size in (128, 129, 256, 512, 10**9)] == [1, 2, 2, 4, 4]
+    assert Units.of([128], 4096).warps == 1
+    assert Units.of([8], 32_768).warps == 4
+    h100 = DEVICES["H100"]
+    one, two = (
+        roofline.latency_us("update", Units(1, 1, tiles, 2048, 1), False, h100) for tiles in (2640, 2641)
+    )
+    assert two == pytest.approx(2 * one)
+
+
 def total_work(found):
     return sum((kernel.work for kernel in found.kernels), Work())
 
