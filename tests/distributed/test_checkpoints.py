@@ -24,6 +24,9 @@ mesh = init_device_mesh("cpu", (size,))
 sch = fw.schedules
 long = sch.warmup(4).then(sch.cosine(1.0, 0.1, 20)).then(sch.table([0.1, 1 / 3]))
 decays = sch.linear(1.0, 0.3, 9)
+clip = {"max_grad_norm": 0.05}
+lamb = {"always_adapt": True, "weight_decay": 0.1}
+decay = {"weight_decay": 0.1}
 ema = {"average": fw.EMA(0.9, every=2)}
 
 def wu(epoch=3, **options):
@@ -43,9 +46,12 @@ CASES = {
         {"schedule": sch.warmup(7), **ema},
     ),
     "AutoWU": (fw.AdamW, {"schedule": wu(parity=True)}, {"schedule": wu(4)}),
+    "clip": (fw.AdamW, clip, clip),
+    "LAMB": (fw.LAMB, lamb, lamb),
+    "AdamP": (fw.AdamP, decay, decay),
     "sphere": (fw.SGD, {"projection": "sphere", "momentum": 0.9}, {"projection": "sphere", "momentum": 0.9}),
 }
-WRAPPED = [("fsdp", name) for name in CASES if name != "sphere"] + [("ddp", name) for name in CASES]
+WRAPPED = [(wrap, name) for wrap in ("fsdp", "ddp") for name in CASES]
 MODES = {"nested": {}, "flat": {"flatten_optimizer_state_dict": True, "cpu_offload": True}}
 
 def built(wrap, seed):
@@ -250,13 +256,14 @@ for wrap, name in WRAPPED:
     report(probe, wrap, name)
 CASES["random"] = (fw.Adam, {"exp_avg_sq_init": "random"}, {"exp_avg_sq_init": "random"})
 for mode in MODES:
-    report(random_start, "ddp", "random", mode)
+    for wrap in ("fsdp", "ddp"):
+        report(random_start, wrap, "random", mode)
 """
 END = """
 dist.destroy_process_group()
 """
 # checks of each kind; a script prints a word for each, with its outcome
-COUNTS = {"save": 17, "resume": 34, "full": 30, "cross": 40, "probe": 17, "random_start": 2}
+COUNTS = {"save": 24, "resume": 48, "full": 44, "cross": 40, "probe": 24, "random_start": 4}
 
 
 def check(ranks, *kinds):
