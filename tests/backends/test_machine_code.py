@@ -22,12 +22,12 @@ ARCHS = os.environ.get(
 ).split()
 # registers that leave room for the threads that launch bounds promise, of 65,536 on every processor
 LIMITS = {"decide": 65536 // 512, "update": 65536 // 640, "update of doubles": 128, "finish": 65536 // 512}
-# each thread has four loads in flight, 32 KB on a multiprocessor; an H100 needs 14 and an H200 20 at 600 ns
-LIMITS |= {"measure": 65536 // 512}
+# each thread has four loads in flight, 40 KB on a multiprocessor; an H100 needs 14 and an H200 20 at 600 ns
+LIMITS |= {"measure": 65536 // 640}
 LIMITS |= dict.fromkeys(("rescale", "rescale of doubles"), 65536 // 640)
 VECTOR_PARTS = ("Perturb", "Finish", "Combine")
 LIMITS |= dict.fromkeys((*VECTOR_PARTS, "preconditioner", "fold"), 65536 // 512) | {"Finish": 65536 // 384}
-LIMITS |= dict.fromkeys(("stage1", "stage1 of doubles", "reduce_layers"), 65536 // 512)
+LIMITS |= dict.fromkeys(("stage1", "stage1 of doubles", "reduce_layers", "update of layers"), 65536 // 512)
 
 
 def find_tool(name):
@@ -133,7 +133,9 @@ def test_text_for_devices_to_come():
 def test_nothing_is_spilled_and_the_registers_fit(resources):
     for arch, kernels in resources.items():
         for symbol, used in kernels.items():
-            stage, _ = kernel_of(symbol)
+            stage, rule = kernel_of(symbol)
+            if stage == "update" and rule in LAYER_RULES:
+                stage = "update of layers"
             assert used["STACK"] == used["LOCAL"] == 0, (arch, symbol, used)
             assert used["REG"] <= LIMITS[stage], (arch, symbol, used)
 
