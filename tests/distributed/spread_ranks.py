@@ -17,6 +17,8 @@ import fused_warmup as fw
 
 SHAPES = ((7, 4), (3, 5, 2), (6,), (1, 4), (9, 3), (2, 2500))
 STEPS = 4
+# of AdamP and SGDP: a layer or channel of n elements is scale-invariant up to a cosine of this / sqrt(n)
+DELTA = 0.1
 
 OPTIMIZERS = {
     "SGD": (fw.SGD, {"momentum": 0.9}),
@@ -25,8 +27,8 @@ OPTIMIZERS = {
     "GIAdam": (fw.GIAdam, {}),
     "RAdam": (fw.RAdam, {}),
     "LAMB": (fw.LAMB, {"weight_decay": 0.1, "always_adapt": True}),
-    "AdamP": (fw.AdamP, {"weight_decay": 0.1}),
-    "SGDP": (fw.SGDP, {"momentum": 0.9, "weight_decay": 0.1}),
+    "AdamP": (fw.AdamP, {"weight_decay": 0.1, "delta": DELTA}),
+    "SGDP": (fw.SGDP, {"momentum": 0.9, "weight_decay": 0.1, "delta": DELTA}),
 }
 OPTIONS = {
     "plain": {},
@@ -47,7 +49,10 @@ FULL = ("Adam", "LAMB", "AdamP")
 
 
 def gradients(step, params, name, option):
-    """Return gradients of all parameters; orthogonal to channels or whole layers where that is tested."""
+    """Return gradients of all parameters; orthogonal to channels or whole layers where that is tested.
+
+    That of the last layer is not, by a fifth of what is tolerated, but would be for a part of the layer.
+    """
     generator = torch.Generator().manual_seed(step)
     found = []
     for i, param in enumerate(params):
@@ -57,8 +62,11 @@ def gradients(step, params, name, option):
             # channels of the first ones, layers of the next, and neither
             rows = whole.reshape(len(whole) if i < 3 else 1, -1) if whole.dim() else whole.reshape(1, 1)
             part = grad.reshape(rows.shape)
-            along = (part * rows).sum(1, keepdim=True) / (rows * rows).sum(1, keepdim=True)
-            grad = (part - (along if i < 5 else 0.0) * rows).reshape(param.shape)
+            part = part - (part * rows).sum(1, keepdim=True) / (rows * rows).sum(1, keepdim=True) * rows
+            if i == 5:
+                cosine = 1.2 * DELTA / math.sqrt(rows.numel())
+                part = part + cosine * part.norm() / rows.norm() * rows
+            grad = part.reshape(param.shape)
         if option in ("skip", "all") and step == 2 and i == 1:
             grad.view(-1)[-1] = math.inf
         found.append(grad.to(param.dtype))
