@@ -14,9 +14,10 @@ FW_DEVICE void fold_norms(const Step& step) {
   int64_t nonfinite = 0;
   for (int64_t slot = 0; slot < step.n_slots; ++slot) {
     Partial total = {};
-    for (int64_t i = threadIdx.x; i < n_chunks; i += kThreads)
+    combine_every<16>(total, threadIdx.x, n_chunks, kThreads, [&](Partial& part, int64_t i) {
       if (spread_of(step, at<Chunk>(step.chunks)[i].row).slot == slot)
-        combine(total, load_partial(at<Partial>(step.partials) + i));
+        part = load_partial(at<Partial>(step.partials) + i);
+    });
     total = block_sum(total);
     if (threadIdx.x != 0) continue;
     norms_of_slot(step, slot)[0] = total.l1;
