@@ -15,7 +15,7 @@ namespace {
 constexpr int kBlocksPerProcessor = 5;
 // float64 needs more registers for as many bytes
 constexpr int kBlocksPerProcessorOfDoubles = 4;
-// sums in double beside the states, and pairs of floats for four loads, need more registers too
+// sums in double beside the states need more registers too
 constexpr int kBlocksPerProcessorOfSums = 4;
 // the decide stage is one block, whose arithmetic is in double and takes up to 80 registers
 constexpr int kDecideThreads = 512;
