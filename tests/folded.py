@@ -47,8 +47,7 @@ def folding(monkeypatch, groups):
 def orthogonal(param, step):
     """Return a gradient that is orthogonal to every channel or, of the second tensor, to the whole."""
     grad = torch.randn(param.shape, generator=torch.Generator().manual_seed(step))
-    whole = param
-    rows = whole.reshape(len(whole) if whole.dim() > 1 and len(whole) != 3 else 1, -1)
+    rows = param.reshape(len(param) if param.dim() > 1 and len(param) != 3 else 1, -1)
     part = grad.reshape(rows.shape)
     return (part - (part * rows).sum(1, keepdim=True) / (rows * rows).sum(1, keepdim=True) * rows).reshape(
         param.shape

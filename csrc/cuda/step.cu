@@ -154,7 +154,8 @@ struct Update {
   }
 };
 
-// two packs of a rule that projects need more registers too
+// two packs of AdamP and SGDP need more registers too, and LAMB, which takes fewer, finds room for a fifth
+// block
 template <class Rule, bool kDoubles>
 constexpr int kBlocksOfUpdate = kDoubles          ? kBlocksPerProcessorOfDoubles
                                 : Rule::kSums > 0 ? kBlocksPerProcessorOfSums
