@@ -19,6 +19,7 @@
 #define FW_TEXT(a) FW_TEXT_(a)
 
 namespace fw {
+using std::int16_t;
 using std::int32_t;
 using std::int64_t;
 using std::uint16_t;

@@ -44,26 +44,33 @@ enum SegmentKind : int32_t {
 // and follow one another; first_piece is the index of the first of their pieces, first_chunk that of the
 // first chunk. step and n_averaged are the addresses of the counts in the state of the parameter: a float, as
 // in torch, and an int64. A tensor that has had no gradient yet may have neither states nor counts.
-#define FW_ROW(X)          \
-  X(uint64_t, param)       \
-  X(uint64_t, state0)      \
-  X(uint64_t, state1)      \
-  X(uint64_t, state2)      \
-  X(uint64_t, average)     \
-  X(uint64_t, counters)    \
-  X(int64_t, numel)        \
-  X(int32_t, group)        \
-  X(int32_t, dtype)        \
-  X(int32_t, grad_dtype)   \
-  X(int32_t, n_states)     \
-  X(int32_t, initialized)  \
-  X(int32_t, projects)     \
-  X(int64_t, channel_size) \
-  X(int64_t, first_piece)  \
-  X(uint64_t, step)        \
-  X(uint64_t, n_averaged)  \
-  X(int64_t, first_chunk)  \
-  X(int64_t, n_chunks)
+#define FW_ROW(X)           \
+  X(uint64_t, param)        \
+  X(uint64_t, state0)       \
+  X(uint64_t, state1)       \
+  X(uint64_t, state2)       \
+  X(uint64_t, average)      \
+  X(uint64_t, counters)     \
+  X(int64_t, numel)         \
+  X(int32_t, group)         \
+  X(int32_t, dtype)         \
+  X(int32_t, grad_dtype)    \
+  X(int32_t, n_states)      \
+  X(int32_t, initialized)   \
+  X(int32_t, projects)      \
+  X(int64_t, channel_size)  \
+  X(int64_t, first_piece)   \
+  X(uint64_t, step)         \
+  X(uint64_t, n_averaged)   \
+  X(int64_t, first_chunk)   \
+  X(int64_t, n_chunks)      \
+  X(uint64_t, residue)      \
+  X(uint64_t, seed)         \
+  X(int64_t, first_element) \
+  X(int64_t, run)           \
+  X(int64_t, run_stride)    \
+  X(int32_t, rounding)      \
+  X(int32_t, number)
 
 // The whole tensor that a row is a part of, where rows are spread over processes. slot: index of the sums
 // over those of its elements that are here, which rows share that are spread over the same processes.

@@ -2,7 +2,10 @@
 // has internal linkage, because the CPU kernels are compiled once per instruction set.
 // SPDX-License-Identifier: Apache-2.0
 #pragma once
+#include <type_traits>
+
 #include "../dtypes.h"
+#include "../rounding.h"
 #include "../table.h"
 
 // not inlined, because gcc loses __restrict when it inlines the loop into its caller
@@ -55,12 +58,124 @@ void narrow_all(const float* __restrict from, T* __restrict to, int count) {
   for (int i = 0; i < count; ++i) narrow(from[i], to[i]);
 }
 
-// writes a widened block back; a column that was updated in place is already up to date
-inline void store(float* block, uint64_t column, int32_t dtype, int64_t offset, int count) {
-  if (dtype == kBFloat16) narrow_all(block, at<BFloat16>(column) + offset, count);
-  if (dtype == kFloat16) narrow_all(block, at<Float16>(column) + offset, count);
+// the random bits of kBlock elements, which begin anywhere among the kDrawn of a counter
+struct BlockBits {
+  alignas(64) uint32_t words[kBlock / kDrawn + 1][4];
+  uint16_t bits[kBlock];
+
+  // draws those of `count` elements of a row from `offset` on
+  void draw(const Row& row, const RandomKey& key, int64_t offset, int count);
+};
+
+inline FW_LEAF void draw_counters(uint32_t (*__restrict words)[4], const RandomKey& key, uint64_t first, int count) {
+  const RandomKey k = key;
+  const uint32_t low = static_cast<uint32_t>(first), high = static_cast<uint32_t>(first >> 32);
+#pragma omp simd
+  for (int i = 0; i < count; ++i) {
+    const uint32_t own = low + static_cast<uint32_t>(i);
+    uint32_t word[4];
+    fw::draw(k, own, high + (own < low), word);
+    for (int n = 0; n < 4; ++n) words[i][n] = word[n];
+  }
 }
-inline void store(double*, uint64_t, int32_t, int64_t, int) {}
+
+inline void BlockBits::draw(const Row& row, const RandomKey& key, int64_t offset, int count) {
+  if (!is_consecutive(row)) {
+    for (int i = 0; i < count; ++i)
+      bits[i] = static_cast<uint16_t>(bits_of_element(key, number_of(row, offset + i)));
+    return;
+  }
+  const int64_t first = row.first_element + offset;
+  const int before = static_cast<int>(first % kDrawn);
+  draw_counters(words, key, first / kDrawn, (before + count + kDrawn - 1) / kDrawn);
+  memcpy(bits, reinterpret_cast<const char*>(words) + before * sizeof(uint16_t), count * sizeof(uint16_t));
+}
+
+template <class P>
+FW_LEAF void load_kahan_all(const P* __restrict param, const BFloat16* __restrict compensation,
+                            float* __restrict to, int count) {
+  for (int i = 0; i < count; ++i) to[i] = load_kahan(param[i], compensation[i]);
+}
+
+inline FW_LEAF void load_split_all(const BFloat16* __restrict param, const int16_t* __restrict remainder,
+                            float* __restrict to, int count) {
+  for (int i = 0; i < count; ++i) to[i] = load_split(param[i], remainder[i]);
+}
+
+template <class P>
+FW_LEAF void load_master_all(const P* __restrict param, const float* __restrict master, float* __restrict to,
+                             int count) {
+  for (int i = 0; i < count; ++i) to[i] = load_master(param[i], master[i]);
+}
+
+template <class P>
+FW_LEAF void round_all(const float* __restrict from, const uint16_t* __restrict bits, P* __restrict to,
+                       int count) {
+  for (int i = 0; i < count; ++i) round_stochastically(from[i], bits[i], to[i]);
+}
+
+template <class P>
+FW_LEAF void store_kahan_all(const float* __restrict from, const uint16_t* __restrict bits,
+                             P* __restrict param, BFloat16* __restrict compensation, int count) {
+  for (int i = 0; i < count; ++i) {
+    P rounded;
+    narrow(from[i], rounded);
+    compensation[i] = compensation_of(from[i], rounded, bits[i]);
+    param[i] = rounded;
+  }
+}
+
+inline FW_LEAF void store_split_all(const float* __restrict from, BFloat16* __restrict param,
+                             int16_t* __restrict remainder, int count) {
+  for (int i = 0; i < count; ++i) store_split(from[i], param[i], remainder[i]);
+}
+
+template <class P>
+void load_exact(const Row& row, int64_t offset, int count, float* scratch) {
+  const P* param = at<P>(row.param) + offset;
+  if (row.rounding == kKahan)
+    return load_kahan_all(param, at<BFloat16>(row.residue) + offset, scratch, count);
+  if (row.rounding == kMaster) return load_master_all(param, at<float>(row.residue) + offset, scratch, count);
+  if constexpr (std::is_same_v<P, BFloat16>)
+    load_split_all(param, at<int16_t>(row.residue) + offset, scratch, count);
+}
+
+// a block of the values of a parameter: with the residue that its rounding mode keeps
+template <class C>
+C* load_param(const Row& row, int64_t offset, int count, C* scratch) {
+  if constexpr (sizeof(C) == sizeof(float)) {
+    if (has_residue(row)) {
+      if (row.dtype == kBFloat16)
+        load_exact<BFloat16>(row, offset, count, scratch);
+      else
+        load_exact<Float16>(row, offset, count, scratch);
+      return scratch;
+    }
+  }
+  return load<C>(row.param, row.dtype, offset, count, scratch);
+}
+
+template <class P>
+void store_rounded(const float* block, const Row& row, const RandomKey& key, int64_t offset, int count) {
+  P* param = at<P>(row.param) + offset;
+  BlockBits random;
+  if (draws_bits(row)) random.draw(row, key, offset, count);
+  if (row.rounding == kStochastic) return round_all(block, random.bits, param, count);
+  if (row.rounding == kKahan)
+    return store_kahan_all(block, random.bits, param, at<BFloat16>(row.residue) + offset, count);
+  if constexpr (std::is_same_v<P, BFloat16>)
+    if (row.rounding == kSplit)
+      return store_split_all(block, param, at<int16_t>(row.residue) + offset, count);
+  narrow_all(block, param, count);
+  if (row.rounding == kMaster) memcpy(at<float>(row.residue) + offset, block, count * sizeof(float));
+}
+
+// writes a block of values back; a column that was updated in place is already up to date
+inline void store_param(const float* block, const Row& row, const RandomKey& key, int64_t offset, int count) {
+  if (row.dtype == kBFloat16) store_rounded<BFloat16>(block, row, key, offset, count);
+  if (row.dtype == kFloat16) store_rounded<Float16>(block, row, key, offset, count);
+}
+inline void store_param(const double*, const Row&, const RandomKey&, int64_t, int) {}
 
 // calls visitor.run with the number of states of a row and the type of its arithmetic as template arguments
 template <class Rule, int kStates, class Visitor>

@@ -160,7 +160,7 @@ Partial stage1_chunk(const Step& step, const Chunk& chunk) {
   for (int32_t done = 0; done < chunk.count; done += kBlock) {
     const int64_t offset = chunk.offset + done;
     const int count = block_size(chunk, done);
-    const C* param = load<C>(row.param, row.dtype, offset, count, param_scratch);
+    const C* param = load_param<C>(row, offset, count, param_scratch);
     const C* grad = load<C>(grad_address, row.grad_dtype, offset, count, grad_scratch);
     if (accumulate) lanes.add(grad, count);
     C* update = kept ? kept + done : update_scratch;
@@ -181,6 +181,7 @@ void stage2_chunk(const Step& step, const Chunk& chunk) {
   const uint64_t grad_address = at<uint64_t>(step.grads)[chunk.row];
   const bool needs_grad = Rule::needs_grad(at<Hyper>(step.hypers)[row.group], row.n_states);
   const ScalarsOf<C> scalars(at<Scalars>(step.scalars)[chunk.row]);
+  const RandomKey key(row, at<StepDecision>(step.decision)->t, kUpdatePass);
   const C weight = static_cast<C>(average_weight_of(row));
   const Pieces pieces(row, chunk);
   const double* projection_coefs = at<double>(step.projection_coefs) + pieces.first;
@@ -193,7 +194,7 @@ void stage2_chunk(const Step& step, const Chunk& chunk) {
   for (int32_t done = 0; done < chunk.count; done += kBlock) {
     const int64_t offset = chunk.offset + done;
     const int count = block_size(chunk, done);
-    C* param = load<C>(row.param, row.dtype, offset, count, param_scratch);
+    C* param = load_param<C>(row, offset, count, param_scratch);
     if (grad_address) {
       if (!kept) {
         const C* grad = grad_scratch;
@@ -208,7 +209,7 @@ void stage2_chunk(const Step& step, const Chunk& chunk) {
         });
       }
       stage2_block<Rule, C>(param, kept ? kept + done : update_scratch, projection_coef, count, scalars);
-      store(param, row.param, row.dtype, offset, count);
+      store_param(param, row, key, offset, count);
     }
     finish_block<C>(row, offset, count, weight, sum_sq, param_scratch);
   }

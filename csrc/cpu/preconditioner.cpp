@@ -41,7 +41,7 @@ void preconditioner_chunk(const Step& step, const PreconditionerOp& call, const 
   for (int32_t done = 0; done < chunk.count; done += kBlock) {
     const int64_t offset = chunk.offset + done;
     const int count = block_size(chunk, done);
-    const C* param = load<C>(row.param, row.dtype, offset, count, param_scratch);
+    const C* param = load_param<C>(row, offset, count, param_scratch);
     const C* grad = load<C>(grad_address, row.grad_dtype, offset, count, grad_scratch);
     preconditioner_block<Rule, kStates, C>(param, grad, at<C>(row.state0) + offset,
                                            at<C>(row.state1) + offset, at<C>(row.state2) + offset, out, count,

@@ -36,11 +36,11 @@ FW_LEAF void average_block(C* __restrict average, const C* __restrict param, int
   for (int i = 0; i < count; ++i) average_update(average[i], param[i], weight);
 }
 
-// averages the parameter as it is stored, so a rounded one is read back
+// averages the value of the parameter as it is stored, so a rounded one is read back
 template <class C>
 void average(const Row& row, int64_t offset, int count, C weight, C* scratch) {
   if (!row.average || !(weight > C(0))) return;
-  const C* param = load<C>(row.param, row.dtype, offset, count, scratch);
+  const C* param = load_param<C>(row, offset, count, scratch);
   average_block(at<C>(row.average) + offset, param, count, weight);
 }
 
@@ -48,7 +48,7 @@ void average(const Row& row, int64_t offset, int count, C weight, C* scratch) {
 template <class C>
 void finish_block(const Row& row, int64_t offset, int count, C weight, SumSqLanes* sum_sq, C* scratch) {
   if (sum_sq)
-    sum_sq->add(load<C>(row.param, row.dtype, offset, count, scratch), count);
+    sum_sq->add(load_param<C>(row, offset, count, scratch), count);
   else
     average<C>(row, offset, count, weight, scratch);
 }
@@ -63,14 +63,14 @@ FW_LEAF void rescale_block(C* __restrict param, int count, C factor) {
 }
 
 template <class C>
-void rescale_chunk(const Row& row, const Chunk& chunk, C factor, C weight) {
+void rescale_chunk(const Row& row, const RandomKey& key, const Chunk& chunk, C factor, C weight) {
   alignas(64) C scratch[kBlock];
   for (int32_t done = 0; done < chunk.count; done += kBlock) {
     const int64_t offset = chunk.offset + done;
     const int count = block_size(chunk, done);
-    C* param = load<C>(row.param, row.dtype, offset, count, scratch);
+    C* param = load_param<C>(row, offset, count, scratch);
     rescale_block(param, count, factor);
-    store(param, row.param, row.dtype, offset, count);
+    store_param(param, row, key, offset, count);
     average<C>(row, offset, count, weight, scratch);
   }
 }
@@ -91,10 +91,11 @@ void rescale_chunks(const Step& step) {
     const Sphere* sphere = sphere_of(step, row.group);
     if (!sphere) return;
     const double factor = sphere->factor, weight = average_weight_of(row);
+    const RandomKey key(row, at<StepDecision>(step.decision)->t, kSpherePass);
     if (row.dtype == kFloat64)
-      rescale_chunk<double>(row, chunk, factor, weight);
+      rescale_chunk<double>(row, key, chunk, factor, weight);
     else
-      rescale_chunk<float>(row, chunk, static_cast<float>(factor), static_cast<float>(weight));
+      rescale_chunk<float>(row, key, chunk, static_cast<float>(factor), static_cast<float>(weight));
   });
 }
 

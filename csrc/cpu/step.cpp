@@ -43,6 +43,7 @@ Partial update_chunk(const Step& step, const Chunk& chunk) {
   const uint64_t grad_address = at<uint64_t>(step.grads)[chunk.row];
   const ScalarsOf<C> scalars(at<Scalars>(step.scalars)[chunk.row]);
   const C weight = static_cast<C>(average_weight_of(row));
+  const RandomKey key(row, at<StepDecision>(step.decision)->t, kUpdatePass);
   const bool accumulate = accumulates(step) && grad_address;
   alignas(64) C param_scratch[kBlock], grad_scratch[kBlock];
   SumSqLanes sum_sq_lanes;
@@ -53,13 +54,13 @@ Partial update_chunk(const Step& step, const Chunk& chunk) {
   for (int32_t done = 0; done < chunk.count; done += kBlock) {
     const int64_t offset = chunk.offset + done;
     const int count = block_size(chunk, done);
-    C* param = load<C>(row.param, row.dtype, offset, count, param_scratch);
+    C* param = load_param<C>(row, offset, count, param_scratch);
     if (grad_address) {
       const C* grad = load<C>(grad_address, row.grad_dtype, offset, count, grad_scratch);
       if (accumulate) lanes.add(grad, count);
       update_block<Rule, kStates, C>(param, grad, at<C>(row.state0) + offset, at<C>(row.state1) + offset,
                                      at<C>(row.state2) + offset, count, scalars);
-      store(param, row.param, row.dtype, offset, count);
+      store_param(param, row, key, offset, count);
     }
     finish_block<C>(row, offset, count, weight, sum_sq, param_scratch);
   }

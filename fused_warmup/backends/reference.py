@@ -13,7 +13,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..distributed.spread import elements_of
 from ..plan.structs import COUNT_LIMIT
+from ..reference.rounding import SIXTEEN_BITS, SPHERE_PASS, UPDATE_PASS, Rounding, load, store
 from ..reference.rules import (
     LAYER_RULES,
     NO_VIEW,
@@ -91,11 +93,11 @@ class ReferenceBackend:
                 # else the random start may be that of no element, whose norm is 0
                 start_exp_avg_sq(h, step, row.initialized, grad_norm * clip_coef, settings.init_norm_sq, s)
             rect = s.rect if math.isnan(rect) else rect
-            arithmetic = torch.float64 if row.work.dtype == torch.float64 else torch.float32
-            param, grad = row.work.to(arithmetic), grad.to(arithmetic)
+            param = _value_of(row)
+            grad = grad.to(param.dtype)
             if plan.rule in RULES:
                 param, states = RULES[plan.rule].update(param, grad, row.states, s)
-                row.work.copy_(param)
+                _store(plan, row, param, UPDATE_PASS)
             else:
                 proposal, states = _propose(LAYER_RULES[plan.rule], param, grad, row.states, s)
                 proposals.append((i, row, h, s, proposal))
@@ -114,7 +116,7 @@ class ReferenceBackend:
             if row.average is not None:
                 row.n_averaged += 1
                 weight = average_weight(kind, decay, int(row.n_averaged))
-                row.average.copy_(average_update(row.average, row.work.to(row.average.dtype), weight))
+                row.average.copy_(average_update(row.average, _value_of(row), weight))
 
         if not skipped:
             counters[0] = t + 1
@@ -136,6 +138,27 @@ class ReferenceBackend:
         counters[1] += 1
 
 
+def _value_of(row: Any) -> Tensor:
+    """Return the value of the parameter of a row in the dtype of the arithmetic."""
+    if row.work.dtype in SIXTEEN_BITS:
+        return load(row.rounding, row.work, row.residue)
+    value: Tensor = row.work
+    return value
+
+
+def _store(plan: Any, row: Any, value: Tensor, stage: int) -> None:
+    """Write the value of the parameter of a row, rounded as its group asks."""
+    if row.work.dtype not in SIXTEEN_BITS:
+        row.work.copy_(value)
+        return
+    seed, t = plan.groups.hypers[row.group].rounding_seed, int(plan.record["counters"][0])
+    rounding = Rounding(row.rounding, seed, row.index, t, elements_of(row.param), stage)
+    param, residue = store(value, row.work.dtype, rounding)
+    row.work.copy_(param)
+    if residue is not None:
+        row.residue.copy_(residue)
+
+
 def _count_update(step: Tensor, counters: Tensor) -> int:
     """Count one more update of a row and return how many there are.
 
@@ -155,7 +178,7 @@ def _count_update(step: Tensor, counters: Tensor) -> int:
 def _rescale(plan: Any, group: int, radius: float, norm: Tensor) -> None:
     """Rescale the parameters of a group to their sphere, and store their norm."""
     rows = [(i, row) for i, row in enumerate(plan.rows) if row.group == group]
-    squares = [float(row.work.to(torch.float64).square().sum()) for _, row in rows]
+    squares = [float(_value_of(row).to(torch.float64).square().sum()) for _, row in rows]
     reduction = plan.reduction
     if reduction is not None:
         reduction.squares.zero_()
@@ -166,8 +189,7 @@ def _rescale(plan: Any, group: int, radius: float, norm: Tensor) -> None:
     radius = radius if radius > 0.0 else float(norm)
     factor = sphere_factor(radius, sum(squares, 0.0))
     for _, row in rows:
-        arithmetic = torch.float64 if row.work.dtype == torch.float64 else torch.float32
-        row.work.copy_(rescale(row.work.to(arithmetic), factor))
+        _store(plan, row, rescale(_value_of(row), factor), SPHERE_PASS)
     norm.fill_(radius)
 
 
@@ -213,7 +235,7 @@ def _apply(plan: Any, rule: type[LayerRule], proposals: Sequence[tuple[int, Any,
             found = _read_sums(rule, reduction, i, plan.spreads[i], h, sums)
         size = param.numel() if reduction is None else plan.spreads[i].numel
         projection_coef = _reduce_layer(rule, param, *found, size, h, s).to(param.dtype)
-        row.work.copy_(rule.apply(param, proposal.update, projection_coef, s))
+        _store(plan, row, rule.apply(param, proposal.update, projection_coef, s), UPDATE_PASS)
 
 
 def _read_sums(

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -68,6 +70,39 @@ def spread_of(
         _first_index(len(param), mesh, [i for i, dim in cuts if dim == 0]) if param.dim() else 0,
         whole.channels > 1 and any(dim != 0 for _, dim in cuts),
     )
+
+
+def place_of(param: Tensor) -> tuple[int, int, int]:
+    """Return where the elements of a parameter in this process lie in the whole tensor.
+
+    Args:
+        param: The parameter.
+
+    Returns:
+        Number of the first element, elements of a run, which follow one another in the whole tensor, and
+        elements from the beginning of a run to that of the next.
+    """
+    placements = getattr(param, "placements", None)
+    if placements is None:
+        return 0, param.numel(), param.numel()
+    mesh, local = getattr(param, "device_mesh"), getattr(param, "_local_tensor")  # noqa: B009
+    dims = [(i, shard_dim(p)) for i, p in enumerate(placements)]
+    cuts = [(i, dim % param.dim()) for i, dim in dims if dim is not None and mesh.size(i) > 1]
+    first = 0
+    for dim in {dim for _, dim in cuts}:
+        index = _first_index(param.shape[dim], mesh, [i for i, d in cuts if d == dim])
+        first += index * math.prod(param.shape[dim + 1 :])
+    last = max((dim for _, dim in cuts), default=0)
+    if last == 0:
+        return first, local.numel(), local.numel()
+    return first, math.prod(local.shape[last:]), math.prod(param.shape[last:])
+
+
+def elements_of(param: Tensor) -> np.ndarray:
+    """Return the numbers in the whole tensor of the elements here, int64 in the order of memory."""
+    first, run, stride = place_of(param)
+    here = np.arange(getattr(param, "_local_tensor", param).numel())
+    return first + here // max(run, 1) * stride + here % max(run, 1)
 
 
 def _plain(param: Tensor, whole: Spread, process_group: Group | None, is_zero: bool) -> Spread:

@@ -42,6 +42,8 @@ class Options(TypedDict, total=False):
     weight_decay_schedule: Schedule | None
     projection: str | None
     radius: float | None
+    param_rounding: str
+    rounding_seed: int
     max_grad_norm: float | None
     nonfinite: str
     unscale_grads: bool
@@ -91,6 +93,14 @@ class FusedOptimizer(Optimizer):
         radius: Norm to keep, > 0. The first step rescales the group to it; that step still uses the old norm
             to convert ``lr``. None keeps the norm of the group at its first step or at ``init_state()``. May
             be set per group. ``param_groups[i]["norm"]`` is the norm in force, a 0-dim float64 tensor.
+        param_rounding: How bfloat16 and float16 parameters are rounded after an update; others are not.
+            ``"nearest"`` loses updates below half of the last digit. ``"stochastic"`` rounds up with the
+            probability of what is dropped. ``"kahan"`` keeps a bfloat16 compensation, ``"split"`` the 16 low
+            bits of the float32 value beside a bfloat16 parameter, ``"master"`` the float32 value. See
+            docs/sixteen_bits.md. May be set per group.
+        rounding_seed: Seed of the random bits of ``"stochastic"`` and ``"kahan"``, in [0, 2**64). The bits
+            depend on it, on the number of the step, on the position of the parameter and on that of the
+            element. May be set per group.
         max_grad_norm: Clip the gradients of all groups together to this L2 norm, > 0, as
             ``torch.nn.utils.clip_grad_norm_`` does, without changing ``.grad``. None, 0 and infinity do not
             clip.
@@ -132,6 +142,8 @@ class FusedOptimizer(Optimizer):
         weight_decay_schedule: Schedule | None = None,
         projection: str | None = None,
         radius: float | None = None,
+        param_rounding: str = "nearest",
+        rounding_seed: int = 0,
         max_grad_norm: float | None = None,
         nonfinite: str = "propagate",
         unscale_grads: bool = False,
@@ -183,6 +195,8 @@ class FusedOptimizer(Optimizer):
             "weight_decay_schedule": weight_decay_schedule,
             "projection": projection,
             "radius": radius,
+            "param_rounding": param_rounding,
+            "rounding_seed": rounding_seed,
         }
         ignored = {"foreach": foreach, "capturable": capturable, "differentiable": False, "fused": fused}
         # flattened checkpoints of torch load those entries alone that a group has already

@@ -13,6 +13,7 @@ from .. import _checks as check
 from ..plan.hyper import Hyper
 from ..plan.spec import RuleSpec
 from ..plan.sphere import sphere_options
+from ..reference.rounding import MODES
 from ..schedules import Schedule
 from ..schedules.adaptive import AdaptiveSchedule, restored
 
@@ -37,6 +38,8 @@ def make_hyper(owner: str, spec: RuleSpec, group: Mapping[str, Any]) -> Hyper:
     schedule, weight_decay_schedule = (_plain_schedule(owner, key, group[key]) for key in SCHEDULE_KEYS)
     hyper.schedule, hyper.weight_decay_schedule = schedule, weight_decay_schedule
     hyper.sphere, hyper.radius = sphere_options(owner, group, hyper.weight_decay)
+    hyper.param_rounding = check.one_of(owner, "param_rounding", group["param_rounding"], MODES)
+    hyper.rounding_seed = check.whole(owner, "rounding_seed", group["rounding_seed"], 0, 2**64 - 1)
     return hyper
 
 

@@ -32,6 +32,7 @@ from ..plan.sphere import norm_of
 from ..plan.state_checks import checked_norm
 from ..plan.structs import COUNTERS, RATES
 from ..plan.tracked_states import Access, TrackedStates, peek
+from ..reference.rounding import MODE_OF_RESIDUE
 from ..schedules.adaptive import AdaptiveSchedule, adaptive_schedules
 from .averaging import EMA, SWA, Average
 from .counts import Counts
@@ -261,6 +262,8 @@ class Session:
             known = sum(len(group["params"]) for group in self.param_groups)
             yield from ((i, param, hyper) for i, param in enumerate(params, known))
 
+        for i, param, _ in numbered() if hyper.param_rounding != "nearest" else ():
+            build.check_rounding(self.owner, i, param, hyper.param_rounding)
         others = set(select_reader().others(params))
         for k, (i, param, _) in enumerate(numbered() if others else ()):
             # these may be materialised before the first step, which checks them again
@@ -496,6 +499,8 @@ class Session:
                     second_moment = entries[spec.states[spec.second_moment_index]]
                     seed = seeds[id(row.param)]
                     started[id(row.param)] = build.draw_second_moment(second_moment, seed)
+            for name in own.keys() & MODE_OF_RESIDUE.keys() - entries.keys():
+                del own[name]
             add(row.param, entries)
         return started
 

@@ -17,6 +17,7 @@ from ..plan.spec import RuleSpec
 from ..plan.state_checks import checked_norm, checked_state, whole_count
 from ..plan.structs import COUNTERS, TELEMETRY
 from ..plan.tensors import state_like
+from ..reference.rounding import MODE_OF_RESIDUE, RESIDUES
 from ..schedules import Schedule
 from ..schedules.adaptive import AdaptiveSchedule, restored, to_text
 from .groups import SCHEDULE_KEYS, make_hyper
@@ -26,7 +27,7 @@ _VERSION = 1
 # states of torch's Adam, AdamW, RAdam and SGD; one that the rule does not keep comes from another optimizer
 _TORCH_STATES = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq", "momentum_buffer")
 # entries of a state besides those of the rules; all others were added by the user
-_OWN = ("average", "step", "n_averaged", "initialized")
+_OWN = (*MODE_OF_RESIDUE, "average", "step", "n_averaged", "initialized")
 
 
 def pack_state(
@@ -258,7 +259,11 @@ def _loaded_states(
         if not isinstance(saved, Mapping):
             check.fail(owner, name, "be a dictionary", saved, error=TypeError)
         required = spec.state_names({**session.param_groups[g], **groups[g]})
-        tensors = {key: saved[key] for key in (*known, "average") if saved.get(key) is not None}
+        kept = (*known, *MODE_OF_RESIDUE, "average")
+        tensors = {key: saved[key] for key in kept if saved.get(key) is not None}
+        residues = [key for key in MODE_OF_RESIDUE if key in tensors]
+        if len(residues) > 1:
+            check.fail(owner, name, "hold the state of one param_rounding", " and ".join(residues))
         foreign = [key for key in tensors if key in known and key not in spec.states]
         missing = [key for key in required if key not in tensors and key not in spec.optional_states]
         others = {key: value for key, value in saved.items() if key not in (*known, *_OWN)}
@@ -342,7 +347,8 @@ def _fill(session: Session, param: Tensor, loaded: Mapping[str, Any] | None, cal
         del state[key]
     for key, value in keep.items():
         if not isinstance(state.get(key), Tensor):
-            state[key] = state_like(param)
+            mode = MODE_OF_RESIDUE.get(key)
+            state[key] = state_like(param, dtype=None if mode is None else RESIDUES[mode][1])
         state[key].copy_(value)
     state.update(loaded["others"])
     step, count = session.counts.steps.get(id(param)), session.counts.n_averaged.get(id(param))

@@ -12,6 +12,7 @@ from torch import Tensor
 from .. import _checks as check
 from ..distributed.groups import is_distributed, is_flattened, is_partial, placed, world_size
 from ..distributed.spread import Spread, has_strided_rows, spread_of
+from ..reference.rounding import MODE_OF_RESIDUE, RESIDUES, Rounding, load, mode_for, store
 from . import tensors
 from .address_cache import TensorReader, address_of
 from .hyper import AverageSettings, Hyper
@@ -155,8 +156,16 @@ def find_rows(
         if not (due[index] or param.requires_grad):
             waiting.append(param)
             continue
-        taken = known.get(id(param))
-        if taken is not None and len(taken.states) == len(names[places[index]]):
+        taken, hyper = known.get(id(param)), hypers[places[index]]
+        rounding = hyper.param_rounding
+        if rounding != "nearest":
+            check_rounding(owner, index, param, rounding)
+            rounding = mode_for(rounding, param.dtype)
+        if (
+            taken is not None
+            and taken.rounding == rounding
+            and len(taken.states) == len(names[places[index]])
+        ):
             row = taken
             row.group, row.index = places[index], index
         elif usual[index]:
@@ -173,6 +182,7 @@ def find_rows(
                 continue
             device = local.device if device is None else device
             row = make_row(param, places[index], index, local, by_channel)
+        row.rounding = rounding
         if due[index]:
             active.append(len(rows))
         rows.append(row)
@@ -237,7 +247,7 @@ def _check_memory(owner: str, rows: Sequence[Row], extents: np.ndarray, usual: n
 
 def check_states(owner: str, row: Row, own: dict[str, Any], names: Sequence[str]) -> None:
     """Raise for a state of a parameter that cannot be copied into the form that kernels read."""
-    for key in (*names, "average"):
+    for key in (*names, *MODE_OF_RESIDUE, "average"):
         state = dict.get(own, key)
         if state is not None:
             checked_state(owner, row.index, key, state, row.param)
@@ -319,6 +329,10 @@ def allocate_state(
     entries = {name: _state(spec, row, dict.get(own, name)) for name in names}
     row.states = tensors.local_tensors(list(entries.values()))
     row.initialized = bool(dict.get(own, "initialized", False))
+    if row.rounding in RESIDUES:
+        name, _ = RESIDUES[row.rounding]
+        entries[name] = _residue(spec, row, own)
+        row.residue = tensors.local_tensor(entries[name])
     entries["step"] = row.step
     if averaged:
         average = dict.get(own, "average")
@@ -340,6 +354,37 @@ def _state(spec: RuleSpec, row: Row, state: Tensor | None) -> Tensor:
         return state
     # the parameter got another dtype or layout since, or the state came from elsewhere
     return tensors.state_like(row.param, spec.by_channel).copy_(state)
+
+
+def _residue(spec: RuleSpec, row: Row, own: Mapping[str, Any]) -> Tensor:
+    """Return the residue that the rounding mode of a row keeps.
+
+    One of another mode is converted: the parameter keeps its value as exactly as the new mode can hold it.
+    """
+    name, dtype = RESIDUES[row.rounding]
+    held = dict.get(own, name)
+    if held is not None and tensors.fits(held, row.local, spec.by_channel, dtype):
+        return held
+    residue = tensors.state_like(row.param, spec.by_channel, dtype)
+    if held is not None:
+        return residue.copy_(held)
+    other = next((key for key in MODE_OF_RESIDUE if dict.get(own, key) is not None), None)
+    value = row.local.to(torch.float32)
+    if other is not None:
+        value = load(MODE_OF_RESIDUE[other], row.local, tensors.local_tensor(own[other]).to(row.local.device))
+    param, found = store(value, row.local.dtype, Rounding(row.rounding))
+    row.local.copy_(param)
+    assert found is not None
+    tensors.local_tensor(residue).copy_(found)
+    return residue
+
+
+def check_rounding(owner: str, index: int, param: Tensor, mode: str) -> None:
+    """Raise ``ValueError`` if a parameter of this dtype cannot be rounded in a mode."""
+    if mode == "split" and param.dtype == torch.float16:
+        hint = "float16 and 16 more bits are no float32; use 'kahan' or 'master'."
+        name = f"param_rounding of parameter {index} (torch.float16)"
+        check.fail(owner, name, "be another mode than that of bfloat16", mode, hint)
 
 
 def draw_second_moment(second_moment: Tensor, seed: int) -> float:

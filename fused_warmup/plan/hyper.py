@@ -23,12 +23,16 @@ class Hyper(rules.Hyper):
         radius: Norm to keep, 0 for the norm before the first step.
         schedule: Multiplier of the learning rate, or None.
         weight_decay_schedule: Multiplier of the weight decay, or None.
+        param_rounding: How 16-bit parameters are rounded, one of ``reference.rounding.MODES``.
+        rounding_seed: Seed of the random bits of that, below 2**64.
     """
 
     sphere: bool = False
     radius: float = 0.0
     schedule: Schedule | None = None
     weight_decay_schedule: Schedule | None = None
+    param_rounding: str = "nearest"
+    rounding_seed: int = 0
 
     def rates_at(self, t: int) -> tuple[float, float]:
         """Return learning rate and weight decay at the step with the 0-based index ``t``."""

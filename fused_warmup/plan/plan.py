@@ -18,14 +18,15 @@ from torch import Tensor
 
 from .. import _checks as check
 from ..distributed.reduction import Reduction, make_reduction
-from ..distributed.spread import Spread
+from ..distributed.spread import Spread, place_of
+from ..reference.rounding import SIXTEEN_BITS
 from .address_cache import AddressCache, address_of, addresses_of, select_reader
 from .captured import CapturedArguments
 from .chunks import BLOCK_THREADS, PIECE, TILE_BYTES, chunks, threads_for
 from .device_buffers import DeviceBuffers, is_capturing
 from .gradients import GradientTable
 from .groups import GroupReadings, GroupTable
-from .hyper import AverageSettings, Settings
+from .hyper import AverageSettings, Hyper, Settings
 from .overlaps import check_disjoint
 from .rows import Row
 from .spec import RuleSpec
@@ -37,6 +38,7 @@ from .structs import (
     DTYPES,
     LAYER_STAGE,
     MEASURE_STAGE,
+    ROUNDINGS,
     STRUCTS,
     UPDATE_STAGE,
 )
@@ -117,6 +119,7 @@ class Plan:
         self._reserved = np.ones(len(rows), bool)
         extents = self._reader.extents([row.work for row in rows])
         self._columns = _pack_rows(rows, extents, self._param_cache.addresses, [len(own) for own in names])
+        self._pack_rounding(readings.hypers)
         self.has_float64 = bool((self._columns["dtype"] == DTYPES[torch.float64]).any())
         self._enter([i for i, row in enumerate(rows) if not row.is_reserved])
         self._pack(readings, norms)
@@ -126,7 +129,7 @@ class Plan:
         counters = self.record["row_counters"]
         size = STRUCTS["RowCounters"].itemsize
         self._columns["counters"] = address_of(counters) + size * np.arange(len(self.rows), dtype=np.uint64)
-        self._kinds: tuple[tuple[int, int, int], ...] | None = None
+        self._kinds: tuple[tuple[int, ...], ...] | None = None
         self._chunks = chunks(self._columns["numel"], self._columns["channel_size"])
         self._step = StepStruct()
         self.address = self._step.address
@@ -210,11 +213,11 @@ class Plan:
         return len(self._chunks)
 
     @property
-    def kinds(self) -> tuple[tuple[int, int, int], ...]:
-        """Combinations of dtype, dtype of the gradient and number of states that rows of the table have."""
+    def kinds(self) -> tuple[tuple[int, ...], ...]:
+        """Combinations of dtype, dtype of the gradient, number of states and rounding mode of the rows."""
         if self._kinds is None:
-            found = np.unique(self._columns[["dtype", "grad_dtype", "n_states"]])
-            self._kinds = tuple((int(a), int(b), int(c)) for a, b, c in found)
+            found = np.unique(self._columns[["dtype", "grad_dtype", "n_states", "rounding"]])
+            self._kinds = tuple(tuple(map(int, kind)) for kind in found)
         return self._kinds
 
     def step_column(self) -> Tensor:
@@ -299,8 +302,33 @@ class Plan:
         return self.states.valid_rows(state)
 
     def keeps(self, n_states: Sequence[int]) -> bool:
-        """Return whether the rows of each group keep, or will keep, so many states."""
-        return bool((self._columns["n_states"] == np.array(n_states)[self._columns["group"]]).all())
+        """Return whether the rows of each group keep, or will keep, so many states, and round as it asks."""
+        columns, hypers = self._columns, self.groups.hypers
+        seeds = np.array([h.rounding_seed for h in hypers], np.uint64)[columns["group"]]
+        return bool(
+            (columns["n_states"] == np.array(n_states)[columns["group"]]).all()
+            and (columns["rounding"] == self._roundings(hypers)).all()
+            and (seeds == columns["seed"])[columns["rounding"] != 0].all()
+        )
+
+    def _roundings(self, hypers: Sequence[Hyper]) -> np.ndarray:
+        """Return the rounding mode that each row has by the hyper-parameters of its group, int64."""
+        codes = np.array([ROUNDINGS[h.param_rounding] for h in hypers], np.int64)[self._columns["group"]]
+        has_16_bits = np.isin(self._columns["dtype"], [DTYPES[dtype] for dtype in SIXTEEN_BITS])
+        rounded: np.ndarray = codes * has_16_bits
+        return rounded
+
+    def _pack_rounding(self, hypers: Sequence[Hyper]) -> None:
+        """Fill the columns that rounding needs, for the rows that are not rounded to nearest."""
+        if all(h.param_rounding == "nearest" for h in hypers):
+            return
+        columns = self._columns
+        columns["rounding"] = self._roundings(hypers)
+        columns["seed"] = np.array([h.rounding_seed for h in hypers], np.uint64)[columns["group"]]
+        columns["number"] = self.indices
+        for i in np.flatnonzero(columns["rounding"]).tolist():
+            place = place_of(self.rows[i].param)
+            columns[["first_element", "run", "run_stride"]][i] = place
 
     # once per step
 

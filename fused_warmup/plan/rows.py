@@ -30,6 +30,8 @@ class Row:
         average: Weight average, or None.
         n_averaged: Number of values in its average, 0-dim int64; None without an average.
         initialized: Whether the second moment was prepared before the first step.
+        rounding: How the parameter is rounded, one of ``reference.rounding.MODES``.
+        residue: What the rounded parameter lacks of its value, in the form of that mode, or None.
     """
 
     param: Tensor
@@ -43,6 +45,8 @@ class Row:
     average: Tensor | None = None
     n_averaged: Tensor | None = None
     initialized: bool = False
+    rounding: str = "nearest"
+    residue: Tensor | None = None
 
     @property
     def is_reserved(self) -> bool:

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
+from ..reference.rounding import RESIDUES
 from .address_cache import AddressCache, TensorReader
 from .rows import Row
 from .structs import MAX_STATES
@@ -38,8 +39,9 @@ class StateCache:
         self, state: Mapping[Tensor, dict[str, Any]], names: Sequence[tuple[str, ...]], reader: TensorReader
     ) -> None:
         self._state, self._reader, self._length = state, reader, len(state)
-        self._written = [(*own, "step") for own in names]
-        self._averaged = [(*own, "average", "step", "n_averaged") for own in names]
+        self._written = names
+        # names of all states of a row, by group, rounding mode and whether it has an average
+        self._all_names: dict[tuple[int, str, bool], tuple[str, ...]] = {}
         # one entry for each row
         self._kept: list[Row] = []
         self._params: list[Tensor] = []
@@ -59,6 +61,7 @@ class StateCache:
         self._places = np.zeros(0, np.int64)
         self._n_states = np.zeros(0, np.int64)
         self._has_average = np.zeros(0, bool)
+        self._has_residue = np.zeros(0, bool)
 
     def add(self, rows: Sequence[Row], positions: Sequence[int]) -> None:
         """Add the states of rows.
@@ -74,10 +77,13 @@ class StateCache:
             own = peek(state, row.param)
             assert own is not None
             averaged = row.average is not None
-            keys = self._averaged[row.group] if averaged else self._written[row.group]
+            kind = (row.group, row.rounding, averaged)
+            keys = self._all_names.get(kind) or self._names_of(kind)
             counts = (row.step, row.n_averaged) if averaged else (row.step,)
             if row.local is row.param:
-                states = [*row.states, row.average] if averaged else row.states
+                states = row.states
+                if averaged or row.residue is not None:
+                    states = [*states, *(x for x in (row.residue, row.average) if x is not None)]
                 plain += states
             else:
                 states = [dict.__getitem__(own, key) for key in keys[: len(keys) - len(counts)]]
@@ -98,7 +104,16 @@ class StateCache:
         self._places = _appended(self._places, places)
         self._n_states = _appended(self._n_states, [len(row.states) for row in rows])
         self._has_average = _appended(self._has_average, [row.average is not None for row in rows])
+        self._has_residue = _appended(self._has_residue, [row.residue is not None for row in rows])
         self._length = len(self._state)
+
+    def _names_of(self, kind: tuple[int, str, bool]) -> tuple[str, ...]:
+        """Return the names of all states of rows of a group, rounding mode, and with an average or not."""
+        group, rounding, averaged = kind
+        residue = (RESIDUES[rounding][0],) if rounding in RESIDUES else ()
+        ends = ("average", "step", "n_averaged") if averaged else ("step",)
+        names = self._all_names[kind] = (*self._written[group], *residue, *ends)
+        return names
 
     def fill(self, columns: np.ndarray, first: int = 0) -> None:
         """Write the addresses of states and counts into the column ``Row``.
@@ -112,7 +127,9 @@ class StateCache:
         for k in range(MAX_STATES):
             kept = n_states > k
             columns[f"state{k}"][rows[kept]] = addresses[places[kept] + k]
-        ends = places + n_states
+        ends, kept = places + n_states, self._has_residue[first:]
+        columns["residue"][rows[kept]] = addresses[ends[kept]]
+        ends = ends + kept
         columns["step"][rows] = addresses[ends + averaged]
         columns["average"][rows[averaged]] = addresses[ends[averaged]]
         columns["n_averaged"][rows[averaged]] = addresses[ends[averaged] + 2]

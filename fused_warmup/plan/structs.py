@@ -8,6 +8,7 @@ import numpy as np
 import torch
 
 from ..reference import rules
+from ..reference.rounding import MODES
 
 MAX_STATES = 3
 # counts are below this
@@ -23,6 +24,7 @@ DTYPES: dict[torch.dtype, int] = {
 INIT_KINDS = {"zeros": 0, "grad": 1, "random": 2}
 # bits of enum Stage
 MEASURE_STAGE, UPDATE_STAGE, LAYER_STAGE, FINISH_STAGE, ALL_STAGES = 1, 2, 4, 8, 15
+ROUNDINGS = {mode: code for code, mode in enumerate(MODES)}
 AVERAGE_KINDS = {None: 0, "EMA": 1, "SWA": 2}
 
 
@@ -42,6 +44,9 @@ _FIELDS: dict[str, list[tuple[str, str]]] = {
         ("n_averaged", "u8"),
         ("first_chunk", "i8"),
         ("n_chunks", "i8"),
+        *((name, "u8") for name in ("residue", "seed")),
+        *((name, "i8") for name in ("first_element", "run", "run_stride")),
+        *((name, "i4") for name in ("rounding", "number")),
     ],
     "Spread": [
         *((name, "i8") for name in ("numel", "channels", "first_channel", "first_total")),

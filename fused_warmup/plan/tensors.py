@@ -187,17 +187,17 @@ def is_fake(tensor: Tensor) -> bool:
     return isinstance(tensor, FakeTensor) or isinstance(getattr(tensor, "data", None), FakeTensor)
 
 
-def fits(state: Tensor, local: Tensor, by_channel: bool = False) -> bool:
+def fits(state: Tensor, local: Tensor, by_channel: bool = False, dtype: torch.dtype | None = None) -> bool:
     """Return whether a state has the device, dtype and layout that the row of a parameter needs."""
     held = local_tensor(state)
-    if held.device != local.device or held.dtype != compute_dtype(local.dtype):
+    if held.device != local.device or held.dtype != (dtype or compute_dtype(local.dtype)):
         return False
     if local.is_contiguous() and held.is_contiguous():
         return held.shape == local.shape
     return same_layout(held, work_layout(local, by_channel))
 
 
-def state_like(param: Tensor, by_channel: bool = False) -> Tensor:
-    """Return zeros in the layout that the row of ``param`` has and in the dtype of its arithmetic."""
+def state_like(param: Tensor, by_channel: bool = False, dtype: torch.dtype | None = None) -> Tensor:
+    """Return zeros in the layout that the row of ``param`` has, by default in the dtype of its arithmetic."""
     kind = work_format(local_tensor(param), by_channel)
-    return torch.zeros_like(param, dtype=compute_dtype(param.dtype), memory_format=kind)
+    return torch.zeros_like(param, dtype=dtype or compute_dtype(param.dtype), memory_format=kind)

@@ -172,7 +172,8 @@ def _rescale(row: Row) -> Kernel:
 
 def _kept(row: Row) -> list[Tensor]:
     """Return the tensors of a row that an update writes."""
-    return [row.work, *row.states, *([] if row.average is None else [row.average])]
+    more = [tensor for tensor in (row.residue, row.average) if tensor is not None]
+    return [row.work, *row.states, *more]
 
 
 def _bytes(tensors: Sequence[Tensor]) -> int:

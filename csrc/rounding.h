@@ -1,0 +1,151 @@
+// Rounding of 16-bit parameters and the residues that keep what it drops, once for the CPU and CUDA;
+// reference/rounding.py has the same statements. A mode is a way to load the value of a parameter before an
+// update and to store it afterwards; the rules in between are those of any other parameter.
+// Stochastic rounding: Gupta et al. 2015, arXiv:1502.02551. Compensation: Kahan 1965; for bfloat16 training
+// Zamirai et al. 2020, arXiv:2010.06192. Random bits: Philox, Salmon et al. 2011.
+// SPDX-License-Identifier: Apache-2.0
+#pragma once
+#include "dtypes.h"
+#include "table.h"
+
+namespace fw {
+
+// the value of each is described in reference/rounding.py
+enum Rounding : int32_t { kNearest = 0, kStochastic = 1, kKahan = 2, kSplit = 3, kMaster = 4 };
+// the passes of a step that round a parameter: the update, and the return to a sphere
+enum RoundingPass : uint32_t { kUpdatePass = 0, kSpherePass = 1 };
+
+FW_HOST_DEVICE bool has_residue(const Row& row) { return row.rounding > kStochastic; }
+FW_HOST_DEVICE bool draws_bits(const Row& row) {
+  return row.rounding == kStochastic || row.rounding == kKahan;
+}
+
+// random bits
+
+// 7 rounds pass all tests of BigCrush
+constexpr int kPhiloxRounds = 7;
+// elements that share the four words of one counter, 16 bits each
+constexpr int kDrawn = 8;
+
+// what the random bits of a row depend on besides the element
+struct RandomKey {
+  uint32_t key0, key1, number, step, high;
+
+  // step counts the updates made before this one
+  FW_HOST_DEVICE RandomKey(const Row& row, int64_t step, RoundingPass pass)
+      : key0(static_cast<uint32_t>(row.seed)),
+        key1(static_cast<uint32_t>(row.seed >> 32)),
+        number(static_cast<uint32_t>(row.number)),
+        step(static_cast<uint32_t>(step)),
+        high(static_cast<uint32_t>(pass) << 31) {}
+};
+
+// the four words of kDrawn elements from number kDrawn * block on, whose low word and high word are given
+FW_HOST_DEVICE void draw(const RandomKey& key, uint32_t low, uint32_t high, uint32_t (&word)[4]) {
+  uint32_t a = low, b = high | key.high, c = key.number, d = key.step, k = key.key0, m = key.key1;
+  for (int i = 0; i < kPhiloxRounds; ++i) {
+    const uint64_t first = static_cast<uint64_t>(a) * 0xD2511F53u;
+    const uint64_t second = static_cast<uint64_t>(c) * 0xCD9E8D57u;
+    a = static_cast<uint32_t>(second >> 32) ^ b ^ k;
+    b = static_cast<uint32_t>(second);
+    c = static_cast<uint32_t>(first >> 32) ^ d ^ m;
+    d = static_cast<uint32_t>(first);
+    k += 0x9E3779B9u;
+    m += 0xBB67AE85u;
+  }
+  word[0] = a;
+  word[1] = b;
+  word[2] = c;
+  word[3] = d;
+}
+
+// the 16 bits of one element of the whole tensor
+FW_HOST_DEVICE uint32_t bits_of_element(const RandomKey& key, int64_t element) {
+  const int64_t block = element / kDrawn;
+  uint32_t word[4];
+  draw(key, static_cast<uint32_t>(block), static_cast<uint32_t>(block >> 32), word);
+  const int place = static_cast<int>(element % kDrawn);
+  return (word[place / 2] >> (16 * (place % 2))) & 0xffffu;
+}
+
+// whether the elements of a row follow one another in the whole tensor
+FW_HOST_DEVICE bool is_consecutive(const Row& row) { return row.run == row.numel; }
+
+// the number of an element of a row in the whole tensor
+FW_HOST_DEVICE int64_t number_of(const Row& row, int64_t i) {
+  return row.first_element + (is_consecutive(row) ? i : i / row.run * row.run_stride + i % row.run);
+}
+
+// rounding
+
+// a number rounded up in magnitude with the probability of the fraction that is dropped; beyond the largest
+// finite number the nearest one
+FW_HOST_DEVICE void round_stochastically(float x, uint32_t bits, BFloat16& out) {
+  const uint32_t pattern = bits_of(x), magnitude = pattern & 0x7fffffffu;
+  narrow(x, out);
+  out.bits = static_cast<uint16_t>(magnitude < 0x7f7f0000u ? (pattern + bits) >> 16 : out.bits);
+}
+
+FW_HOST_DEVICE void round_stochastically(float x, uint32_t bits, Float16& out) {
+  const uint32_t pattern = bits_of(x), magnitude = pattern & 0x7fffffffu;
+  const bool is_small = magnitude < 0x38800000u;
+  // in units of 2^-40, of which the smallest half has 2^16
+  const float units = float_of(is_small ? magnitude : 0u) * 0x1p40f;
+  const uint32_t small = (static_cast<uint32_t>(static_cast<int32_t>(units)) + bits) >> 16;
+  const uint32_t normal = (magnitude - 0x38000000u + (bits & 0x1fffu)) >> 13;
+  const uint32_t rounded = (is_small ? small : normal) | ((pattern & 0x80000000u) >> 16);
+  narrow(x, out);
+  out.bits = static_cast<uint16_t>(magnitude < 0x477fe000u ? rounded : out.bits);
+}
+
+FW_HOST_DEVICE bool same_bits(BFloat16 a, BFloat16 b) { return a.bits == b.bits; }
+FW_HOST_DEVICE bool same_bits(Float16 a, Float16 b) { return a.bits == b.bits; }
+
+// A value, unless it rounds to something else than the parameter, which was then written from outside. The
+// signs of zeros need not agree.
+template <class P>
+FW_HOST_DEVICE float checked_value(float value, P param) {
+  P rounded;
+  narrow(value, rounded);
+  return same_bits(rounded, param) || (value == 0.0f && widen(param) == 0.0f) ? value : widen(param);
+}
+
+template <class P>
+FW_HOST_DEVICE float load_kahan(P param, BFloat16 compensation) {
+  return checked_value(widen(param) + widen(compensation), param);
+}
+
+// what a rounded parameter lacks of its value; rounded stochastically, so that updates below its own last
+// digit are not lost either, unless the sum would round to another parameter
+template <class P>
+FW_HOST_DEVICE BFloat16 compensation_of(float value, P param, uint32_t bits) {
+  const float plain = widen(param);
+  const float lacking = magnitude(plain) < INFINITY ? value - plain : 0.0f;
+  BFloat16 rounded;
+  round_stochastically(lacking, bits, rounded);
+  P sum;
+  narrow(plain + widen(rounded), sum);
+  rounded.bits = same_bits(sum, param) ? rounded.bits : static_cast<uint16_t>(bits_of(lacking) >> 16);
+  return rounded;
+}
+
+template <class P>
+FW_HOST_DEVICE float load_master(P param, float master) {
+  return checked_value(master, param);
+}
+
+FW_HOST_DEVICE float load_split(BFloat16 param, int16_t remainder) {
+  // nothing rounds to 0 from below
+  const int32_t own = (param.bits & 0x7fffu) == 0 && remainder < 0 ? 0 : remainder;
+  return float_of((static_cast<uint32_t>(param.bits) << 16) + static_cast<uint32_t>(own));
+}
+
+// the nearest bfloat16, halves away from 0, and the bits that it lacks
+FW_HOST_DEVICE void store_split(float value, BFloat16& param, int16_t& remainder) {
+  const uint32_t bits = bits_of(value), rounded = (bits + 0x8000u) >> 16;
+  const bool is_nan = (bits & 0x7fffffffu) > 0x7f800000u;
+  param.bits = static_cast<uint16_t>(is_nan ? 0x7fc0u : rounded);
+  remainder = static_cast<int16_t>(is_nan ? 0u : bits - (rounded << 16));
+}
+
+}  // namespace fw

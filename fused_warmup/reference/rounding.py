@@ -1,0 +1,212 @@
+"""Rounding of 16-bit parameters and the residues that keep what it drops; the statements of ``csrc/rounding.h``.
+
+A mode is two functions around an update: ``load`` returns the value of a parameter, float32, and ``store``
+rounds an updated value. ``"nearest"`` and ``"stochastic"`` keep nothing besides the parameter; ``"kahan"``
+keeps a bfloat16 compensation, ``"split"`` the 16 low bits of the value and ``"master"`` the value itself.
+
+Stochastic rounding: Gupta et al. 2015, arXiv:1502.02551. Compensation: Kahan 1965; for bfloat16 training
+Zamirai et al. 2020, arXiv:2010.06192. Random bits: Philox, Salmon et al. 2011.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+# in the order of enum Rounding
+MODES = ("nearest", "stochastic", "kahan", "split", "master")
+# the state that a mode keeps for each parameter, and its dtype
+RESIDUES = {
+    "kahan": ("kahan_comp", torch.bfloat16),
+    "split": ("remainder", torch.int16),
+    "master": ("master_param", torch.float32),
+}
+MODE_OF_RESIDUE = {name: mode for mode, (name, _) in RESIDUES.items()}
+SIXTEEN_BITS = (torch.bfloat16, torch.float16)
+# the passes of a step that round a parameter: the update, and the return to a sphere
+UPDATE_PASS, SPHERE_PASS = 0, 1
+
+# 7 rounds pass all tests of BigCrush; 10 are the usual choice where bits are kept secret or tested further
+ROUNDS = 7
+_MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
+_WEYL = (0x9E3779B9, 0xBB67AE85)
+_LOW = np.uint64(0xFFFFFFFF)
+
+
+def philox(counter: np.ndarray, key: tuple[int, int], rounds: int = ROUNDS) -> np.ndarray:
+    """Return the output of Philox4x32.
+
+    Args:
+        counter: Four words, uint64 of ``[4, n]``, each below 2**32.
+        key: Two words.
+        rounds: Number of rounds.
+
+    Returns:
+        Four words, uint64 of ``[4, n]``.
+    """
+    a, b, c, d = counter.astype(np.uint64)
+    for i in range(rounds):
+        k, m = (np.uint64((word + i * step) % 2**32) for word, step in zip(key, _WEYL, strict=True))
+        first, second = a * np.uint64(_MULTIPLIERS[0]), c * np.uint64(_MULTIPLIERS[1])
+        a, b, c, d = (
+            (second >> np.uint64(32)) ^ b ^ k,
+            second & _LOW,
+            (first >> np.uint64(32)) ^ d ^ m,
+            first & _LOW,
+        )
+    return np.stack([a, b, c, d])
+
+
+def random_bits(elements: np.ndarray, seed: int, number: int, step: int, stage: int) -> np.ndarray:
+    """Return 16 random bits for each element of a parameter, uint16.
+
+    Args:
+        elements: Numbers of the elements in the whole tensor, int64.
+        seed: Seed, below 2**64.
+        number: Position of the parameter among all of the optimizer.
+        step: Updates that the optimizer has made.
+        stage: ``UPDATE_PASS`` or ``SPHERE_PASS``.
+    """
+    # eight elements share the four words of one counter
+    blocks, places = np.unique(elements >> 3, return_inverse=True)
+    counter = np.empty((4, len(blocks)), np.uint64)
+    counter[0], counter[1] = blocks & 0xFFFFFFFF, blocks >> 32
+    counter[1] |= np.uint64(stage << 31)
+    counter[2], counter[3] = number, step % 2**32
+    words = philox(counter, (seed % 2**32, seed >> 32))
+    chosen = words[(elements & 7) >> 1, places]
+    return (chosen >> (16 * (elements & 1)).astype(np.uint64)).astype(np.uint16)
+
+
+@dataclass(frozen=True)
+class Rounding:
+    """Rounding of one parameter at one step.
+
+    Attributes:
+        mode: One of ``MODES``.
+        seed: Seed of the random bits.
+        number: Position of the parameter.
+        step: Updates that the optimizer has made.
+        elements: Numbers of its elements in the whole tensor, int64 of ``[numel]`` in the order of memory;
+            None for bits that are 0.
+        stage: The pass that rounds.
+    """
+
+    mode: str
+    seed: int = 0
+    number: int = 0
+    step: int = 0
+    elements: np.ndarray | None = None
+    stage: int = UPDATE_PASS
+
+    def bits(self, like: Tensor) -> Tensor:
+        """Return the random bits of all elements, int32 in the shape and on the device of a tensor."""
+        if self.elements is None:
+            return torch.zeros_like(like, dtype=torch.int32)
+        drawn = random_bits(self.elements, self.seed, self.number, self.step, self.stage)
+        bits = torch.empty_like(like, dtype=torch.int32)
+        in_memory(bits).copy_(torch.from_numpy(drawn.astype(np.int32)))
+        return bits
+
+
+def in_memory(tensor: Tensor) -> Tensor:
+    """Return the elements of a dense tensor in the order of memory, a view."""
+    return tensor.as_strided((tensor.numel(),), (1,))
+
+
+def mode_for(mode: str, dtype: torch.dtype) -> str:
+    """Return the mode of a parameter in a group of a mode: other dtypes than the 16-bit ones drop nothing."""
+    return mode if dtype in SIXTEEN_BITS else "nearest"
+
+
+def load(mode: str, param: Tensor, residue: Tensor | None) -> Tensor:
+    """Return the value of a 16-bit parameter, float32.
+
+    A parameter that was written from outside since the last step has its new value: what a residue would round
+    to something else is not used.
+
+    Args:
+        mode: One of ``MODES``.
+        param: bfloat16 or float16.
+        residue: The state of the mode, of the same shape; None if it keeps none.
+    """
+    plain = param.to(torch.float32)
+    if mode not in RESIDUES:
+        return plain
+    assert residue is not None
+    if mode == "split":
+        # nothing rounds to 0 from below
+        own = torch.where((plain == 0.0) & (residue < 0), 0, residue.to(torch.int32))
+        return (plain.view(torch.int32) + own).view(torch.float32)
+    value = residue if mode == "master" else plain + residue.to(torch.float32)
+    return torch.where(value.to(param.dtype) == param, value, plain)
+
+
+def store(value: Tensor, dtype: torch.dtype, rounding: Rounding) -> tuple[Tensor, Tensor | None]:
+    """Return a value rounded to a 16-bit dtype, and the residue of the mode or None.
+
+    Args:
+        value: float32.
+        dtype: bfloat16 or float16.
+        rounding: Mode and random bits.
+    """
+    mode = rounding.mode
+    if mode == "stochastic":
+        return round_stochastically(value, dtype, rounding.bits(value)), None
+    if mode == "split":
+        return split(value)
+    param = value.to(dtype)
+    if mode == "kahan":
+        return param, compensation(value, param, rounding.bits(value))
+    return param, value.clone() if mode == "master" else None
+
+
+def compensation(value: Tensor, param: Tensor, bits: Tensor) -> Tensor:
+    """Return what a rounded parameter lacks of its value, bfloat16.
+
+    It is rounded stochastically, so that updates below its own last digit are not lost either, unless the sum
+    would round to another parameter.
+    """
+    plain = param.to(torch.float32)
+    lacking = torch.where(plain.isfinite(), value - plain, 0.0)
+    rounded = round_stochastically(lacking, torch.bfloat16, bits)
+    fits = (plain + rounded.to(torch.float32)).to(param.dtype) == param
+    return torch.where(fits, rounded, round_stochastically(lacking, torch.bfloat16, torch.zeros_like(bits)))
+
+
+def split(value: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the bfloat16 nearest to a float32, halves away from 0, and the bits that it lacks, int16."""
+    bits = value.view(torch.int32)
+    param = ((bits + 0x8000) >> 16).to(torch.int16)
+    remainder = (bits - (param.to(torch.int32) << 16)).to(torch.int16)
+    param = torch.where(value.isnan(), torch.tensor(0x7FC0, dtype=torch.int16, device=value.device), param)
+    return param.view(torch.bfloat16), torch.where(value.isnan(), 0, remainder)
+
+
+def round_stochastically(value: Tensor, dtype: torch.dtype, bits: Tensor) -> Tensor:
+    """Return float32 numbers rounded up in magnitude with the probability of the fraction that is dropped.
+
+    Beyond the largest finite number the result is the nearest one. Halves of the smallest float16 are resolved
+    to 2**-16 of it.
+
+    Args:
+        value: float32.
+        dtype: bfloat16 or float16.
+        bits: 16 random bits per element, int32.
+    """
+    pattern = value.view(torch.int32)
+    sign, magnitude = pattern & ~0x7FFFFFFF, pattern & 0x7FFFFFFF
+    if dtype == torch.bfloat16:
+        rounded = (sign | ((magnitude + bits) & ~0xFFFF)).view(torch.float32)
+        largest = 0x7F7F0000
+    else:
+        normal = (magnitude + (bits & 0x1FFF)) & ~0x1FFF
+        # in units of 2**-40, of which the smallest float16 has 2**16
+        units = (magnitude.view(torch.float32) * 2.0**40).clamp(max=2.0**27).to(torch.int32)
+        small = (((units + bits) >> 16).to(torch.float32) * 2.0**-24).view(torch.int32)
+        rounded = (sign | torch.where(magnitude < 0x38800000, small, normal)).view(torch.float32)
+        largest = 0x477FE000
+    return torch.where(magnitude < largest, rounded.to(dtype), value.to(dtype))
