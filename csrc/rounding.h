@@ -78,24 +78,32 @@ FW_HOST_DEVICE int64_t number_of(const Row& row, int64_t i) {
 
 // rounding
 
+// a if the condition holds, else b; arithmetic, because gcc turns conditions that depend on one another into
+// branches, and vectorises no loop with branches
+FW_HOST_DEVICE uint32_t choose(bool condition, uint32_t a, uint32_t b) {
+  return b ^ ((a ^ b) & -static_cast<uint32_t>(condition));
+}
+
 // a number rounded up in magnitude with the probability of the fraction that is dropped; beyond the largest
 // finite number the nearest one
 FW_HOST_DEVICE void round_stochastically(float x, uint32_t bits, BFloat16& out) {
   const uint32_t pattern = bits_of(x), magnitude = pattern & 0x7fffffffu;
-  narrow(x, out);
-  out.bits = static_cast<uint16_t>(magnitude < 0x7f7f0000u ? (pattern + bits) >> 16 : out.bits);
+  BFloat16 nearest;
+  narrow(x, nearest);
+  out.bits = static_cast<uint16_t>(choose(magnitude < 0x7f7f0000u, (pattern + bits) >> 16, nearest.bits));
 }
 
 FW_HOST_DEVICE void round_stochastically(float x, uint32_t bits, Float16& out) {
   const uint32_t pattern = bits_of(x), magnitude = pattern & 0x7fffffffu;
   const bool is_small = magnitude < 0x38800000u;
   // in units of 2^-40, of which the smallest half has 2^16
-  const float units = float_of(is_small ? magnitude : 0u) * 0x1p40f;
+  const float units = float_of(choose(is_small, magnitude, 0u)) * 0x1p40f;
   const uint32_t small = (static_cast<uint32_t>(static_cast<int32_t>(units)) + bits) >> 16;
   const uint32_t normal = (magnitude - 0x38000000u + (bits & 0x1fffu)) >> 13;
-  const uint32_t rounded = (is_small ? small : normal) | ((pattern & 0x80000000u) >> 16);
-  narrow(x, out);
-  out.bits = static_cast<uint16_t>(magnitude < 0x477fe000u ? rounded : out.bits);
+  const uint32_t rounded = choose(is_small, small, normal) | ((pattern & 0x80000000u) >> 16);
+  Float16 nearest;
+  narrow(x, nearest);
+  out.bits = static_cast<uint16_t>(choose(magnitude < 0x477fe000u, rounded, nearest.bits));
 }
 
 FW_HOST_DEVICE bool same_bits(BFloat16 a, BFloat16 b) { return a.bits == b.bits; }
@@ -107,7 +115,10 @@ template <class P>
 FW_HOST_DEVICE float checked_value(float value, P param) {
   P rounded;
   narrow(value, rounded);
-  return same_bits(rounded, param) || (value == 0.0f && widen(param) == 0.0f) ? value : widen(param);
+  const float plain = widen(param);
+  // without branches, so that loops vectorise
+  const bool holds = same_bits(rounded, param) | ((value == 0.0f) & (plain == 0.0f));
+  return holds ? value : plain;
 }
 
 template <class P>
@@ -121,12 +132,13 @@ template <class P>
 FW_HOST_DEVICE BFloat16 compensation_of(float value, P param, uint32_t bits) {
   const float plain = widen(param);
   const float lacking = magnitude(plain) < INFINITY ? value - plain : 0.0f;
-  BFloat16 rounded;
-  round_stochastically(lacking, bits, rounded);
+  // far below the largest bfloat16
+  BFloat16 rounded, kept;
+  rounded.bits = static_cast<uint16_t>((bits_of(lacking) + bits) >> 16);
   P sum;
   narrow(plain + widen(rounded), sum);
-  rounded.bits = same_bits(sum, param) ? rounded.bits : static_cast<uint16_t>(bits_of(lacking) >> 16);
-  return rounded;
+  kept.bits = static_cast<uint16_t>(choose(same_bits(sum, param), rounded.bits, bits_of(lacking) >> 16));
+  return kept;
 }
 
 template <class P>
@@ -136,7 +148,7 @@ FW_HOST_DEVICE float load_master(P param, float master) {
 
 FW_HOST_DEVICE float load_split(BFloat16 param, int16_t remainder) {
   // nothing rounds to 0 from below
-  const int32_t own = (param.bits & 0x7fffu) == 0 && remainder < 0 ? 0 : remainder;
+  const int32_t own = ((param.bits & 0x7fffu) == 0) & (remainder < 0) ? 0 : remainder;
   return float_of((static_cast<uint32_t>(param.bits) << 16) + static_cast<uint32_t>(own));
 }
 

@@ -67,7 +67,8 @@ struct BlockBits {
   void draw(const Row& row, const RandomKey& key, int64_t offset, int count);
 };
 
-inline FW_LEAF void draw_counters(uint32_t (*__restrict words)[4], const RandomKey& key, uint64_t first, int count) {
+inline FW_LEAF void draw_counters(uint32_t (*__restrict words)[4], const RandomKey& key, uint64_t first,
+                                  int count) {
   const RandomKey k = key;
   const uint32_t low = static_cast<uint32_t>(first), high = static_cast<uint32_t>(first >> 32);
 #pragma omp simd
@@ -98,7 +99,7 @@ FW_LEAF void load_kahan_all(const P* __restrict param, const BFloat16* __restric
 }
 
 inline FW_LEAF void load_split_all(const BFloat16* __restrict param, const int16_t* __restrict remainder,
-                            float* __restrict to, int count) {
+                                   float* __restrict to, int count) {
   for (int i = 0; i < count; ++i) to[i] = load_split(param[i], remainder[i]);
 }
 
@@ -111,7 +112,11 @@ FW_LEAF void load_master_all(const P* __restrict param, const float* __restrict 
 template <class P>
 FW_LEAF void round_all(const float* __restrict from, const uint16_t* __restrict bits, P* __restrict to,
                        int count) {
-  for (int i = 0; i < count; ++i) round_stochastically(from[i], bits[i], to[i]);
+  for (int i = 0; i < count; ++i) {
+    P rounded;
+    round_stochastically(from[i], bits[i], rounded);
+    to[i] = rounded;
+  }
 }
 
 template <class P>
@@ -126,7 +131,7 @@ FW_LEAF void store_kahan_all(const float* __restrict from, const uint16_t* __res
 }
 
 inline FW_LEAF void store_split_all(const float* __restrict from, BFloat16* __restrict param,
-                             int16_t* __restrict remainder, int count) {
+                                    int16_t* __restrict remainder, int count) {
   for (int i = 0; i < count; ++i) store_split(from[i], param[i], remainder[i]);
 }
 

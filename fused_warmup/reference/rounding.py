@@ -1,4 +1,4 @@
-"""Rounding of 16-bit parameters and the residues that keep what it drops; the statements of ``csrc/rounding.h``.
+"""Rounding of 16-bit parameters, and residues that keep what it drops; statements of ``csrc/rounding.h``.
 
 A mode is two functions around an update: ``load`` returns the value of a parameter, float32, and ``store``
 rounds an updated value. ``"nearest"`` and ``"stochastic"`` keep nothing besides the parameter; ``"kahan"``
@@ -118,7 +118,7 @@ def in_memory(tensor: Tensor) -> Tensor:
 
 
 def mode_for(mode: str, dtype: torch.dtype) -> str:
-    """Return the mode of a parameter in a group of a mode: other dtypes than the 16-bit ones drop nothing."""
+    """Return the mode of a parameter in a group: dtypes of more than 16 bits are rounded as ever."""
     return mode if dtype in SIXTEEN_BITS else "nearest"
 
 
