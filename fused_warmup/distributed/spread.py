@@ -102,7 +102,8 @@ def elements_of(param: Tensor) -> np.ndarray:
     """Return the numbers in the whole tensor of the elements here, int64 in the order of memory."""
     first, run, stride = place_of(param)
     here = np.arange(getattr(param, "_local_tensor", param).numel())
-    return first + here // max(run, 1) * stride + here % max(run, 1)
+    numbers: np.ndarray = first + here // max(run, 1) * stride + here % max(run, 1)
+    return numbers
 
 
 def _plain(param: Tensor, whole: Spread, process_group: Group | None, is_zero: bool) -> Spread:

@@ -26,6 +26,7 @@ from ..plan.traffic import Traffic, traffic
 from ..schedules import Schedule
 from ..schedules.adaptive import AdaptiveSchedule
 from .averaging import Average, swapped
+from .exact import checked_values, exact_values, set_values
 from .groups import check_common, complete_groups, make_hyper, tensors_of, unique_params
 from .losses import checked_loss, reported_loss
 from .session import Session
@@ -334,10 +335,7 @@ class FusedOptimizer(Optimizer):
             with torch.enable_grad():
                 loss = closure()
         session = self._session
-        if session.swapped:
-            raise RuntimeError(
-                f"{type(self).__name__}: step() must not be called inside averaged_parameters()."
-            )
+        self._refuse_swapped("step()")
         may_probe = not session.state and self._is_at_rest()
         plan, backend = self._prepare()
         if may_probe and plan.has_zero_gradients():
@@ -502,6 +500,46 @@ class FusedOptimizer(Optimizer):
             session.swapped = False
             if model is not None:
                 reshard(model)
+
+    def exact_parameters(self) -> list[Tensor]:
+        """Return copies of the parameters in float32, with what ``param_rounding`` keeps beside 16-bit ones.
+
+        Those of ``"split"`` and ``"master"`` are the values that the updates compute with, bit for bit; those
+        of ``"kahan"`` are within the last digit of its compensation. float64 parameters stay float64.
+
+        Returns:
+            One tensor for each parameter, in the order of the groups, of its shape and on its device.
+        """
+        self._refuse_swapped("exact_parameters()")
+        with torch.no_grad():
+            return exact_values(self._session)
+
+    def set_exact_parameters(self, values: Iterable[Tensor]) -> None:
+        """Set the parameters to float32 values, and keep what 16-bit ones lack as ``param_rounding`` does.
+
+        Call it after the model has loaded a float32 checkpoint, which rounds 16-bit parameters to nearest.
+        Allocates the states of all parameters.
+
+        Args:
+            values: One tensor for each parameter, in the order of the groups, of its shape.
+
+        Raises:
+            TypeError: If one is no tensor of real numbers.
+            ValueError: If there are not as many as parameters, or one has another shape. Nothing is changed
+                then.
+        """
+        self._refuse_swapped("set_exact_parameters()")
+        checked = checked_values(self._session, values)
+        self.init_state()
+        with torch.no_grad():
+            set_values(self._session, checked)
+
+    def _refuse_swapped(self, caller: str) -> None:
+        """Raise if the averages are in the place of the parameters."""
+        if self._session.swapped:
+            raise RuntimeError(
+                f"{type(self).__name__}: {caller} must not be called inside averaged_parameters()."
+            )
 
     def _check_shards(self, model: torch.nn.Module | None) -> None:
         """Raise for a sharded parameter that the model does not have."""

@@ -356,13 +356,13 @@ def _state(spec: RuleSpec, row: Row, state: Tensor | None) -> Tensor:
     return tensors.state_like(row.param, spec.by_channel).copy_(state)
 
 
-def _residue(spec: RuleSpec, row: Row, own: Mapping[str, Any]) -> Tensor:
+def _residue(spec: RuleSpec, row: Row, own: dict[str, Any]) -> Tensor:
     """Return the residue that the rounding mode of a row keeps.
 
     One of another mode is converted: the parameter keeps its value as exactly as the new mode can hold it.
     """
     name, dtype = RESIDUES[row.rounding]
-    held = dict.get(own, name)
+    held: Tensor | None = dict.get(own, name)
     if held is not None and tensors.fits(held, row.local, spec.by_channel, dtype):
         return held
     residue = tensors.state_like(row.param, spec.by_channel, dtype)

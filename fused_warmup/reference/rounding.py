@@ -78,7 +78,8 @@ def random_bits(elements: np.ndarray, seed: int, number: int, step: int, stage: 
     counter[2], counter[3] = number, step % 2**32
     words = philox(counter, (seed % 2**32, seed >> 32))
     chosen = words[(elements & 7) >> 1, places]
-    return (chosen >> (16 * (elements & 1)).astype(np.uint64)).astype(np.uint16)
+    halves: np.ndarray = (chosen >> (16 * (elements & 1)).astype(np.uint64)).astype(np.uint16)
+    return halves
 
 
 @dataclass(frozen=True)
@@ -125,8 +126,8 @@ def mode_for(mode: str, dtype: torch.dtype) -> str:
 def load(mode: str, param: Tensor, residue: Tensor | None) -> Tensor:
     """Return the value of a 16-bit parameter, float32.
 
-    A parameter that was written from outside since the last step has its new value: what a residue would round
-    to something else is not used.
+    A parameter that was written from outside since the last step has its new value: a compensation or master
+    copy that does not round to it is not used. A remainder is less than its last digit.
 
     Args:
         mode: One of ``MODES``.
@@ -189,8 +190,8 @@ def split(value: Tensor) -> tuple[Tensor, Tensor]:
 def round_stochastically(value: Tensor, dtype: torch.dtype, bits: Tensor) -> Tensor:
     """Return float32 numbers rounded up in magnitude with the probability of the fraction that is dropped.
 
-    Beyond the largest finite number the result is the nearest one. Halves of the smallest float16 are resolved
-    to 2**-16 of it.
+    Beyond the largest finite number the result is the nearest one. Below the smallest normal float16 the
+    probability is resolved to 2**-16.
 
     Args:
         value: float32.
