@@ -126,8 +126,8 @@ def mode_for(mode: str, dtype: torch.dtype) -> str:
 def load(mode: str, param: Tensor, residue: Tensor | None) -> Tensor:
     """Return the value of a 16-bit parameter, float32.
 
-    A parameter that was written from outside since the last step has its new value: a compensation or master
-    copy that does not round to it is not used. A remainder is less than its last digit.
+    A parameter that was written from outside since the last step has its new value, a compensated or split one
+    to half of its last digit: what would round to another parameter is not used.
 
     Args:
         mode: One of ``MODES``.
