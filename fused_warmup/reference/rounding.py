@@ -2,7 +2,7 @@
 
 A mode is two functions around an update: ``load`` returns the value of a parameter, float32, and ``store``
 rounds an updated value. ``"nearest"`` and ``"stochastic"`` keep nothing besides the parameter; ``"kahan"``
-keeps a bfloat16 compensation, ``"split"`` the 16 low bits of the value and ``"master"`` the value itself.
+keeps a bfloat16 compensation, ``"split"`` what the upper 16 bits of the value lack, ``"master"`` the value.
 
 Stochastic rounding: Gupta et al. 2015, arXiv:1502.02551. Compensation: Kahan 1965; for bfloat16 training
 Zamirai et al. 2020, arXiv:2010.06192. Random bits: Philox, Salmon et al. 2011.
@@ -18,10 +18,11 @@ from torch import Tensor
 
 # in the order of enum Rounding
 MODES = ("nearest", "stochastic", "kahan", "split", "master")
-# the state that a mode keeps for each parameter, and its dtype
+# The state that a mode keeps for each parameter, and its dtype. A remainder is an int16 in the memory of a
+# bfloat16: no backend of torch.distributed gathers int16, and torch casts states to the dtype of parameters.
 RESIDUES = {
     "kahan": ("kahan_comp", torch.bfloat16),
-    "split": ("remainder", torch.int16),
+    "split": ("remainder", torch.bfloat16),
     "master": ("master_param", torch.float32),
 }
 MODE_OF_RESIDUE = {name: mode for mode, (name, _) in RESIDUES.items()}
@@ -126,8 +127,8 @@ def mode_for(mode: str, dtype: torch.dtype) -> str:
 def load(mode: str, param: Tensor, residue: Tensor | None) -> Tensor:
     """Return the value of a 16-bit parameter, float32.
 
-    A parameter that was written from outside since the last step has its new value, a compensated or split one
-    to half of its last digit: what would round to another parameter is not used.
+    A parameter that was written from outside since the last step has its new value, a compensated or split
+    one to half of its last digit: what would round to another parameter is not used.
 
     Args:
         mode: One of ``MODES``.
@@ -140,7 +141,8 @@ def load(mode: str, param: Tensor, residue: Tensor | None) -> Tensor:
     assert residue is not None
     if mode == "split":
         # nothing rounds to 0 from below
-        own = torch.where((plain == 0.0) & (residue < 0), 0, residue.to(torch.int32))
+        remainder = residue.view(torch.int16)
+        own = torch.where((plain == 0.0) & (remainder < 0), 0, remainder.to(torch.int32))
         return (plain.view(torch.int32) + own).view(torch.float32)
     value = residue if mode == "master" else plain + residue.to(torch.float32)
     return torch.where(value.to(param.dtype) == param, value, plain)
@@ -179,12 +181,13 @@ def compensation(value: Tensor, param: Tensor, bits: Tensor) -> Tensor:
 
 
 def split(value: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the bfloat16 nearest to a float32, halves away from 0, and the bits that it lacks, int16."""
+    """Return the bfloat16 nearest to a float32, halves away from 0, and the 16 bits that it lacks."""
     bits = value.view(torch.int32)
     param = ((bits + 0x8000) >> 16).to(torch.int16)
     remainder = (bits - (param.to(torch.int32) << 16)).to(torch.int16)
     param = torch.where(value.isnan(), torch.tensor(0x7FC0, dtype=torch.int16, device=value.device), param)
-    return param.view(torch.bfloat16), torch.where(value.isnan(), 0, remainder)
+    remainder = torch.where(value.isnan(), 0, remainder)
+    return param.view(torch.bfloat16), remainder.view(torch.bfloat16)
 
 
 def round_stochastically(value: Tensor, dtype: torch.dtype, bits: Tensor) -> Tensor:
