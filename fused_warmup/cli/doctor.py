@@ -17,9 +17,11 @@ from .console import PlainConsole
 from .machine import cpu_model, versions
 from .traffic import (
     KERNEL_HEADINGS,
+    ROUNDING_HEADINGS,
     STEP_HEADINGS,
     TRAFFIC_HEADINGS,
     kernel_rows,
+    rounding_rows,
     step_rows,
     traffic_rows,
 )
@@ -60,6 +62,8 @@ def print_traffic(gpu: Device | None) -> None:
     console = PlainConsole()
     title = "launches, and bytes per float32 parameter (cuda and triton)"
     console.print(numbers_table(title, TRAFFIC_HEADINGS, traffic_rows()))
+    title = "Adam: bytes per parameter, held with the states and without gradients, and moved in a step"
+    console.print(numbers_table(title, ROUNDING_HEADINGS, rounding_rows()))
     if gpu is None:
         return
     title = f"predicted milliseconds of a step on one {gpu.name} with float32 parameters"
@@ -72,7 +76,7 @@ def numbers_table(title: str, headings: Iterable[str], rows: Iterable[list[str]]
     """Return a table whose columns are numbers, other than those that name a row."""
     table = Table(title=title, title_justify="left")
     for heading in headings:
-        named = heading in ("optimizer", "options", "kernel")
+        named = heading in ("optimizer", "options", "kernel", "parameters", "param_rounding")
         table.add_column(heading, justify="left" if named else "right")
     for row in rows:
         table.add_row(*row)

@@ -13,6 +13,7 @@ import fused_warmup as fw
 
 from ..plan.roofline import Device, KernelTime
 from ..plan.traffic import Traffic
+from ..reference.rounding import MODES
 
 OPTIMIZERS: dict[str, Callable[..., fw.FusedOptimizer]] = {
     "Adam, AdamW, GIAdam": fw.Adam,
@@ -84,6 +85,26 @@ def traffic_rows() -> Iterator[list[str]]:
     for name, label, t in traffic_of_all():
         numbers = (t.launches, t.read / t.numel, t.written / t.numel, t.per_parameter)
         yield [name, label, *(f"{x:g}" for x in numbers)]
+
+
+ROUNDING_HEADINGS = ("parameters", "param_rounding", "launches", "held", "moved", "held, 7B")
+
+
+def rounding_rows() -> Iterator[list[str]]:
+    """Yield what Adam holds and moves per parameter in each mode of ``param_rounding``, and for a 7B model.
+
+    Held are parameters and states without gradients; the gradients have the dtype of the parameters.
+    """
+    numel = sum(map(math.prod, MODELS["7B"]))
+    for dtype in (torch.float32, torch.bfloat16):
+        for mode in MODES if dtype == torch.bfloat16 else ("nearest",):
+            param = torch.ones(8, dtype=dtype)
+            param.grad = torch.ones(8, dtype=dtype)
+            t = fw.Adam([param], backend="reference", param_rounding=mode).traffic()
+            held = t.held / t.numel - dtype.itemsize
+            name = str(dtype).removeprefix("torch.")
+            numbers = (str(t.launches), f"{held:g}", f"{t.per_parameter:g}")
+            yield [name, mode, *numbers, f"{held * numel / 1e9:.1f} GB"]
 
 
 STEP_HEADINGS = ("optimizer", "options", *MODELS)

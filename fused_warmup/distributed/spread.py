@@ -6,7 +6,6 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -98,12 +97,11 @@ def place_of(param: Tensor) -> tuple[int, int, int]:
     return first, math.prod(local.shape[last:]), math.prod(param.shape[last:])
 
 
-def elements_of(param: Tensor) -> np.ndarray:
+def elements_of(param: Tensor) -> Tensor:
     """Return the numbers in the whole tensor of the elements here, int64 in the order of memory."""
     first, run, stride = place_of(param)
-    here = np.arange(getattr(param, "_local_tensor", param).numel())
-    numbers: np.ndarray = first + here // max(run, 1) * stride + here % max(run, 1)
-    return numbers
+    here = torch.arange(getattr(param, "_local_tensor", param).numel())
+    return first + here // max(run, 1) * stride + here % max(run, 1)
 
 
 def _plain(param: Tensor, whole: Spread, process_group: Group | None, is_zero: bool) -> Spread:

@@ -326,7 +326,7 @@ class Plan:
         columns["rounding"] = self._roundings(hypers)
         columns["seed"] = np.array([h.rounding_seed for h in hypers], np.uint64)[columns["group"]]
         columns["number"] = self.indices
-        for i in np.flatnonzero(columns["rounding"]).tolist():
+        for i in map(int, np.flatnonzero(columns["rounding"])):
             place = place_of(self.rows[i].param)
             columns[["first_element", "run", "run_stride"]][i] = place
 

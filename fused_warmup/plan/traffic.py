@@ -157,9 +157,10 @@ def _kernels_of_row(plan: Plan, row: Row, grad_size: int) -> list[Kernel]:
         return [*kernels, Kernel("update", kept + grad, kept, work("update", *norms, *squares))]
     sums = [SUM] * layered.n_sums
     again = grad if layered.needs_grad(hyper, n_states) else 0
+    param = _bytes(_param(row))
     return [
         *kernels,
-        Kernel("stage1", row.work.nbytes + states + grad, states, work("stage1", *norms, *sums)),
+        Kernel("stage1", param + states + grad, states, work("stage1", *norms, *sums)),
         Kernel("update", kept + again, kept - states, work("update of layers", *squares)),
     ]
 
@@ -167,13 +168,18 @@ def _kernels_of_row(plan: Plan, row: Row, grad_size: int) -> list[Kernel]:
 def _rescale(row: Row) -> Kernel:
     """Return what the last launch does to a row on a sphere: it is read and written once more."""
     work = work_of("rescale", 0, row.work.element_size()) * row.work.numel()
-    return Kernel("rescale", row.work.nbytes, row.work.nbytes, work)
+    param = _bytes(_param(row))
+    return Kernel("rescale", param, param, work)
+
+
+def _param(row: Row) -> list[Tensor]:
+    """Return the tensors that hold the value of a parameter: itself, and what its rounding keeps."""
+    return [row.work, *([] if row.residue is None else [row.residue])]
 
 
 def _kept(row: Row) -> list[Tensor]:
     """Return the tensors of a row that an update writes."""
-    more = [tensor for tensor in (row.residue, row.average) if tensor is not None]
-    return [row.work, *row.states, *more]
+    return [*_param(row), *row.states, *([] if row.average is None else [row.average])]
 
 
 def _bytes(tensors: Sequence[Tensor]) -> int:

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -34,35 +33,31 @@ UPDATE_PASS, SPHERE_PASS = 0, 1
 ROUNDS = 7
 _MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 _WEYL = (0x9E3779B9, 0xBB67AE85)
-_LOW = np.uint64(0xFFFFFFFF)
+_LOW = 0xFFFFFFFF
 
 
-def philox(counter: np.ndarray, key: tuple[int, int], rounds: int = ROUNDS) -> np.ndarray:
+def philox(counter: Tensor, key: tuple[int, int], rounds: int = ROUNDS) -> Tensor:
     """Return the output of Philox4x32.
 
     Args:
-        counter: Four words, uint64 of ``[4, n]``, each below 2**32.
+        counter: Four words, int64 of ``[4, n]``, each in [0, 2**32).
         key: Two words.
         rounds: Number of rounds.
 
     Returns:
-        Four words, uint64 of ``[4, n]``.
+        Four words, int64 of ``[4, n]``.
     """
-    a, b, c, d = counter.astype(np.uint64)
+    a, b, c, d = counter
     for i in range(rounds):
-        k, m = (np.uint64((word + i * step) % 2**32) for word, step in zip(key, _WEYL, strict=True))
-        first, second = a * np.uint64(_MULTIPLIERS[0]), c * np.uint64(_MULTIPLIERS[1])
-        a, b, c, d = (
-            (second >> np.uint64(32)) ^ b ^ k,
-            second & _LOW,
-            (first >> np.uint64(32)) ^ d ^ m,
-            first & _LOW,
-        )
-    return np.stack([a, b, c, d])
+        k, m = ((word + i * step) % 2**32 for word, step in zip(key, _WEYL, strict=True))
+        # products wrap at 2**64, which leaves their words as they are
+        first, second = a * _MULTIPLIERS[0], c * _MULTIPLIERS[1]
+        a, b, c, d = (second >> 32 & _LOW) ^ b ^ k, second & _LOW, (first >> 32 & _LOW) ^ d ^ m, first & _LOW
+    return torch.stack([a, b, c, d])
 
 
-def random_bits(elements: np.ndarray, seed: int, number: int, step: int, stage: int) -> np.ndarray:
-    """Return 16 random bits for each element of a parameter, uint16.
+def random_bits(elements: Tensor, seed: int, number: int, step: int, stage: int) -> Tensor:
+    """Return 16 random bits for each element of a parameter, int32.
 
     Args:
         elements: Numbers of the elements in the whole tensor, int64.
@@ -72,15 +67,16 @@ def random_bits(elements: np.ndarray, seed: int, number: int, step: int, stage: 
         stage: ``UPDATE_PASS`` or ``SPHERE_PASS``.
     """
     # eight elements share the four words of one counter
-    blocks, places = np.unique(elements >> 3, return_inverse=True)
-    counter = np.empty((4, len(blocks)), np.uint64)
-    counter[0], counter[1] = blocks & 0xFFFFFFFF, blocks >> 32
-    counter[1] |= np.uint64(stage << 31)
-    counter[2], counter[3] = number, step % 2**32
+    blocks, places = torch.unique(elements >> 3, return_inverse=True)
+    counter = torch.stack([
+        blocks & _LOW,
+        blocks >> 32 | stage << 31,
+        torch.full_like(blocks, number),
+        torch.full_like(blocks, step % 2**32),
+    ])
     words = philox(counter, (seed % 2**32, seed >> 32))
     chosen = words[(elements & 7) >> 1, places]
-    halves: np.ndarray = (chosen >> (16 * (elements & 1)).astype(np.uint64)).astype(np.uint16)
-    return halves
+    return (chosen >> 16 * (elements & 1) & 0xFFFF).to(torch.int32)
 
 
 @dataclass(frozen=True)
@@ -101,7 +97,7 @@ class Rounding:
     seed: int = 0
     number: int = 0
     step: int = 0
-    elements: np.ndarray | None = None
+    elements: Tensor | None = None
     stage: int = UPDATE_PASS
 
     def bits(self, like: Tensor) -> Tensor:
@@ -110,7 +106,7 @@ class Rounding:
             return torch.zeros_like(like, dtype=torch.int32)
         drawn = random_bits(self.elements, self.seed, self.number, self.step, self.stage)
         bits = torch.empty_like(like, dtype=torch.int32)
-        in_memory(bits).copy_(torch.from_numpy(drawn.astype(np.int32)))
+        in_memory(bits).copy_(drawn)
         return bits
 
 

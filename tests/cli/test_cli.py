@@ -346,6 +346,13 @@ def test_doctor_shows_the_ledger():
     assert totals["RAdam", "clip"] == ("3", "32")
     assert totals["RAdam", "EMA"] == ("3", "36")
     assert totals["AdamP", "clip"] == ("5", "44")
+    # launches, bytes held and moved per parameter; no mode takes a launch more
+    held = {(row[0], row[1]): row[2:5] for row in rows if len(row) == 6}
+    assert held["float32", "nearest"] == ["3", "12", "28"]
+    assert held["bfloat16", "nearest"] == held["bfloat16", "stochastic"] == ["3", "10", "22"]
+    assert held["bfloat16", "kahan"] == held["bfloat16", "split"] == ["3", "12", "26"]
+    assert held["bfloat16", "master"] == ["3", "14", "30"]
+    assert totals["bfloat16", "split"][1] == "80.9 GB"
 
 
 def test_doctor_predicts_times_on_a_gpu(monkeypatch):

@@ -48,6 +48,24 @@ def test_bytes_and_launches(optimizer, options, total):
     assert (both.launches, both.per_parameter) == (3, total + 12)
 
 
+@pytest.mark.parametrize("mode", ["nearest", "stochastic", "kahan", "split", "master"])
+def test_residues_are_read_and_written_where_the_parameter_is(mode):
+    """Per bfloat16 parameter: with each of its 2 bytes those of the residue, and no launch more."""
+    residue = {"kahan": 2, "split": 2, "master": 4}.get(mode, 0)
+    options = {"param_rounding": mode, "telemetry": False}
+    plain = ledger(fw.Adam, torch.bfloat16, **options)
+    assert (plain.launches, plain.per_parameter) == (2, 22 + 2 * residue)
+    assert plain.held == plain.numel * (12 + residue)
+    # the first stage of a rule that sums over layers reads them once more
+    layered = ledger(fw.LAMB, torch.bfloat16, **options, max_grad_norm=None)
+    assert (
+        layered.per_parameter
+        == ledger(fw.LAMB, torch.bfloat16, telemetry=False, max_grad_norm=None).per_parameter + 3 * residue
+    )
+    sphere = ledger(fw.SGD, torch.bfloat16, projection="sphere", **options)
+    assert sphere.per_parameter == 6 + 4 + 4 * residue
+
+
 # what is read twice: parameter and states, and the gradient where the update needs it again
 LAYERS = {
     "lamb": (fw.LAMB, {}, 40),
