@@ -18,6 +18,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 import fused_warmup as fw
 
 from ...plan.chunks import CHUNK
+from ...reference.rounding import MODES, RESIDUES
 from .ceiling import Pass, stream
 from .timing import Comparison, Step, in_order, interleaved, nothing
 
@@ -34,7 +35,13 @@ _DECAY = 0.999
 
 
 def bytes_moved(
-    states: int, *, clip: bool = False, average: bool = False, layered: bool = False, itemsize: int = 4
+    states: int,
+    *,
+    clip: bool = False,
+    average: bool = False,
+    layered: bool = False,
+    itemsize: int = 4,
+    residue: int = 0,
 ) -> int:
     """Return the bytes per parameter that a step must move.
 
@@ -45,11 +52,13 @@ def bytes_moved(
         layered: The sums over a layer must be known before the parameter is written, so that a second pass
             reads the parameter and the states once more.
         itemsize: Bytes of a parameter and of its gradient.
+        residue: Bytes of what a rounding mode keeps for each parameter.
 
     Returns:
-        Parameter and states read and written, gradient read.
+        Parameter, residue and states read and written, gradient read.
     """
-    return 3 * itemsize + 8 * states + itemsize * clip + 8 * average + (itemsize + 4 * states) * layered
+    value = itemsize + residue
+    return 2 * value + itemsize + 8 * states + itemsize * clip + 8 * average + (value + 4 * states) * layered
 
 
 @dataclass(frozen=True)
@@ -61,12 +70,14 @@ class Columns:
         clip: Whether the norm reads the gradients once more.
         average: Whether there is a float32 average.
         layered: Whether the rule needs sums over layers.
+        residue: Dtype of what the rounding of 16-bit parameters keeps, or None.
     """
 
     states: int
     clip: bool = False
     average: bool = False
     layered: bool = False
+    residue: torch.dtype | None = None
 
     def bytes_moved(self, numel: int, itemsize: int) -> int:
         """Return the bytes per parameter that the step must move in tensors of ``numel`` elements."""
@@ -76,6 +87,7 @@ class Columns:
             average=self.average,
             layered=self.layered and numel > CHUNK,
             itemsize=itemsize,
+            residue=0 if self.residue is None else self.residue.itemsize,
         )
 
     def passes(self, params: Sequence[Tensor]) -> list[Pass]:
@@ -86,15 +98,16 @@ class Columns:
         grads = [param.grad for param in params if param.grad is not None]
         states = [_like(params) for _ in range(self.states)]
         averages = [_like(params)] * self.average
+        values = [params, *([] if self.residue is None else [_like(params, self.residue)])]
         passes = [Pass([], [grads])] if self.clip else []
         if self.layered and any(param.numel() > CHUNK for param in params):
-            return [*passes, Pass(states, [params, grads]), Pass([params, *averages], states)]
-        return [*passes, Pass([params, *states, *averages], [grads])]
+            return [*passes, Pass(states, [*values, grads]), Pass([*values, *averages], states)]
+        return [*passes, Pass([*values, *states, *averages], [grads])]
 
 
-def _like(params: Sequence[Tensor]) -> list[Tensor]:
-    """Return a float32 tensor for each parameter."""
-    return [torch.zeros(param.shape) for param in params]
+def _like(params: Sequence[Tensor], dtype: torch.dtype = torch.float32) -> list[Tensor]:
+    """Return a tensor of a dtype for each parameter."""
+    return [torch.zeros(param.shape, dtype=dtype) for param in params]
 
 
 def ours(optimizer: type[fw.FusedOptimizer], **options: Any) -> StepFactory:
@@ -231,6 +244,18 @@ STEP_SPECS = (
         Columns(2),
         {"10x2M": None},
         torch.bfloat16,
+    ),
+    *(
+        StepSpec(
+            f"Adam bfloat16, {mode}",
+            ours(fw.Adam, param_rounding=mode),
+            {"Adam(fused=True), states in bfloat16 too, to nearest": _ADAM},
+            Columns(2, residue=RESIDUES[mode][1] if mode in RESIDUES else None),
+            {"10x2M": None},
+            torch.bfloat16,
+        )
+        for mode in MODES
+        if mode != "nearest"
     ),
 )
 
