@@ -74,6 +74,7 @@ def with_residues(params, mode):
         if p.numel() > 100:
             # written from outside since
             param.view(-1)[6:90:7] *= 1.5
+            param.view(-1)[7:90:7] = 0.0
         p.detach().copy_(param)
         residues.append(residue_of({RESIDUES[mode][0]: residue}, mode, p.detach()))
     return residues

@@ -231,13 +231,16 @@ def test_a_residue_of_another_mode_counts_until_the_next_step_converts_it():
     assert PendingStep("test", opt).residues == [None, None]
 
 
-def test_residues_are_read_in_the_form_of_their_parameter():
+@pytest.mark.parametrize(
+    "master", [torch.randn(4, 6), torch.randn(6, 4).double().t()], ids=["layout", "dtype"]
+)
+def test_residues_are_read_in_the_form_of_their_parameter(master):
     """As a loaded state may hold them: of another layout or dtype."""
     local = torch.randn(6, 4).bfloat16().t()
-    master = torch.randn(4, 6, dtype=torch.float64)
     mode, found = residue_of({"master_param": master}, "master", local)
     assert (mode, found.dtype, found.stride()) == ("master", torch.float32, local.stride())
     assert_same_bits("residue", found, master.float())
+    assert residue_of({"master_param": found}, "master", local).tensor.data_ptr() == found.data_ptr()
     assert residue_of({"master_param": master}, "master", local.float()) is None
     assert residue_of({"exp_avg": master}, "master", local) is None
     assert residue_of(None, "master", local) is None
