@@ -279,8 +279,9 @@ enum SegmentKind : int32_t {
   X(int32_t, device_type)   \
   X(int32_t, device_id)
 
-// one tensor of a sharpness measurement: the parameter, a copy of its values, the gradients at both ends of a
-// difference (0 for none), and the offset of its elements in every vector
+// One tensor of a sharpness measurement: the parameter, a copy of it, the gradients at both ends of a
+// difference (0 for none), the offset of its elements in every vector, and its residue; rounding is the mode
+// that keeps the residue, or kNearest without one.
 #define FW_TENSOR_SLICE(X) \
   X(uint64_t, param)       \
   X(uint64_t, snapshot)    \
@@ -288,7 +289,8 @@ enum SegmentKind : int32_t {
   X(uint64_t, minus)       \
   X(int64_t, offset)       \
   X(int32_t, dtype)        \
-  X(int32_t, reserved)
+  X(int32_t, rounding)     \
+  X(uint64_t, residue)
 
 // one operation on the vectors of a sharpness measurement, see vectors.h; factors and sums are double
 #define FW_VECTOR_OP(X) \

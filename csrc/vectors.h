@@ -1,13 +1,15 @@
 // The vector operations of a sharpness measurement: the statements per element, once for the CPU and CUDA.
 // fused_warmup/sharpness/vectors.py has the same in plain PyTorch.
-//   perturb   param = snapshot + size * scale * v                   v: the last basis vector; factors: size
+//   perturb   param = value + size * scale * v                      v: the last basis vector; factors: size
 //   finish    out = scale * (plus - minus), param = snapshot        factors: size, as for perturb
 //   combine   out = keep * out + sum of coefficient * basis vector  factors: keep, coefficients
 // finish and combine also sum the product of out with every basis vector, and two more numbers: combine the
 // squares of out and of scale * out; finish, for rounded parameters, the squared distance between both ends
-// and its product with the difference of the gradients. SPDX-License-Identifier: Apache-2.0
+// and its product with the difference of the gradients. A value is that of the snapshot with its residue;
+// sums are rounded to nearest, in every rounding mode. SPDX-License-Identifier: Apache-2.0
 #pragma once
 #include "dtypes.h"
+#include "rounding.h"
 #include "table.h"
 
 namespace fw {
@@ -17,6 +19,7 @@ enum Operation : int32_t { kPerturb = 0, kFinish = 1, kCombine = 2, kOperations 
 // number of sums besides the products with basis vectors
 constexpr int kExtraSums = 2;
 
+FW_HOST_DEVICE bool has_residue(const TensorSlice& tensor) { return tensor.rounding > kStochastic; }
 FW_HOST_DEVICE int64_t sum_count(const VectorOp& call) { return call.n_basis + kExtraSums; }
 
 template <class C>
@@ -37,8 +40,7 @@ FW_HOST_DEVICE P stored(C value) {
 
 // distance of a rounded parameter between the two ends of a difference
 template <class P, class C>
-FW_HOST_DEVICE C moved(P value, C size, C scale, C v) {
-  C from = static_cast<C>(widen(value));
+FW_HOST_DEVICE C moved(C from, C size, C scale, C v) {
   C ahead = static_cast<C>(widen(stored<P>(displaced(from, size, scale, v))));
   C behind = static_cast<C>(widen(stored<P>(displaced(from, -size, scale, v))));
   return ahead - behind;

@@ -67,7 +67,7 @@ from optim.test_sphere import (
 from plan.test_capture import Training, assert_same_training, capture  # noqa: F401
 from torch.nn import Parameter
 from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
-from vector_cases import check_operations, check_preconditioner, combination
+from vector_cases import check_operations, check_preconditioner, check_residues, combination
 
 import fused_warmup as fw
 from fused_warmup.backends.triton import memory, reduce, rules, schedules
@@ -696,6 +696,11 @@ def test_rounding(dtype):
 @pytest.mark.parametrize("dtypes", [[d] for d in EPS] + [list(EPS)], ids=str)
 def test_vector_operations(dtypes, scaled):
     check_operations(dtypes, TritonBackend(), vector_cases.FEW_SHAPES, scaled=scaled, n_basis=(1, 6))
+
+
+@pytest.mark.parametrize(("mode", "dtypes"), vector_cases.ROUNDED, ids=str)
+def test_vectors_begin_at_exact_values(mode, dtypes):
+    check_residues(mode, dtypes, TritonBackend(), [*vector_cases.FEW_SHAPES, (3000,)])
 
 
 def test_vector_sums_do_not_depend_on_the_grid():

@@ -51,6 +51,7 @@ OUTSIDE = "optim/test_outside.py"
 TORCH = "optim/test_torch_state.py"
 HIDDEN = "optim/test_hidden_state.py"
 LOCKSTEP = "optim/test_lockstep.py"
+RESIDUES = "sharpness/test_residues.py"
 GROWTH = "plan/test_growth.py"
 ROUNDED = "optim/test_rounding.py -k 'not ten_thousand'"
 
@@ -380,6 +381,25 @@ FAULTS: dict[tuple[str, str], list[tuple[str, ...]]] = {
     ("sharpness/pending_step.py", SHARDS): [
         ("self.shards.total([dot(g.double(), g.double()) for g in grads])", "sum(dot(g.double(), g.double()) for g in grads)"),
     ],
+    ("sharpness/vectors.py", RESIDUES): [
+        ("values = map(value_of, self.snapshot, self.residues)", "values = self.snapshot"),
+    ],
+    ("sharpness/pending_step.py", RESIDUES): [
+        ("value_of(m.param.detach(), m.residue).to", "m.param.detach().to"),
+    ],
+    ("sharpness/operators.py", RESIDUES): [("pending.backend, reduce, residues)", "pending.backend, reduce)")],
+    ("sharpness/loss_evaluator.py", RESIDUES): [
+        ("ShardedVectors(self.shards, self.snapshot, dtype, self._residues)", "ShardedVectors(self.shards, self.snapshot, dtype)", "distributed/test_sharded_sharpness.py -k exact"),
+        ("return Vectors(self.params, self.snapshot, dtype, self._residues)", "return Vectors(self.params, self.snapshot, dtype)"),
+    ],
+    ("plan/vector_tables.py", RESIDUES): [('self._slices["rounding"][i] = ROUNDINGS[residue.mode]', "pass")],
+    ("plan/residues.py", RESIDUES): [
+        ("(RESIDUES[mode][0], *MODE_OF_RESIDUE)", "(RESIDUES[mode][0],)"),
+        ("or mode not in RESIDUES:", "and mode not in RESIDUES:"),
+        ("held.dtype != dtype or ", ""),
+        (" or not same_layout(held, local)", ""),
+    ],
+    ("optim/adam.py", RESIDUES): [("row.value.to(", "row.work.to(")],
     ("sharpness/probe.py", "sharpness/test_probe.py"): [
         ("max(self._steps, early)", "(early or self._steps)", f"{GAPS} more_products"),
         ("a.largest > b.largest", "a.largest < b.largest", f"{GAPS} larger_of"),
@@ -453,6 +473,11 @@ FAULTS: dict[tuple[str, str], list[tuple[str, ...]]] = {
         ("tl.fma(a, b, -added) +", "(a * b - added) +"),
         (" + (pair[0] - old))", ")"),
         ("pair[0].to(tl.float64) + pair[1].to(tl.float64)", "pair[0].to(tl.float64)"),
+    ],
+    ("backends/triton/vectors.py", "interpreted.py -k vectors_begin"): [
+        ("moved(start, size", "moved(value, size"),
+        ("checked_value(value + compensation, value, DTYPE)", "value + compensation"),
+        ("checked_value(master, value, DTYPE)", "master"),
     ],
     ("backends/triton/step.py", "interpreted.py -k norms_of_every"): [
         ("part = within_range(part,", "within_range(part,"),
@@ -600,6 +625,10 @@ CPP_FAULTS: dict[tuple[str, str], list[tuple[str, ...]]] = {
         ("total.nonfinite = static_cast<int64_t>(flags_of(step)[0]);", ""),
     ],
     ("cpu/totals.h", SUMS): [("norms[1] += part.l2_sq;", "norms[1] = part.l2_sq;")],
+    ("cpu/vectors.cpp", "sharpness/test_vectors.py -k exact"): [
+        ("if (!past_caches && !has_residue(s.tensor))", "if (!past_caches)"),
+        ("moved_block<P>(way, value, scale", "moved_block<P>(way, snapshot + done, scale"),
+    ],
     ("cpu/layerwise.h", SUMS): [("sums[Rule::kSums] = found.failed;", "sums[Rule::kSums] = 0.0;")],
     ("decide.h", f"{GAPS} scaled_gradients"): [
         ("decision.grad_norm_l1 = total.l1 * decision.unscale", "decision.grad_norm_l1 = total.l1"),

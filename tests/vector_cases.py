@@ -6,6 +6,8 @@ from cases import CASES, set_grads
 from torch.nn import Parameter
 
 from fused_warmup import _cpu
+from fused_warmup.plan.residues import residue_of, value_of
+from fused_warmup.reference.rounding import RESIDUES, SIXTEEN_BITS, Rounding, store
 from fused_warmup.sharpness.pending_step import PendingStep
 from fused_warmup.sharpness.vectors import FusedVectors, Vectors
 
@@ -41,6 +43,79 @@ def make_pair(dtypes, backend, shapes=SHAPES, device="cpu"):
         else:
             made.append(Vectors(params, snapshot, wide))
     return made
+
+
+# modes with a residue, and dtypes of which some parameters have one
+ROUNDED = [
+    *(
+        (mode, [dtype])
+        for mode in RESIDUES
+        for dtype in SIXTEEN_BITS
+        if (mode, dtype) != ("split", torch.float16)
+    ),
+    *((mode, DTYPES) for mode in RESIDUES),
+]
+
+
+def with_residues(params, mode):
+    """Store random float32 numbers in the 16-bit parameters of a list, and return their residues."""
+    generator = torch.Generator().manual_seed(5)
+    residues = []
+    for p in params:
+        if p.dtype not in SIXTEEN_BITS or (mode, p.dtype) == ("split", torch.float16):
+            residues.append(None)
+            continue
+        values = torch.randn(p.shape, generator=generator).to(p.device)
+        if p.numel() > 100:
+            # ties of bfloat16, zeros, and a number that bfloat16 rounds to zero
+            special = [1.00390625, 1.01171875, -1.00390625, 0.0, -0.0, 1e-42]
+            values.view(-1)[: len(special)] = torch.tensor(special)
+        param, residue = store(values, p.dtype, Rounding(mode))
+        if p.numel() > 100:
+            # written from outside since
+            param.view(-1)[6:90:7] *= 1.5
+            param.view(-1)[7:90:7] = 0.0
+        p.detach().copy_(param)
+        residues.append(residue_of({RESIDUES[mode][0]: residue}, mode, p.detach()))
+    return residues
+
+
+def check_residues(mode, dtypes, backend, shapes=SHAPES, device="cpu"):
+    """Check that steps begin at the exact values, to the bit, and that what is stored comes back.
+
+    Numbers are such that the products of the step are exact, so that a fused multiplication and addition rounds
+    as two operations do.
+    """
+    wide = torch.float64 if torch.float64 in dtypes else torch.float32
+    for made in ("plain", "fused"):
+        params = [Parameter(p.detach().to(device)) for p in make_params(dtypes, shapes)]
+        residues = with_residues(params, mode)
+        before = [r if r is None else r.tensor.clone() for r in residues]
+        snapshot = [p.detach().clone() for p in params]
+        kind = (Vectors, FusedVectors)[made == "fused"]
+        v = kind(params, snapshot, wide, *((backend,) if made == "fused" else ()), residues)
+        basis = v.basis(2)
+        for b in basis:
+            b.copy_((draw(v, 1) * 2.0).round() * 2.0**-10)
+        scale, size = 2.0 ** draw(v, 2).round().clamp(-2, 2), v.number(0.5)
+        ends = []
+        for sign in (1.0, -1.0):
+            v.perturb(basis[-1], scale, sign * size)
+            steps = v.split(sign * size.to(wide) * scale * basis[-1])
+            found = [p.detach().clone() for p in params]
+            for x, p, r, step in zip(found, snapshot, residues, steps, strict=True):
+                assert torch.equal(x, (value_of(p, r) + step).to(p.dtype)), (made, tuple(p.shape), p.dtype)
+                if r is not None and p.numel() > 100:
+                    assert not torch.equal(x, (p.to(wide) + step).to(p.dtype))
+            ends.append(v.flat(found))
+        grads = [[torch.ones_like(p) for p in params], [None for _ in params]]
+        _, moved = v.finish(basis, v.basis(1)[0], *grads, scale, size)
+        way = (ends[0] - ends[1]).double()
+        expected = [way.square().sum().item(), way.sum().item()]
+        assert moved.tolist() == pytest.approx(expected, rel=1e-6, abs=1e-6)
+        for p, q, r, tensor in zip(params, snapshot, residues, before, strict=True):
+            assert torch.equal(p, q), "the stored values are back"
+            assert r is None or torch.equal(r.tensor, tensor), "residues are not written"
 
 
 def draw(vectors, seed):

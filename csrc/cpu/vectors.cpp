@@ -147,8 +147,8 @@ FW_LEAF void combine_block(double* sums, C* __restrict out, C keep, const double
   });
 }
 
-template <class P, class C>
-FW_LEAF void perturb_block(P* __restrict param, const P* __restrict value, const C* __restrict scale,
+template <class P, class V, class C>
+FW_LEAF void perturb_block(P* __restrict param, const V* __restrict value, const C* __restrict scale,
                            const C* __restrict v, C size, int count) {
   if (scale)
     for (int i = 0; i < count; ++i)
@@ -164,10 +164,11 @@ FW_LEAF void difference_block(C* __restrict out, const C* __restrict plus, const
   for (int i = 0; i < count; ++i) out[i] = plus[i] - minus[i];
 }
 
-template <class P, class C>
-FW_LEAF void moved_block(C* __restrict out, const P* __restrict value, const C* __restrict scale,
+template <class P, class V, class C>
+FW_LEAF void moved_block(C* __restrict out, const V* __restrict value, const C* __restrict scale,
                          const C* __restrict v, C size, int count) {
-  for (int i = 0; i < count; ++i) out[i] = moved(value[i], size, scale ? scale[i] : C(1), v[i]);
+  for (int i = 0; i < count; ++i)
+    out[i] = moved<P>(static_cast<C>(widen(value[i])), size, scale ? scale[i] : C(1), v[i]);
 }
 
 template <class C>
@@ -188,6 +189,23 @@ const C* load_gradient(uint64_t column, const TensorSlice& tensor, int64_t offse
   return scratch;
 }
 
+// calls body with a block of values: the snapshot, or what it is with the residue of its rounding mode
+template <class P, class Body>
+void with_values(const TensorSlice& tensor, int64_t offset, int count, Body body) {
+  if constexpr (sizeof(P) == sizeof(BFloat16)) {
+    if (has_residue(tensor)) {
+      alignas(64) float scratch[kRun];
+      Row row = {};
+      row.param = tensor.snapshot;
+      row.dtype = tensor.dtype;
+      row.rounding = tensor.rounding;
+      row.residue = tensor.residue;
+      return body(load_param(row, offset, count, scratch));
+    }
+  }
+  body(at<P>(tensor.snapshot) + offset);
+}
+
 // calls body with the number of basis vectors and the presence of a scale as compile-time constants
 template <int kBasis = 0, class Body>
 FW_HOST_DEVICE void with_constants(int held, bool scaled, Body body) {
@@ -206,13 +224,17 @@ struct Chunks {
     const ChunkPointers<C> s(call, chunk);
     const C size = static_cast<C>(*at<double>(call.factors));
     P* param = at<P>(s.tensor.param) + s.first;
-    const P* values = at<P>(s.tensor.snapshot) + s.first;
-    if (!past_caches) return perturb_block(param, values, s.scale, s.basis, size, s.count);
+    const P* snapshot = at<P>(s.tensor.snapshot) + s.first;
+    if (!past_caches && !has_residue(s.tensor))
+      return perturb_block(param, snapshot, s.scale, s.basis, size, s.count);
     alignas(64) P scratch[kRun];
     for (int32_t done = 0; done < s.count; done += kRun) {
       const int count = s.block(done);
-      perturb_block(scratch, values + done, s.scale ? s.scale + done : nullptr, s.basis + done, size, count);
-      copy(param + done, scratch, count, true);
+      P* to = past_caches ? scratch : param + done;
+      with_values<P>(s.tensor, s.first + done, count, [&](const auto* value) {
+        perturb_block(to, value, s.scale ? s.scale + done : nullptr, s.basis + done, size, count);
+      });
+      if (past_caches) copy(param + done, scratch, count, true);
     }
   }
 
@@ -221,7 +243,7 @@ struct Chunks {
     const C size = static_cast<C>(*at<double>(call.factors));
     const int held = call.n_basis < kHeld ? call.n_basis : kHeld, before = call.n_basis - held;
     P* param = at<P>(s.tensor.param) + s.first;
-    const P* values = at<P>(s.tensor.snapshot) + s.first;
+    const P* snapshot = at<P>(s.tensor.snapshot) + s.first;
     alignas(64) C plus_scratch[kRun], minus_scratch[kRun], out_scratch[kRun];
     for (int32_t done = 0; done < s.count; done += kRun) {
       const int count = s.block(done);
@@ -232,7 +254,9 @@ struct Chunks {
       if (call.narrow) {
         alignas(64) C way[kRun];
         difference_block(out, plus, minus, count);
-        moved_block(way, values + done, scale, basis + (call.n_basis - 1) * call.stride, size, count);
+        const C* last = basis + (call.n_basis - 1) * call.stride;
+        with_values<P>(s.tensor, s.first + done, count,
+                       [&](const auto* value) { moved_block<P>(way, value, scale, last, size, count); });
         add_dot(sums + call.n_basis, way, way, count);
         add_dot(sums + call.n_basis + 1, way, out, count);
       }
@@ -242,7 +266,7 @@ struct Chunks {
       });
       for (int i = 0; i < before; ++i) add_dot(sums + i, basis + i * call.stride, out, count);
       if (past_caches) copy(s.out + done, out, count, true);
-      copy(param + done, values + done, count, past_caches);
+      copy(param + done, snapshot + done, count, past_caches);
     }
   }
 

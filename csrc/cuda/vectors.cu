@@ -2,6 +2,7 @@
 // over the chunks in order, so that any grid gives the same bits. No mathematics here: vectors.h has it.
 // SPDX-License-Identifier: Apache-2.0
 #include <mutex>
+#include <type_traits>
 #include <vector>
 
 #include "../vectors.h"
@@ -43,18 +44,19 @@ FW_DEVICE void store_sum(double part, double* place) {
 template <class P, class C>
 struct ChunkPointers {
   P* param;
-  const P *value, *plus, *minus;
+  const P *snapshot, *plus, *minus;
   const C *basis, *scale;
   C* out;
+  uint64_t residue;
   int64_t stride;
-  int32_t count, n_basis;
+  int32_t count, n_basis, rounding;
   bool aligned;
 
   FW_DEVICE ChunkPointers(const VectorOp& call, const Chunk& chunk) {
     const TensorSlice& tensor = at<TensorSlice>(call.slices)[chunk.row];
     const int64_t place = tensor.offset + chunk.offset;
     param = at<P>(tensor.param) + chunk.offset;
-    value = at<const P>(tensor.snapshot) + chunk.offset;
+    snapshot = at<const P>(tensor.snapshot) + chunk.offset;
     plus = tensor.plus ? at<const P>(tensor.plus) + chunk.offset : nullptr;
     minus = tensor.minus ? at<const P>(tensor.minus) + chunk.offset : nullptr;
     basis = call.basis ? at<const C>(call.basis) + place : nullptr;
@@ -63,9 +65,11 @@ struct ChunkPointers {
     stride = call.stride;
     count = chunk.count;
     n_basis = call.n_basis;
+    rounding = tensor.rounding;
+    residue = tensor.residue + chunk.offset * (rounding == kMaster ? sizeof(float) : sizeof(BFloat16));
     // chunks begin at multiples of 16 bytes of their tensor
-    uint64_t addresses =
-        tensor.param | tensor.snapshot | tensor.plus | tensor.minus | call.basis | call.scale | call.out;
+    uint64_t addresses = tensor.param | tensor.snapshot | tensor.residue | tensor.plus | tensor.minus |
+                         call.basis | call.scale | call.out;
     uint64_t bytes = static_cast<uint64_t>(tensor.offset | (n_basis > 1 ? stride : 0)) * sizeof(C);
     aligned = (addresses | bytes) % kVectorBytes == 0;
   }
@@ -105,6 +109,32 @@ FW_DEVICE void load_gradient(const P* grad, int32_t i, P (&to)[N]) {
   }
 }
 
+// the values of a snapshot, with the residues of its rounding mode
+template <int N, class P, class C>
+FW_DEVICE void load_values(const ChunkPointers<P, C>& s, int32_t i, const P (&snapshot)[N],
+                           typename Arithmetic<P>::type (&value)[N]) {
+  widen_all(snapshot, value);
+  if constexpr (sizeof(P) == sizeof(BFloat16)) {
+    if (s.rounding == kKahan) {
+      BFloat16 compensation[N];
+      load(at<const BFloat16>(s.residue) + i, compensation);
+      for (int k = 0; k < N; ++k) value[k] = load_kahan(snapshot[k], compensation[k]);
+    }
+    if (s.rounding == kMaster) {
+      float master[N];
+      load(at<const float>(s.residue) + i, master);
+      for (int k = 0; k < N; ++k) value[k] = load_master(snapshot[k], master[k]);
+    }
+  }
+  if constexpr (std::is_same_v<P, BFloat16>) {
+    if (s.rounding == kSplit) {
+      int16_t remainder[N];
+      load(at<const int16_t>(s.residue) + i, remainder);
+      for (int k = 0; k < N; ++k) value[k] = load_split(snapshot[k], remainder[k]);
+    }
+  }
+}
+
 // elements of a vector that a thread takes at a time, of a pack of N elements of a parameter
 template <int N, class C>
 constexpr int kRun = N < kPack<C> ? N : kPack<C>;
@@ -116,8 +146,10 @@ struct Perturb {
   template <int N, class P, class C>
   FW_DEVICE static void run(const ChunkPointers<P, C>& s, const VectorOp& call, int32_t i, Sums&) {
     constexpr int kPart = kRun<N, C>;
-    P value[N];
-    load(s.value + i, value);
+    P param[N];
+    typename Arithmetic<P>::type value[N];
+    load(s.snapshot + i, param);
+    load_values(s, i, param, value);
     const C size = static_cast<C>(*at<double>(call.factors));
 #pragma unroll
     for (int part = 0; part < N; part += kPart) {
@@ -125,9 +157,9 @@ struct Perturb {
       load(s.basis + i + part, v);
       load_scale(s, i + part, scale);
       for (int k = 0; k < kPart; ++k)
-        value[part + k] = stored<P>(displaced(static_cast<C>(widen(value[part + k])), size, scale[k], v[k]));
+        param[part + k] = stored<P>(displaced(static_cast<C>(value[part + k]), size, scale[k], v[k]));
     }
-    store(value, s.param + i);
+    store(param, s.param + i);
   }
 };
 
@@ -139,10 +171,12 @@ struct Finish {
   template <int N, class P, class C>
   FW_DEVICE static void run(const ChunkPointers<P, C>& s, const VectorOp& call, int32_t i, Sums& sums) {
     constexpr int kPart = kRun<N, C>;
-    P value[N], plus[N], minus[N];
-    load(s.value + i, value);
+    P snapshot[N], plus[N], minus[N];
+    load(s.snapshot + i, snapshot);
     load_gradient(s.plus, i, plus);
     load_gradient(s.minus, i, minus);
+    typename Arithmetic<P>::type value[N];
+    if (call.narrow) load_values(s, i, snapshot, value);
 #pragma unroll
     for (int part = 0; part < N; part += kPart) {
       C out[kPart], scale[kPart], held[kHeld][kPart];
@@ -155,17 +189,18 @@ struct Finish {
       store(out, s.out + i + part);
       add_products(sums, held, out, s.n_basis);
     }
-    store(value, s.param + i);
+    store(snapshot, s.param + i);
   }
 
   template <int N, class P, class C>
   FW_DEVICE static void add_moved(const ChunkPointers<P, C>& s, const VectorOp& call, int32_t i,
-                                  const P* value, const C (&scale)[N], const C (&difference)[N], Sums& sums) {
+                                  const typename Arithmetic<P>::type* value, const C (&scale)[N],
+                                  const C (&difference)[N], Sums& sums) {
     const C size = static_cast<C>(*at<double>(call.factors));
     C last[N];
     load(s.basis + (s.n_basis - 1) * s.stride + i, last);
     for (int k = 0; k < N; ++k) {
-      const C way = moved(value[k], size, scale[k], last[k]);
+      const C way = moved<P>(static_cast<C>(value[k]), size, scale[k], last[k]);
       accumulate_product(sums.extra[0], way, way);
       accumulate_product(sums.extra[1], way, difference[k]);
     }

@@ -115,7 +115,7 @@ class Adam(FusedOptimizer):
             clip_coef = rules.clip_coefficient(norm, self.max_grad_norm)
         for row, grad in active:
             exp_avg_sq = row.states[self.spec.second_moment_index]
-            param, grad = row.work.to(exp_avg_sq.dtype), grad.to(exp_avg_sq.dtype)
+            param, grad = row.value.to(exp_avg_sq.dtype), grad.to(exp_avg_sq.dtype)
             hyper = plan.groups.hypers[row.group]
             _, weight_decay = hyper.rates_at(0)
             exp_avg_sq.copy_(rules.init_exp_avg_sq(param, grad, hyper, weight_decay, clip_coef))

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from .residues import Residue, value_of
 from .tensors import is_dense, work_format
 
 
@@ -52,6 +53,11 @@ class Row:
     def is_reserved(self) -> bool:
         """Whether the parameter has no states yet."""
         return self.step is None
+
+    @property
+    def value(self) -> Tensor:
+        """The value of the parameter in this process, as ``residues.value_of`` returns it."""
+        return value_of(self.work, None if self.residue is None else Residue(self.rounding, self.residue))
 
 
 def make_row(param: Tensor, group: int, index: int, local: Tensor, by_channel: bool) -> Row:

@@ -137,7 +137,8 @@ _FIELDS: dict[str, list[tuple[str, str]]] = {
     "TensorSlice": [
         *((name, "u8") for name in ("param", "snapshot", "plus", "minus")),
         ("offset", "i8"),
-        *((name, "i4") for name in ("dtype", "reserved")),
+        *((name, "i4") for name in ("dtype", "rounding")),
+        ("residue", "u8"),
     ],
     "VectorOp": [
         *((name, "u8") for name in ("slices", "chunks", "partials", "sums", "basis")),

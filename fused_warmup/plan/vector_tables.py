@@ -13,7 +13,8 @@ from .address_cache import address_of, select_reader
 from .chunks import chunks
 from .device_buffers import DeviceBuffers
 from .plan import Plan
-from .structs import DTYPES, STRUCTS
+from .residues import Residue
+from .structs import DTYPES, ROUNDINGS, STRUCTS
 
 # operations of ``csrc/vectors.h``, in the order of its enum
 OPERATIONS = ("perturb", "finish", "combine")
@@ -26,9 +27,10 @@ class VectorTable:
 
     Args:
         params: Parameters, dense in memory, on one device.
-        snapshot: Their values, laid out like them.
+        snapshot: Their stored values, laid out like them.
         offsets: Where the piece of each begins in a flat vector.
         dtype: Dtype of the vectors, float32 or float64.
+        residues: Residue of each snapshot, laid out like it, or None; none at all by default.
 
     Attributes:
         address: Address of the struct ``VectorOp`` on the host.
@@ -42,7 +44,12 @@ class VectorTable:
     """
 
     def __init__(
-        self, params: Sequence[Tensor], snapshot: Sequence[Tensor], offsets: Sequence[int], dtype: torch.dtype
+        self,
+        params: Sequence[Tensor],
+        snapshot: Sequence[Tensor],
+        offsets: Sequence[int],
+        dtype: torch.dtype,
+        residues: Sequence[Residue | None] = (),
     ) -> None:
         self.device, self.offsets = params[0].device, list(offsets)
         self._params = list(params)
@@ -53,6 +60,10 @@ class VectorTable:
         self._slices["snapshot"] = [address_of(p) for p in snapshot]
         self._slices["offset"] = offsets
         self._slices["dtype"] = [DTYPES[p.dtype] for p in params]
+        for i, residue in enumerate(residues):
+            if residue is not None:
+                self._slices["rounding"][i] = ROUNDINGS[residue.mode]
+                self._slices["residue"][i] = address_of(residue.tensor)
         sizes = [p.numel() for p in params]
         pieces = chunks(sizes, sizes)
         self.numel, self.n_chunks = sum(sizes), len(pieces)
@@ -64,7 +75,7 @@ class VectorTable:
         self._partials = torch.empty(0, dtype=torch.float64, device=self.device)
         self._finished = torch.zeros(1, dtype=torch.int32, device=self.device)
         # held for the addresses in the table
-        self._kept: list[Any] = [*params, *snapshot]
+        self._kept: list[Any] = [*params, *snapshot, *residues]
         self._set(
             slices=self._buffers.upload("slices", self._slices),
             chunks=self._buffers.upload("chunks", pieces),

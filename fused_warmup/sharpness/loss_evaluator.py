@@ -18,6 +18,7 @@ from ..backends.base import VectorBackend
 from ..distributed.agreement import agreed_group
 from ..distributed.groups import average, computes_in_16_bits, is_distributed, is_fsdp2, is_partial, reshard
 from ..optim.losses import checked_loss
+from ..plan.residues import Residue
 from ..plan.structs import DTYPES
 from ..plan.tensors import compute_dtype, is_dense, local_tensor
 from .closures import Search
@@ -47,6 +48,8 @@ class LossEvaluator:
         backend: Name of the backend whose kernels work on the vectors.
         reduce: Average losses and gradients over the default process group, if there is one. With DTensors
             losses always are, and gradients are those that a backward pass leaves in ``.grad``.
+        residues: Residue of each parameter, with which steps along a vector begin, or None; none at all by
+            default.
 
     Raises:
         TypeError: If ``loss_fn`` is not callable or a parameter is of another kind.
@@ -55,7 +58,7 @@ class LossEvaluator:
     Attributes:
         params: The parameters.
         shards: Their parts in this process.
-        snapshot: The values of those parts before the block.
+        snapshot: The stored values of those parts before the block.
         vectors: Operations on flat vectors, of float64 if one of the parameters is, else float32.
         evaluations: Number of evaluations of the closure so far.
         autocast: Whether a module of the closure ran under autocast to 16 bits.
@@ -70,12 +73,14 @@ class LossEvaluator:
         params: Sequence[Tensor],
         backend: str = "auto",
         reduce: bool = False,
+        residues: Sequence[Residue | None] = (),
     ) -> None:
         if not callable(loss_fn):
             check.fail(owner, "loss_fn", "be a function that returns the loss", loss_fn, error=TypeError)
         self.owner, self.params = owner, check_params(owner, params)
         self.device = self.params[0].device
         self._backend = resolve(backend, self.device)
+        self._residues = residues
         self.evaluations, self.autocast = 0, False
         self._loss_fn = loss_fn
         self.shards = Shards(owner, self.params)
@@ -207,10 +212,10 @@ class LossEvaluator:
         """Return the vector operations of the backend, or plain ones if a parameter is a strided view."""
         dtype = functools.reduce(torch.promote_types, (compute_dtype(p.dtype) for p in self.params))
         if self.shards.is_placed:
-            return ShardedVectors(self.shards, self.snapshot, dtype)
+            return ShardedVectors(self.shards, self.snapshot, dtype, self._residues)
         if isinstance(self._backend, VectorBackend) and all(map(is_dense, self.params)):
-            return FusedVectors(self.params, self.snapshot, dtype, self._backend)
-        return Vectors(self.params, self.snapshot, dtype)
+            return FusedVectors(self.params, self.snapshot, dtype, self._backend, self._residues)
+        return Vectors(self.params, self.snapshot, dtype, self._residues)
 
     def _before_forward(self, module: torch.nn.Module) -> None:
         """Save the state of a module before it runs for the first time, and detect autocast."""

@@ -38,7 +38,8 @@ def top_eigenvalue(
             another process or thread, those that the closure makes and keeps, and ``random.SystemRandom``.
         params: Parameters, float32, float64, bfloat16 or float16 of any shape on one device. Those that the
             loss does not depend on count as zero rows. DTensors of FSDP2 and tensor parallelism are measured
-            as one whole model: every rank makes the call, and losses are means over all ranks.
+            as one whole model: every rank makes the call, and losses are means over all ranks. All are taken
+            as they are stored: ``preconditioned`` adds what the ``param_rounding`` of its optimizer keeps.
         iterations: Hessian-vector products of two gradients each; two more products estimate ``err_fd``.
         method: ``"difference"`` of gradients, or ``"autograd"`` for double backward, the exact form where
             every operation has a second derivative; not for DTensors.

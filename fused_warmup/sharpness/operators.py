@@ -102,7 +102,8 @@ class StepOperators:
 
 def evaluator_of(pending: PendingStep, loss_fn: Loss, reduce: bool = False) -> LossEvaluator:
     """Return the evaluator of a loss at the parameters of a pending step."""
-    return LossEvaluator(pending.owner, loss_fn, pending.params, pending.backend, reduce)
+    residues = pending.residues
+    return LossEvaluator(pending.owner, loss_fn, pending.params, pending.backend, reduce, residues)
 
 
 def step_operators(pending: PendingStep, hessian: Hessian) -> StepOperators:

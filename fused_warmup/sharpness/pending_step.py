@@ -21,8 +21,10 @@ from ..optim.radam import RAdam
 from ..optim.sgd import SGD
 from ..plan.hyper import Hyper
 from ..plan.plan import Plan
+from ..plan.residues import Residue, residue_of, value_of
 from ..plan.spec import RuleSpec
 from ..plan.tensors import compute_dtype, local_tensor
+from ..plan.tracked_states import peek
 from ..plan.vector_tables import PreconditionerTable
 from ..reference.rules import (
     RULES,
@@ -53,7 +55,8 @@ class ParamState:
     """State of one parameter in the next step.
 
     Attributes:
-        param: The part of the parameter in this process.
+        param: The part of the parameter in this process, as it is stored.
+        residue: Its residue, or None.
         spec: Its update rule.
         hyper: Validated hyper-parameters of its group.
         states: States of the rule, zeros before the first step; not copies.
@@ -64,6 +67,7 @@ class ParamState:
     """
 
     param: Tensor
+    residue: Residue | None
     spec: RuleSpec
     hyper: Hyper
     states: list[Tensor]
@@ -110,6 +114,7 @@ class PendingStep:
         optimizer: The optimizer itself, where a wrapper passes for one.
         params: The parameters.
         shards: Their parts in this process.
+        residues: Residues of those parts, None for a part that is stored exactly.
         grads: The parts of their gradients in this process, or None if the closure must give them.
         spec: The update rule.
         hypers: Hyper-parameters of each parameter's group.
@@ -145,6 +150,10 @@ class PendingStep:
         if with_grad:
             self.grads = [self.shards.part_of(i, p.grad.detach()) for i, (_, p) in enumerate(with_grad)]
         self.hypers = [self._by_group[id(g)] for g, _ in chosen]
+        self.residues = [
+            residue_of(peek(self._state, p), hyper.param_rounding, local)
+            for p, local, hyper in zip(self.params, self.shards.locals, self.hypers, strict=True)
+        ]
         if any(hyper.sphere for hyper in self.hypers):
             hint = "The line search leaves the sphere."
             check.fail(owner, "projection", "be None in groups that are measured", "sphere", hint)
@@ -160,8 +169,8 @@ class PendingStep:
         """State of each parameter; reading the step counts waits for the device."""
         t, steps = _counts(self.made, [self._state.get(p, {}) for p in self.params])
         return [
-            _param_state(self.spec, p, self._by_group[id(g)], g, self._state.get(p, {}), step, t)
-            for (g, p), step in zip(self._chosen, steps, strict=True)
+            _param_state(self.spec, p, residue, self._by_group[id(g)], g, self._state.get(p, {}), step, t)
+            for (g, p), residue, step in zip(self._chosen, self.residues, steps, strict=True)
         ]
 
     def preconditioner(self, vectors: Vectors) -> Preconditioner | None:
@@ -278,9 +287,9 @@ class PendingStep:
 
 
 def _doubles(m: ParamState, grad: Tensor) -> tuple[Tensor, Tensor, list[Tensor]]:
-    """Return parameter, gradient and states in double precision."""
+    """Return the value of the parameter, gradient and states in double precision."""
     states = [state.to(torch.float64) for state in m.states]
-    return m.param.detach().to(torch.float64), grad.to(torch.float64), states
+    return value_of(m.param.detach(), m.residue).to(torch.float64), grad.to(torch.float64), states
 
 
 @dataclass
@@ -411,6 +420,7 @@ def _hyper_of(owner: str, spec: RuleSpec, optimizer: torch.optim.Optimizer, grou
 def _param_state(
     spec: RuleSpec,
     param: Tensor,
+    residue: Residue | None,
     hyper: Hyper,
     group: Mapping[str, Any],
     state: Mapping[str, Any],
@@ -424,6 +434,7 @@ def _param_state(
     lr, weight_decay = hyper.rates_at(t)
     return ParamState(
         param=local,
+        residue=residue,
         spec=spec,
         hyper=hyper,
         states=[zeros if s is None else local_tensor(s.detach()) for s in states],

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from ..backends.base import VectorBackend
+from ..plan.residues import Residue, value_of
 from ..plan.vector_tables import VectorTable
 from .shards import Shards
 
@@ -57,16 +58,24 @@ class Vectors:
 
     Args:
         params: Parameters, on one device.
-        snapshot: Their values.
+        snapshot: Their stored values.
         dtype: Dtype of the vectors.
+        residues: Residue of each snapshot, or None; none at all by default.
 
     Attributes:
         numel: Elements ``n`` of a vector in this process.
         length: Elements in all processes together.
     """
 
-    def __init__(self, params: Sequence[Tensor], snapshot: Sequence[Tensor], dtype: torch.dtype) -> None:
+    def __init__(
+        self,
+        params: Sequence[Tensor],
+        snapshot: Sequence[Tensor],
+        dtype: torch.dtype,
+        residues: Sequence[Residue | None] = (),
+    ) -> None:
         self.params, self.snapshot, self.dtype = list(params), list(snapshot), dtype
+        self.residues = list(residues) or [None] * len(self.params)
         self.device = self.params[0].device
         self.sizes = [p.numel() for p in self.params]
         self.numel = self.length = sum(self.sizes)
@@ -108,7 +117,9 @@ class Vectors:
         return vector
 
     def perturb(self, vector: Tensor, scale: Tensor | None, size: Tensor) -> None:
-        """Write ``snapshot + size * scale * vector`` into the parameters, past their version counters.
+        """Write ``value + size * scale * vector`` into the parameters, past their version counters.
+
+        The values are those of the snapshot with its residues; the sums are rounded to nearest.
 
         Args:
             vector: ``[n]``.
@@ -127,7 +138,7 @@ class Vectors:
         scale: Tensor | None,
         size: Tensor,
     ) -> tuple[Tensor, Tensor]:
-        """Write ``scale * (plus - minus)`` into ``out``, and restore the parameters.
+        """Write ``scale * (plus - minus)`` into ``out``, and restore the parameters as they were stored.
 
         Args:
             basis: ``[m, n]``; the gradients are those at plus and minus ``size * scale * basis[-1]``.
@@ -187,7 +198,8 @@ class Vectors:
         """Return the parameters after a step along a vector, not rounded to their dtypes."""
         scaled = vector if scale is None else scale * vector
         parts = self.split(scaled * size.to(scaled.dtype))
-        return [value + part for value, part in zip(self.snapshot, parts, strict=True)]
+        values = map(value_of, self.snapshot, self.residues)
+        return [value + part for value, part in zip(values, parts, strict=True)]
 
 
 class ShardedVectors(Vectors):
@@ -195,12 +207,19 @@ class ShardedVectors(Vectors):
 
     Args:
         shards: The parameters.
-        snapshot: Values of their parts in this process.
+        snapshot: Stored values of their parts in this process.
         dtype: Dtype of the vectors.
+        residues: As for ``Vectors``.
     """
 
-    def __init__(self, shards: Shards, snapshot: Sequence[Tensor], dtype: torch.dtype) -> None:
-        super().__init__(shards.locals, snapshot, dtype)
+    def __init__(
+        self,
+        shards: Shards,
+        snapshot: Sequence[Tensor],
+        dtype: torch.dtype,
+        residues: Sequence[Residue | None] = (),
+    ) -> None:
+        super().__init__(shards.locals, snapshot, dtype, residues)
         self._shards, self.length = shards, shards.numel
         runs = shards.runs()
         self._firsts = [first for first, _ in runs]
@@ -227,18 +246,24 @@ class FusedVectors(Vectors):
 
     Args:
         params: Parameters, dense in memory, on one device.
-        snapshot: Their values, laid out like them.
+        snapshot: Their stored values, laid out like them.
         dtype: Dtype of the vectors.
         backend: Backend with vector kernels.
+        residues: As for ``Vectors``, laid out like the parameters.
 
     Attributes:
         offsets: Start of each parameter's segment in a flat vector.
     """
 
     def __init__(
-        self, params: Sequence[Tensor], snapshot: Sequence[Tensor], dtype: torch.dtype, backend: VectorBackend
+        self,
+        params: Sequence[Tensor],
+        snapshot: Sequence[Tensor],
+        dtype: torch.dtype,
+        backend: VectorBackend,
+        residues: Sequence[Residue | None] = (),
     ) -> None:
-        super().__init__(params, snapshot, dtype)
+        super().__init__(params, snapshot, dtype, residues)
         # sizes that keep the alignment first: all segments after one of odd size are unaligned
         order = sorted(range(len(params)), key=lambda i: params[i].numel() % 8 != 0)
         self.offsets = [0] * len(params)
@@ -248,7 +273,7 @@ class FusedVectors(Vectors):
             total += params[i].numel()
         self._in_order = order == sorted(order) and all(p.is_contiguous() for p in params)
         self._backend = backend
-        self._table = VectorTable(params, snapshot, self.offsets, dtype)
+        self._table = VectorTable(params, snapshot, self.offsets, dtype, residues)
 
     def basis(self, count: int) -> Tensor:
         """Return ``count`` vectors that are not initialised, each aligned to 32 bytes."""

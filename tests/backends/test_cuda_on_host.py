@@ -105,7 +105,7 @@ from optim.test_sphere import (  # noqa: F401
     test_the_angle_of_a_step_is_that_of_the_effective_rate,
     test_what_has_no_gradient_turns_with_the_rest,
 )
-from vector_cases import check_operations, check_preconditioner, combination, draw, make_pair
+from vector_cases import check_operations, check_preconditioner, check_residues, combination, draw, make_pair
 
 import fused_warmup as fw
 from fused_warmup import _cpu
@@ -445,6 +445,11 @@ def test_the_tests_of_other_backends_run_these_kernels(module):
 )
 def test_vector_operations(module, dtypes, scaled):
     check_operations(dtypes, CudaBackend(module), scaled=scaled)
+
+
+@pytest.mark.parametrize(("mode", "dtypes"), vector_cases.ROUNDED, ids=str)
+def test_vectors_begin_at_exact_values(module, mode, dtypes):
+    check_residues(mode, dtypes, CudaBackend(module))
 
 
 @pytest.mark.parametrize("backwards", [False, True])

@@ -477,6 +477,11 @@ def test_vector_operations(backend, dtypes, scaled):
     vector_cases.check_operations(dtypes, kernels_of(backend), device="cuda", scaled=scaled)
 
 
+@pytest.mark.parametrize(("mode", "dtypes"), vector_cases.ROUNDED, ids=str)
+def test_vectors_begin_at_exact_values(backend, mode, dtypes):
+    vector_cases.check_residues(mode, dtypes, kernels_of(backend), device="cuda")
+
+
 @pytest.mark.parametrize("dtype", vector_cases.DTYPES, ids=str)
 @pytest.mark.parametrize("case", vector_cases.PRECONDITIONED, ids=lambda case: case.name)
 def test_preconditioner_is_that_of_the_reference(backend, case, dtype):

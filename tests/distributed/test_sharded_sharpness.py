@@ -168,3 +168,43 @@ def test_what_shards_do_not_take_is_refused(tmp_path):
         "Shard with fully shard (FSDP2).",
         "top eigenvalue: a parameter must have no hook after its gradient where a DTensor is measured, got (1,).",
     ]
+
+
+EXACT = """
+from fused_warmup.reference.rounding import RESIDUES, load
+from fused_warmup.sharpness.operators import evaluator_of
+from fused_warmup.sharpness.pending_step import PendingStep
+
+for mode, (name, _) in RESIDUES.items():
+    model, x, y = narrow()
+    model, x, y = fsdp2(model.bfloat16()), x.bfloat16(), y.bfloat16()
+    opt = fw.AdamW(model.parameters(), lr=3e-3, param_rounding=mode)
+    loss_fn = lambda: torch.nn.functional.mse_loss(model(x), y)
+    for step in range(4):
+        opt.zero_grad()
+        loss_fn().backward()
+        if step < 3:
+            opt.step()
+    params = [p.to_local() for p in model.parameters()]
+    before = [p.clone() for p in params]
+    values = [load(mode, p, opt.state[q][name].to_local()) for p, q in zip(before, model.parameters())]
+    pending = PendingStep("test", opt)
+    with evaluator_of(pending, loss_fn) as evaluator:
+        vectors = evaluator.vectors
+        vector = vectors.flat(pending.directions(pending.grads))
+        vectors.perturb(vector, None, vectors.number(2.0**-7))
+        steps = [2.0**-7 * part for part in vectors.split(vector)]
+        found = [p.clone() for p in params]
+    exact = [(v + step).bfloat16() for v, step in zip(values, steps)]
+    rounded = [(p + step).bfloat16() for p, step in zip(before, steps)]
+    print(mode, same(found, exact), same(found, rounded), same(params, before))
+dist.destroy_process_group()
+"""
+
+
+def test_shards_begin_at_exact_values(tmp_path):
+    for rank in run_ranks(tmp_path, MODEL + WRAPS + EXACT):
+        words = iter(rank)
+        for mode in ("kahan", "split", "master"):
+            assert [next(words) for _ in range(4)] == [mode, "True", "False", "True"]
+        assert next(words, None) is None

@@ -5,7 +5,16 @@ import pytest
 import torch
 import vector_cases
 from cases import CASES, SCHEDULES
-from vector_cases import DTYPES, check_operations, check_preconditioner, combination, draw, make_pair
+from vector_cases import (
+    DTYPES,
+    ROUNDED,
+    check_operations,
+    check_preconditioner,
+    check_residues,
+    combination,
+    draw,
+    make_pair,
+)
 
 from fused_warmup import _cpu
 from fused_warmup.backends.native import CpuBackend
@@ -18,6 +27,12 @@ BACKENDS = [pytest.param(isa, id=isa) for isa in _cpu.instruction_sets()]
 @pytest.mark.parametrize("isa", BACKENDS)
 def test_operations(isa, dtypes, scaled):
     check_operations(dtypes, CpuBackend(isa), scaled=scaled)
+
+
+@pytest.mark.parametrize(("mode", "dtypes"), ROUNDED, ids=str)
+@pytest.mark.parametrize("isa", BACKENDS)
+def test_steps_begin_at_exact_values(isa, mode, dtypes):
+    check_residues(mode, dtypes, CpuBackend(isa))
 
 
 def test_sums_do_not_depend_on_threads():
@@ -34,6 +49,7 @@ def test_vectors_longer_than_a_cache(isa):
     """Streaming stores: tensors of odd sizes, one of them longer than the caches, none aligned."""
     shapes = [(3,), (5,), (2_200_003,), (40,)]
     check_operations([torch.float32, torch.bfloat16], CpuBackend(isa), shapes, n_basis=(2,))
+    check_residues("split", [torch.bfloat16], CpuBackend(isa), shapes)
 
 
 def test_parameters_do_not_depend_on_threads_or_the_caches():

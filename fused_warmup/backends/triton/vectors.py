@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import torch
 import triton
 import triton.language as tl
 
 from ...plan.structs import DTYPES as CODES
+from ...plan.structs import ROUNDINGS
 from ...plan.vector_tables import OPERATIONS
 from .memory import (
+    BFLOAT16,
     VECTOR,
     arithmetic,
     arrives_last,
@@ -15,6 +18,7 @@ from .memory import (
     load_block,
     load_struct,
     narrow,
+    pointers,
     store_block,
     widen,
 )
@@ -27,6 +31,10 @@ COMBINE = tl.constexpr(OPERATIONS.index("combine"))
 PRODUCTS = tl.constexpr(len(OPERATIONS))
 # basis vectors that one pass takes products with, as many as a warm start has
 HELD = tl.constexpr(4)
+FLOAT32 = tl.constexpr(CODES[torch.float32])
+KAHAN = tl.constexpr(ROUNDINGS["kahan"])
+SPLIT = tl.constexpr(ROUNDINGS["split"])
+MASTER = tl.constexpr(ROUNDINGS["master"])
 _SIXTEEN_BITS = tuple(code for dtype, code in CODES.items() if dtype.itemsize == 2)
 
 
@@ -34,6 +42,45 @@ _SIXTEEN_BITS = tuple(code for dtype, code in CODES.items() if dtype.itemsize ==
 def is_rounded(dtype: int) -> bool:
     """Return whether parameters of a dtype code have 16 bits."""
     return dtype in _SIXTEEN_BITS
+
+
+@triton.jit
+def checked_value(value, param, DTYPE: tl.constexpr):
+    """Value of a parameter, unless it rounds to something else, which was then written from outside."""
+    same = narrow(value, DTYPE) == narrow(param, DTYPE)
+    return tl.where(same | ((value == 0.0) & (param == 0.0)), value, param)
+
+
+@triton.jit
+def load_split(param, remainder):
+    """Value of a bfloat16 whose low bits are kept; nothing rounds to 0 from below."""
+    bits = param.to(tl.int32, bitcast=True)
+    own = tl.where(((bits & 0x7FFFFFFF) == 0) & (remainder < 0), 0, remainder.to(tl.int32))
+    return (bits + own).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def load_value(param, tensor, own, lanes, mask, DTYPE: tl.constexpr, C: tl.constexpr, WHOLE: tl.constexpr):
+    """Value of a block of a snapshot, with the residue of its rounding mode."""
+    value = param
+    if is_rounded(DTYPE):
+        value = value.to(tl.float32)
+        if tensor.rounding == KAHAN:
+            compensation = load_block(tensor.residue + own * 2, lanes, mask, BFLOAT16, tl.float32, WHOLE)
+            value = checked_value(value + compensation, value, DTYPE)
+        if tensor.rounding == MASTER:
+            master = load_block(tensor.residue + own * 4, lanes, mask, FLOAT32, tl.float32, WHOLE)
+            value = checked_value(master, value, DTYPE)
+        if DTYPE == BFLOAT16:
+            if tensor.rounding == SPLIT:
+                pointer = pointers(tensor.residue + own * 2, lanes, tl.int16, WHOLE)
+                if WHOLE:
+                    remainder = tl.load(pointer)
+                else:
+                    remainder = tl.load(pointer, mask=mask, other=0)
+                value = load_split(value, remainder)
+        value = value.to(C)
+    return value
 
 
 @triton.jit
@@ -125,6 +172,7 @@ def walk(
                 basis + (place + (n_basis - 1) * call.stride) * size_of_c, lanes, mask, WIDE, C, WHOLE
             )
         if OPERATION == PERTURB:
+            value = load_value(value, tensor, own, lanes, mask, DTYPE, C, WHOLE)
             value = displaced(value, size, scale, v)
             if is_rounded(DTYPE):
                 value = value.to(tl.float32)
@@ -133,7 +181,8 @@ def walk(
             out = load_or(tensor.plus, own, lanes, mask, 0.0, DTYPE, C, WHOLE)
             out -= load_or(tensor.minus, own, lanes, mask, 0.0, DTYPE, C, WHOLE)
             if call.narrow != 0:
-                way = moved(value, size, scale, v, DTYPE, C)
+                start = load_value(value, tensor, own, lanes, mask, DTYPE, C, WHOLE)
+                way = moved(start, size, scale, v, DTYPE, C)
                 # masked elements are zeros, which do not move
                 moved_sq = product_sum(moved_sq, way, way)
                 moved_by = product_sum(moved_by, way, out)
@@ -229,7 +278,7 @@ def vector_kernel(
         addresses = (
             tensor.param | tensor.snapshot | tensor.plus | tensor.minus | call.basis | call.scale | call.out
         )
-        addresses = addresses | (tensor.offset * size_of_c)
+        addresses = addresses | tensor.residue | (tensor.offset * size_of_c)
         if call.n_basis > 1:
             addresses = addresses | (call.stride * size_of_c)
         whole = tl.where(addresses % VECTOR == 0, chunk.count // BLOCK * BLOCK, 0)

@@ -11,7 +11,7 @@ from torch import Tensor
 import fused_warmup as fw
 
 from ...sharpness.line_search import Line
-from ...sharpness.loss_evaluator import LossEvaluator
+from ...sharpness.operators import evaluator_of
 from ...sharpness.pending_step import PendingStep
 
 Closure = Callable[[], Tensor]
@@ -77,7 +77,7 @@ def search_first_step(opt: fw.FusedOptimizer, loss_fn: Closure, target: float) -
     factors = [(_BELOW * _ABOVE) ** (i / (_POINTS - 1)) for i in range(_POINTS)]
     rates = [middle / _BELOW * factor for factor in factors]
     pending = PendingStep("search", opt)
-    with LossEvaluator("search", loss_fn, pending.params, pending.backend) as evaluator:
+    with evaluator_of(pending, loss_fn) as evaluator:
         line = Line(evaluator, pending)
         losses = [line.loss(rate) for rate in rates]
     return {
