@@ -109,16 +109,13 @@ FW_HOST_DEVICE void round_stochastically(float x, uint32_t bits, Float16& out) {
 FW_HOST_DEVICE bool same_bits(BFloat16 a, BFloat16 b) { return a.bits == b.bits; }
 FW_HOST_DEVICE bool same_bits(Float16 a, Float16 b) { return a.bits == b.bits; }
 
-// A value, unless it rounds to something else than the parameter, which was then written from outside. The
-// signs of zeros need not agree.
+// a value, unless it rounds to another number than the parameter, which was then written from outside
 template <class P>
 FW_HOST_DEVICE float checked_value(float value, P param) {
   P rounded;
   narrow(value, rounded);
   const float plain = widen(param);
-  // without branches, so that loops vectorise
-  const bool holds = same_bits(rounded, param) | ((value == 0.0f) & (plain == 0.0f));
-  return holds ? value : plain;
+  return widen(rounded) == plain ? value : plain;
 }
 
 template <class P>

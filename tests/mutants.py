@@ -84,9 +84,9 @@ FAULTS: dict[tuple[str, str], list[tuple[str, ...]]] = {
         ("row.index, t, elements_of", "row.index, 0, elements_of"),
     ],
     ("plan/build.py", ROUNDED): [
-        ("value = load(MODE_OF_RESIDUE[other]", "load(MODE_OF_RESIDUE[other]"),
+        ("value_of(row.local.detach(), found)", "row.local.detach()"),
         ("            and taken.rounding == rounding\n", ""),
-        ("row.local.copy_(param)\n    assert", "assert"),
+        ("row.local.copy_(param)\n    assert lacking", "assert lacking"),
         ('mode == "split" and param.dtype == torch.float16', "False"),
     ],
     ("plan/plan.py", ROUNDED): [
@@ -611,7 +611,7 @@ CPP_FAULTS: dict[tuple[str, str], list[tuple[str, ...]]] = {
         ("i / row.run * row.run_stride + i % row.run", "i"),
         ("magnitude < 0x7f7f0000u", "true"),
         ("(bits & 0x1fffu)) >> 13", "0u) >> 13"),
-        ("return holds ? value : plain;", "return value;"),
+        ("return widen(rounded) == plain ? value : plain;", "return value;"),
         ("choose(same_bits(sum, param), rounded.bits,", "choose(true, rounded.bits,"),
         ("(bits + 0x8000u) >> 16", "bits >> 16"),
     ],

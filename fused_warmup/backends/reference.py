@@ -15,7 +15,8 @@ from torch import Tensor
 
 from ..distributed.spread import elements_of
 from ..plan.structs import COUNT_LIMIT
-from ..reference.rounding import SIXTEEN_BITS, SPHERE_PASS, UPDATE_PASS, Rounding, load, store
+from ..plan.tensors import compute_dtype
+from ..reference.rounding import SIXTEEN_BITS, SPHERE_PASS, UPDATE_PASS, Rounding, store
 from ..reference.rules import (
     LAYER_RULES,
     NO_VIEW,
@@ -140,10 +141,8 @@ class ReferenceBackend:
 
 def _value_of(row: Any) -> Tensor:
     """Return the value of the parameter of a row in the dtype of the arithmetic."""
-    if row.work.dtype in SIXTEEN_BITS:
-        return load(row.rounding, row.work, row.residue)
-    value: Tensor = row.work
-    return value
+    value: Tensor = row.value
+    return value.to(compute_dtype(row.work.dtype))
 
 
 def _store(plan: Any, row: Any, value: Tensor, stage: int) -> None:

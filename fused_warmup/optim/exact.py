@@ -8,25 +8,22 @@ import torch
 from torch import Tensor
 
 from .. import _checks as check
+from ..plan.residues import residue_of, value_of
 from ..plan.tensors import compute_dtype, local_tensor
 from ..plan.tracked_states import peek
-from ..reference.rounding import MODE_OF_RESIDUE, RESIDUES, Rounding, load, mode_for, store
+from ..reference.rounding import RESIDUES, Rounding, mode_for, store
 from .session import Session
 
 
 def exact_values(session: Session) -> list[Tensor]:
     """Return copies of all parameters with their residues, float32 or float64."""
     values = []
-    for param in session.params:
-        value = torch.empty_like(param, dtype=compute_dtype(param.dtype), requires_grad=False)
-        local, own = local_tensor(param).detach(), peek(session.state, param) or {}
-        name = next((key for key in MODE_OF_RESIDUE if isinstance(dict.get(own, key), Tensor)), None)
-        if name is None or mode_for(MODE_OF_RESIDUE[name], param.dtype) == "nearest":
-            found = local
-        else:
-            found = load(MODE_OF_RESIDUE[name], local, local_tensor(own[name]))
-        local_tensor(value).copy_(found)
-        values.append(value)
+    for group in session.param_groups:
+        for param in group["params"]:
+            local, own = local_tensor(param).detach(), peek(session.state, param)
+            value = torch.empty_like(param, dtype=compute_dtype(param.dtype), requires_grad=False)
+            local_tensor(value).copy_(value_of(local, residue_of(own, group["param_rounding"], local)))
+            values.append(value)
     return values
 
 

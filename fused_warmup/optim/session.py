@@ -600,12 +600,12 @@ class Session:
         if reduction is not None:
             members = list(zip(plan.rows, reduction.slots, strict=True))
             for g, slot in product(self.fresh_norms, range(reduction.n_slots)):
-                own = [row.local for row, s in members if row.group == g and s == slot]
+                own = [row.value for row, s in members if row.group == g and s == slot]
                 reduction.squares[g, slot] = norm_of(own, plan.device).square()
             reduction.add_up(squares=True)
         for g, norm in self.fresh_norms.items():
             if reduction is None:
-                norm.copy_(norm_of([row.local for row in plan.rows if row.group == g], plan.device))
+                norm.copy_(norm_of([row.value for row in plan.rows if row.group == g], plan.device))
             else:
                 norm.copy_(reduction.squares[g].sum().sqrt())
             self.param_groups[g]["norm"] = norm

@@ -12,11 +12,12 @@ from torch import Tensor
 from .. import _checks as check
 from ..distributed.groups import is_distributed, is_flattened, is_partial, placed, world_size
 from ..distributed.spread import Spread, has_strided_rows, spread_of
-from ..reference.rounding import MODE_OF_RESIDUE, RESIDUES, Rounding, load, mode_for, store
+from ..reference.rounding import MODE_OF_RESIDUE, RESIDUES, Rounding, mode_for, store
 from . import tensors
 from .address_cache import TensorReader, address_of
 from .hyper import AverageSettings, Hyper
 from .overlaps import check_disjoint, reach_of
+from .residues import residue_of, value_of
 from .rows import Row, channels_of, make_row
 from .spec import RuleSpec
 from .state_checks import checked_state, whole_count
@@ -365,17 +366,13 @@ def _residue(spec: RuleSpec, row: Row, own: dict[str, Any]) -> Tensor:
     held: Tensor | None = dict.get(own, name)
     if held is not None and tensors.fits(held, row.local, spec.by_channel, dtype):
         return held
-    residue = tensors.state_like(row.param, spec.by_channel, dtype)
-    if held is not None:
-        return residue.copy_(held)
-    other = next((key for key in MODE_OF_RESIDUE if dict.get(own, key) is not None), None)
-    value = row.local.to(torch.float32)
-    if other is not None:
-        value = load(MODE_OF_RESIDUE[other], row.local, tensors.local_tensor(own[other]).to(row.local.device))
-    param, found = store(value, row.local.dtype, Rounding(row.rounding))
+    found = residue_of(own, row.rounding, row.local)
+    value = value_of(row.local.detach(), found).to(torch.float32)
+    param, lacking = store(value, row.local.dtype, Rounding(row.rounding))
     row.local.copy_(param)
-    assert found is not None
-    tensors.local_tensor(residue).copy_(found)
+    assert lacking is not None
+    residue = tensors.state_like(row.param, spec.by_channel, dtype)
+    tensors.local_tensor(residue).copy_(lacking)
     return residue
 
 

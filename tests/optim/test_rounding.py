@@ -152,6 +152,17 @@ def test_stochastic_rounding_takes_a_neighbour(dtype):
     assert (found.isinf() == nearest.isinf())[number].all()
 
 
+@pytest.mark.parametrize("dtype", [BF16, F16], ids=str)
+def test_the_mean_over_all_random_bits_is_the_number(dtype):
+    """Over all 65,536 patterns; below the smallest normal float16 to 2**-16 of its last digit."""
+    every = torch.arange(65536, dtype=torch.int32)
+    for number in (1.0, 1.001, -3.14159, 2.5e-3, 7e-5, 6.2e-5, -3.3e-6, 4e-8, 1e-9, 60001.0):
+        value = torch.full((65536,), number)
+        mean = float(round_stochastically(value, dtype, every).double().mean())
+        least = 2.0**-40 if dtype == F16 and abs(number) < 2.0**-14 else 0.0
+        assert abs(mean - float(value[0])) <= least, number
+
+
 def test_a_parameter_written_from_outside_has_its_new_value():
     for dtype in (BF16, F16):
         for mode in ("kahan", "master", *(["split"] if dtype == BF16 else [])):
@@ -480,6 +491,17 @@ def test_a_skipped_step_changes_no_residue(mode, backend):
     assert_same_bits("param", params[0].detach(), before[0])
     for key, value in before[1].items():
         assert_same_bits(key, opt.state[params[0]][key], value)
+
+
+@pytest.mark.parametrize("mode", EXACT)
+def test_a_sphere_begins_at_the_norm_of_the_exact_value(mode, backend):
+    params, opt = trained(CASES[0], mode, BF16, backend, 3, shapes=[(257,)])
+    opt.param_groups[0].update(projection="sphere", lr=0.0)
+    norm = float(opt.exact_parameters()[0].double().norm())
+    params[0].grad = torch.zeros_like(params[0])
+    opt.step()
+    assert float(opt.param_groups[0]["norm"]) == pytest.approx(norm, rel=1e-12)
+    assert norm != pytest.approx(float(params[0].detach().double().norm()), rel=1e-9)
 
 
 @pytest.mark.parametrize("mode", ["kahan", "split", "master"])
