@@ -68,7 +68,6 @@ FAULTS: dict[tuple[str, str], list[tuple[str, ...]]] = {
         ("torch.where(value.to(param.dtype) == param, value, plain)", "value"),
         ("return torch.where(fits, rounded,", "return torch.where(fits | True, rounded,"),
         ("(bits + 0x8000) >> 16", "bits >> 16"),
-        ("remainder = torch.where(value.isnan(), 0, remainder)", "pass"),
         ("rounded.to(dtype), value.to(dtype))", "rounded.to(dtype), rounded.to(dtype))"),
         ("(bits & 0x1FFF)", "(bits & 0x0FFF)"),
         ("(units + bits) >> 16", "units >> 16"),
