@@ -76,7 +76,7 @@ def wide_bytes(ptx, operation):
 
 def update(rule, dtype, n_states, full):
     """A plain update, or one that sums the norms and updates an average."""
-    kinds = ((dtype, dtype, n_states),)
+    kinds = ((dtype, dtype, n_states, 0),)
     constants = launch.update_constants(rule, kinds, accumulate=full, average=full, tiled=not full)
     state = SIZES[F64 if dtype == F64 else F32]
     own = n_states + full
@@ -91,25 +91,25 @@ def on_sphere(job):
 
 def rescale(dtype, full):
     """The rescaling of a parameter to its sphere, with or without an average."""
-    constants = launch.rescale_constants(((dtype, dtype, 2),), average=full)
+    constants = launch.rescale_constants(((dtype, dtype, 2, 0),), average=full)
     own = SIZES[dtype] + full * SIZES[F64 if dtype == F64 else F32]
     return rescale_kernel, constants, own, own
 
 
 def measure(dtype):
-    return measure_kernel, launch.measure_constants(((dtype, dtype, 2),)), SIZES[dtype], 0
+    return measure_kernel, launch.measure_constants(((dtype, dtype, 2, 0),)), SIZES[dtype], 0
 
 
 def stage1(rule, dtype, n_states, full):
     """Stage1, with or without norms."""
-    constants = launch.stage1_constants(rule, ((dtype, dtype, n_states),), accumulate=full)
+    constants = launch.stage1_constants(rule, ((dtype, dtype, n_states, 0),), accumulate=full)
     state = n_states * SIZES[F64 if dtype == F64 else F32]
     return layerwise.stage1_kernel, constants, 2 * SIZES[dtype] + state, state
 
 
 def stage2(rule, dtype, n_states, full):
     """Stage2; every rule but LAMB may read the gradient again."""
-    constants = launch.stage2_constants(rule, ((dtype, dtype, n_states),), average=full)
+    constants = launch.stage2_constants(rule, ((dtype, dtype, n_states, 0),), average=full)
     state = SIZES[F64 if dtype == F64 else F32]
     again = 0 if rule == "LAMB" else SIZES[dtype]
     own = SIZES[dtype] + full * state
@@ -250,7 +250,7 @@ SPREAD = {
     ),
     "stage1": (
         layerwise.stage1_kernel,
-        launch.stage1_constants("AdamP", ((F32, F32, 2),), accumulate=True, spread=True),
+        launch.stage1_constants("AdamP", ((F32, F32, 2, 0),), accumulate=True, spread=True),
     ),
 }
 
@@ -285,7 +285,7 @@ def test_products_and_sums_round_as_they_are_written(rule, n_states, written):
 
 
 def test_several_kinds_in_one_kernel():
-    kinds = ((F32, F32, 2), (BF16, F32, 2), (BF16, BF16, 2))
+    kinds = ((F32, F32, 2, 0), (BF16, F32, 2, 0), (BF16, BF16, 2, 0))
     constants = launch.update_constants("Adam", kinds, accumulate=True, average=True)
     _, numbers = compile_kernel(update_kernel, constants, 90)
     assert (numbers["stack"], numbers["spills"]) == (0, 0)
@@ -481,7 +481,7 @@ def test_later_steps_launch_the_compiled_kernels(driver, monkeypatch):
 
 CHANGES = {
     "rule": "RAdam",
-    "kinds": ((BF16, BF16, 2),),
+    "kinds": ((BF16, BF16, 2, 0),),
     "n_chunks": 2,
     "n_tiles": 2,
     "rows": [None] * 300,
@@ -500,7 +500,7 @@ def test_kept_launches_follow_the_plan(monkeypatch, name):
     properties = {
         "step_column": lambda: column,
         "device": column.device,
-        **{"rule": "Adam", "kinds": ((F32, F32, 2),), "n_chunks": 1, "n_tiles": 1, "rows": [None]},
+        **{"rule": "Adam", "kinds": ((F32, F32, 2, 0),), "n_chunks": 1, "n_tiles": 1, "rows": [None]},
         **{"record": {"ring_buffer": None}, "average": (None,), "groups": SimpleNamespace(has_spheres=False)},
         "reduction": None,
     }
@@ -532,7 +532,7 @@ def test_vector_operations_move_16_bytes_at_a_time_and_spill_nothing(dtype, oper
 
 @pytest.mark.parametrize(("rule", "n_states"), [("Adam", 2), ("Adam", 3), ("RAdam", 2), ("SGD", 1)])
 def test_the_preconditioner_moves_16_bytes_at_a_time_and_spills_nothing(rule, n_states):
-    constants = launch.preconditioner_constants(rule, ((F32, F32, n_states),), False)
+    constants = launch.preconditioner_constants(rule, ((F32, F32, n_states, 0),), False)
     ptx, numbers = compile_kernel(preconditioner.preconditioner_kernel, constants, 90)
     assert numbers["spills"] == 0, numbers
     assert wide_bytes(ptx, "ld") >= 16 * (2 + n_states if rule != "SGD" else 0)

@@ -44,14 +44,14 @@ _TILES = {"PIECES": 16, "COLUMNS": BLOCK // 16, "ODD_COLUMNS": TAIL // 16}
 # the sources fix the rounding: the compiler must not fuse other multiplications and additions
 _OPTIONS = {"num_warps": NUM_WARPS, "enable_fp_fusion": False}
 
-Kinds = tuple[tuple[int, int, int], ...]
+Kinds = tuple[tuple[int, ...], ...]
 # a launch and its stage
 _Bound = tuple[int, Callable[[], Any]]
 
 
 def measure_constants(kinds: Kinds) -> dict[str, Any]:
     """Return constants and options of ``measure_kernel`` for ``Plan.kinds``."""
-    dtypes = tuple(sorted({grad_dtype for _, grad_dtype, _ in kinds}))
+    dtypes = tuple(sorted({grad_dtype for _, grad_dtype, *_ in kinds}))
     registers = 64 if len(dtypes) == 1 and DTYPES[torch.float64] not in dtypes else 128
     return {"GRAD_DTYPES": dtypes, "BLOCK": BLOCK, "TAIL": TAIL, "maxnreg": registers, **_OPTIONS}
 
@@ -186,9 +186,9 @@ def stage2_constants(rule: str, kinds: Kinds, *, average: bool, spheres: bool = 
 
 def rescale_constants(kinds: Kinds, *, average: bool) -> dict[str, Any]:
     """Return constants and options of ``rescale_kernel``, see ``update_constants``."""
-    dtypes = tuple(sorted({dtype for dtype, _, _ in kinds}))
-    constants = {"PARAM_DTYPES": dtypes, "AVERAGE": average, "BLOCK": BLOCK, "TAIL": TAIL}
-    return {**constants, "maxnreg": 128 if DTYPES[torch.float64] in dtypes else 80, **_OPTIONS}
+    own = tuple(sorted({(dtype, rounding) for dtype, _, _, rounding in kinds}))
+    constants = {"PARAM_KINDS": own, "AVERAGE": average, "BLOCK": BLOCK, "TAIL": TAIL}
+    return {**constants, "maxnreg": 128 if DTYPES[torch.float64] in dict(own) else 80, **_OPTIONS}
 
 
 def _layer_registers(kinds: Kinds) -> int:
@@ -201,8 +201,8 @@ def _registers(kinds: Kinds, accumulate: bool) -> int:
 
     Without a bound ptxas spills some registers to save others.
     """
-    double = any(dtype == DTYPES[torch.float64] for dtype, _, _ in kinds)
-    most_states = max((n_states for _, _, n_states in kinds), default=0)
+    double = any(dtype == DTYPES[torch.float64] for dtype, *_ in kinds)
+    most_states = max((n_states for _, _, n_states, _ in kinds), default=0)
     streams = most_states + len(kinds)
     if double or (accumulate and streams > 4):
         return 255
