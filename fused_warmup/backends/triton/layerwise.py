@@ -467,7 +467,7 @@ def reduce_layers_kernel(
 def stage2_tiles(
     step,
     row,
-    t,
+    key,
     grad,
     chunk,
     row_scalars,
@@ -528,7 +528,7 @@ def stage2_tiles(
                 param = APPLY(param, update, projection_coef.to(C)[:, None], s)
                 # the average is of the parameter as it is stored
                 param = store_param(
-                    row, t, chunk.offset, places, mask, param, DTYPE, ROUNDING, UPDATE_PASS, C, ALIGNED
+                    row, key, chunk.offset, places, mask, param, DTYPE, ROUNDING, UPDATE_PASS, C, ALIGNED
                 )
             if SPHERES:
                 if on_sphere:
@@ -570,6 +570,7 @@ def stage2_kernel(
             needs_grad = as_mask(NEEDS_GRAD(load_struct(step.hypers, row.group, "Hyper"), row.n_states))
             addresses = row.param | grad | row.state0 | row.state1 | row.average
             addresses = addresses | vector_alignment(row, KINDS)
+            key = (step.rows, chunk.row, decision.t)
             part = channel_part(row, chunk)
             whole = vector_part(addresses, chunk, part)
             weight = average_weight_of(row)
@@ -587,13 +588,13 @@ def stage2_kernel(
                 if wanted & is_of_kind(row, KINDS, k):
                     if whole > 0:
                         sum_sq = stage2_tiles(
-                            step, row, decision.t, grad, chunk, s, weight, on_sphere, needs_grad, 0, whole,
+                            step, row, key, grad, chunk, s, weight, on_sphere, needs_grad, 0, whole,
                             DIRECTION, APPLY, PROJECTS, KINDS[k][0], KINDS[k][1], KINDS[k][2],
                             KINDS[k][3], AVERAGE, SPHERES, PIECES, COLUMNS, True,
                         )  # fmt: skip
                     if whole < part:
                         sum_sq += stage2_tiles(
-                            step, row, decision.t, grad, chunk, s, weight, on_sphere, needs_grad, whole, part,
+                            step, row, key, grad, chunk, s, weight, on_sphere, needs_grad, whole, part,
                             DIRECTION, APPLY, PROJECTS, KINDS[k][0], KINDS[k][1], KINDS[k][2],
                             KINDS[k][3], AVERAGE, SPHERES, PIECES, ODD_COLUMNS, False,
                         )  # fmt: skip

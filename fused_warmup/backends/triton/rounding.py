@@ -17,7 +17,7 @@ from ...plan.structs import DTYPES, ROUNDINGS
 from ...reference.rounding import ROUNDS as _ROUNDS
 from ...reference.rounding import SPHERE_PASS as _SPHERE_PASS
 from ...reference.rounding import UPDATE_PASS as _UPDATE_PASS
-from .memory import VECTOR, item_size, load_stored, narrow, storage, store_stored, widen
+from .memory import VECTOR, item_size, load_stored, load_struct, narrow, storage, store_stored, widen
 
 NEAREST, STOCHASTIC = tl.constexpr(ROUNDINGS["nearest"]), tl.constexpr(ROUNDINGS["stochastic"])
 KAHAN, SPLIT = tl.constexpr(ROUNDINGS["kahan"]), tl.constexpr(ROUNDINGS["split"])
@@ -88,10 +88,12 @@ def vector_alignment(row, KINDS: tl.constexpr):
 
 @triton.jit
 def number_of(row, i):
-    """Numbers of elements of a row in the whole tensor."""
+    """Return the numbers of elements of a row in the whole tensor."""
     number = i
     if row.run != row.numel:
-        number = i // row.run * row.run_stride + i % row.run
+        # exact below 2**53, and a division of 64-bit integers would take 20 more registers
+        index = (i.to(tl.float64) / row.run.to(tl.float64)).to(tl.int64)
+        number = index * row.run_stride + (i - index * row.run)
     return row.first_element + number
 
 
@@ -102,8 +104,16 @@ def draw(row, t, number, STAGE: tl.constexpr):
     ``t`` counts the updates made before this one.
     """
     block = number // DRAWN
-    high = (block >> 32).to(tl.uint32) | (STAGE << 31)
-    return tl.philox(row.seed, block.to(tl.uint32), high, row.number, t.to(tl.uint32), ROUNDS)
+    a, b = block.to(tl.uint32), (block >> 32).to(tl.uint32) | (STAGE << 31)
+    c, d = row.number.to(tl.uint32), t.to(tl.uint32)
+    k, m = row.seed.to(tl.uint32), (row.seed >> 32).to(tl.uint32)
+    for _ in tl.static_range(ROUNDS):
+        first, second = a.to(tl.uint64) * 0xD2511F53, c.to(tl.uint64) * 0xCD9E8D57
+        a, c = (second >> 32).to(tl.uint32) ^ b ^ k, (first >> 32).to(tl.uint32) ^ d ^ m
+        b, d = second.to(tl.uint32), first.to(tl.uint32)
+        k += 0x9E3779B9
+        m += 0xBB67AE85
+    return a, b, c, d
 
 
 @triton.jit
@@ -135,8 +145,14 @@ def bits_of_vectors(row, t, place, lanes, STAGE: tl.constexpr):
 
 
 @triton.jit
-def bits_of_block(row, t, place, lanes, STAGE: tl.constexpr, ALIGNED: tl.constexpr):
-    """Return 16 random bits for each element of a block that begins at ``place`` in a row."""
+def bits_of_block(key, place, lanes, STAGE: tl.constexpr, ALIGNED: tl.constexpr):
+    """Return 16 random bits for each element of a block that begins at ``place`` in a row.
+
+    The key is the column of rows, the index of the row, and the number of updates made before this one.
+    """
+    rows, index, t = key
+    # loaded again, so that a loop over blocks need not keep the keys of all rounds in registers
+    row = load_struct(rows, index, "Row")
     if ALIGNED:
         return bits_of_vectors(row, t, place, lanes, STAGE)
     else:
@@ -273,7 +289,7 @@ def load_param(
 @triton.jit
 def store_param(
     row,
-    t,
+    key,
     place,
     lanes,
     mask,
@@ -287,7 +303,7 @@ def store_param(
     """Write a block of the values of a parameter, see ``load_param``; returns them as they are stored."""
     bits = 0
     if draws_bits(ROUNDING):
-        bits = bits_of_block(row, t, place, lanes, STAGE, ALIGNED)
+        bits = bits_of_block(key, place, lanes, STAGE, ALIGNED)
     stored, residue, value = round_value(value, bits, DTYPE, ROUNDING, C)
     store_stored(row.param + place * item_size(DTYPE), lanes, mask, stored, storage(DTYPE), ALIGNED)
     if has_residue(ROUNDING):

@@ -64,7 +64,7 @@ def finish_spheres(step, SPREAD: tl.constexpr, LANES: tl.constexpr):
 @triton.jit
 def rescale_blocks(
     row,
-    t,
+    key,
     chunk,
     factor,
     weight,
@@ -84,7 +84,7 @@ def rescale_blocks(
         mask = None if WHOLE else lanes < last - done
         place = chunk.offset + done
         param = rescale(load_param(row, place, lanes, mask, DTYPE, ROUNDING, C, WHOLE), factor)
-        param = store_param(row, t, place, lanes, mask, param, DTYPE, ROUNDING, SPHERE_PASS, C, WHOLE)
+        param = store_param(row, key, place, lanes, mask, param, DTYPE, ROUNDING, SPHERE_PASS, C, WHOLE)
         if AVERAGE:
             if weight > 0.0:
                 at = row.average + place * item_size(STATE_DTYPE)
@@ -105,9 +105,9 @@ def rescale_kernel(
             chunk = load_struct(step.chunks, i, "Chunk")
             row = load_struct(step.rows, chunk.row, "Row")
             sphere = load_struct(step.spheres, row.group, "Sphere")
-            aligned = ((row.param | row.average | vector_alignment(row, PARAM_KINDS)) % VECTOR == 0) & (
-                chunk.offset % VECTOR == 0
-            )
+            key = (step.rows, chunk.row, decision.t)
+            addresses = row.param | row.average | vector_alignment(row, PARAM_KINDS)
+            aligned = (addresses % VECTOR == 0) & (chunk.offset % VECTOR == 0)
             whole = tl.where(aligned, chunk.count // BLOCK * BLOCK, 0)
             for k in tl.static_range(len(PARAM_KINDS)):
                 kind = row.dtype == PARAM_KINDS[k][0]
@@ -117,30 +117,10 @@ def rescale_kernel(
                     factor = sphere.factor.to(arithmetic(PARAM_KINDS[k][0]))
                     weight = average_weight_of(row).to(arithmetic(PARAM_KINDS[k][0]))
                     rescale_blocks(
-                        row,
-                        decision.t,
-                        chunk,
-                        factor,
-                        weight,
-                        0,
-                        whole,
-                        PARAM_KINDS[k][0],
-                        PARAM_KINDS[k][1],
-                        AVERAGE,
-                        BLOCK,
-                        True,
-                    )
+                        row, key, chunk, factor, weight, 0, whole, PARAM_KINDS[k][0], PARAM_KINDS[k][1],
+                        AVERAGE, BLOCK, True,
+                    )  # fmt: skip
                     rescale_blocks(
-                        row,
-                        decision.t,
-                        chunk,
-                        factor,
-                        weight,
-                        whole,
-                        chunk.count,
-                        PARAM_KINDS[k][0],
-                        PARAM_KINDS[k][1],
-                        AVERAGE,
-                        TAIL,
-                        False,
-                    )
+                        row, key, chunk, factor, weight, whole, chunk.count, PARAM_KINDS[k][0],
+                        PARAM_KINDS[k][1], AVERAGE, TAIL, False,
+                    )  # fmt: skip

@@ -46,7 +46,7 @@ def update_blocks(
     sum_sq,
     on_sphere,
     row,
-    t,
+    key,
     grad,
     chunk,
     s,
@@ -91,7 +91,7 @@ def update_blocks(
                 at = states[j] + place * item_size(STATE_DTYPE)
                 store_block(at, lanes, mask, state[j], STATE_DTYPE, WHOLE)
             # the average is of the parameter as it is stored
-            param = store_param(row, t, place, lanes, own, param, DTYPE, ROUNDING, UPDATE_PASS, C, WHOLE)
+            param = store_param(row, key, place, lanes, own, param, DTYPE, ROUNDING, UPDATE_PASS, C, WHOLE)
         if SPHERES:
             if on_sphere:
                 x = tl.where(mask, param, 0.0).to(tl.float64)
@@ -151,6 +151,7 @@ def update_kernel(
             all_scalars = load_struct(step.scalars, chunk.row, "Scalars")
             addresses = row.param | grad | row.state0 | row.state1 | row.state2 | row.average
             addresses = addresses | vector_alignment(row, KINDS)
+            key = (step.rows, chunk.row, decision.t)
             whole = tl.where(addresses % VECTOR == 0, chunk.count // BLOCK * BLOCK, 0)
             part = zero_part()
             sum_sq = tl.full((), 0.0, tl.float64)
@@ -169,12 +170,12 @@ def update_kernel(
                     s = scalars_of(all_scalars, arithmetic(KINDS[k][0]))
                     weight = average_weight.to(arithmetic(KINDS[k][0]))
                     part, sum_sq = update_blocks(
-                        part, sum_sq, on_sphere, row, decision.t, grad, chunk, s, weight, 0, whole,
+                        part, sum_sq, on_sphere, row, key, grad, chunk, s, weight, 0, whole,
                         UPDATE, KINDS[k][0], KINDS[k][1], KINDS[k][2], KINDS[k][3], ACCUMULATE, AVERAGE,
                         SPHERES, BLOCK, True,
                     )  # fmt: skip
                     part, sum_sq = update_blocks(
-                        part, sum_sq, on_sphere, row, decision.t, grad, chunk, s, weight, whole,
+                        part, sum_sq, on_sphere, row, key, grad, chunk, s, weight, whole,
                         chunk.count, UPDATE, KINDS[k][0], KINDS[k][1], KINDS[k][2], KINDS[k][3], ACCUMULATE,
                         AVERAGE, SPHERES, TAIL, False,
                     )  # fmt: skip
