@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ...plan.address_cache import address_of
 from ...plan.plan import Plan
-from ...plan.structs import DTYPES, FINISH_STAGE, LAYER_STAGE, MEASURE_STAGE, UPDATE_STAGE
+from ...plan.structs import DTYPES, FINISH_STAGE, LAYER_STAGE, MEASURE_STAGE, ROUNDINGS, UPDATE_STAGE
 from ...plan.vector_tables import OPERATIONS, PreconditionerTable, VectorTable
 from ...reference import rules as reference
 from .decide import decide_kernel
@@ -45,6 +45,8 @@ _TILES = {"PIECES": 16, "COLUMNS": BLOCK // 16, "ODD_COLUMNS": TAIL // 16}
 _OPTIONS = {"num_warps": NUM_WARPS, "enable_fp_fusion": False}
 
 Kinds = tuple[tuple[int, ...], ...]
+# codes of the rounding modes that draw random bits
+_DRAWING = (ROUNDINGS["stochastic"], ROUNDINGS["kahan"])
 # a launch and its stage
 _Bound = tuple[int, Callable[[], Any]]
 
@@ -97,7 +99,7 @@ def update_constants(
         "BLOCK": BLOCK,
         "TAIL": TAIL,
         "LANES": LANES,
-        "maxnreg": _registers(kinds, accumulate or spheres),
+        "maxnreg": _registers(kinds, accumulate or spheres, spheres),
         **_OPTIONS,
     }
 
@@ -196,14 +198,15 @@ def _layer_registers(kinds: Kinds) -> int:
     return 128 if len(kinds) == 1 and kinds[0][0] != DTYPES[torch.float64] else 255
 
 
-def _registers(kinds: Kinds, accumulate: bool) -> int:
+def _registers(kinds: Kinds, accumulate: bool, spheres: bool) -> int:
     """Return the most registers of a thread: as few as it needs without spills, so that more programs fit.
 
     Without a bound ptxas spills some registers to save others.
     """
+    drawn = spheres and any(rounding in _DRAWING for *_, rounding in kinds)
     double = any(dtype == DTYPES[torch.float64] for dtype, *_ in kinds)
     most_states = max((n_states for _, _, n_states, _ in kinds), default=0)
-    streams = most_states + len(kinds)
+    streams = most_states + len(kinds) + 2 * drawn
     if double or (accumulate and streams > 4):
         return 255
     return 128 if accumulate or streams > 3 else 80

@@ -44,7 +44,7 @@ from .reduce import (
     zero_products,
     zero_sums,
 )
-from .rounding import UPDATE_PASS, is_of_kind, load_param, store_param, vector_alignment
+from .rounding import UPDATE_PASS, are_rounded, is_of_kind, load_param, store_param, vector_alignment
 from .rules import CHANNEL_VIEW, NO_VIEW, average_update, coef_in_view, projection_view
 from .sphere import finish_spheres, is_on_sphere, store_sum_sq
 from .totals import combine_slots, fold_norms, number_at, sums_of_layer
@@ -559,18 +559,21 @@ def stage2_kernel(
     LANES: tl.constexpr,
 ):
     """Run stage2 on every chunk, the last one first."""
-    step = load_struct(step.to(tl.int64), 0, "Step")
+    address = step.to(tl.int64)
+    step = load_struct(address, 0, "Step")
     decision = load_struct(step.decision, 0, "StepDecision")
     if decision.skipped == 0:
         for n in range(tl.program_id(0), step.n_chunks, tl.num_programs(0)):
-            chunk = load_struct(step.chunks, step.n_chunks - 1 - n, "Chunk")
-            row = load_struct(step.rows, chunk.row, "Row")
-            grad = tl.load(grad_of(step, chunk.row))
-            s = load_struct(step.scalars, chunk.row, "Scalars")
-            needs_grad = as_mask(NEEDS_GRAD(load_struct(step.hypers, row.group, "Hyper"), row.n_states))
+            # loaded again where rounding needs the registers
+            own = load_struct(address, 0, "Step") if are_rounded(KINDS) else step
+            chunk = load_struct(own.chunks, step.n_chunks - 1 - n, "Chunk")
+            row = load_struct(own.rows, chunk.row, "Row")
+            grad = tl.load(grad_of(own, chunk.row))
+            s = load_struct(own.scalars, chunk.row, "Scalars")
+            needs_grad = as_mask(NEEDS_GRAD(load_struct(own.hypers, row.group, "Hyper"), row.n_states))
             addresses = row.param | grad | row.state0 | row.state1 | row.average
             addresses = addresses | vector_alignment(row, KINDS)
-            key = (step.rows, chunk.row, decision.t)
+            key = (own.rows, chunk.row, decision.t)
             part = channel_part(row, chunk)
             whole = vector_part(addresses, chunk, part)
             weight = average_weight_of(row)
@@ -579,7 +582,7 @@ def stage2_kernel(
             on_sphere = False
             if SPHERES:
                 # parameters of a group on a sphere are averaged later, in rescale_kernel
-                on_sphere = is_on_sphere(step, row.group)
+                on_sphere = is_on_sphere(own, row.group)
                 weight = tl.where(on_sphere, 0.0, weight)
                 wanted = wanted | on_sphere
             if AVERAGE:
@@ -588,19 +591,19 @@ def stage2_kernel(
                 if wanted & is_of_kind(row, KINDS, k):
                     if whole > 0:
                         sum_sq = stage2_tiles(
-                            step, row, key, grad, chunk, s, weight, on_sphere, needs_grad, 0, whole,
+                            own, row, key, grad, chunk, s, weight, on_sphere, needs_grad, 0, whole,
                             DIRECTION, APPLY, PROJECTS, KINDS[k][0], KINDS[k][1], KINDS[k][2],
                             KINDS[k][3], AVERAGE, SPHERES, PIECES, COLUMNS, True,
                         )  # fmt: skip
                     if whole < part:
                         sum_sq += stage2_tiles(
-                            step, row, key, grad, chunk, s, weight, on_sphere, needs_grad, whole, part,
+                            own, row, key, grad, chunk, s, weight, on_sphere, needs_grad, whole, part,
                             DIRECTION, APPLY, PROJECTS, KINDS[k][0], KINDS[k][1], KINDS[k][2],
                             KINDS[k][3], AVERAGE, SPHERES, PIECES, ODD_COLUMNS, False,
                         )  # fmt: skip
             if SPHERES:
                 if on_sphere:
-                    store_sum_sq(step, step.n_chunks - 1 - n, sum_sq)
+                    store_sum_sq(own, step.n_chunks - 1 - n, sum_sq)
         if SPHERES:
             if arrives_last(field(step.decision, 0, "StepDecision", "finished")):
                 finish_spheres(step, False, LANES)

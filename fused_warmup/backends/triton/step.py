@@ -31,7 +31,7 @@ from .memory import (
     store_struct,
 )
 from .reduce import accumulate, combine, combine_all, sum_fours, total, zero_norms, zero_part
-from .rounding import UPDATE_PASS, is_of_kind, load_param, store_param, vector_alignment
+from .rounding import UPDATE_PASS, are_rounded, is_of_kind, load_param, store_param, vector_alignment
 from .rules import average_update
 from .sphere import finish_spheres, is_on_sphere, store_sum_sq
 from .totals import combine_slots
@@ -141,17 +141,19 @@ def update_kernel(
     tiles = step.n_tiles if TILED else 1
     if decision.skipped == 0:
         for n in range(tl.program_id(0), step.n_chunks * tiles, tl.num_programs(0)):
+            # loaded again where rounding needs the registers
+            own = load_struct(address, 0, "Step") if are_rounded(KINDS) else step
             i = step.n_chunks - 1 - n // tiles
-            chunk = load_struct(step.chunks, i, "Chunk")
-            row = load_struct(step.rows, chunk.row, "Row")
+            chunk = load_struct(own.chunks, i, "Chunk")
+            row = load_struct(own.rows, chunk.row, "Row")
             if TILED:
-                begin, count = tile_of(step, chunk, row.dtype, n % tiles)
+                begin, count = tile_of(own, chunk, row.dtype, n % tiles)
                 chunk = Chunk(chunk, offset=chunk.offset + begin, count=count)
-            grad = tl.load(grad_of(step, chunk.row))
-            all_scalars = load_struct(step.scalars, chunk.row, "Scalars")
+            grad = tl.load(grad_of(own, chunk.row))
+            all_scalars = load_struct(own.scalars, chunk.row, "Scalars")
             addresses = row.param | grad | row.state0 | row.state1 | row.state2 | row.average
             addresses = addresses | vector_alignment(row, KINDS)
-            key = (step.rows, chunk.row, decision.t)
+            key = (own.rows, chunk.row, decision.t)
             whole = tl.where(addresses % VECTOR == 0, chunk.count // BLOCK * BLOCK, 0)
             part = zero_part()
             sum_sq = tl.full((), 0.0, tl.float64)
@@ -160,7 +162,7 @@ def update_kernel(
             on_sphere = False
             if SPHERES:
                 # parameters of a group on a sphere are averaged later, in rescale_kernel
-                on_sphere = is_on_sphere(step, row.group)
+                on_sphere = is_on_sphere(own, row.group)
                 average_weight = tl.where(on_sphere, 0.0, average_weight)
                 wanted = wanted | on_sphere
             if AVERAGE:
@@ -183,10 +185,10 @@ def update_kernel(
                         part = within_range(part, address, i, KINDS[k][1], TAIL)
             if ACCUMULATE:
                 # the non-finite count is unused here, so it is not stored
-                store_struct(step.partials, i, Partial(part, nonfinite=0), "Partial")
+                store_struct(own.partials, i, Partial(part, nonfinite=0), "Partial")
             if SPHERES:
                 if on_sphere:
-                    store_sum_sq(step, i, sum_sq)
+                    store_sum_sq(own, i, sum_sq)
         if SPHERES:
             if arrives_last(field(step.decision, 0, "StepDecision", "finished")):
                 finish_spheres(step, False, LANES)
