@@ -12,7 +12,7 @@ from cases import make_params, set_grads
 
 import fused_warmup as fw
 from fused_warmup import backends
-from fused_warmup.plan.structs import DTYPES
+from fused_warmup.plan.structs import DTYPES, ROUNDINGS
 
 if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("nothing is compiled where TRITON_INTERPRET is 1", allow_module_level=True)
@@ -74,9 +74,9 @@ def wide_bytes(ptx, operation):
     return sum(sizes)
 
 
-def update(rule, dtype, n_states, full):
+def update(rule, dtype, n_states, full, rounding=0):
     """A plain update, or one that sums the norms and updates an average."""
-    kinds = ((dtype, dtype, n_states, 0),)
+    kinds = ((dtype, dtype, n_states, rounding),)
     constants = launch.update_constants(rule, kinds, accumulate=full, average=full, tiled=not full)
     state = SIZES[F64 if dtype == F64 else F32]
     own = n_states + full
@@ -89,9 +89,9 @@ def on_sphere(job):
     return kernel, {**constants, "SPHERES": True, "maxnreg": max(constants["maxnreg"], 128)}, loaded, stored
 
 
-def rescale(dtype, full):
+def rescale(dtype, full, rounding=0):
     """The rescaling of a parameter to its sphere, with or without an average."""
-    constants = launch.rescale_constants(((dtype, dtype, 2, 0),), average=full)
+    constants = launch.rescale_constants(((dtype, dtype, 2, rounding),), average=full)
     own = SIZES[dtype] + full * SIZES[F64 if dtype == F64 else F32]
     return rescale_kernel, constants, own, own
 
@@ -100,16 +100,16 @@ def measure(dtype):
     return measure_kernel, launch.measure_constants(((dtype, dtype, 2, 0),)), SIZES[dtype], 0
 
 
-def stage1(rule, dtype, n_states, full):
+def stage1(rule, dtype, n_states, full, rounding=0):
     """Stage1, with or without norms."""
-    constants = launch.stage1_constants(rule, ((dtype, dtype, n_states, 0),), accumulate=full)
+    constants = launch.stage1_constants(rule, ((dtype, dtype, n_states, rounding),), accumulate=full)
     state = n_states * SIZES[F64 if dtype == F64 else F32]
     return layerwise.stage1_kernel, constants, 2 * SIZES[dtype] + state, state
 
 
-def stage2(rule, dtype, n_states, full):
+def stage2(rule, dtype, n_states, full, rounding=0):
     """Stage2; every rule but LAMB may read the gradient again."""
-    constants = launch.stage2_constants(rule, ((dtype, dtype, n_states, 0),), average=full)
+    constants = launch.stage2_constants(rule, ((dtype, dtype, n_states, rounding),), average=full)
     state = SIZES[F64 if dtype == F64 else F32]
     again = 0 if rule == "LAMB" else SIZES[dtype]
     own = SIZES[dtype] + full * state
@@ -154,6 +154,33 @@ RARE = {
 }
 # what replaces subnormal numbers by 0 or is not rounded to nearest
 FLUSHED_OR_INEXACT = r"\.ftz|\bdiv\.full|\bsqrt\.approx"
+RESIDUE_SIZES = {"kahan": 2, "split": 2, "master": 4}
+
+
+def rounded(job, mode):
+    """A job on 16-bit parameters of another rounding mode, which moves the residues too, but for stage1's writes."""
+    make, *arguments = job
+    kernel, _, loaded, stored = make(*arguments)
+    code, size = ROUNDINGS[mode], RESIDUE_SIZES.get(mode, 0)
+    constants = make(*arguments, code)[1]
+    return kernel, constants, loaded + size, stored + (0 if make is stage1 else size)
+
+
+# every mode, in every kernel that rounds or loads a parameter
+RARE |= {
+    "adam-bfloat16-stochastic": rounded((update, "Adam", BF16, 2, False), "stochastic"),
+    "adam-bfloat16-stochastic-full": rounded((update, "Adam", BF16, 2, True), "stochastic"),
+    "adam-bfloat16-kahan": rounded((update, "Adam", BF16, 2, False), "kahan"),
+    "adam-bfloat16-kahan-full": rounded((update, "Adam", BF16, 2, True), "kahan"),
+    "adam-bfloat16-split-full": rounded((update, "Adam", BF16, 2, True), "split"),
+    "adam-float16-master": rounded((update, "Adam", F16, 2, False), "master"),
+    "sgd-float16-kahan-full": rounded((update, "SGD", F16, 1, True), "kahan"),
+    "adamp-stage1-bfloat16-kahan-full": rounded((stage1, "AdamP", BF16, 2, True), "kahan"),
+    "adamp-stage2-bfloat16-kahan-full": rounded((stage2, "AdamP", BF16, 2, True), "kahan"),
+    "lamb-stage2-bfloat16-stochastic-full": rounded((stage2, "LAMB", BF16, 2, True), "stochastic"),
+    "rescale-bfloat16-stochastic-full": rounded((rescale, BF16, True), "stochastic"),
+    "rescale-bfloat16-kahan-full": rounded((rescale, BF16, True), "kahan"),
+}
 RELEASE = ".".join(triton.__version__.split(".")[:2])
 # bytes of stack and of spills of one thread, where not 0: another order of instructions needs up to 20 registers
 # more than the 128 that two programs on a multiprocessor leave each; the loops over blocks spill nothing
@@ -379,6 +406,23 @@ def test_repeated_steps_compile_nothing(driver):
         "update_kernel",
         "finish_kernel",
     ] * 20
+
+
+def test_seeds_and_steps_of_rounding_compile_nothing(driver):
+    """As many launches as without, whatever the mode."""
+    params = make_params(torch.bfloat16, [(5000,), (3,), (70,)])
+    groups = [
+        {"params": [p], "param_rounding": m}
+        for p, m in zip(params, ("kahan", "stochastic", "split"), strict=True)
+    ]
+    opt = fw.Adam(groups, backend="triton")
+    for step in range(4):
+        set_grads(params, step)
+        opt.param_groups[step % 2]["rounding_seed"] = 2**40 * step
+        opt.step()
+    assert compiled() == [0, 1, 1]
+    assert driver.loaded == 3
+    assert [name for name, _, _ in driver.launches] == ["decide_kernel", "update_kernel", "finish_kernel"] * 4
 
 
 def test_clipping_takes_three_launches_and_compiles_once(driver):
