@@ -203,11 +203,11 @@ def _registers(kinds: Kinds, accumulate: bool, spheres: bool) -> int:
 
     Without a bound ptxas spills some registers to save others.
     """
-    drawn = spheres and any(rounding in _DRAWING for *_, rounding in kinds)
     double = any(dtype == DTYPES[torch.float64] for dtype, *_ in kinds)
     most_states = max((n_states for _, _, n_states, _ in kinds), default=0)
-    streams = most_states + len(kinds) + 2 * drawn
-    if double or (accumulate and streams > 4):
+    streams = most_states + len(kinds)
+    drawn = spheres and any(rounding in _DRAWING for *_, rounding in kinds)
+    if double or (accumulate and streams + 2 * drawn > 4):
         return 255
     return 128 if accumulate or streams > 3 else 80
 

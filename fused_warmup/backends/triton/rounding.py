@@ -191,10 +191,15 @@ def number(stored, DTYPE: tl.constexpr):
 
 
 @triton.jit
+def rounds_to(value, stored, DTYPE: tl.constexpr):
+    """Return whether a value rounds to a parameter, to the bit."""
+    return narrow(value, DTYPE).to(tl.uint16, bitcast=True) == stored.to(tl.uint16, bitcast=True)
+
+
+@triton.jit
 def checked_value(value, stored, DTYPE: tl.constexpr):
     """Return a value, unless it rounds to something else than the parameter: that was written from outside."""
-    plain = number(stored, DTYPE)
-    return tl.where(number(narrow(value, DTYPE), DTYPE) == plain, value, plain)
+    return tl.where(rounds_to(value, stored, DTYPE), value, number(stored, DTYPE))
 
 
 @triton.jit
@@ -207,7 +212,7 @@ def compensation_of(value, stored, bits, DTYPE: tl.constexpr):
     plain = number(stored, DTYPE)
     lacking = tl.where(tl.abs(plain) < float("inf"), value - plain, 0.0)
     rounded = round_stochastically(lacking, bits, BFLOAT16)
-    fits = number(narrow(plain + number(rounded, BFLOAT16), DTYPE), DTYPE) == plain
+    fits = rounds_to(plain + number(rounded, BFLOAT16), stored, DTYPE)
     truncated = (lacking.to(tl.uint32, bitcast=True) >> 16).to(tl.uint16)
     return tl.where(fits, rounded, truncated)
 
