@@ -67,7 +67,7 @@ from optim.test_sphere import (
 from plan.test_capture import Training, assert_same_training, capture  # noqa: F401
 from torch.nn import Parameter
 from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
-from vector_cases import check_operations, check_preconditioner, combination
+from vector_cases import FusedVectors, PendingStep, check_operations, check_preconditioner, close, combination
 
 import fused_warmup as fw
 from fused_warmup.backends.triton import memory, reduce, rounding, rules, schedules
@@ -967,6 +967,20 @@ def test_preconditioner_is_that_of_the_reference(name):
         return case.make(groups, backend="triton", **options), TritonBackend()
 
     check_preconditioner(BY_NAME[name], make, params, schedule=SCHEDULES["warmup_linear"])
+
+
+def test_preconditioner_takes_the_value_with_its_residue():
+    """A gradient that the decay of the parameter as it is stored would cancel."""
+    param = Parameter(torch.ones(2100, dtype=torch.bfloat16))
+    options = {"weight_decay": 1.0, "backend": "triton", "param_rounding": "master"}
+    opt = fw.Adam([param], betas=(0.9, 0.5), **options)
+    param.grad = torch.full_like(param, -1.0)
+    opt.init_state()
+    opt.state[param]["master_param"].fill_(1.0 + 2.0**-9)
+    pending = PendingStep("test", opt)
+    vectors = FusedVectors(pending.params, pending.params, torch.float32, TritonBackend())
+    found = pending.preconditioner(vectors)
+    close(vectors, found.scale, [torch.full((2100,), (0.1 * (2.0**-9 + 1e-8)) ** -0.5)])
 
 
 @pytest.mark.parametrize("init", ["grad", "random"])

@@ -385,6 +385,18 @@ FAULTS: dict[tuple[str, str], list[tuple[str, ...]]] = {
         ("((step - start) % every == 0)", "(step % every == 0)", "interpreted.py -k weights_of"),
         ("1.0 / n.to", "1.0 / (n + 1).to", "interpreted.py -k weights_of"),
     ],
+    ("backends/triton/rounding.py", "interpreted.py -k random_bits"): [
+        ("| (STAGE << 31)", ""),
+        ("index * row.run_stride +", "index * row.run +"),
+        ("tl.join(tl.join(a, c), tl.join(b, d))", "tl.join(tl.join(a, b), tl.join(c, d))"),
+        ("return row.residue | (row.first_element | runs)", "return row.residue | row.first_element", "interpreted.py -k counter_does"),
+        ("tl.where(is_small, small, normal)", "normal", "interpreted.py -k 'stored_and_loaded and stochastic'"),
+        ("return tl.where(fits, rounded, truncated)", "return rounded", "interpreted.py -k 'stored_and_loaded and kahan'"),
+        ("kind = kind & (row.rounding == KINDS[k][3])", "kind = kind", "interpreted.py -k every_rounding"),
+    ],
+    ("backends/triton/sphere.py", "interpreted.py -k 'rounded_parameters and stochastic and sphere'"): [
+        ("ROUNDING, SPHERE_PASS, C", "ROUNDING, 0, C"),
+    ],
     ("backends/triton/decide.py", "interpreted.py -k scaled_gradients"): [
         ("part.l1 * decision.unscale", "part.l1"),
         ("decision.grad_norm * decision.clip_coef", "decision.grad_norm", "interpreted.py -k second_moments"),

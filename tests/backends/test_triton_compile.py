@@ -186,6 +186,7 @@ RELEASE = ".".join(triton.__version__.split(".")[:2])
 # more than the 128 that two programs on a multiprocessor leave each; the loops over blocks spill nothing
 SPILLED = {
     ("3.5", "adamp-stage1-float32-full", 80): (8, 8),
+    ("3.5", "adam-bfloat16-kahan", 90): (8, 4),
     ("3.5", "adam-bfloat16-full", 100): (8, 4),
     ("3.6", "adam-bfloat16-full", 100): (8, 4),
     ("3.6", "radam-bfloat16-full", 100): (8, 4),
@@ -197,6 +198,9 @@ SPILLED = {
     ("3.8", "radam-bfloat16-full", 90): (8, 8),
     ("3.8", "adam-sphere-float32-full", 90): (16, 16),
     ("3.8", "adam-sphere-bfloat16-full", 90): (32, 32),
+    ("3.8", "adam-bfloat16-stochastic-full", 90): (16, 16),
+    ("3.8", "adam-bfloat16-kahan-full", 90): (40, 44),
+    ("3.8", "adam-bfloat16-split-full", 90): (8, 8),
     ("3.8", "adam-float32-full", 100): (24, 24),
     ("3.8", "adam-bfloat16-full", 100): (48, 56),
     ("3.8", "amsgrad-float32-full", 100): (72, 80),
@@ -212,6 +216,9 @@ SPILLED = {
     ("3.9", "radam-bfloat16-full", 90): (16, 16),
     ("3.9", "adam-sphere-float32-full", 90): (40, 40),
     ("3.9", "adam-sphere-bfloat16-full", 90): (56, 56),
+    ("3.9", "adam-bfloat16-stochastic-full", 90): (32, 40),
+    ("3.9", "adam-bfloat16-kahan-full", 90): (56, 72),
+    ("3.9", "adam-bfloat16-split-full", 90): (24, 20),
     ("3.9", "adamp-stage1-bfloat16-full", 100): (8, 8),
     ("3.9", "adam-float32-full", 100): (24, 24),
     ("3.9", "adam-bfloat16-full", 100): (32, 32),
