@@ -67,13 +67,24 @@ from optim.test_sphere import (
 from plan.test_capture import Training, assert_same_training, capture  # noqa: F401
 from torch.nn import Parameter
 from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
-from vector_cases import check_operations, check_preconditioner, check_residues, combination
+from vector_cases import (
+    FusedVectors,
+    PendingStep,
+    check_operations,
+    check_preconditioner,
+    check_residues,
+    close,
+    combination,
+)
 
 import fused_warmup as fw
-from fused_warmup.backends.triton import memory, reduce, rules, schedules
+from fused_warmup.backends.triton import memory, reduce, rounding, rules, schedules
 from fused_warmup.backends.triton.launch import LANES, TritonBackend
+from fused_warmup.distributed import spread
+from fused_warmup.plan import plan
 from fused_warmup.plan.hyper import AverageSettings, Hyper, pack_rows, pack_schedules
-from fused_warmup.plan.structs import AVERAGE_KINDS, DTYPES, STRUCTS
+from fused_warmup.plan.structs import AVERAGE_KINDS, DTYPES, ROUNDINGS, STRUCTS
+from fused_warmup.reference import rounding as reference_rounding
 from fused_warmup.reference import rules as truth
 from fused_warmup.reference import schedules as truth_schedules
 
@@ -692,6 +703,254 @@ def test_rounding(dtype):
     assert torch.equal(back.nan_to_num(0.0), expected.float().nan_to_num(0.0))
 
 
+@triton.jit
+def draw_kernel(out, seed, number, row_number, t, STAGE: tl.constexpr):
+    row = memory.Row(seed=tl.load(seed), number=row_number)
+    words = rounding.draw(row, tl.load(t), tl.load(number), STAGE)
+    for k in tl.static_range(4):
+        tl.store(out + k, words[k])
+
+
+def test_philox_gives_its_known_answer():
+    """Seven rounds of a counter and a key of zeros."""
+    zero, out = torch.zeros(1, dtype=torch.int64), torch.zeros(4, dtype=torch.int32)
+    draw_kernel[(1,)](out, zero, zero, 0, zero, STAGE=0)
+    assert [hex(x & 0xFFFFFFFF) for x in out.tolist()] == [
+        "0x5f6fb709",
+        "0xd893f64",
+        "0x4f121f81",
+        "0x4f730a48",
+    ]
+
+
+@triton.jit
+def bits_kernel(rows, t, place, out, STAGE: tl.constexpr, ALIGNED: tl.constexpr, N: tl.constexpr):
+    i = tl.arange(0, N)
+    key = (rows.to(tl.int64), 0, tl.load(t))
+    bits = rounding.bits_of_block(key, tl.load(place), i, STAGE, ALIGNED)
+    tl.store(out + i, bits.to(tl.int32))
+
+
+# first element, elements of a run and from one run to the next in the whole tensor, of a row of 2100
+PLACES = [(0, 2100, 2100), (40, 2100, 2100), (24, 16, 64), (2**40 + 8, 8, 2**33), (3, 2100, 2100), (5, 7, 11)]
+
+
+@pytest.mark.parametrize("place", PLACES)
+@pytest.mark.parametrize("stage", [reference_rounding.UPDATE_PASS, reference_rounding.SPHERE_PASS])
+def test_random_bits(place, stage):
+    """Of seeds and counts of more than 32 bits, at a place in the row that is not its first."""
+    rows = np.zeros(1, STRUCTS["Row"])
+    rows[["numel", "seed", "number"]] = (2100, 2**64 - 12345678901, 3)
+    rows[["first_element", "run", "run_stride"]] = place
+    first, run, stride = place
+    i = np.arange(1024, 1024 + 64)
+    numbers = first + i // run * stride + i % run
+    expected = reference_rounding.random_bits(numbers, 2**64 - 12345678901, 3, 2**32 + 5, stage)
+    aligned = all(n % 8 == 0 for n in (place if run != 2100 else place[:1]))
+    for whole in (False, True) if aligned else (False,):
+        out = torch.zeros(64, dtype=torch.int32)
+        column, t, begin = torch.from_numpy(rows.view(np.uint8)), torch.tensor(2**32 + 5), torch.tensor(1024)
+        bits_kernel[(1,)](column, t, begin, out, STAGE=stage, ALIGNED=whole, N=64)
+        assert out.tolist() == expected.tolist()
+
+
+@triton.jit
+def alignment_kernel(rows, out, KINDS: tl.constexpr):
+    row = memory.load_struct(rows.to(tl.int64), 0, "Row")
+    tl.store(out, rounding.vector_alignment(row, KINDS) % memory.VECTOR)
+
+
+@pytest.mark.parametrize("place", [*PLACES, (4, 16, 64), (8, 16, 60), (8, 12, 64)])
+def test_whole_blocks_begin_where_a_counter_does(place):
+    """And where the residue is aligned."""
+    rows, out = np.zeros(1, STRUCTS["Row"]), torch.zeros(1, dtype=torch.int64)
+    rows[["numel", "residue"]] = (2100, 4096)
+    rows[["first_element", "run", "run_stride"]] = place
+    column = torch.from_numpy(rows.view(np.uint8))
+    alignment_kernel[(1,)](column, out, KINDS=((2, 2, 2, 1),))
+    aligned = all(n % 8 == 0 for n in (place if place[1] != 2100 else place[:1]))
+    assert (out.item() == 0) == aligned
+    rows["residue"] = 4098
+    alignment_kernel[(1,)](column, out, KINDS=((2, 2, 2, 2),))
+    assert out.item() != 0
+
+
+@triton.jit
+def modes_kernel(
+    x, bits, param, residue, stored, kept, held, loaded,
+    DTYPE: tl.constexpr, ROUNDING: tl.constexpr, N: tl.constexpr,
+):  # fmt: skip
+    """Store values, and load parameters with residues that need not belong to them."""
+    i = tl.arange(0, N)
+    own, rest, value = rounding.round_value(
+        tl.load(x + i), tl.load(bits + i).to(tl.uint32), DTYPE, ROUNDING, tl.float32
+    )
+    memory.store_block(stored.to(tl.int64), i, None, own, DTYPE, True)
+    tl.store(held + i, value)
+    plain = memory.load_stored(param.to(tl.int64), i, None, memory.storage(DTYPE), True)
+    if rounding.has_residue(ROUNDING):
+        TYPE: tl.constexpr = rounding.residue_type(ROUNDING)
+        memory.store_stored(kept.to(tl.int64), i, None, rest, TYPE, True)
+        residue = memory.load_stored(residue.to(tl.int64), i, None, TYPE, True)
+        tl.store(loaded + i, rounding.value_with(plain, residue, DTYPE, ROUNDING))
+
+
+ROUNDED = [
+    (mode, dtype)
+    for dtype in reference_rounding.SIXTEEN_BITS
+    for mode in reference_rounding.MODES
+    if (mode, dtype) != ("split", torch.float16)
+]
+
+
+def float32_numbers(dtype):
+    """Return every number of a 16-bit dtype, those beside it and half-way to the next, overflow, tiny numbers."""
+    every = torch.arange(2**16, dtype=torch.int32).to(torch.int16).view(dtype).float()
+    half = {torch.bfloat16: 1 << 15, torch.float16: 1 << 12}[dtype]
+    between = [(every.view(torch.int32) + d).view(torch.float32) for d in (1, half - 1, half, half + 1)]
+    generator = torch.Generator().manual_seed(3)
+    scaled = [
+        torch.randn(2**14, generator=generator) * s for s in (1e-40, 1e-7, 1e-5, 1e5, 1e38, 1.0, 1.0, 1.0)
+    ]
+    x = torch.cat([every, *between, *scaled])
+    return torch.cat([x, x.new_zeros((1 << (len(x) - 1).bit_length()) - len(x))])
+
+
+def assert_same_numbers(name, actual, expected):
+    """Equal, where NaN is equal to NaN and the sign of zero does not matter."""
+    same = (actual == expected) | (actual.isnan() & expected.isnan())
+    assert same.all(), (name, int((~same).sum()), actual[~same][:5], expected[~same][:5])
+
+
+@pytest.mark.parametrize(("mode", "dtype"), ROUNDED, ids=str)
+def test_values_are_stored_and_loaded_as_by_the_reference(mode, dtype, monkeypatch):
+    x = float32_numbers(dtype)
+    n, generator = len(x), torch.Generator().manual_seed(5)
+    bits = torch.randint(0, 2**16, (n,), generator=generator, dtype=torch.int32)
+    monkeypatch.setattr(reference_rounding.Rounding, "bits", lambda self, like: bits)
+    param, residue = reference_rounding.store(x, dtype, reference_rounding.Rounding(mode))
+    # Every other parameter was written from outside. Only here a 0 of the other sign is one of those.
+    other = torch.roll(param, 77)
+    written = torch.where((torch.arange(n) % 2 == 0) | (other == 0), param, other)
+    kind = reference_rounding.RESIDUES.get(mode, ("", torch.float32))[1]
+    kept = torch.zeros(n, dtype=kind)
+    given = kept if residue is None else residue
+    stored, held, loaded = torch.zeros(n, dtype=dtype), torch.zeros(n), torch.zeros(n)
+    columns = [t.view(torch.uint8) for t in (written, given, stored, kept)]
+    modes_kernel[(1,)](
+        x, bits, columns[0], columns[1], columns[2], columns[3], held, loaded,
+        DTYPE=DTYPES[dtype], ROUNDING=ROUNDINGS[mode], N=n,
+    )  # fmt: skip
+    assert_same_numbers("param", stored, param)
+    assert_same_numbers("held", held, reference_rounding.load(mode, param, residue))
+    if residue is not None:
+        assert_same_numbers("residue", kept, residue)
+        assert_same_numbers("value", loaded, reference_rounding.load(mode, written, residue))
+
+
+OPTIONS = {
+    "plain": {},
+    "average": {"average": fw.EMA(0.9)},
+    "sphere": {"average": fw.EMA(0.9), "projection": "sphere", "weight_decay": 0.0},
+}
+ROUNDED_RULES = {
+    "adam": (fw.Adam, {}),
+    "sgd": (fw.SGD, {"momentum": 0.9}),
+    "lamb": (fw.LAMB, {}),
+    "adamp": (fw.AdamP, {}),
+}
+
+
+def assert_nearly_all(name, actual, expected, rare, share):
+    """Within a few units of float32, but for a share of the elements, which are within ``rare`` of themselves."""
+    unit = EPS[torch.float32]
+    assert_close(name, actual, expected, 4 * unit, rare)
+    actual, expected = actual.detach().double(), expected.detach().double()
+    differ = (actual - expected).abs() > 4 * unit * (1.0 + expected.abs())
+    assert int(differ.sum()) <= max(1, share * differ.numel()), (name, int(differ.sum()), differ.numel())
+
+
+def check_rounded_steps(cls, mode, dtype, shapes, steps, **options):
+    """Each step starts from the same state.
+
+    Where values differ in their last digit, one in thousands is rounded to another float16 parameter, and one in
+    16 to another compensation of a float16 parameter.
+    """
+    options = {"lr": 1e-2, "param_rounding": mode, "rounding_seed": 2**63 + 11, **options}
+    ours, theirs = make_params(dtype, shapes), make_params(dtype, shapes)
+    opt, ref = (cls(p, backend=b, **options) for p, b in ((ours, "triton"), (theirs, "reference")))
+    unit = EPS[torch.float32]
+    residue_name = reference_rounding.RESIDUES.get(mode, (None,))[0]
+    # of a value that is rounded: a unit of the parameter, or of the compensation, which is a 256th of that
+    digit = {"stochastic": EPS[dtype], "kahan": 2.0**-8 * EPS[dtype]}.get(mode, 4 * unit)
+    for step in range(steps):
+        for a, b in zip(ours, theirs, strict=True):
+            b.data.copy_(a)
+            for name, value in states_of(opt, a).items():
+                ref.state[b][name].copy_(value)
+        for params, own in ((ours, opt), (theirs, ref)):
+            set_grads(params, step)
+            own.step()
+        for i, (a, b) in enumerate(zip(ours, theirs, strict=True)):
+            assert_nearly_all(f"param {i} at {step}", a, b, 1.01 * EPS[dtype], 1 / 500)
+            states, expected = states_of(opt, a), states_of(ref, b)
+            assert states.keys() == expected.keys()
+            for name in states.keys() - {residue_name, "average"}:
+                assert_close(f"{name} {i} at {step}", states[name], expected[name], 4 * unit, 4 * unit)
+            if "average" in states:
+                averages = (own["average"] for own in (states, expected))
+                assert_nearly_all(f"average {i} at {step}", *averages, digit, 1 / 10)
+            if residue_name is not None:
+                pairs = ((a, states), (b, expected))
+                values = (reference_rounding.load(mode, p.detach(), own[residue_name]) for p, own in pairs)
+                assert_nearly_all(f"value {i} at {step}", *values, digit, 1 / 10)
+
+
+@pytest.mark.pairwise
+@pytest.mark.parametrize("option", OPTIONS)
+@pytest.mark.parametrize("rule", ROUNDED_RULES)
+@pytest.mark.parametrize(("mode", "dtype"), [row for row in ROUNDED if row[0] != "nearest"], ids=str)
+def test_rounded_parameters(mode, dtype, rule, option):
+    """Whole blocks, odd ends and tensors smaller than a block."""
+    cls, own = ROUNDED_RULES[rule]
+    check_rounded_steps(cls, mode, dtype, [(2100,), (3, 24)], 2, **{**own, **OPTIONS[option]})
+
+
+@pytest.mark.parametrize(
+    ("place", "rule", "mode"),
+    [(place, "adam", "kahan") for place in PLACES[1:]]
+    + [(place, "adamp", "stochastic") for place in (PLACES[2], PLACES[5])],
+    ids=str,
+)
+def test_parts_of_tensors_draw_the_bits_of_the_whole(place, rule, mode, monkeypatch):
+    """As the rows of a DTensor lie in the whole one."""
+    for module in (plan, spread):
+        monkeypatch.setattr(module, "place_of", lambda param: place)
+    check_rounded_steps(ROUNDED_RULES[rule][0], mode, torch.bfloat16, [(2100,)], 1)
+
+
+def test_rows_of_every_rounding_mode_in_one_table():
+    """And of every dtype, of which only those of 16 bits are rounded in another way."""
+    groups = []
+    for backend in ("triton", "reference"):
+        params = [p for dtype in EPS for p in make_params(dtype, [(33,)] * 4)]
+        modes = ("stochastic", "kahan", "master", "nearest")
+        own = [{"params": params[k::4], "param_rounding": mode} for k, mode in enumerate(modes)]
+        own.append({"params": make_params(torch.bfloat16, [(33,)]), "param_rounding": "split"})
+        params += own[-1]["params"]
+        opt = fw.SGD(own, lr=1e-2, momentum=0.9, backend=backend)
+        for step in range(2):
+            set_grads(params, step)
+            opt.step()
+        groups.append([(p, states_of(opt, p)) for p in params])
+    for (a, ours), (b, theirs) in zip(*groups, strict=True):
+        unit = EPS[torch.float32]
+        assert_close("param", a, b, unit, unit)
+        assert ours.keys() == theirs.keys()
+        for name in {"kahan_comp", "remainder", "master_param"} & ours.keys():
+            assert_close(name, ours[name], theirs[name], unit, unit)
+
+
 @pytest.mark.parametrize("scaled", [True, False])
 @pytest.mark.parametrize("dtypes", [[d] for d in EPS] + [list(EPS)], ids=str)
 def test_vector_operations(dtypes, scaled):
@@ -721,6 +980,20 @@ def test_preconditioner_is_that_of_the_reference(name):
         return case.make(groups, backend="triton", **options), TritonBackend()
 
     check_preconditioner(BY_NAME[name], make, params, schedule=SCHEDULES["warmup_linear"])
+
+
+def test_preconditioner_takes_the_value_with_its_residue():
+    """A gradient that the decay of the parameter as it is stored would cancel."""
+    param = Parameter(torch.ones(2100, dtype=torch.bfloat16))
+    options = {"weight_decay": 1.0, "backend": "triton", "param_rounding": "master"}
+    opt = fw.Adam([param], betas=(0.9, 0.5), **options)
+    param.grad = torch.full_like(param, -1.0)
+    opt.init_state()
+    opt.state[param]["master_param"].fill_(1.0 + 2.0**-9)
+    pending = PendingStep("test", opt)
+    vectors = FusedVectors(pending.params, pending.params, torch.float32, TritonBackend())
+    found = pending.preconditioner(vectors)
+    close(vectors, found.scale, [torch.full((2100,), (0.1 * (2.0**-9 + 1e-8)) ** -0.5)])
 
 
 @pytest.mark.parametrize("init", ["grad", "random"])

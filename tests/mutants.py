@@ -452,6 +452,19 @@ FAULTS: dict[tuple[str, str], list[tuple[str, ...]]] = {
         ("((step - start) % every == 0)", "(step % every == 0)", "interpreted.py -k weights_of"),
         ("1.0 / n.to", "1.0 / (n + 1).to", "interpreted.py -k weights_of"),
     ],
+    ("backends/triton/rounding.py", "interpreted.py -k random_bits"): [
+        ("| (STAGE << 31)", ""),
+        ("index * row.run_stride +", "index * row.run +"),
+        ("tl.join(tl.join(a, c), tl.join(b, d))", "tl.join(tl.join(a, b), tl.join(c, d))"),
+        ("return row.residue | (row.first_element | runs)", "return row.residue | row.first_element", "interpreted.py -k counter_does"),
+        ("tl.where(number(narrow(value, DTYPE), DTYPE) == plain, value, plain)", "value", "interpreted.py -k vectors_begin"),
+        ("tl.where(is_small, small, normal)", "normal", "interpreted.py -k 'stored_and_loaded and stochastic'"),
+        ("return tl.where(fits, rounded, truncated)", "return rounded", "interpreted.py -k 'stored_and_loaded and kahan'"),
+        ("kind = kind & (row.rounding == KINDS[k][3])", "kind = kind", "interpreted.py -k every_rounding"),
+    ],
+    ("backends/triton/sphere.py", "interpreted.py -k 'rounded_parameters and stochastic and sphere'"): [
+        ("ROUNDING, SPHERE_PASS, C", "ROUNDING, 0, C"),
+    ],
     ("backends/triton/decide.py", "interpreted.py -k scaled_gradients"): [
         ("part.l1 * decision.unscale", "part.l1"),
         ("decision.grad_norm * decision.clip_coef", "decision.grad_norm", "interpreted.py -k second_moments"),
@@ -475,8 +488,6 @@ FAULTS: dict[tuple[str, str], list[tuple[str, ...]]] = {
     ],
     ("backends/triton/vectors.py", "interpreted.py -k vectors_begin"): [
         ("moved(start, size", "moved(value, size"),
-        ("checked_value(value + compensation, value, DTYPE)", "value + compensation"),
-        ("checked_value(master, value, DTYPE)", "master"),
     ],
     ("backends/triton/step.py", "interpreted.py -k norms_of_every"): [
         ("part = within_range(part,", "within_range(part,"),

@@ -12,7 +12,7 @@ from cases import make_params, set_grads
 
 import fused_warmup as fw
 from fused_warmup import backends
-from fused_warmup.plan.structs import DTYPES
+from fused_warmup.plan.structs import DTYPES, ROUNDINGS
 
 if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("nothing is compiled where TRITON_INTERPRET is 1", allow_module_level=True)
@@ -74,9 +74,9 @@ def wide_bytes(ptx, operation):
     return sum(sizes)
 
 
-def update(rule, dtype, n_states, full):
+def update(rule, dtype, n_states, full, rounding=0):
     """A plain update, or one that sums the norms and updates an average."""
-    kinds = ((dtype, dtype, n_states),)
+    kinds = ((dtype, dtype, n_states, rounding),)
     constants = launch.update_constants(rule, kinds, accumulate=full, average=full, tiled=not full)
     state = SIZES[F64 if dtype == F64 else F32]
     own = n_states + full
@@ -89,27 +89,27 @@ def on_sphere(job):
     return kernel, {**constants, "SPHERES": True, "maxnreg": max(constants["maxnreg"], 128)}, loaded, stored
 
 
-def rescale(dtype, full):
+def rescale(dtype, full, rounding=0):
     """The rescaling of a parameter to its sphere, with or without an average."""
-    constants = launch.rescale_constants(((dtype, dtype, 2),), average=full)
+    constants = launch.rescale_constants(((dtype, dtype, 2, rounding),), average=full)
     own = SIZES[dtype] + full * SIZES[F64 if dtype == F64 else F32]
     return rescale_kernel, constants, own, own
 
 
 def measure(dtype):
-    return measure_kernel, launch.measure_constants(((dtype, dtype, 2),)), SIZES[dtype], 0
+    return measure_kernel, launch.measure_constants(((dtype, dtype, 2, 0),)), SIZES[dtype], 0
 
 
-def stage1(rule, dtype, n_states, full):
+def stage1(rule, dtype, n_states, full, rounding=0):
     """Stage1, with or without norms."""
-    constants = launch.stage1_constants(rule, ((dtype, dtype, n_states),), accumulate=full)
+    constants = launch.stage1_constants(rule, ((dtype, dtype, n_states, rounding),), accumulate=full)
     state = n_states * SIZES[F64 if dtype == F64 else F32]
     return layerwise.stage1_kernel, constants, 2 * SIZES[dtype] + state, state
 
 
-def stage2(rule, dtype, n_states, full):
+def stage2(rule, dtype, n_states, full, rounding=0):
     """Stage2; every rule but LAMB may read the gradient again."""
-    constants = launch.stage2_constants(rule, ((dtype, dtype, n_states),), average=full)
+    constants = launch.stage2_constants(rule, ((dtype, dtype, n_states, rounding),), average=full)
     state = SIZES[F64 if dtype == F64 else F32]
     again = 0 if rule == "LAMB" else SIZES[dtype]
     own = SIZES[dtype] + full * state
@@ -154,11 +154,39 @@ RARE = {
 }
 # what replaces subnormal numbers by 0 or is not rounded to nearest
 FLUSHED_OR_INEXACT = r"\.ftz|\bdiv\.full|\bsqrt\.approx"
+RESIDUE_SIZES = {"kahan": 2, "split": 2, "master": 4}
+
+
+def rounded(job, mode):
+    """A job on 16-bit parameters of another rounding mode, which moves the residues too, but for stage1's writes."""
+    make, *arguments = job
+    kernel, _, loaded, stored = make(*arguments)
+    code, size = ROUNDINGS[mode], RESIDUE_SIZES.get(mode, 0)
+    constants = make(*arguments, code)[1]
+    return kernel, constants, loaded + size, stored + (0 if make is stage1 else size)
+
+
+# every mode, in every kernel that rounds or loads a parameter
+RARE |= {
+    "adam-bfloat16-stochastic": rounded((update, "Adam", BF16, 2, False), "stochastic"),
+    "adam-bfloat16-stochastic-full": rounded((update, "Adam", BF16, 2, True), "stochastic"),
+    "adam-bfloat16-kahan": rounded((update, "Adam", BF16, 2, False), "kahan"),
+    "adam-bfloat16-kahan-full": rounded((update, "Adam", BF16, 2, True), "kahan"),
+    "adam-bfloat16-split-full": rounded((update, "Adam", BF16, 2, True), "split"),
+    "adam-float16-master": rounded((update, "Adam", F16, 2, False), "master"),
+    "sgd-float16-kahan-full": rounded((update, "SGD", F16, 1, True), "kahan"),
+    "adamp-stage1-bfloat16-kahan-full": rounded((stage1, "AdamP", BF16, 2, True), "kahan"),
+    "adamp-stage2-bfloat16-kahan-full": rounded((stage2, "AdamP", BF16, 2, True), "kahan"),
+    "lamb-stage2-bfloat16-stochastic-full": rounded((stage2, "LAMB", BF16, 2, True), "stochastic"),
+    "rescale-bfloat16-stochastic-full": rounded((rescale, BF16, True), "stochastic"),
+    "rescale-bfloat16-kahan-full": rounded((rescale, BF16, True), "kahan"),
+}
 RELEASE = ".".join(triton.__version__.split(".")[:2])
 # bytes of stack and of spills of one thread, where not 0: another order of instructions needs up to 20 registers
 # more than the 128 that two programs on a multiprocessor leave each; the loops over blocks spill nothing
 SPILLED = {
     ("3.5", "adamp-stage1-float32-full", 80): (8, 8),
+    ("3.5", "adam-bfloat16-kahan", 90): (8, 4),
     ("3.5", "adam-bfloat16-full", 100): (8, 4),
     ("3.6", "adam-bfloat16-full", 100): (8, 4),
     ("3.6", "radam-bfloat16-full", 100): (8, 4),
@@ -170,6 +198,9 @@ SPILLED = {
     ("3.8", "radam-bfloat16-full", 90): (8, 8),
     ("3.8", "adam-sphere-float32-full", 90): (16, 16),
     ("3.8", "adam-sphere-bfloat16-full", 90): (32, 32),
+    ("3.8", "adam-bfloat16-stochastic-full", 90): (16, 16),
+    ("3.8", "adam-bfloat16-kahan-full", 90): (40, 44),
+    ("3.8", "adam-bfloat16-split-full", 90): (8, 8),
     ("3.8", "adam-float32-full", 100): (24, 24),
     ("3.8", "adam-bfloat16-full", 100): (48, 56),
     ("3.8", "amsgrad-float32-full", 100): (72, 80),
@@ -185,6 +216,9 @@ SPILLED = {
     ("3.9", "radam-bfloat16-full", 90): (16, 16),
     ("3.9", "adam-sphere-float32-full", 90): (40, 40),
     ("3.9", "adam-sphere-bfloat16-full", 90): (56, 56),
+    ("3.9", "adam-bfloat16-stochastic-full", 90): (32, 40),
+    ("3.9", "adam-bfloat16-kahan-full", 90): (56, 72),
+    ("3.9", "adam-bfloat16-split-full", 90): (24, 20),
     ("3.9", "adamp-stage1-bfloat16-full", 100): (8, 8),
     ("3.9", "adam-float32-full", 100): (24, 24),
     ("3.9", "adam-bfloat16-full", 100): (32, 32),
@@ -250,7 +284,7 @@ SPREAD = {
     ),
     "stage1": (
         layerwise.stage1_kernel,
-        launch.stage1_constants("AdamP", ((F32, F32, 2),), accumulate=True, spread=True),
+        launch.stage1_constants("AdamP", ((F32, F32, 2, 0),), accumulate=True, spread=True),
     ),
 }
 
@@ -285,7 +319,7 @@ def test_products_and_sums_round_as_they_are_written(rule, n_states, written):
 
 
 def test_several_kinds_in_one_kernel():
-    kinds = ((F32, F32, 2), (BF16, F32, 2), (BF16, BF16, 2))
+    kinds = ((F32, F32, 2, 0), (BF16, F32, 2, 0), (BF16, BF16, 2, 0))
     constants = launch.update_constants("Adam", kinds, accumulate=True, average=True)
     _, numbers = compile_kernel(update_kernel, constants, 90)
     assert (numbers["stack"], numbers["spills"]) == (0, 0)
@@ -379,6 +413,23 @@ def test_repeated_steps_compile_nothing(driver):
         "update_kernel",
         "finish_kernel",
     ] * 20
+
+
+def test_seeds_and_steps_of_rounding_compile_nothing(driver):
+    """As many launches as without, whatever the mode."""
+    params = make_params(torch.bfloat16, [(5000,), (3,), (70,)])
+    groups = [
+        {"params": [p], "param_rounding": m}
+        for p, m in zip(params, ("kahan", "stochastic", "split"), strict=True)
+    ]
+    opt = fw.Adam(groups, backend="triton")
+    for step in range(4):
+        set_grads(params, step)
+        opt.param_groups[step % 2]["rounding_seed"] = 2**40 * step
+        opt.step()
+    assert compiled() == [0, 1, 1]
+    assert driver.loaded == 3
+    assert [name for name, _, _ in driver.launches] == ["decide_kernel", "update_kernel", "finish_kernel"] * 4
 
 
 def test_clipping_takes_three_launches_and_compiles_once(driver):
@@ -481,7 +532,7 @@ def test_later_steps_launch_the_compiled_kernels(driver, monkeypatch):
 
 CHANGES = {
     "rule": "RAdam",
-    "kinds": ((BF16, BF16, 2),),
+    "kinds": ((BF16, BF16, 2, 0),),
     "n_chunks": 2,
     "n_tiles": 2,
     "rows": [None] * 300,
@@ -500,7 +551,7 @@ def test_kept_launches_follow_the_plan(monkeypatch, name):
     properties = {
         "step_column": lambda: column,
         "device": column.device,
-        **{"rule": "Adam", "kinds": ((F32, F32, 2),), "n_chunks": 1, "n_tiles": 1, "rows": [None]},
+        **{"rule": "Adam", "kinds": ((F32, F32, 2, 0),), "n_chunks": 1, "n_tiles": 1, "rows": [None]},
         **{"record": {"ring_buffer": None}, "average": (None,), "groups": SimpleNamespace(has_spheres=False)},
         "reduction": None,
     }
@@ -532,7 +583,7 @@ def test_vector_operations_move_16_bytes_at_a_time_and_spill_nothing(dtype, oper
 
 @pytest.mark.parametrize(("rule", "n_states"), [("Adam", 2), ("Adam", 3), ("RAdam", 2), ("SGD", 1)])
 def test_the_preconditioner_moves_16_bytes_at_a_time_and_spills_nothing(rule, n_states):
-    constants = launch.preconditioner_constants(rule, ((F32, F32, n_states),), False)
+    constants = launch.preconditioner_constants(rule, ((F32, F32, n_states, 0),), False)
     ptx, numbers = compile_kernel(preconditioner.preconditioner_kernel, constants, 90)
     assert numbers["spills"] == 0, numbers
     assert wide_bytes(ptx, "ld") >= 16 * (2 + n_states if rule != "SGD" else 0)

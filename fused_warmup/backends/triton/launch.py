@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ...plan.address_cache import address_of
 from ...plan.plan import Plan
-from ...plan.structs import DTYPES, FINISH_STAGE, LAYER_STAGE, MEASURE_STAGE, UPDATE_STAGE
+from ...plan.structs import DTYPES, FINISH_STAGE, LAYER_STAGE, MEASURE_STAGE, ROUNDINGS, UPDATE_STAGE
 from ...plan.vector_tables import OPERATIONS, PreconditionerTable, VectorTable
 from ...reference import rules as reference
 from .decide import decide_kernel
@@ -44,14 +44,16 @@ _TILES = {"PIECES": 16, "COLUMNS": BLOCK // 16, "ODD_COLUMNS": TAIL // 16}
 # the sources fix the rounding: the compiler must not fuse other multiplications and additions
 _OPTIONS = {"num_warps": NUM_WARPS, "enable_fp_fusion": False}
 
-Kinds = tuple[tuple[int, int, int], ...]
+Kinds = tuple[tuple[int, ...], ...]
+# codes of the rounding modes that draw random bits
+_DRAWING = (ROUNDINGS["stochastic"], ROUNDINGS["kahan"])
 # a launch and its stage
 _Bound = tuple[int, Callable[[], Any]]
 
 
 def measure_constants(kinds: Kinds) -> dict[str, Any]:
     """Return constants and options of ``measure_kernel`` for ``Plan.kinds``."""
-    dtypes = tuple(sorted({grad_dtype for _, grad_dtype, _ in kinds}))
+    dtypes = tuple(sorted({grad_dtype for _, grad_dtype, *_ in kinds}))
     registers = 64 if len(dtypes) == 1 and DTYPES[torch.float64] not in dtypes else 128
     return {"GRAD_DTYPES": dtypes, "BLOCK": BLOCK, "TAIL": TAIL, "maxnreg": registers, **_OPTIONS}
 
@@ -97,7 +99,7 @@ def update_constants(
         "BLOCK": BLOCK,
         "TAIL": TAIL,
         "LANES": LANES,
-        "maxnreg": _registers(kinds, accumulate or spheres),
+        "maxnreg": _registers(kinds, accumulate or spheres, spheres),
         **_OPTIONS,
     }
 
@@ -186,9 +188,9 @@ def stage2_constants(rule: str, kinds: Kinds, *, average: bool, spheres: bool = 
 
 def rescale_constants(kinds: Kinds, *, average: bool) -> dict[str, Any]:
     """Return constants and options of ``rescale_kernel``, see ``update_constants``."""
-    dtypes = tuple(sorted({dtype for dtype, _, _ in kinds}))
-    constants = {"PARAM_DTYPES": dtypes, "AVERAGE": average, "BLOCK": BLOCK, "TAIL": TAIL}
-    return {**constants, "maxnreg": 128 if DTYPES[torch.float64] in dtypes else 80, **_OPTIONS}
+    own = tuple(sorted({(dtype, rounding) for dtype, _, _, rounding in kinds}))
+    constants = {"PARAM_KINDS": own, "AVERAGE": average, "BLOCK": BLOCK, "TAIL": TAIL}
+    return {**constants, "maxnreg": 128 if DTYPES[torch.float64] in dict(own) else 80, **_OPTIONS}
 
 
 def _layer_registers(kinds: Kinds) -> int:
@@ -196,15 +198,16 @@ def _layer_registers(kinds: Kinds) -> int:
     return 128 if len(kinds) == 1 and kinds[0][0] != DTYPES[torch.float64] else 255
 
 
-def _registers(kinds: Kinds, accumulate: bool) -> int:
+def _registers(kinds: Kinds, accumulate: bool, spheres: bool) -> int:
     """Return the most registers of a thread: as few as it needs without spills, so that more programs fit.
 
     Without a bound ptxas spills some registers to save others.
     """
-    double = any(dtype == DTYPES[torch.float64] for dtype, _, _ in kinds)
-    most_states = max((n_states for _, _, n_states in kinds), default=0)
+    double = any(dtype == DTYPES[torch.float64] for dtype, *_ in kinds)
+    most_states = max((n_states for _, _, n_states, _ in kinds), default=0)
     streams = most_states + len(kinds)
-    if double or (accumulate and streams > 4):
+    drawn = spheres and any(rounding in _DRAWING for *_, rounding in kinds)
+    if double or (accumulate and streams + 2 * drawn > 4):
         return 255
     return 128 if accumulate or streams > 3 else 80
 

@@ -21,12 +21,10 @@ from .memory import (
     item_size,
     load_struct,
     load_tile,
-    narrow,
     scalars_of,
     state_dtype,
     store_struct,
     store_tile,
-    widen,
 )
 from .reduce import (
     PIECE,
@@ -46,6 +44,7 @@ from .reduce import (
     zero_products,
     zero_sums,
 )
+from .rounding import UPDATE_PASS, are_rounded, is_of_kind, load_param, store_param, vector_alignment
 from .rules import CHANNEL_VIEW, NO_VIEW, average_update, coef_in_view, projection_view
 from .sphere import finish_spheres, is_on_sphere, store_sum_sq
 from .totals import combine_slots, fold_norms, number_at, sums_of_layer
@@ -67,6 +66,7 @@ def stage1_tiles(
     DTYPE: tl.constexpr,
     GRAD_DTYPE: tl.constexpr,
     N_STATES: tl.constexpr,
+    ROUNDING: tl.constexpr,
     ACCUMULATE: tl.constexpr,
     PIECES: tl.constexpr,
     COLUMNS: tl.constexpr,
@@ -91,10 +91,9 @@ def stage1_tiles(
         sums = zero_products(PIECES, COLUMNS, N_SUMS, ALIGNED)
         for column in range(skipped, tl.minimum(part - begun * PIECE, PIECE), COLUMNS):
             places, mask = tile_places(i, column, part, count, COLUMNS, ALIGNED)
-            here = row.param + chunk.offset * item_size(DTYPE)
-            param = load_tile(here, places, mask, DTYPE, C, ALIGNED)
-            here = grad + chunk.offset * item_size(GRAD_DTYPE)
-            g = load_tile(here, places, mask, GRAD_DTYPE, C, ALIGNED)
+            param = load_param(row, chunk.offset, places, mask, DTYPE, ROUNDING, C, ALIGNED)
+            at = grad + chunk.offset * item_size(GRAD_DTYPE)
+            g = load_tile(at, places, mask, GRAD_DTYPE, C, ALIGNED)
             state = ()
             for j in tl.static_range(N_STATES):
                 at = states[j] + chunk.offset * item_size(STATE_DTYPE)
@@ -214,15 +213,15 @@ def stage1_chunk(
     grad = tl.load(grad_of(step, chunk.row))
     s = load_struct(step.scalars, chunk.row, "Scalars")
     part = channel_part(row, chunk)
-    whole = vector_part(row.param | grad | row.state0 | row.state1, chunk, part)
+    addresses = row.param | grad | row.state0 | row.state1 | vector_alignment(row, KINDS)
+    whole = vector_part(addresses, chunk, part)
     done, part = (0, whole) if ALIGNED else (whole, part)
     norms = zero_part()
     for k in tl.static_range(len(KINDS)):
-        kind = (row.dtype == KINDS[k][0]) & (row.grad_dtype == KINDS[k][1]) & (row.n_states == KINDS[k][2])
-        if (grad != 0) & kind & (done < part):
+        if (grad != 0) & is_of_kind(row, KINDS, k) & (done < part):
             norms = stage1_tiles(
                 step, row, grad, chunk, s, done, part, UPDATE_MOMENTS, DIRECTION, REDUCTIONS, N_SUMS,
-                KINDS[k][0], KINDS[k][1], KINDS[k][2], ACCUMULATE, PIECES, COLUMNS, ALIGNED,
+                KINDS[k][0], KINDS[k][1], KINDS[k][2], KINDS[k][3], ACCUMULATE, PIECES, COLUMNS, ALIGNED,
             )  # fmt: skip
     if ACCUMULATE:
         if not ALIGNED:
@@ -468,6 +467,7 @@ def reduce_layers_kernel(
 def stage2_tiles(
     step,
     row,
+    key,
     grad,
     chunk,
     row_scalars,
@@ -482,6 +482,7 @@ def stage2_tiles(
     DTYPE: tl.constexpr,
     GRAD_DTYPE: tl.constexpr,
     N_STATES: tl.constexpr,
+    ROUNDING: tl.constexpr,
     AVERAGE: tl.constexpr,
     SPHERES: tl.constexpr,
     PIECES: tl.constexpr,
@@ -514,8 +515,7 @@ def stage2_tiles(
             projection_coef = tl.where(by_channel, own, layer.coef)
         for column in range(skipped, tl.minimum(part - begun * PIECE, PIECE), COLUMNS):
             places, mask = tile_places(i, column, part, count, COLUMNS, ALIGNED)
-            here = row.param + chunk.offset * item_size(DTYPE)
-            param = load_tile(here, places, mask, DTYPE, C, ALIGNED)
+            param = load_param(row, chunk.offset, places, mask, DTYPE, ROUNDING, C, ALIGNED)
             if grad != 0:
                 # a gradient that is not needed is masked out and not read
                 at = grad + chunk.offset * item_size(GRAD_DTYPE)
@@ -525,10 +525,11 @@ def stage2_tiles(
                     at = states[j] + chunk.offset * item_size(STATE_DTYPE)
                     state = state + (load_tile(at, places, mask, STATE_DTYPE, C, ALIGNED),)
                 update = DIRECTION(param, g, state, s)
-                stored = narrow(APPLY(param, update, projection_coef.to(C)[:, None], s), DTYPE)
-                store_tile(here, places, mask, stored, DTYPE, ALIGNED)
+                param = APPLY(param, update, projection_coef.to(C)[:, None], s)
                 # the average is of the parameter as it is stored
-                param = widen(stored, DTYPE).to(C)
+                param = store_param(
+                    row, key, chunk.offset, places, mask, param, DTYPE, ROUNDING, UPDATE_PASS, C, ALIGNED
+                )
             if SPHERES:
                 if on_sphere:
                     x = param.to(tl.float64)
@@ -558,16 +559,21 @@ def stage2_kernel(
     LANES: tl.constexpr,
 ):
     """Run stage2 on every chunk, the last one first."""
-    step = load_struct(step.to(tl.int64), 0, "Step")
+    address = step.to(tl.int64)
+    step = load_struct(address, 0, "Step")
     decision = load_struct(step.decision, 0, "StepDecision")
     if decision.skipped == 0:
         for n in range(tl.program_id(0), step.n_chunks, tl.num_programs(0)):
-            chunk = load_struct(step.chunks, step.n_chunks - 1 - n, "Chunk")
-            row = load_struct(step.rows, chunk.row, "Row")
-            grad = tl.load(grad_of(step, chunk.row))
-            s = load_struct(step.scalars, chunk.row, "Scalars")
-            needs_grad = as_mask(NEEDS_GRAD(load_struct(step.hypers, row.group, "Hyper"), row.n_states))
+            # loaded again where rounding needs the registers
+            own = load_struct(address, 0, "Step") if are_rounded(KINDS) else step
+            chunk = load_struct(own.chunks, step.n_chunks - 1 - n, "Chunk")
+            row = load_struct(own.rows, chunk.row, "Row")
+            grad = tl.load(grad_of(own, chunk.row))
+            s = load_struct(own.scalars, chunk.row, "Scalars")
+            needs_grad = as_mask(NEEDS_GRAD(load_struct(own.hypers, row.group, "Hyper"), row.n_states))
             addresses = row.param | grad | row.state0 | row.state1 | row.average
+            addresses = addresses | vector_alignment(row, KINDS)
+            key = (own.rows, chunk.row, decision.t)
             part = channel_part(row, chunk)
             whole = vector_part(addresses, chunk, part)
             weight = average_weight_of(row)
@@ -576,29 +582,28 @@ def stage2_kernel(
             on_sphere = False
             if SPHERES:
                 # parameters of a group on a sphere are averaged later, in rescale_kernel
-                on_sphere = is_on_sphere(step, row.group)
+                on_sphere = is_on_sphere(own, row.group)
                 weight = tl.where(on_sphere, 0.0, weight)
                 wanted = wanted | on_sphere
             if AVERAGE:
                 wanted = wanted | (weight > 0.0)
             for k in tl.static_range(len(KINDS)):
-                kind = (row.dtype == KINDS[k][0]) & (row.grad_dtype == KINDS[k][1])
-                if wanted & kind & (row.n_states == KINDS[k][2]):
+                if wanted & is_of_kind(row, KINDS, k):
                     if whole > 0:
                         sum_sq = stage2_tiles(
-                            step, row, grad, chunk, s, weight, on_sphere, needs_grad, 0, whole,
+                            own, row, key, grad, chunk, s, weight, on_sphere, needs_grad, 0, whole,
                             DIRECTION, APPLY, PROJECTS, KINDS[k][0], KINDS[k][1], KINDS[k][2],
-                            AVERAGE, SPHERES, PIECES, COLUMNS, True,
+                            KINDS[k][3], AVERAGE, SPHERES, PIECES, COLUMNS, True,
                         )  # fmt: skip
                     if whole < part:
                         sum_sq += stage2_tiles(
-                            step, row, grad, chunk, s, weight, on_sphere, needs_grad, whole, part,
+                            own, row, key, grad, chunk, s, weight, on_sphere, needs_grad, whole, part,
                             DIRECTION, APPLY, PROJECTS, KINDS[k][0], KINDS[k][1], KINDS[k][2],
-                            AVERAGE, SPHERES, PIECES, ODD_COLUMNS, False,
+                            KINDS[k][3], AVERAGE, SPHERES, PIECES, ODD_COLUMNS, False,
                         )  # fmt: skip
             if SPHERES:
                 if on_sphere:
-                    store_sum_sq(step, step.n_chunks - 1 - n, sum_sq)
+                    store_sum_sq(own, step.n_chunks - 1 - n, sum_sq)
         if SPHERES:
             if arrives_last(field(step.decision, 0, "StepDecision", "finished")):
                 finish_spheres(step, False, LANES)

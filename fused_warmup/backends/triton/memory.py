@@ -180,37 +180,40 @@ def pointers(address, lanes, TYPE: tl.constexpr, WHOLE: tl.constexpr):
 
 
 @triton.jit
-def load_block(address, lanes, mask, DTYPE: tl.constexpr, C: tl.constexpr, WHOLE: tl.constexpr):
-    """Load a block of a tensor in the type of the arithmetic; zeros where the mask is off."""
-    pointer = pointers(address, lanes, storage(DTYPE), WHOLE)
-    if WHOLE:
-        value = tl.load(pointer)
-    else:
-        value = tl.load(pointer, mask=mask, other=0)
-    return widen(value, DTYPE).to(C)
+def load_stored(address, places, mask, TYPE: tl.constexpr, ALIGNED: tl.constexpr):
+    """Load elements at any places of a tensor; without a mask all of them, else zeros where it is off."""
+    pointer = pointers(address, places, TYPE, ALIGNED)
+    return tl.load(pointer, mask=mask, other=None if mask is None else 0)
+
+
+@triton.jit
+def store_stored(address, places, mask, value, TYPE: tl.constexpr, ALIGNED: tl.constexpr):
+    """Write stored values to any places of a tensor, see ``load_stored``."""
+    tl.store(pointers(address, places, TYPE, ALIGNED), value, mask=mask)
 
 
 @triton.jit
 def load_tile(address, places, mask, DTYPE: tl.constexpr, C: tl.constexpr, ALIGNED: tl.constexpr):
-    """Load elements at any places of a tensor, see ``load_block``."""
-    pointer = pointers(address, places, storage(DTYPE), ALIGNED)
-    return widen(tl.load(pointer, mask=mask, other=0), DTYPE).to(C)
+    """Load elements in the type of the arithmetic, see ``load_stored``."""
+    return widen(load_stored(address, places, mask, storage(DTYPE), ALIGNED), DTYPE).to(C)
 
 
 @triton.jit
 def store_tile(address, places, mask, value, DTYPE: tl.constexpr, ALIGNED: tl.constexpr):
     """Write a tile of stored values to a tensor."""
-    tl.store(pointers(address, places, storage(DTYPE), ALIGNED), value, mask=mask)
+    store_stored(address, places, mask, value, storage(DTYPE), ALIGNED)
+
+
+@triton.jit
+def load_block(address, lanes, mask, DTYPE: tl.constexpr, C: tl.constexpr, WHOLE: tl.constexpr):
+    """Load a block of a tensor in the type of the arithmetic; all of it if it is whole."""
+    return load_tile(address, lanes, None if WHOLE else mask, DTYPE, C, WHOLE)
 
 
 @triton.jit
 def store_block(address, lanes, mask, value, DTYPE: tl.constexpr, WHOLE: tl.constexpr):
     """Write a block of stored values to a tensor."""
-    pointer = pointers(address, lanes, storage(DTYPE), WHOLE)
-    if WHOLE:
-        tl.store(pointer, value)
-    else:
-        tl.store(pointer, value, mask=mask)
+    store_tile(address, lanes, None if WHOLE else mask, value, DTYPE, WHOLE)
 
 
 @triton.jit

@@ -21,6 +21,7 @@ from .memory import (
     state_dtype,
     store_block,
 )
+from .rounding import is_of_kind, load_param, vector_alignment
 from .rules import inverse_preconditioner, root
 
 
@@ -49,6 +50,7 @@ def preconditioner_blocks(
     DTYPE: tl.constexpr,
     GRAD_DTYPE: tl.constexpr,
     N_STATES: tl.constexpr,
+    ROUNDING: tl.constexpr,
     WIDE: tl.constexpr,
     BLOCK: tl.constexpr,
     WHOLE: tl.constexpr,
@@ -62,7 +64,7 @@ def preconditioner_blocks(
         own = chunk.offset + done
         there = (place + own) * item_size(WIDE)
         mask = lanes < last - done
-        param = load_block(row.param + own * item_size(DTYPE), lanes, mask, DTYPE, C, WHOLE)
+        param = load_param(row, own, lanes, None if WHOLE else mask, DTYPE, ROUNDING, C, WHOLE)
         g = load_block(grad + own * item_size(GRAD_DTYPE), lanes, mask, GRAD_DTYPE, C, WHOLE)
         state = ()
         for j in tl.static_range(N_STATES):
@@ -117,18 +119,17 @@ def preconditioner_kernel(
                 scalars_of_rows(step, decision, row, h, rates, rates.lr, updates, SCALARS)
             )
             addresses = row.param | grad | row.state0 | row.state1 | row.state2 | call.scale | call.scaled
-            addresses = addresses | (place * item_size(WIDE))
+            addresses = addresses | (place * item_size(WIDE)) | vector_alignment(row, KINDS)
             whole = tl.where(addresses % VECTOR == 0, chunk.count // BLOCK * BLOCK, 0)
             for k in tl.static_range(len(KINDS)):
-                kind = (row.dtype == KINDS[k][0]) & (row.n_states == KINDS[k][2])
-                if kind & (row.grad_dtype == KINDS[k][1]):
+                if is_of_kind(row, KINDS, k):
                     s = scalars_of(all_scalars, arithmetic(KINDS[k][0]))
                     own_factor = factor.to(arithmetic(KINDS[k][0]))
                     preconditioner_blocks(
                         call, row, grad, chunk, place, s, own_factor, 0, whole,
-                        UPDATE, KINDS[k][0], KINDS[k][1], KINDS[k][2], WIDE, BLOCK, True,
+                        UPDATE, KINDS[k][0], KINDS[k][1], KINDS[k][2], KINDS[k][3], WIDE, BLOCK, True,
                     )  # fmt: skip
                     preconditioner_blocks(
                         call, row, grad, chunk, place, s, own_factor, whole, chunk.count,
-                        UPDATE, KINDS[k][0], KINDS[k][1], KINDS[k][2], WIDE, TAIL, False,
+                        UPDATE, KINDS[k][0], KINDS[k][1], KINDS[k][2], KINDS[k][3], WIDE, TAIL, False,
                     )  # fmt: skip

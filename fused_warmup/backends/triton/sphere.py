@@ -14,13 +14,12 @@ from .memory import (
     arithmetic,
     field,
     item_size,
-    load_block,
     load_struct,
-    narrow,
+    load_tile,
     state_dtype,
-    store_block,
-    widen,
+    store_tile,
 )
+from .rounding import SPHERE_PASS, are_rounded, load_param, store_param, vector_alignment
 from .rules import average_update, rescale, sphere_factor
 from .totals import combine_squares
 
@@ -65,12 +64,14 @@ def finish_spheres(step, SPREAD: tl.constexpr, LANES: tl.constexpr):
 @triton.jit
 def rescale_blocks(
     row,
+    key,
     chunk,
     factor,
     weight,
     first,
     last,
     DTYPE: tl.constexpr,
+    ROUNDING: tl.constexpr,
     AVERAGE: tl.constexpr,
     BLOCK: tl.constexpr,
     WHOLE: tl.constexpr,
@@ -80,22 +81,21 @@ def rescale_blocks(
     STATE_DTYPE: tl.constexpr = state_dtype(DTYPE)
     lanes = tl.arange(0, BLOCK)
     for done in range(first, last, BLOCK):
-        mask = lanes < last - done
-        here = row.param + (chunk.offset + done) * item_size(DTYPE)
-        param = load_block(here, lanes, mask, DTYPE, C, WHOLE)
-        stored = narrow(rescale(param, factor), DTYPE)
-        store_block(here, lanes, mask, stored, DTYPE, WHOLE)
+        mask = None if WHOLE else lanes < last - done
+        place = chunk.offset + done
+        param = rescale(load_param(row, place, lanes, mask, DTYPE, ROUNDING, C, WHOLE), factor)
+        param = store_param(row, key, place, lanes, mask, param, DTYPE, ROUNDING, SPHERE_PASS, C, WHOLE)
         if AVERAGE:
             if weight > 0.0:
-                at = row.average + (chunk.offset + done) * item_size(STATE_DTYPE)
-                average = load_block(at, lanes, mask, STATE_DTYPE, C, WHOLE)
-                average = average_update(average, widen(stored, DTYPE).to(C), weight)
-                store_block(at, lanes, mask, average, STATE_DTYPE, WHOLE)
+                at = row.average + place * item_size(STATE_DTYPE)
+                average = load_tile(at, lanes, mask, STATE_DTYPE, C, WHOLE)
+                average = average_update(average, param, weight)
+                store_tile(at, lanes, mask, average, STATE_DTYPE, WHOLE)
 
 
 @triton.jit
 def rescale_kernel(
-    step, PARAM_DTYPES: tl.constexpr, AVERAGE: tl.constexpr, BLOCK: tl.constexpr, TAIL: tl.constexpr
+    step, PARAM_KINDS: tl.constexpr, AVERAGE: tl.constexpr, BLOCK: tl.constexpr, TAIL: tl.constexpr
 ):
     """Rescale and average every chunk of the groups on a sphere."""
     step = load_struct(step.to(tl.int64), 0, "Step")
@@ -105,15 +105,22 @@ def rescale_kernel(
             chunk = load_struct(step.chunks, i, "Chunk")
             row = load_struct(step.rows, chunk.row, "Row")
             sphere = load_struct(step.spheres, row.group, "Sphere")
-            aligned = ((row.param | row.average) % VECTOR == 0) & (chunk.offset % VECTOR == 0)
+            key = (step.rows, chunk.row, decision.t)
+            addresses = row.param | row.average | vector_alignment(row, PARAM_KINDS)
+            aligned = (addresses % VECTOR == 0) & (chunk.offset % VECTOR == 0)
             whole = tl.where(aligned, chunk.count // BLOCK * BLOCK, 0)
-            for k in tl.static_range(len(PARAM_DTYPES)):
-                if (sphere.norm != 0) & (row.dtype == PARAM_DTYPES[k]):
-                    factor = sphere.factor.to(arithmetic(PARAM_DTYPES[k]))
-                    weight = average_weight_of(row).to(arithmetic(PARAM_DTYPES[k]))
+            for k in tl.static_range(len(PARAM_KINDS)):
+                kind = row.dtype == PARAM_KINDS[k][0]
+                if are_rounded(PARAM_KINDS):
+                    kind = kind & (row.rounding == PARAM_KINDS[k][1])
+                if (sphere.norm != 0) & kind:
+                    factor = sphere.factor.to(arithmetic(PARAM_KINDS[k][0]))
+                    weight = average_weight_of(row).to(arithmetic(PARAM_KINDS[k][0]))
                     rescale_blocks(
-                        row, chunk, factor, weight, 0, whole, PARAM_DTYPES[k], AVERAGE, BLOCK, True
-                    )
+                        row, key, chunk, factor, weight, 0, whole, PARAM_KINDS[k][0], PARAM_KINDS[k][1],
+                        AVERAGE, BLOCK, True,
+                    )  # fmt: skip
                     rescale_blocks(
-                        row, chunk, factor, weight, whole, chunk.count, PARAM_DTYPES[k], AVERAGE, TAIL, False
-                    )
+                        row, key, chunk, factor, weight, whole, chunk.count, PARAM_KINDS[k][0],
+                        PARAM_KINDS[k][1], AVERAGE, TAIL, False,
+                    )  # fmt: skip

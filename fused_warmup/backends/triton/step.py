@@ -25,14 +25,13 @@ from .memory import (
     item_size,
     load_block,
     load_struct,
-    narrow,
     scalars_of,
     state_dtype,
     store_block,
     store_struct,
-    widen,
 )
 from .reduce import accumulate, combine, combine_all, sum_fours, total, zero_norms, zero_part
+from .rounding import UPDATE_PASS, are_rounded, is_of_kind, load_param, store_param, vector_alignment
 from .rules import average_update
 from .sphere import finish_spheres, is_on_sphere, store_sum_sq
 from .totals import combine_slots
@@ -47,6 +46,7 @@ def update_blocks(
     sum_sq,
     on_sphere,
     row,
+    key,
     grad,
     chunk,
     s,
@@ -57,6 +57,7 @@ def update_blocks(
     DTYPE: tl.constexpr,
     GRAD_DTYPE: tl.constexpr,
     N_STATES: tl.constexpr,
+    ROUNDING: tl.constexpr,
     ACCUMULATE: tl.constexpr,
     AVERAGE: tl.constexpr,
     SPHERES: tl.constexpr,
@@ -75,8 +76,8 @@ def update_blocks(
     for done in range(first, last, BLOCK):
         place = chunk.offset + done
         mask = lanes < last - done
-        here = row.param + place * item_size(DTYPE)
-        param = load_block(here, lanes, mask, DTYPE, C, WHOLE)
+        own = None if WHOLE else mask
+        param = load_param(row, place, lanes, own, DTYPE, ROUNDING, C, WHOLE)
         if grad != 0:
             g = load_block(grad + place * item_size(GRAD_DTYPE), lanes, mask, GRAD_DTYPE, C, WHOLE)
             state = ()
@@ -89,10 +90,8 @@ def update_blocks(
             for j in tl.static_range(N_STATES):
                 at = states[j] + place * item_size(STATE_DTYPE)
                 store_block(at, lanes, mask, state[j], STATE_DTYPE, WHOLE)
-            stored = narrow(param, DTYPE)
-            store_block(here, lanes, mask, stored, DTYPE, WHOLE)
             # the average is of the parameter as it is stored
-            param = widen(stored, DTYPE).to(C)
+            param = store_param(row, key, place, lanes, own, param, DTYPE, ROUNDING, UPDATE_PASS, C, WHOLE)
         if SPHERES:
             if on_sphere:
                 x = tl.where(mask, param, 0.0).to(tl.float64)
@@ -142,15 +141,19 @@ def update_kernel(
     tiles = step.n_tiles if TILED else 1
     if decision.skipped == 0:
         for n in range(tl.program_id(0), step.n_chunks * tiles, tl.num_programs(0)):
+            # loaded again where rounding needs the registers
+            own = load_struct(address, 0, "Step") if are_rounded(KINDS) else step
             i = step.n_chunks - 1 - n // tiles
-            chunk = load_struct(step.chunks, i, "Chunk")
-            row = load_struct(step.rows, chunk.row, "Row")
+            chunk = load_struct(own.chunks, i, "Chunk")
+            row = load_struct(own.rows, chunk.row, "Row")
             if TILED:
-                begin, count = tile_of(step, chunk, row.dtype, n % tiles)
+                begin, count = tile_of(own, chunk, row.dtype, n % tiles)
                 chunk = Chunk(chunk, offset=chunk.offset + begin, count=count)
-            grad = tl.load(grad_of(step, chunk.row))
-            all_scalars = load_struct(step.scalars, chunk.row, "Scalars")
+            grad = tl.load(grad_of(own, chunk.row))
+            all_scalars = load_struct(own.scalars, chunk.row, "Scalars")
             addresses = row.param | grad | row.state0 | row.state1 | row.state2 | row.average
+            addresses = addresses | vector_alignment(row, KINDS)
+            key = (own.rows, chunk.row, decision.t)
             whole = tl.where(addresses % VECTOR == 0, chunk.count // BLOCK * BLOCK, 0)
             part = zero_part()
             sum_sq = tl.full((), 0.0, tl.float64)
@@ -159,32 +162,33 @@ def update_kernel(
             on_sphere = False
             if SPHERES:
                 # parameters of a group on a sphere are averaged later, in rescale_kernel
-                on_sphere = is_on_sphere(step, row.group)
+                on_sphere = is_on_sphere(own, row.group)
                 average_weight = tl.where(on_sphere, 0.0, average_weight)
                 wanted = wanted | on_sphere
             if AVERAGE:
                 wanted = wanted | (average_weight > 0.0)
             for k in tl.static_range(len(KINDS)):
-                kind = (row.dtype == KINDS[k][0]) & (row.n_states == KINDS[k][2])
-                if wanted & kind & (row.grad_dtype == KINDS[k][1]):
+                if wanted & is_of_kind(row, KINDS, k):
                     s = scalars_of(all_scalars, arithmetic(KINDS[k][0]))
                     weight = average_weight.to(arithmetic(KINDS[k][0]))
                     part, sum_sq = update_blocks(
-                        part, sum_sq, on_sphere, row, grad, chunk, s, weight, 0, whole, UPDATE,
-                        KINDS[k][0], KINDS[k][1], KINDS[k][2], ACCUMULATE, AVERAGE, SPHERES, BLOCK, True,
+                        part, sum_sq, on_sphere, row, key, grad, chunk, s, weight, 0, whole,
+                        UPDATE, KINDS[k][0], KINDS[k][1], KINDS[k][2], KINDS[k][3], ACCUMULATE, AVERAGE,
+                        SPHERES, BLOCK, True,
                     )  # fmt: skip
                     part, sum_sq = update_blocks(
-                        part, sum_sq, on_sphere, row, grad, chunk, s, weight, whole, chunk.count, UPDATE,
-                        KINDS[k][0], KINDS[k][1], KINDS[k][2], ACCUMULATE, AVERAGE, SPHERES, TAIL, False,
+                        part, sum_sq, on_sphere, row, key, grad, chunk, s, weight, whole,
+                        chunk.count, UPDATE, KINDS[k][0], KINDS[k][1], KINDS[k][2], KINDS[k][3], ACCUMULATE,
+                        AVERAGE, SPHERES, TAIL, False,
                     )  # fmt: skip
                     if ACCUMULATE:
                         part = within_range(part, address, i, KINDS[k][1], TAIL)
             if ACCUMULATE:
                 # the non-finite count is unused here, so it is not stored
-                store_struct(step.partials, i, Partial(part, nonfinite=0), "Partial")
+                store_struct(own.partials, i, Partial(part, nonfinite=0), "Partial")
             if SPHERES:
                 if on_sphere:
-                    store_sum_sq(step, i, sum_sq)
+                    store_sum_sq(own, i, sum_sq)
         if SPHERES:
             if arrives_last(field(step.decision, 0, "StepDecision", "finished")):
                 finish_spheres(step, False, LANES)

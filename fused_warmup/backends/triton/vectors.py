@@ -10,19 +10,19 @@ from ...plan.structs import DTYPES as CODES
 from ...plan.structs import ROUNDINGS
 from ...plan.vector_tables import OPERATIONS
 from .memory import (
-    BFLOAT16,
     VECTOR,
     arithmetic,
     arrives_last,
     item_size,
     load_block,
+    load_stored,
     load_struct,
     narrow,
-    pointers,
     store_block,
     widen,
 )
 from .reduce import sum_fours
+from .rounding import residue_size, residue_type, value_with
 
 PERTURB = tl.constexpr(OPERATIONS.index("perturb"))
 FINISH = tl.constexpr(OPERATIONS.index("finish"))
@@ -31,10 +31,8 @@ COMBINE = tl.constexpr(OPERATIONS.index("combine"))
 PRODUCTS = tl.constexpr(len(OPERATIONS))
 # basis vectors that one pass takes products with, as many as a warm start has
 HELD = tl.constexpr(4)
-FLOAT32 = tl.constexpr(CODES[torch.float32])
-KAHAN = tl.constexpr(ROUNDINGS["kahan"])
-SPLIT = tl.constexpr(ROUNDINGS["split"])
-MASTER = tl.constexpr(ROUNDINGS["master"])
+# codes of the rounding modes that keep a residue
+FIRST_RESIDUE, LAST_RESIDUE = tl.constexpr(ROUNDINGS["kahan"]), tl.constexpr(ROUNDINGS["master"])
 _SIXTEEN_BITS = tuple(code for dtype, code in CODES.items() if dtype.itemsize == 2)
 
 
@@ -44,19 +42,10 @@ def is_rounded(dtype: int) -> bool:
     return dtype in _SIXTEEN_BITS
 
 
-@triton.jit
-def checked_value(value, param, DTYPE: tl.constexpr):
-    """Value of a parameter, unless it rounds to something else, which was then written from outside."""
-    same = narrow(value, DTYPE) == narrow(param, DTYPE)
-    return tl.where(same | ((value == 0.0) & (param == 0.0)), value, param)
-
-
-@triton.jit
-def load_split(param, remainder):
-    """Value of a bfloat16 whose low bits are kept; nothing rounds to 0 from below."""
-    bits = param.to(tl.int32, bitcast=True)
-    own = tl.where(((bits & 0x7FFFFFFF) == 0) & (remainder < 0), 0, remainder.to(tl.int32))
-    return (bits + own).to(tl.float32, bitcast=True)
+@triton.constexpr_function
+def is_mode_of(rounding: int, dtype: int) -> bool:
+    """Return whether parameters of a 16-bit dtype code can be rounded in a mode."""
+    return rounding != ROUNDINGS["split"] or dtype == CODES[torch.bfloat16]
 
 
 @triton.jit
@@ -65,20 +54,13 @@ def load_value(param, tensor, own, lanes, mask, DTYPE: tl.constexpr, C: tl.const
     value = param
     if is_rounded(DTYPE):
         value = value.to(tl.float32)
-        if tensor.rounding == KAHAN:
-            compensation = load_block(tensor.residue + own * 2, lanes, mask, BFLOAT16, tl.float32, WHOLE)
-            value = checked_value(value + compensation, value, DTYPE)
-        if tensor.rounding == MASTER:
-            master = load_block(tensor.residue + own * 4, lanes, mask, FLOAT32, tl.float32, WHOLE)
-            value = checked_value(master, value, DTYPE)
-        if DTYPE == BFLOAT16:
-            if tensor.rounding == SPLIT:
-                pointer = pointers(tensor.residue + own * 2, lanes, tl.int16, WHOLE)
-                if WHOLE:
-                    remainder = tl.load(pointer)
-                else:
-                    remainder = tl.load(pointer, mask=mask, other=0)
-                value = load_split(value, remainder)
+        own_mask = None if WHOLE else mask
+        for ROUNDING in tl.static_range(FIRST_RESIDUE, LAST_RESIDUE + 1):
+            if is_mode_of(ROUNDING, DTYPE):
+                if tensor.rounding == ROUNDING:
+                    at = tensor.residue + own * residue_size(ROUNDING)
+                    residue = load_stored(at, lanes, own_mask, residue_type(ROUNDING), WHOLE)
+                    value = value_with(narrow(value, DTYPE), residue, DTYPE, ROUNDING)
         value = value.to(C)
     return value
 
