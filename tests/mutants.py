@@ -460,7 +460,6 @@ FAULTS: dict[tuple[str, str], list[tuple[str, ...]]] = {
         ("tl.where(number(narrow(value, DTYPE), DTYPE) == plain, value, plain)", "value", "interpreted.py -k vectors_begin"),
         ("tl.where(is_small, small, normal)", "normal", "interpreted.py -k 'stored_and_loaded and stochastic'"),
         ("return tl.where(fits, rounded, truncated)", "return rounded", "interpreted.py -k 'stored_and_loaded and kahan'"),
-        ("kind = kind & (row.rounding == KINDS[k][3])", "kind = kind", "interpreted.py -k every_rounding"),
     ],
     ("backends/triton/sphere.py", "interpreted.py -k 'rounded_parameters and stochastic and sphere'"): [
         ("ROUNDING, SPHERE_PASS, C", "ROUNDING, 0, C"),
