@@ -65,7 +65,9 @@ FW_HOST_DEVICE uint32_t bits_of_element(const RandomKey& key, int64_t element) {
   uint32_t word[4];
   draw(key, static_cast<uint32_t>(block), static_cast<uint32_t>(block >> 32), word);
   const int place = static_cast<int>(element % kDrawn);
-  return (word[place / 2] >> (16 * (place % 2))) & 0xffffu;
+  // an index that depends on the element would put the words into local memory of a GPU
+  const uint32_t pair = place < 4 ? (place < 2 ? word[0] : word[1]) : (place < 6 ? word[2] : word[3]);
+  return (pair >> (16 * (place % 2))) & 0xffffu;
 }
 
 // whether the elements of a row follow one another in the whole tensor

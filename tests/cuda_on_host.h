@@ -29,6 +29,9 @@
 struct alignas(16) uint4 {
   unsigned x, y, z, w;
 };
+struct alignas(8) uint2 {
+  unsigned x, y;
+};
 struct dim3 {
   unsigned x = 1, y = 1, z = 1;
   explicit dim3(unsigned n = 1) : x(n) {}

@@ -5,6 +5,7 @@
 #include "../table.h"
 #include "device.h"
 #include "launch.h"
+#include "params.cuh"
 
 namespace fw {
 namespace {
@@ -92,22 +93,26 @@ FW_DEVICE T* column(uint64_t address, int64_t offset) {
 template <class P, class G>
 struct ChunkPointers {
   using C = typename Arithmetic<P>::type;
+  const Row* row;
   P* param;
   const G* grad;
   C *state0, *state1, *state2, *average;
-  int32_t count;
+  int32_t count, rounding;
   bool aligned;
 
   FW_DEVICE ChunkPointers(const Row& row, uint64_t grad_address, const Chunk& chunk)
-      : param(column<P>(row.param, chunk.offset)),
+      : row(&row),
+        param(column<P>(row.param, chunk.offset)),
         grad(column<const G>(grad_address, chunk.offset)),
         state0(column<C>(row.state0, chunk.offset)),
         state1(column<C>(row.state1, chunk.offset)),
         state2(column<C>(row.state2, chunk.offset)),
         average(column<C>(row.average, chunk.offset)),
-        count(chunk.count) {
+        count(chunk.count),
+        rounding(row.rounding) {
     // chunks begin at multiples of 16 bytes of their row, except those of channels of odd lengths
     uint64_t addresses = row.param | grad_address | row.state0 | row.state1 | row.state2 | row.average;
+    if constexpr (kIsRounded<P>) addresses |= row.residue;
     aligned = addresses % kVectorBytes == 0 && chunk.offset % kPack<P> == 0;
   }
 

@@ -1,6 +1,8 @@
 // Shared by all CUDA kernels: accesses of 16 bytes, sums over a block of one size, launches on a stream.
 // Included once per translation unit. SPDX-License-Identifier: Apache-2.0
 #pragma once
+#include <type_traits>
+
 #include "../check.h"
 #include "../dtypes.h"
 #include "launch.h"
@@ -27,13 +29,18 @@ struct Arithmetic<double> {
 template <class T>
 constexpr int kPack = kVectorBytes / sizeof(T);
 
-// N elements, in accesses of 16 bytes if they are a multiple of that
+// the widest accesses that so many bytes are a multiple of, 16 or 8 bytes each
+template <int kBytes>
+using Vector = std::conditional_t<kBytes % kVectorBytes == 0, uint4, uint2>;
+
+// N elements, in accesses of 16 or 8 bytes if they are a multiple of that
 template <int N, class T>
 FW_DEVICE void load(const T* from, T (&to)[N]) {
-  if constexpr (N * sizeof(T) % kVectorBytes == 0) {
-    uint4 words[N * sizeof(T) / kVectorBytes];
-    for (int i = 0; i < int(N * sizeof(T) / kVectorBytes); ++i)
-      words[i] = *global(reinterpret_cast<const uint4*>(from) + i);
+  if constexpr (N > 1 && N * sizeof(T) % sizeof(uint2) == 0) {
+    using V = Vector<N * sizeof(T)>;
+    V words[N * sizeof(T) / sizeof(V)];
+    for (int i = 0; i < int(N * sizeof(T) / sizeof(V)); ++i)
+      words[i] = *global(reinterpret_cast<const V*>(from) + i);
     memcpy(to, words, sizeof words);
   } else {
     for (int i = 0; i < N; ++i) to[i] = *global(from + i);
@@ -42,11 +49,11 @@ FW_DEVICE void load(const T* from, T (&to)[N]) {
 
 template <int N, class T>
 FW_DEVICE void store(const T (&from)[N], T* to) {
-  if constexpr (N * sizeof(T) % kVectorBytes == 0) {
-    uint4 words[N * sizeof(T) / kVectorBytes];
+  if constexpr (N > 1 && N * sizeof(T) % sizeof(uint2) == 0) {
+    using V = Vector<N * sizeof(T)>;
+    V words[N * sizeof(T) / sizeof(V)];
     memcpy(words, from, sizeof words);
-    for (int i = 0; i < int(N * sizeof(T) / kVectorBytes); ++i)
-      *global(reinterpret_cast<uint4*>(to) + i) = words[i];
+    for (int i = 0; i < int(N * sizeof(T) / sizeof(V)); ++i) *global(reinterpret_cast<V*>(to) + i) = words[i];
   } else {
     for (int i = 0; i < N; ++i) *global(to + i) = from[i];
   }

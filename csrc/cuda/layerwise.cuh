@@ -21,13 +21,14 @@ struct LayerPack {
   using C = typename Arithmetic<P>::type;
   C state0[N], state1[N];
   G grad[N] = {};
-  P param[N];
+  ParamPack<N, P> param;
 
   FW_DEVICE void load_from(const ChunkPointers<P, G>& s, int32_t i, bool needs_grad) {
     if (needs_grad) load(s.grad + i, grad);
-    load(s.param + i, param);
+    param.load_from(s, i);
     if constexpr (kStates > 0) load(s.state0 + i, state0);
     if constexpr (kStates > 1) load(s.state1 + i, state1);
+    param.widen(s);
   }
 
   // the moments of an element, zeros for those that the row does not have
@@ -50,7 +51,7 @@ FW_DEVICE void stage1_part(const ChunkPointers<P, G>& s, int32_t i, int32_t stri
     if constexpr (N > 1)
       if (accumulate) add_pack<C>(norms, pack.grad);
     for (int k = 0; k < N; ++k) {
-      const C param = static_cast<C>(widen(pack.param[k])), grad = static_cast<C>(widen(pack.grad[k]));
+      const C param = pack.param.value[k], grad = static_cast<C>(widen(pack.grad[k]));
       C state[kMaxStates] = {};
       pack.read(k, state);
       Rule::template update_moments<kStates>(param, grad, state, scalars);
@@ -66,7 +67,7 @@ FW_DEVICE void stage1_part(const ChunkPointers<P, G>& s, int32_t i, int32_t stri
 
 // recomputes the direction from the updated moments, and updates the parameter
 template <class Rule, int kStates, int kPacks, int N, class P, class G, class C>
-FW_DEVICE void stage2_part(const ChunkPointers<P, G>& s, int32_t i, int32_t stride,
+FW_DEVICE void stage2_part(const Step& step, const ChunkPointers<P, G>& s, int32_t i, int32_t stride,
                            const ScalarsOf<C>& scalars, C projection_coef, C weight, bool needs_grad,
                            SumSq& sum_sq) {
   LayerPack<kStates, N, P, G> packs[kPacks];
@@ -74,16 +75,15 @@ FW_DEVICE void stage2_part(const ChunkPointers<P, G>& s, int32_t i, int32_t stri
   for (int p = 0; p < kPacks; ++p) {
     auto& pack = packs[p];
     for (int k = 0; k < N; ++k) {
-      C value = static_cast<C>(widen(pack.param[k])), state[kMaxStates] = {};
+      C& value = pack.param.value[k];
+      C state[kMaxStates] = {};
       const C grad = static_cast<C>(widen(pack.grad[k]));
       pack.read(k, state);
       Rule::apply(value, Rule::template direction<kStates>(value, grad, state, scalars), projection_coef,
                   scalars);
-      narrow(value, pack.param[k]);
     }
-    store(pack.param, s.param + i + p * stride);
-    sum_sq.add(pack.param);
-    if (s.average) average_part<N>(s.average + i + p * stride, pack.param, weight);
+    pack.param.store_to(s, i + p * stride, step, kUpdatePass);
+    finish_pack(s, i + p * stride, pack.param, weight, sum_sq);
   }
 }
 
@@ -185,13 +185,14 @@ FW_DEVICE void stage2_chunk(const Step& step, const Row& row, uint64_t grad_addr
     share_packs<kLayerPacks<P>>(
         s, threads.lane, threads.width,
         [&](int32_t i, int32_t stride, auto packs) {
-          stage2_part<Rule, kStates, decltype(packs)::value, kPack<P>>(s, i, stride, scalars, projection_coef,
-                                                                       weight, needs_grad, sum_sq);
+          stage2_part<Rule, kStates, decltype(packs)::value, kPack<P>>(
+              step, s, i, stride, scalars, projection_coef, weight, needs_grad, sum_sq);
         },
         [&](int32_t i) {
 #pragma unroll 1
           for (int32_t k = i; k < s.end(i); ++k)
-            stage2_part<Rule, kStates, 1, 1>(s, k, 0, scalars, projection_coef, weight, needs_grad, sum_sq);
+            stage2_part<Rule, kStates, 1, 1>(step, s, k, 0, scalars, projection_coef, weight, needs_grad,
+                                             sum_sq);
         });
   });
 }

@@ -4,6 +4,7 @@
 #include "../preconditioner.h"
 #include "device.h"
 #include "launch.h"
+#include "params.cuh"
 
 namespace fw {
 namespace {
@@ -15,25 +16,29 @@ constexpr int kBlocksPerProcessor = 4;
 template <class P, class G, class V>
 struct ChunkPointers {
   using C = typename Arithmetic<P>::type;
+  const Row* row;
   const P* param;
   const G* grad;
   const C *state0, *state1, *state2;
   V *scale, *scaled;
-  int32_t count;
+  int32_t count, rounding;
   bool aligned;
 
   FW_DEVICE ChunkPointers(const Row& row, uint64_t grad_address, const PreconditionerOp& call,
                           const Chunk& chunk, int64_t place)
-      : param(at<const P>(row.param) + chunk.offset),
+      : row(&row),
+        param(at<const P>(row.param) + chunk.offset),
         grad(at<const G>(grad_address) + chunk.offset),
         state0(row.state0 ? at<const C>(row.state0) + chunk.offset : nullptr),
         state1(row.state1 ? at<const C>(row.state1) + chunk.offset : nullptr),
         state2(row.state2 ? at<const C>(row.state2) + chunk.offset : nullptr),
         scale(call.scale ? at<V>(call.scale) + place : nullptr),
         scaled(call.scaled ? at<V>(call.scaled) + place : nullptr),
-        count(chunk.count) {
+        count(chunk.count),
+        rounding(row.rounding) {
     uint64_t addresses =
         row.param | grad_address | row.state0 | row.state1 | row.state2 | call.scale | call.scaled;
+    if constexpr (kIsRounded<P>) addresses |= row.residue;
     // chunks begin at multiples of 16 bytes of their row
     aligned = (addresses | static_cast<uint64_t>(place) * sizeof(V)) % kVectorBytes == 0;
   }
@@ -47,7 +52,7 @@ FW_DEVICE void store_scales(const C (&inverse)[N], C factor, V* to) {
 }
 
 template <class Rule, int kStates, int N, class P, class G, class V, class C>
-FW_DEVICE void preconditioner_part(const ChunkPointers<P, G, V>& s, int32_t i, const P* param, const G* grad,
+FW_DEVICE void preconditioner_part(const ChunkPointers<P, G, V>& s, int32_t i, const C* param, const G* grad,
                                    const ScalarsOf<C>& scalars, C factor) {
   C state0[N], state1[N], state2[N], inverse[N];
   if constexpr (kStates > 0) load(s.state0 + i, state0);
@@ -59,7 +64,7 @@ FW_DEVICE void preconditioner_part(const ChunkPointers<P, G, V>& s, int32_t i, c
     if constexpr (kStates > 1) state[1] = state1[k];
     if constexpr (kStates > 2) state[2] = state2[k];
     const C g = static_cast<C>(widen(grad[k]));
-    inverse[k] = inverse_preconditioner<Rule, kStates>(static_cast<C>(widen(param[k])), g, state, scalars);
+    inverse[k] = inverse_preconditioner<Rule, kStates>(param[k], g, state, scalars);
   }
   if (s.scale) store_scales(inverse, C(1), s.scale + i);
   if (s.scaled) store_scales(inverse, factor, s.scaled + i);
@@ -69,13 +74,14 @@ template <class Rule, int kStates, int N, class P, class G, class V, class C>
 FW_DEVICE void preconditioner_pack(const ChunkPointers<P, G, V>& s, int32_t i, const ScalarsOf<C>& scalars,
                                    C factor) {
   constexpr int kPart = N < kPack<C> ? N : kPack<C>;
-  P param[N];
+  ParamPack<N, P> param;
   G grad[N];
-  load(s.param + i, param);
+  param.load_from(s, i);
   load(s.grad + i, grad);
+  param.widen(s);
 #pragma unroll
   for (int k = 0; k < N; k += kPart)
-    preconditioner_part<Rule, kStates, kPart>(s, i + k, param + k, grad + k, scalars, factor);
+    preconditioner_part<Rule, kStates, kPart>(s, i + k, param.value + k, grad + k, scalars, factor);
 }
 
 // the scalars of one row, and the factor from its preconditioned sharpness to the edge ratio

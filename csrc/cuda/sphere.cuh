@@ -22,13 +22,36 @@ struct SumSq {
   }
 };
 
-// averages the parameter as it is stored
 template <int N, class P, class C>
 FW_DEVICE void average_part(C* column, const P* param, C weight) {
   C average[N];
   load(column, average);
   for (int k = 0; k < N; ++k) average_update(average[k], static_cast<C>(widen(param[k])), weight);
   store(average, column);
+}
+
+// what follows the update of a pack at i, from its values as they are stored
+template <int kParts = 1, int N, bool kRounds, class P, class G, class C>
+FW_DEVICE void finish_pack(const ChunkPointers<P, G>& s, int32_t i, ParamPack<N, P, kRounds>& param, C weight,
+                           SumSq& sum_sq) {
+  if (!sum_sq.wanted && !s.average) return;
+  param.widen(s);
+  sum_sq.add(param.value);
+  if (s.average)
+    for (int k = 0; k < N; k += N / kParts)
+      average_part<N / kParts>(s.average + i + k, param.value + k, weight);
+}
+
+// what follows the update of a chunk, where it has had no gradient
+template <class P, class G, class C>
+FW_DEVICE void finish_chunk(const ChunkPointers<P, G>& s, C weight, SumSq& sum_sq) {
+  if (!sum_sq.wanted && !s.average) return;
+#pragma unroll 1
+  for (int32_t i = threadIdx.x; i < s.count; i += kThreads) {
+    ParamPack<1, P> param;
+    param.load_from(s, i);
+    finish_pack(s, i, param, weight, sum_sq);
+  }
 }
 
 // the sum of squares of the parameters of a group, by one block; those of one slot unless it is negative
@@ -55,6 +78,7 @@ FW_DEVICE void finish_spheres(const Step& step) {
 
 // the second pass over a chunk of a group on a sphere, with or without a gradient
 struct Rescale {
+  const Step& step;
   double factor, average_weight;
 
   template <class P, class G>
@@ -76,12 +100,13 @@ struct Rescale {
 
   template <int N, class P, class C>
   FW_DEVICE void rescale_pack(const ChunkPointers<P, P>& s, int32_t i) const {
-    P param[N];
-    load(s.param + i, param);
-    for (int k = 0; k < N; ++k)
-      narrow(rescale(static_cast<C>(widen(param[k])), static_cast<C>(factor)), param[k]);
-    store(param, s.param + i);
-    if (s.average) average_part<N>(s.average + i, param, static_cast<C>(average_weight));
+    ParamPack<N, P> param;
+    param.load_from(s, i);
+    param.widen(s);
+    for (C& value : param.value) value = rescale(value, static_cast<C>(factor));
+    param.store_to(s, i, step, kSpherePass);
+    SumSq none{0.0, false};
+    finish_pack(s, i, param, static_cast<C>(average_weight), none);
   }
 };
 
@@ -94,7 +119,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerProcessor)
     const Chunk chunk = at<Chunk>(step.chunks)[i];
     const Row& row = at<Row>(step.rows)[chunk.row];
     const Sphere* sphere = sphere_of(step, row.group);
-    if (sphere) visit<kDoubles>(Rescale{sphere->factor, average_weight_of(row)}, row, row.param, chunk);
+    if (sphere) visit<kDoubles>(Rescale{step, sphere->factor, average_weight_of(row)}, row, row.param, chunk);
   }
 }
 

@@ -60,33 +60,32 @@ FW_DEVICE void update_part(States<kStates, N, C>& states, const ScalarsOf<C>& sc
 }
 
 // updates kPacks packs of N elements from i on, a stride apart; all loads come before the first result
-template <class Rule, int kStates, int kPacks, int N, class P, class G, class C>
-FW_DEVICE void update_packs(const ChunkPointers<P, G>& s, int32_t i, const ScalarsOf<C>& scalars, C weight,
-                            bool accumulate, NormSum<C>& sum, SumSq& sum_sq) {
+template <class Rule, int kStates, int kPacks, int N, bool kRounds, class P, class G, class C>
+FW_DEVICE void update_packs(const Step& step, const ChunkPointers<P, G>& s, int32_t i,
+                            const ScalarsOf<C>& scalars, C weight, bool accumulate, NormSum<C>& sum,
+                            SumSq& sum_sq) {
   constexpr int kPart = kStates == 3 && N > kPack<C> ? kPack<C> : N, kStride = kThreads * N;
   G grad[kPacks][N];
-  P param[kPacks][N];
+  ParamPack<N, P, kRounds> param[kPacks];
   for (int p = 0; p < kPacks; ++p) load(s.grad + i + p * kStride, grad[p]);
-  for (int p = 0; p < kPacks; ++p) load(s.param + i + p * kStride, param[p]);
+  for (int p = 0; p < kPacks; ++p) param[p].load_from(s, i + p * kStride);
   for (int k = 0; k < N; k += kPart) {
     States<kStates, kPart, C> states[kPacks];
     for (int p = 0; p < kPacks; ++p) states[p].load_from(s, i + p * kStride + k);
     for (int p = 0; p < kPacks; ++p) {
-      update_part<Rule>(states[p], scalars, param[p] + k, grad[p] + k, accumulate, sum);
+      if (k == 0) param[p].widen(s);
+      update_part<Rule>(states[p], scalars, param[p].value + k, grad[p] + k, accumulate, sum);
       states[p].store_to(s, i + p * kStride + k);
     }
   }
   for (int p = 0; p < kPacks; ++p) {
-    store(param[p], s.param + i + p * kStride);
-    sum_sq.add(param[p]);
-    if (s.average)
-      for (int k = 0; k < N; k += kPart)
-        average_part<kPart>(s.average + i + p * kStride + k, param[p] + k, weight);
+    param[p].store_to(s, i + p * kStride, step, kUpdatePass);
+    finish_pack<N / kPart>(s, i + p * kStride, param[p], weight, sum_sq);
   }
 }
 
-template <class Rule, int kStates, class P, class G>
-FW_DEVICE Partial update_states(const ChunkPointers<P, G>& s, const Scalars& row_scalars,
+template <class Rule, int kStates, bool kRounds, class P, class G>
+FW_DEVICE Partial update_states(const Step& step, const ChunkPointers<P, G>& s, const Scalars& row_scalars,
                                 double average_weight, bool accumulate, SumSq& sum_sq) {
   using C = typename ChunkPointers<P, G>::C;
   constexpr int N = kPack<P>, kStride = kThreads * N;
@@ -99,29 +98,24 @@ FW_DEVICE Partial update_states(const ChunkPointers<P, G>& s, const Scalars& row
   if constexpr (kPacks > 1)
 #pragma unroll 1
     for (; s.whole(i + (kPacks - 1) * kStride); i += kPacks * kStride)
-      update_packs<Rule, kStates, kPacks, N>(s, i, scalars, weight, accumulate, sum, sum_sq);
+      update_packs<Rule, kStates, kPacks, N, kRounds>(step, s, i, scalars, weight, accumulate, sum, sum_sq);
 #pragma unroll 1
   for (; i < s.count; i += kStride) {
     if (s.whole(i)) {
-      update_packs<Rule, kStates, 1, N>(s, i, scalars, weight, accumulate, sum, sum_sq);
+      // values with residues take more registers than parameters, so that half a pack of them goes at a time
+      constexpr int kLength = kRounds ? kPack<C> : N;
+#pragma unroll 1
+      for (int32_t k = i; k < i + N; k += kLength)
+        update_packs<Rule, kStates, 1, kLength, kRounds>(step, s, k, scalars, weight, accumulate, sum,
+                                                         sum_sq);
     } else {
       if (accumulate) add_partial_pack(sum, s, i);
 #pragma unroll 1
       for (int32_t k = i; k < s.end(i); ++k)
-        update_packs<Rule, kStates, 1, 1>(s, k, scalars, weight, false, sum, sum_sq);
+        update_packs<Rule, kStates, 1, 1, kRounds>(step, s, k, scalars, weight, false, sum, sum_sq);
     }
   }
   return total_of(sum, [&] { return sum_packs<WideSum>(s); });
-}
-
-// the average of a row without a gradient
-template <class P, class G>
-FW_DEVICE void average_chunk(const ChunkPointers<P, G>& s, double average_weight) {
-  using C = typename ChunkPointers<P, G>::C;
-  const C weight = static_cast<C>(average_weight);
-#pragma unroll 1
-  for (int32_t i = threadIdx.x; i < s.count; i += kThreads)
-    average_part<1>(s.average + i, global(s.param + i), weight);
 }
 
 template <class Rule>
@@ -140,8 +134,7 @@ struct Update {
       stage2_states<Rule, Rule::kMinStates, P, G>(step, row, grad_address, chunk, sum_sq);
       return Partial{};
     }
-    if (sum_sq.wanted) sum_sq.sum_sq += sum_packs<WideSum>(ChunkPointers<P, P>(row, row.param, chunk)).l2_sq;
-    if (s.average) average_chunk(s, average_weight_of(row));
+    finish_chunk(s, static_cast<typename ChunkPointers<P, G>::C>(average_weight_of(row)), sum_sq);
     return Partial{};
   }
 
@@ -149,8 +142,14 @@ struct Update {
   FW_DEVICE Partial with_states(const ChunkPointers<P, G>& s, const Row& row, int32_t index) const {
     if constexpr (kStates < Rule::kMaxStates)
       if (row.n_states > kStates) return with_states<kStates + 1>(s, row, index);
-    return update_states<Rule, kStates>(s, at<Scalars>(step.scalars)[index], average_weight_of(row),
-                                        accumulates(step), sum_sq);
+    const Scalars& scalars = at<Scalars>(step.scalars)[index];
+    // apart from the others, so that rounding to nearest has the registers that it needs alone
+    if constexpr (kIsRounded<P>)
+      if (s.rounding != kNearest)
+        return update_states<Rule, kStates, true>(step, s, scalars, average_weight_of(row), accumulates(step),
+                                                  sum_sq);
+    return update_states<Rule, kStates, false>(step, s, scalars, average_weight_of(row), accumulates(step),
+                                               sum_sq);
   }
 };
 

@@ -113,7 +113,11 @@ from fused_warmup.backends.native import CpuBackend, CudaBackend
 from fused_warmup.optim import session
 from fused_warmup.plan import device_buffers
 from fused_warmup.plan.structs import STRUCTS
+from fused_warmup.reference.rounding import MODE_OF_RESIDUE, MODES, RESIDUES
+from fused_warmup.reference.rounding import load as load_value
 from fused_warmup.reference.rules import LAYER_RULES
+from fused_warmup.sharpness.pending_step import PendingStep
+from fused_warmup.sharpness.vectors import FusedVectors
 
 
 @pytest.fixture(scope="session")
@@ -507,3 +511,154 @@ def test_small_chunks_take_small_blocks(module, clip, dtype):
                 opt.step()
         assert_same_state(runs)
         assert_same_bits("telemetry", *(opt.telemetry.rows() for _, opt in runs))
+
+
+ROUNDED = {
+    "Adam": (fw.Adam, {"weight_decay": 0.1}),
+    "SGD": (fw.SGD, {"momentum": 0.9}),
+    "LAMB": (fw.LAMB, {}),
+    "AdamP": (fw.AdamP, {"delta": 1.0}),
+}
+ROUNDED_OPTIONS = {
+    "plain": {},
+    "average": {"average": fw.EMA(0.9)},
+    "sphere": {"average": fw.EMA(0.9), "projection": "sphere", "weight_decay": 0.0},
+}
+# below a pack, of no whole number of packs, of odd channels and of more than one chunk
+ROUNDED_SHAPES = [(5,), (0,), (8,), (1037,), (7, 333), (40_003,)]
+each_mode = pytest.mark.parametrize(
+    ("mode", "dtype"),
+    [
+        (mode, dtype)
+        for mode in MODES
+        for dtype in (torch.bfloat16, torch.float16)
+        if (mode, dtype) != ("split", torch.float16)
+    ],
+    ids=str,
+)
+
+
+def rounded_run(backend, rule, mode, dtype, shapes=ROUNDED_SHAPES, **options):
+    """Parameters whose updates are lost in part by 16 bits."""
+    cls, own = ROUNDED[rule]
+    params = make_params(dtype, shapes)
+    opt = cls(params, lr=1e-3, param_rounding=mode, rounding_seed=7 + 2**40, **{**own, **options})
+    opt.session.backend = backend
+    return params, opt
+
+
+def step_rounded(runs, steps=4, change=None):
+    """One parameter has no gradient at times; ``change`` is given the table of each run before each step."""
+    for step in range(steps):
+        for params, opt in runs:
+            set_grads(params, step)
+            if step == 2:
+                params[3].grad = None
+            if change is not None:
+                change(opt.session.prepare(None, None)[0])
+            opt.step()
+
+
+def check_rounded(runs, rule, option=""):
+    if rule in ("LAMB", "AdamP") or option == "sphere":
+        assert_close_values(runs)
+    else:
+        assert_same_state(runs)
+
+
+def value_of(opt, param):
+    """The value of a parameter with its residue."""
+    state = opt.state[param]
+    own = next(((name, state[name]) for name, _ in RESIDUES.values() if name in state), None)
+    if own is None:
+        return param.detach().float()
+    return load_value(MODE_OF_RESIDUE[own[0]], param.detach(), own[1])
+
+
+def assert_close_values(runs):
+    """Sums over layers and spheres are added up in another order: few elements of 16 bits may differ by a digit."""
+    (params, opt), (others, other) = runs
+    for i, (p, q) in enumerate(zip(params, others, strict=True)):
+        ours, theirs = value_of(opt, p), value_of(other, q)
+        mode = opt.param_groups[0]["param_rounding"]
+        unit = 2.0**-22 if mode in ("split", "master") else 2.0**-15 if mode == "kahan" else EPS[p.dtype]
+        assert_close(f"value {i}", ours, theirs, 2 * unit, 2 * unit)
+        differ = (p != q).sum()
+        assert differ <= 1e-4 * p.numel(), (i, differ)
+        for name, _ in RESIDUES.values():
+            if name in opt.state[p]:
+                differ = (opt.state[p][name] != other.state[q][name]).sum()
+                assert mode in ("split", "master") or differ <= 1e-3 * p.numel(), (i, name, differ)
+
+
+@pytest.mark.skipif(len(_cpu.instruction_sets()) == 1, reason="this processor rounds products and sums twice")
+@pytest.mark.parametrize("option", list(ROUNDED_OPTIONS))
+@pytest.mark.parametrize("rule", list(ROUNDED))
+@each_mode
+def test_rounded_parameters_have_the_bits_of_the_cpu_kernels(module, mode, dtype, rule, option):
+    """And residues, averages and moments; some gradients are missing."""
+    backends = (CudaBackend(module), CpuBackend())
+    runs = [rounded_run(backend, rule, mode, dtype, **ROUNDED_OPTIONS[option]) for backend in backends]
+    step_rounded(runs)
+    check_rounded(runs, rule, option)
+
+
+@pytest.mark.parametrize("rule", ["Adam", "AdamP"])
+@each_mode
+def test_grids_do_not_change_a_bit_of_rounded_parameters(module, monkeypatch, mode, dtype, rule):
+    results = []
+    for blocks, order in [(0, ""), (1, ""), (3, "backwards"), (10**6, "backwards")]:
+        monkeypatch.setenv("CUDA_ON_HOST_ORDER", order)
+        run = rounded_run(
+            CudaBackend(module, max_blocks=blocks), rule, mode, dtype, **ROUNDED_OPTIONS["sphere"]
+        )
+        step_rounded([run])
+        results.append(bits(run[1]))
+    for result in results[1:]:
+        assert [key for key in results[0] if result[key] != results[0][key]] == []
+
+
+@pytest.mark.parametrize("projection", [None, "sphere"])
+@each_mode
+def test_alignment_does_not_change_a_bit_of_rounded_parameters(mode, dtype, projection):
+    options = {"average": fw.EMA(0.9), "projection": projection, "param_rounding": mode}
+    check_alignment(lambda params: fw.Adam(params, **options), dtype, (40_003,))
+
+
+@pytest.mark.parametrize("rule", ["Adam", "SGD"])
+@pytest.mark.parametrize(
+    "place", [(3, 1037, 1037), (2**34 + 4, 1037, 1037), (3, 17, 40), (2**34 + 8, 8, 24)], ids=str
+)
+@pytest.mark.parametrize("mode", ["stochastic", "kahan"])
+def test_bits_are_those_of_the_place_in_the_whole_tensor(module, mode, place, rule):
+    """Of a row that is a part of a tensor: from another element on, or in runs."""
+
+    def change(plan):
+        plan._columns[["first_element", "run", "run_stride"]] = place
+        plan.buffers.rewrite("rows", range(len(plan.rows)))
+
+    backends = (CudaBackend(module), CpuBackend())
+    runs = [rounded_run(backend, rule, mode, torch.bfloat16, [(1037,)] * 4) for backend in backends]
+    step_rounded(runs, change=change)
+    assert_same_state(runs)
+    plain = rounded_run(CpuBackend(), rule, mode, torch.bfloat16, [(1037,)] * 4)
+    step_rounded([plain])
+    drawn = "parameter 0: kahan_comp" if mode == "kahan" else "parameter 0"
+    assert bits(plain[1])[drawn] != bits(runs[0][1])[drawn]
+
+
+@pytest.mark.parametrize("mode", ["kahan", "split", "master"])
+def test_preconditioner_takes_the_exact_value(module, mode):
+    """Coupled weight decay takes it from parameter and residue."""
+
+    found = []
+    for backend in (CudaBackend(module), CpuBackend()):
+        run = rounded_run(
+            backend, "Adam", mode, torch.bfloat16, [(5,), (8,), (33,), (1037,)], weight_decay=100.0
+        )
+        step_rounded([run])
+        set_grads(run[0], 9)
+        pending = PendingStep("test", run[1])
+        vectors = FusedVectors(pending.params, pending.params, torch.float32, backend)
+        found.append(pending.preconditioner(vectors).scale)
+    torch.testing.assert_close(found[0], found[1], rtol=1e-6, atol=0.0)

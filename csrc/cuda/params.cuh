@@ -1,0 +1,178 @@
+// Packs of a parameter as the rounding mode of its row keeps them. A branch chooses the mode at run time: it
+// is the same for a whole block, and a kernel per mode would take as long again to compile. No mathematics
+// here: rounding.h has it. SPDX-License-Identifier: Apache-2.0
+#pragma once
+#include <type_traits>
+
+#include "../rounding.h"
+#include "device.h"
+
+namespace fw {
+namespace {
+
+// whether parameters of a type have a rounding mode
+template <class P>
+constexpr bool kIsRounded = sizeof(P) == 2;
+
+// moves the elements of an array down and copies others behind the last one
+template <class T, int N, class U, int kMore>
+FW_DEVICE void append(T (&to)[N], const U (&more)[kMore]) {
+  constexpr int kBy = kMore * sizeof(U) < sizeof(T) ? 1 : int(kMore * sizeof(U) / sizeof(T));
+  T last[kBy] = {};
+  memcpy(last, more, sizeof more < sizeof last ? sizeof more : sizeof last);
+  for (int k = 0; k < N - kBy; ++k) to[k] = to[k + kBy];
+  for (int k = 0; k < kBy; ++k) to[N - kBy + k] = last[k];
+}
+
+FW_DEVICE bool has_residue(int32_t rounding) { return rounding > kStochastic; }
+FW_DEVICE bool draws_bits(int32_t rounding) { return rounding == kStochastic || rounding == kKahan; }
+
+// the number of an element in its row, by its address
+template <class P>
+FW_DEVICE int64_t element_at(const Row& row, const P* param) {
+  return param - at<const P>(row.param);
+}
+
+// the random bits of N elements of a row from one on, 16 each
+template <int N>
+FW_DEVICE void draw_bits(const Row& row, const RandomKey& key, int64_t element,
+                         uint32_t (&words)[(N + 1) / 2]) {
+  if constexpr (N > 1) {
+    static_assert(kDrawn % N == 0, "one counter");
+    const int64_t number = row.first_element + element;
+    if (is_consecutive(row) && number % N == 0) {
+      const int64_t block = number / kDrawn;
+      uint32_t drawn[4];
+      draw(key, static_cast<uint32_t>(block), static_cast<uint32_t>(block >> 32), drawn);
+      for (int w = 0; w < N / 2; ++w) words[w] = N < kDrawn && number % kDrawn ? drawn[w + 2] : drawn[w];
+      return;
+    }
+  }
+  for (uint32_t& word : words) word = 0;
+  // from the last one on: the words are shifted, because an index in a loop would put them into local memory
+#pragma unroll 1
+  for (int k = N - 1; k >= 0; --k) {
+    for (int w = (N - 1) / 2; w > 0; --w) words[w] = words[w] << 16 | words[w - 1] >> 16;
+    words[0] = words[0] << 16 | bits_of_element(key, number_of(row, element + k));
+  }
+}
+
+// N elements of a parameter in registers, in a mode that is not nearest if kRounds
+template <int N, class P, bool kRounds = kIsRounded<P>>
+struct ParamPack {
+  P value[N];
+
+  template <class Pointers>
+  FW_DEVICE void load_from(const Pointers& s, int32_t i) {
+    load(s.param + i, value);
+  }
+
+  template <class Pointers>
+  FW_DEVICE void widen(const Pointers&) {}
+
+  template <class Pointers>
+  FW_DEVICE void store_to(const Pointers& s, int32_t i, const Step&, RoundingPass) {
+    store(value, s.param + i);
+  }
+};
+
+// N elements of a 16-bit parameter; those without residues are packed in `value` until widen() and after
+// store_to(), which takes half the registers
+template <int N, class P>
+struct ParamPack<N, P, true> {
+  float value[N];
+
+  // waits for what it loads only where there are residues
+  template <class Pointers>
+  FW_DEVICE void load_from(const Pointers& s, int32_t i) {
+    P param[N];
+    load(s.param + i, param);
+    if (!has_residue(s.rounding)) {
+      memcpy(value, param, sizeof param);
+    } else if (s.rounding == kMaster) {
+      load(residue<const float>(s, i), value);
+      for (int k = 0; k < N; ++k) value[k] = load_master(param[k], value[k]);
+    } else if (s.rounding == kKahan) {
+      BFloat16 compensation[N];
+      load(residue<const BFloat16>(s, i), compensation);
+      for (int k = 0; k < N; ++k) value[k] = load_kahan(param[k], compensation[k]);
+    } else if constexpr (std::is_same<P, BFloat16>::value) {
+      int16_t remainder[N];
+      load(residue<const int16_t>(s, i), remainder);
+      for (int k = 0; k < N; ++k) value[k] = load_split(param[k], remainder[k]);
+    }
+  }
+
+  // makes the values those that were loaded or stored
+  template <class Pointers>
+  FW_DEVICE void widen(const Pointers& s) {
+    if (has_residue(s.rounding)) return;
+    P param[N];
+    memcpy(param, value, sizeof param);
+    widen_all(param, value);
+  }
+
+  // rounds and stores values in a pass of a step
+  template <class Pointers>
+  FW_DEVICE void store_to(const Pointers& s, int32_t i, const Step& step, RoundingPass pass) {
+    P param[N];
+    if (draws_bits(s.rounding)) {
+      store_drawn(s, i, RandomKey(*s.row, at<StepDecision>(step.decision)->t, pass), param);
+    } else if (s.rounding != kSplit) {
+      for (int k = 0; k < N; ++k) narrow(value[k], param[k]);
+      if (s.rounding == kMaster) store(value, residue<float>(s, i));
+    } else if constexpr (std::is_same<P, BFloat16>::value) {
+      int16_t remainder[N];
+      for (int k = 0; k < N; ++k) {
+        store_split(value[k], param[k], remainder[k]);
+        value[k] = load_split(param[k], remainder[k]);
+      }
+      store(remainder, residue<int16_t>(s, i));
+    }
+    store(param, s.param + i);
+    if (!has_residue(s.rounding)) memcpy(value, param, sizeof param);
+  }
+
+ private:
+  template <class T, class Pointers>
+  FW_DEVICE static T* residue(const Pointers& s, int32_t i) {
+    return at<T>(s.row->residue) + element_at(*s.row, s.param + i);
+  }
+
+  // the modes that draw bits, in a loop over pairs of elements, whose registers and code are those of one
+  // pair
+  template <class Pointers>
+  FW_DEVICE void store_drawn(const Pointers& s, int32_t i, const RandomKey& key, P (&param)[N]) {
+    constexpr int kPair = N < 2 ? N : 2, kPairs = N / kPair;
+    uint32_t bits[kPairs], params[kPairs] = {}, compensations[kPairs] = {};
+    draw_bits<N>(*s.row, key, element_at(*s.row, s.param + i), bits);
+#pragma unroll 1
+    for (int pair = 0; pair < kPairs; ++pair) {
+      P rounded[kPair];
+      BFloat16 compensation[kPair] = {};
+      float stored[kPair] = {};
+      for (int k = 0; k < kPair; ++k) {
+        const uint32_t own = (bits[0] >> (16 * k)) & 0xffffu;
+        if (s.rounding == kStochastic) {
+          round_stochastically(value[k], own, rounded[k]);
+        } else {
+          narrow(value[k], rounded[k]);
+          compensation[k] = compensation_of(value[k], rounded[k], own);
+          stored[k] = load_kahan(rounded[k], compensation[k]);
+        }
+      }
+      for (int k = 0; k + 1 < kPairs; ++k) bits[k] = bits[k + 1];
+      append(params, rounded);
+      append(compensations, compensation);
+      append(value, stored);
+    }
+    memcpy(param, params, sizeof param);
+    if (s.rounding == kStochastic) return;
+    BFloat16 half[N];
+    memcpy(half, compensations, sizeof half);
+    store(half, residue<BFloat16>(s, i));
+  }
+};
+
+}  // namespace
+}  // namespace fw
