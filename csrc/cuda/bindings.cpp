@@ -46,12 +46,12 @@ py::object probe(int device) {
   return reason.empty() ? py::object(py::none()) : py::object(py::str(reason));
 }
 
-void prepare(int rule, int device, bool doubles) {
+void prepare(int rule, int device, bool all_kinds) {
   FW_CHECK(device >= 0, "device must be an index");
-  kernels_of(rule).prepare(device, doubles);
+  kernels_of(rule).prepare(device, all_kinds);
 }
 
-void step(int rule, std::uintptr_t address, std::uintptr_t grads, int64_t n_grads, bool doubles, int device,
+void step(int rule, std::uintptr_t address, std::uintptr_t grads, int64_t n_grads, bool all_kinds, int device,
           std::uintptr_t stream, int64_t max_blocks, int stages) {
   const fw::CudaKernels& kernels = kernels_of(rule);
   FW_CHECK(address != 0, "address must be that of a Step");
@@ -60,7 +60,7 @@ void step(int rule, std::uintptr_t address, std::uintptr_t grads, int64_t n_grad
            "n_grads must be 0, or the number of rows and at most MAX_INLINE_POINTERS");
   FW_CHECK(device >= 0 && max_blocks >= 0, "device and max_blocks must be at least 0");
   FW_CHECK(stages > 0 && stages <= fw::kAllStages, "stages must be those of Stage");
-  const fw::Launch how{device,  fw::at<void>(stream), doubles, fw::at<const uint64_t>(grads),
+  const fw::Launch how{device,  fw::at<void>(stream), all_kinds, fw::at<const uint64_t>(grads),
                        n_grads, max_blocks,           stages};
   py::gil_scoped_release release;
   kernels.step(how, table);
@@ -95,9 +95,9 @@ PYBIND11_MODULE(_cuda, m) {
   m.attr("MAX_CAPTURED_POINTERS") = fw::kFewPointers;
   m.def("rules", &rules);
   m.def("probe", &probe, py::arg("device"));
-  m.def("prepare", &prepare, py::arg("rule"), py::arg("device"), py::arg("doubles"));
+  m.def("prepare", &prepare, py::arg("rule"), py::arg("device"), py::arg("all_kinds"));
   m.def("step", &step, py::arg("rule"), py::arg("address"), py::arg("grads"), py::arg("n_grads"),
-        py::arg("doubles"), py::arg("device"), py::arg("stream"), py::arg("max_blocks") = 0,
+        py::arg("all_kinds"), py::arg("device"), py::arg("stream"), py::arg("max_blocks") = 0,
         py::arg("stages") = static_cast<int>(fw::kAllStages));
   m.def("vectors", &vectors, py::arg("operation"), py::arg("address"), py::arg("device"), py::arg("stream"),
         py::arg("max_blocks") = 0);

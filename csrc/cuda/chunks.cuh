@@ -14,8 +14,9 @@ namespace {
 // states. Each of the 640 threads has at least 64 bytes in flight, which saturates the memory, and a small
 // tensor occupies only a fifth of a multiprocessor.
 constexpr int kBlocksPerProcessor = 5;
-// float64 needs more registers for as many bytes
-constexpr int kBlocksPerProcessorOfDoubles = 4;
+// float64 needs more registers for as many bytes, and so do rounding modes
+constexpr int kBlocksPerProcessorOfAllKinds = 4;
+constexpr int kBlocksPerProcessorOfSumsOfAllKinds = 3;
 // sums in double beside the states need more registers too
 constexpr int kBlocksPerProcessorOfSums = 4;
 // the decide stage is one block, whose arithmetic is in double and takes up to 80 registers
@@ -100,7 +101,8 @@ struct ChunkPointers {
   int32_t count, rounding;
   bool aligned;
 
-  FW_DEVICE ChunkPointers(const Row& row, uint64_t grad_address, const Chunk& chunk)
+  // rounds: whether the row may have another rounding mode than nearest, a constant of the kernel
+  FW_DEVICE ChunkPointers(const Row& row, uint64_t grad_address, const Chunk& chunk, bool rounds = false)
       : row(&row),
         param(column<P>(row.param, chunk.offset)),
         grad(column<const G>(grad_address, chunk.offset)),
@@ -109,10 +111,10 @@ struct ChunkPointers {
         state2(column<C>(row.state2, chunk.offset)),
         average(column<C>(row.average, chunk.offset)),
         count(chunk.count),
-        rounding(row.rounding) {
+        rounding(kIsRounded<P> && rounds ? row.rounding : kNearest) {
     // chunks begin at multiples of 16 bytes of their row, except those of channels of odd lengths
     uint64_t addresses = row.param | grad_address | row.state0 | row.state1 | row.state2 | row.average;
-    if constexpr (kIsRounded<P>) addresses |= row.residue;
+    if (kIsRounded<P> && rounds) addresses |= row.residue;
     aligned = addresses % kVectorBytes == 0 && chunk.offset % kPack<P> == 0;
   }
 
@@ -128,10 +130,11 @@ FW_DEVICE auto visit_grad(const Visitor& visitor, const Row& row, uint64_t grad_
   return visitor.template run<P, float>(row, grad_address, chunk);
 }
 
-// calls visitor.run with the types of the parameter and the gradient of a row
-template <bool kDoubles, class Visitor>
+// Calls visitor.run with the types of the parameter and the gradient of a row. A kernel is compiled twice:
+// for rows of any kind, and, in fewer registers, for those that are not float64 and are rounded to nearest.
+template <bool kAllKinds, class Visitor>
 FW_DEVICE auto visit(const Visitor& visitor, const Row& row, uint64_t grad_address, const Chunk& chunk) {
-  if constexpr (kDoubles)
+  if constexpr (kAllKinds)
     if (row.dtype == kFloat64) return visit_grad<double>(visitor, row, grad_address, chunk);
   if (row.dtype == kBFloat16) return visit_grad<BFloat16>(visitor, row, grad_address, chunk);
   if (row.dtype == kFloat16) return visit_grad<Float16>(visitor, row, grad_address, chunk);

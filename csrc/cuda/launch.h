@@ -16,7 +16,7 @@ constexpr int64_t kFewPointers = 465;
 struct Launch {
   int device;
   void* stream;
-  bool doubles;             // whether any row is float64
+  bool all_kinds;           // whether any row is float64, or rounded in another mode than to nearest
   const uint64_t* grads;    // on the host
   int64_t n_grads;          // n_rows, or 0 when the column of the table has the addresses
   int64_t max_blocks;       // upper bound of every grid, 0 for as many as run at a time
@@ -27,7 +27,7 @@ struct Launch {
 struct CudaKernels {
   const char* rule;
   // loads the kernels of this rule, which cannot be done while a stream is captured
-  void (*prepare)(int device, bool doubles);
+  void (*prepare)(int device, bool all_kinds);
   void (*step)(const Launch&, const Step&);
   // a small kernel for probe
   const void* kernel;

@@ -120,11 +120,11 @@ FW_DEVICE double judge_channel(const Step& step, const Row& row, int64_t channel
 // a chunk of one channel, or a part of one
 template <class Rule, int kStates, class P, class G>
 FW_DEVICE Partial stage1_channel(const Step& step, const Row& row, uint64_t grad_address, const Chunk& chunk,
-                                 double (&found)[Rule::kSums + 1]) {
+                                 double (&found)[Rule::kSums + 1], bool rounds) {
   const ScalarsOf<typename ChunkPointers<P, G>::C> scalars(at<Scalars>(step.scalars)[chunk.row]);
   double sums[Rule::kSums] = {};
   NormSum<typename ChunkPointers<P, G>::C> norms;
-  const ChunkPointers<P, G> s(row, grad_address, chunk);
+  const ChunkPointers<P, G> s(row, grad_address, chunk, rounds);
   stage1_packs<Rule, kStates>(s, threadIdx.x, kThreads, scalars, sums, accumulates(step), norms);
   share_block_sum(sums);
   for (int k = 0; k < Rule::kSums; ++k) found[k] = sums[k];
@@ -139,10 +139,10 @@ FW_DEVICE Partial stage1_channel(const Step& step, const Row& row, uint64_t grad
 // a chunk of several channels
 template <class Rule, int kStates, class P, class G>
 FW_DEVICE Partial stage1_channels(const Step& step, const Row& row, uint64_t grad_address, const Chunk& chunk,
-                                  double (&found)[Rule::kSums + 1]) {
+                                  double (&found)[Rule::kSums + 1], bool rounds) {
   const ScalarsOf<typename ChunkPointers<P, G>::C> scalars(at<Scalars>(step.scalars)[chunk.row]);
   const Pieces pieces(row, chunk);
-  const ThreadGroup<P, G> threads(pieces);
+  const ThreadGroup<P, G> threads(pieces, rounds);
   NormSum<typename ChunkPointers<P, G>::C> norms;
   threads.visit(pieces, row, grad_address, chunk, [&](int32_t piece, const ChunkPointers<P, G>& s) {
     double sums[Rule::kSums] = {};
@@ -168,13 +168,13 @@ FW_DEVICE Partial stage1_channels(const Step& step, const Row& row, uint64_t gra
 
 template <class Rule, int kStates, class P, class G>
 FW_DEVICE void stage2_chunk(const Step& step, const Row& row, uint64_t grad_address, const Chunk& chunk,
-                            SumSq& sum_sq) {
+                            SumSq& sum_sq, bool rounds) {
   using C = typename ChunkPointers<P, G>::C;
   const ScalarsOf<C> scalars(at<Scalars>(step.scalars)[chunk.row]);
   const C weight = static_cast<C>(average_weight_of(row));
   const bool needs_grad = Rule::needs_grad(at<Hyper>(step.hypers)[row.group], row.n_states);
   const Pieces pieces(row, chunk);
-  const ThreadGroup<P, G> threads(pieces);
+  const ThreadGroup<P, G> threads(pieces, rounds);
   LayerProjection layer = {};
   if constexpr (Rule::kProjects) layer = at<LayerProjection>(step.layer_projections)[chunk.row];
   threads.visit(pieces, row, grad_address, chunk, [&](int32_t piece, ChunkPointers<P, G> s) {
@@ -199,17 +199,18 @@ FW_DEVICE void stage2_chunk(const Step& step, const Row& row, uint64_t grad_addr
 
 template <class Rule, int kStates, class P, class G>
 FW_DEVICE void stage2_states(const Step& step, const Row& row, uint64_t grad_address, const Chunk& chunk,
-                             SumSq& sum_sq) {
+                             SumSq& sum_sq, bool rounds) {
   if constexpr (kStates < Rule::kMaxStates)
     if (row.n_states > kStates)
-      return stage2_states<Rule, kStates + 1, P, G>(step, row, grad_address, chunk, sum_sq);
-  stage2_chunk<Rule, kStates, P, G>(step, row, grad_address, chunk, sum_sq);
+      return stage2_states<Rule, kStates + 1, P, G>(step, row, grad_address, chunk, sum_sq, rounds);
+  stage2_chunk<Rule, kStates, P, G>(step, row, grad_address, chunk, sum_sq, rounds);
 }
 
 template <class Rule>
 struct Stage1 {
   const Step& step;
   int64_t index;
+  bool rounds;
 
   template <class P, class G>
   FW_DEVICE Partial run(const Row& row, uint64_t grad_address, const Chunk& chunk) const {
@@ -233,20 +234,21 @@ struct Stage1 {
                         double (&found)[Rule::kSums + 1]) const {
     if constexpr (Rule::kProjects)
       if (has_channels(row, chunk))
-        return stage1_channels<Rule, kStates, P, G>(step, row, grad_address, chunk, found);
-    return stage1_channel<Rule, kStates, P, G>(step, row, grad_address, chunk, found);
+        return stage1_channels<Rule, kStates, P, G>(step, row, grad_address, chunk, found, rounds);
+    return stage1_channel<Rule, kStates, P, G>(step, row, grad_address, chunk, found, rounds);
   }
 };
 
-template <class Rule, bool kDoubles>
-__global__ void __launch_bounds__(kThreads, kBlocksPerProcessorOfSums)
+template <class Rule, bool kAllKinds>
+__global__ void __launch_bounds__(kThreads,
+                                  kAllKinds ? kBlocksPerProcessorOfSumsOfAllKinds : kBlocksPerProcessorOfSums)
     stage1_kernel(const __grid_constant__ Step step) {
   if (at<StepDecision>(step.decision)->skipped) return;
   for (int64_t i = blockIdx.x; i < step.n_chunks; i += gridDim.x) {
     const Chunk chunk = at<Chunk>(step.chunks)[i];
     const uint64_t grad_address = at<uint64_t>(step.grads)[chunk.row];
-    const Partial sum =
-        visit<kDoubles>(Stage1<Rule>{step, i}, at<Row>(step.rows)[chunk.row], grad_address, chunk);
+    const Partial sum = visit<kAllKinds>(Stage1<Rule>{step, i, kAllKinds}, at<Row>(step.rows)[chunk.row],
+                                         grad_address, chunk);
     if (accumulates(step)) store_sum(at<Partial>(step.partials)[i], sum);
   }
 }

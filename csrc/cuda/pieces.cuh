@@ -41,8 +41,9 @@ FW_DEVICE bool has_channels(const Row& row, const Chunk& chunk) { return row.cha
 template <class P, class G>
 struct ThreadGroup {
   int32_t width, lane, group, groups;
+  bool rounds;
 
-  FW_DEVICE explicit ThreadGroup(const Pieces& pieces) : width(1) {
+  FW_DEVICE explicit ThreadGroup(const Pieces& pieces, bool rounds = false) : width(1), rounds(rounds) {
     const int32_t most = pieces.channel_size < kPiece ? pieces.channel_size : kPiece;
     while (width < kWarp && width * kPack<P> < most) width *= 2;
     lane = threadIdx.x % width;
@@ -59,7 +60,7 @@ struct ThreadGroup {
       const int32_t i = first + group;
       const Piece piece = i < pieces.count ? pieces[i] : Piece{0, 0};
       visit(i, ChunkPointers<P, G>(row, grad_address,
-                                   Chunk{chunk.offset + piece.begin, piece.count, chunk.row}));
+                                   Chunk{chunk.offset + piece.begin, piece.count, chunk.row}, rounds));
     }
   }
 };

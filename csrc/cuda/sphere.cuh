@@ -80,11 +80,12 @@ FW_DEVICE void finish_spheres(const Step& step) {
 struct Rescale {
   const Step& step;
   double factor, average_weight;
+  bool rounds;
 
   template <class P, class G>
   FW_DEVICE Partial run(const Row& row, uint64_t, const Chunk& chunk) const {
     using C = typename Arithmetic<P>::type;
-    ChunkPointers<P, P> s(row, row.param, chunk);
+    ChunkPointers<P, P> s(row, row.param, chunk, rounds);
     if (!(average_weight > 0.0)) s.average = nullptr;
 #pragma unroll 1
     for (int32_t i = threadIdx.x * kPack<P>; i < s.count; i += kThreads * kPack<P>) {
@@ -110,7 +111,7 @@ struct Rescale {
   }
 };
 
-template <bool kDoubles>
+template <bool kAllKinds>
 __global__ void __launch_bounds__(kThreads, kBlocksPerProcessor)
     rescale_kernel(const __grid_constant__ Step step) {
   const StepDecision& decision = *at<StepDecision>(step.decision);
@@ -119,7 +120,9 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerProcessor)
     const Chunk chunk = at<Chunk>(step.chunks)[i];
     const Row& row = at<Row>(step.rows)[chunk.row];
     const Sphere* sphere = sphere_of(step, row.group);
-    if (sphere) visit<kDoubles>(Rescale{step, sphere->factor, average_weight_of(row)}, row, row.param, chunk);
+    if (sphere)
+      visit<kAllKinds>(Rescale{step, sphere->factor, average_weight_of(row), kAllKinds}, row, row.param,
+                       chunk);
   }
 }
 

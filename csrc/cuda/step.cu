@@ -122,16 +122,17 @@ template <class Rule>
 struct Update {
   const Step& step;
   SumSq& sum_sq;
+  bool rounds;
 
   template <class P, class G>
   FW_DEVICE Partial run(const Row& row, uint64_t grad_address, const Chunk& chunk) const {
-    ChunkPointers<P, G> s(row, grad_address, chunk);
+    ChunkPointers<P, G> s(row, grad_address, chunk, rounds);
     // parameters of a group on a sphere are averaged later, in rescale_kernel()
     if (!s.average || !(average_weight_of(row) > 0.0) || sum_sq.wanted) s.average = nullptr;
     if constexpr (Rule::kSums == 0) {
       if (s.grad) return with_states<Rule::kMinStates>(s, row, chunk.row);
     } else if (s.grad) {
-      stage2_states<Rule, Rule::kMinStates, P, G>(step, row, grad_address, chunk, sum_sq);
+      stage2_states<Rule, Rule::kMinStates, P, G>(step, row, grad_address, chunk, sum_sq, rounds);
       return Partial{};
     }
     finish_chunk(s, static_cast<typename ChunkPointers<P, G>::C>(average_weight_of(row)), sum_sq);
@@ -143,7 +144,7 @@ struct Update {
     if constexpr (kStates < Rule::kMaxStates)
       if (row.n_states > kStates) return with_states<kStates + 1>(s, row, index);
     const Scalars& scalars = at<Scalars>(step.scalars)[index];
-    // apart from the others, so that rounding to nearest has the registers that it needs alone
+    // apart from rounding to nearest, which goes through whole packs
     if constexpr (kIsRounded<P>)
       if (s.rounding != kNearest)
         return update_states<Rule, kStates, true>(step, s, scalars, average_weight_of(row), accumulates(step),
@@ -155,13 +156,13 @@ struct Update {
 
 // two packs of AdamP and SGDP need more registers too, and LAMB, which takes fewer, finds room for a fifth
 // block
-template <class Rule, bool kDoubles>
-constexpr int kBlocksOfUpdate = kDoubles          ? kBlocksPerProcessorOfDoubles
+template <class Rule, bool kAllKinds>
+constexpr int kBlocksOfUpdate = kAllKinds         ? kBlocksPerProcessorOfAllKinds
                                 : Rule::kSums > 0 ? kBlocksPerProcessorOfSums
                                                   : kBlocksPerProcessor;
 
-template <class Rule, bool kDoubles>
-__global__ void __launch_bounds__(kThreads, kBlocksOfUpdate<Rule, kDoubles>)
+template <class Rule, bool kAllKinds>
+__global__ void __launch_bounds__(kThreads, kBlocksOfUpdate<Rule, kAllKinds>)
     update_kernel(const __grid_constant__ Step step) {
   StepDecision& decision = *at<StepDecision>(step.decision);
   if (decision.skipped) return;
@@ -174,7 +175,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksOfUpdate<Rule, kDoubles>)
     const uint64_t grad_address = at<uint64_t>(step.grads)[tile.part.row];
     const Row& row = at<Row>(step.rows)[tile.part.row];
     SumSq sum_sq{0.0, sphere_of(step, row.group) != nullptr};
-    const Partial sum = visit<kDoubles>(Update<Rule>{step, sum_sq}, row, grad_address, tile.part);
+    const Partial sum = visit<kAllKinds>(Update<Rule>{step, sum_sq, kAllKinds}, row, grad_address, tile.part);
     if (norms) store_sum(tile.partial(step), sum);
     if (!sum_sq.wanted) continue;
     double total[1] = {sum_sq.sum_sq};
@@ -212,7 +213,7 @@ struct Grids {
 };
 
 // grid sizes on the current device; the first call loads the kernels
-template <class Rule, bool kDoubles>
+template <class Rule, bool kAllKinds>
 Grids grids_on(int device) {
   static std::mutex mutex;
   static std::vector<Grids> known;
@@ -225,20 +226,20 @@ Grids grids_on(int device) {
     grids.decide = resident_blocks(decide_kernel<Rule, kFewPointers>, device, kDecideThreads);
     grids.measure = resident_blocks(measure_kernel<kFewPointers>, device);
     if constexpr (Rule::kSums > 0) {
-      grids.stage1 = resident_blocks(stage1_kernel<Rule, kDoubles>, device);
+      grids.stage1 = resident_blocks(stage1_kernel<Rule, kAllKinds>, device);
       grids.reduce = resident_blocks(reduce_layers_kernel<Rule>, device);
     }
-    grids.rescale = resident_blocks(rescale_kernel<kDoubles>, device);
+    grids.rescale = resident_blocks(rescale_kernel<kAllKinds>, device);
     grids.finish = resident_blocks(finish_kernel, device);
     grids.fold = resident_blocks(fold_kernel<Rule>, device);
-    grids.update = resident_blocks(update_kernel<Rule, kDoubles>, device);
+    grids.update = resident_blocks(update_kernel<Rule, kAllKinds>, device);
   }
   return grids;
 }
 
-template <class Rule, bool kDoubles, int kSize>
+template <class Rule, bool kAllKinds, int kSize>
 void launch_all(const Launch& how, const Step& step) {
-  const Grids grids = grids_on<Rule, kDoubles>(how.device);
+  const Grids grids = grids_on<Rule, kAllKinds>(how.device);
   const int64_t row_tiles = (step.n_rows + kDecideThreads - 1) / kDecideThreads;
   const int64_t decides = grid(grids.decide, how.max_blocks, row_tiles);
   const int threads = threads_of_chunk(step);
@@ -269,7 +270,7 @@ void launch_all(const Launch& how, const Step& step) {
   }
   if constexpr (Rule::kSums > 0) {
     if (how.stages & kUpdateStage)
-      launch(stage1_kernel<Rule, kDoubles>, grid(grids.stage1, how.max_blocks, step.n_chunks), kThreads, how,
+      launch(stage1_kernel<Rule, kAllKinds>, grid(grids.stage1, how.max_blocks, step.n_chunks), kThreads, how,
              step);
     fold(kUpdateStage, step.n_rows);
     if (how.stages & kLayerStage)
@@ -279,37 +280,38 @@ void launch_all(const Launch& how, const Step& step) {
   constexpr Stage kLast = Rule::kSums > 0 ? kLayerStage : kUpdateStage;
   // as many blocks as tiles, or as small chunks: the device starts one where another ends
   if (how.stages & kLast)
-    launch(update_kernel<Rule, kDoubles>,
+    launch(update_kernel<Rule, kAllKinds>,
            grid(tiles > 1 || small ? units : grids.update, how.max_blocks, units), threads, how, step);
   if (norms || step.spheres) fold(kLast, sums);
   if (!(how.stages & kFinishStage)) return;
   if (norms || (step.totals && step.spheres))
     launch(finish_kernel, grid(grids.finish, how.max_blocks, step.totals ? 1 : sums), kThreads, how, step);
   if (step.spheres)
-    launch(rescale_kernel<kDoubles>, grid(grids.rescale, how.max_blocks, step.n_chunks), kThreads, how, step);
+    launch(rescale_kernel<kAllKinds>, grid(grids.rescale, how.max_blocks, step.n_chunks), kThreads, how,
+           step);
 }
 
-template <class Rule, bool kDoubles>
+template <class Rule, bool kAllKinds>
 void run_sized(const Launch& how, const Step& step) {
   if (how.n_grads > kFewPointers)
-    launch_all<Rule, kDoubles, kMaxInlinePointers>(how, step);
+    launch_all<Rule, kAllKinds, kMaxInlinePointers>(how, step);
   else
-    launch_all<Rule, kDoubles, kFewPointers>(how, step);
+    launch_all<Rule, kAllKinds, kFewPointers>(how, step);
 }
 
 template <class Rule>
 void run(const Launch& how, const Step& step) {
   const OnDevice guard(how.device);
-  if (how.doubles)
+  if (how.all_kinds)
     run_sized<Rule, true>(how, step);
   else
     run_sized<Rule, false>(how, step);
 }
 
 template <class Rule>
-void prepare(int device, bool doubles) {
+void prepare(int device, bool all_kinds) {
   const OnDevice guard(device);
-  if (doubles)
+  if (all_kinds)
     grids_on<Rule, true>(device);
   else
     grids_on<Rule, false>(device);

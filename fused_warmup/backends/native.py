@@ -78,7 +78,7 @@ class CudaBackend:
 
     def prepare(self, plan: Plan) -> None:
         """Load the kernels, which cannot be done while a CUDA graph is captured."""
-        self._cuda.prepare(self._rules[plan.rule], plan.device.index or 0, plan.has_float64)
+        self._cuda.prepare(self._rules[plan.rule], plan.device.index or 0, plan.has_all_kinds)
 
     def step(self, plan: Plan) -> None:
         """Queue one step on the current stream."""
@@ -88,7 +88,7 @@ class CudaBackend:
                 plan.address,
                 plan.gradients.address,
                 len(plan.rows) if plan.gradients.is_stale else 0,
-                plan.has_float64,
+                plan.has_all_kinds,
                 plan.device.index or 0,
                 _stream(plan.device),
                 self._max_blocks,

@@ -79,7 +79,7 @@ class Plan:
         spreads: As given.
         reduction: Sums that processes add up; None if no row is spread over several.
         scaling: ``grad_scale`` and ``found_inf`` of a ``GradScaler``, or None each.
-        has_float64: Whether any parameter is float64.
+        has_all_kinds: Whether any parameter is float64, or is rounded in another mode than to nearest.
         numel: Number of elements of the rows that have states.
         address: Address of the ``Step`` struct on the host.
     """
@@ -120,7 +120,8 @@ class Plan:
         extents = self._reader.extents([row.work for row in rows])
         self._columns = _pack_rows(rows, extents, self._param_cache.addresses, [len(own) for own in names])
         self._pack_rounding(readings.hypers)
-        self.has_float64 = bool((self._columns["dtype"] == DTYPES[torch.float64]).any())
+        is_float64 = self._columns["dtype"] == DTYPES[torch.float64]
+        self.has_all_kinds = bool((is_float64 | (self._columns["rounding"] != 0)).any())
         self._enter([i for i, row in enumerate(rows) if not row.is_reserved])
         self._pack(readings, norms)
 

@@ -21,13 +21,14 @@ ARCHS = os.environ.get(
     "FUSED_WARMUP_CUDA_ARCHS", re.search(r'CUDA_ARCHS = "(.*)"', (ROOT / "setup.py").read_text()).group(1)
 ).split()
 # registers that leave room for the threads that launch bounds promise, of 65,536 on every processor
-LIMITS = {"decide": 65536 // 512, "update": 65536 // 640, "update of doubles": 128, "finish": 65536 // 512}
+LIMITS = {"decide": 65536 // 512, "update": 65536 // 640, "update of all kinds": 128, "finish": 65536 // 512}
 # each thread has four loads in flight, 40 KB on a multiprocessor; an H100 needs 14 and an H200 20 at 600 ns
 LIMITS |= {"measure": 65536 // 640}
-LIMITS |= dict.fromkeys(("rescale", "rescale of doubles"), 65536 // 640)
+LIMITS |= dict.fromkeys(("rescale", "rescale of all kinds"), 65536 // 640)
 VECTOR_PARTS = ("Perturb", "Finish", "Combine")
 LIMITS |= dict.fromkeys((*VECTOR_PARTS, "preconditioner", "fold"), 65536 // 512) | {"Finish": 65536 // 384}
-LIMITS |= dict.fromkeys(("stage1", "stage1 of doubles", "reduce_layers", "update of layers"), 65536 // 512)
+LIMITS |= dict.fromkeys(("stage1", "reduce_layers", "update of layers"), 65536 // 512)
+LIMITS |= {"stage1 of all kinds": 65536 // 384}
 
 
 def find_tool(name):
@@ -67,8 +68,8 @@ def kernel_of(symbol):
     stages = "measure|decide|stage1|reduce_layers|update|finish|rescale|preconditioner|fold"
     stage = re.search(rf"({stages})_kernel", symbol).group(1)
     rule = re.search(rf"\d({'|'.join(RULES)})(?=E)", symbol)
-    doubles = stage in ("stage1", "update", "rescale") and "Lb1E" in symbol
-    return f"{stage} of doubles" if doubles else stage, rule and rule.group(1)
+    all_kinds = stage in ("stage1", "update", "rescale") and "Lb1E" in symbol
+    return f"{stage} of all kinds" if all_kinds else stage, rule and rule.group(1)
 
 
 @pytest.fixture(scope="module")
@@ -110,12 +111,12 @@ def test_every_device_has_every_kernel(resources):
         counts = defaultdict(int)
         for symbol in kernels:
             counts[kernel_of(symbol)] += 1
-        variants = {"decide": 2, "update": 1, "update of doubles": 1, "fold": 1}
+        variants = {"decide": 2, "update": 1, "update of all kinds": 1, "fold": 1}
         wanted = {(stage, rule): n for stage, n in variants.items() for rule in RULES}
         wanted |= {
-            (s, rule): 1 for s in ("stage1", "stage1 of doubles", "reduce_layers") for rule in LAYER_RULES
+            (s, rule): 1 for s in ("stage1", "stage1 of all kinds", "reduce_layers") for rule in LAYER_RULES
         }
-        rescales = dict.fromkeys([("rescale", None), ("rescale of doubles", None)], len(RULES))
+        rescales = dict.fromkeys([("rescale", None), ("rescale of all kinds", None)], len(RULES))
         # vectors of float32 and of float64
         vectors = {(part, None): 2 for part in VECTOR_PARTS}
         vectors |= {("preconditioner", rule): 2 for rule in _cpu.preconditioned()}
@@ -184,7 +185,7 @@ def test_vectors_of_16_bytes(code):
             ), (symbol, loads)
             # variants that differ in the gradient alone may end in the same stores
             assert stores >= (1 + 1 + 2 * (1 + 2)) * len(states[rule]), (symbol, stores)
-        elif stage in ("update", "update of doubles"):
+        elif stage in ("update", "update of all kinds"):
             # the states and the average of eight elements of 16 bits take two vectors each
             wide = sum(1 + 1 + n + 1 for n in states[rule])
             half = 2 * sum((1 + 1 + 2 * n + 2) + (1 + 2 + 2 * n + 2) for n in states[rule])
