@@ -1,4 +1,8 @@
-"""Train a small GPT with float32 and with bfloat16 weights: ``python -m benchmarks.sixteen_bits``."""
+"""Train a small GPT with float32 and with bfloat16 weights: ``python -m benchmarks.sixteen_bits``.
+
+The other packages: ``pip install --no-deps torch-optimi torchao pytorch_optimizer``. Finished runs are kept in the JSON file
+and not repeated.
+"""
 
 import copy
 import json
@@ -18,6 +22,7 @@ from fused_warmup.cli.machine import describe
 from fused_warmup.cli.train.data import CONTEXT, load
 from fused_warmup.cli.train.loops import evaluate, loss_of
 from fused_warmup.cli.train.models import GPT
+from fused_warmup.reference.rounding import MODES
 
 STEPS, WARMUP, BATCH, LAST = 2000, 100, 8, 100
 SEEDS, RATES = (0, 1, 2), (1e-3, 2e-4)
@@ -240,6 +245,18 @@ def conclusion(by_variant):
     return f"Mean validation loss and the spread of the seeds of float32: {'; '.join(where)}."
 
 
+def extremes(by_variant):
+    """Return the sentence on the differences that our modes make for one seed."""
+    runs, base = by_variant["nearest"]
+    least = min(map(abs, above(runs, base)))
+    modes = [mode for mode in MODES if mode != "nearest"]
+    most = max(abs(x) for mode in modes for x in above(*by_variant[mode]))
+    return (
+        f"Differences from float32 for one seed: {most:.4f} or less with {listed([f'`{mode}`' for mode in modes])}, "
+        f"{least:.4f} or more with `nearest`."
+    )
+
+
 def page(results):
     """Return the text of the results page."""
     lines = ["# bfloat16 weights", "", *describe_runs(results)]
@@ -250,7 +267,14 @@ def page(results):
                 runs[run["variant"]][run["seed"]] = run
         by_variant = {v.name: (runs[v.name], runs[v.base or v.name]) for v in VARIANTS if runs[v.name]}
         rows = [row(name, *pair) for name, pair in by_variant.items()]
-        lines += [f"## Learning rate {lr:g}", "", *table(HEADINGS, rows), "", conclusion(by_variant), ""]
+        lines += [
+            f"## Learning rate {lr:g}",
+            "",
+            *table(HEADINGS, rows),
+            "",
+            f"{conclusion(by_variant)} {extremes(by_variant)}",
+            "",
+        ]
     return "\n".join(lines).rstrip() + "\n"
 
 
@@ -262,10 +286,10 @@ def describe_runs(results):
         f"The character GPT of `fused-warmup train`, smaller: width {SHAPE['width']}, {SHAPE['heads']} heads, "
         f"{SHAPE['layers']} layers, {parameters:,} parameters, contexts of {CONTEXT}. Data: {results['settings']['data']}. "
         f"{STEPS:,} steps of {BATCH} windows of AdamW with betas {OPTIONS['betas']}, eps {OPTIONS['eps']:g} and weight decay "
-        f"{OPTIONS['weight_decay']:g}; {WARMUP} steps of linear warmup, then a constant rate; neither clipping nor averages. "
+        f"{OPTIONS['weight_decay']:g}; {WARMUP} steps of linear warmup, then a constant rate; no clipping, no averages. "
         f"Seeds {listed([str(seed) for seed in SEEDS])}: all variants of a seed have the same batches and the same initial "
         "weights, rounded to bfloat16 unless the weights are float32. Activations and gradients have the dtype of the "
-        "weights; the loss is computed in float32.",
+        "weights, and attention is computed without torch's fused kernel; the loss is computed in float32.",
         "",
         "The modes of `param_rounding` are ours, with both moments in float32. torch and the other packages keep them in "
         "bfloat16 beside bfloat16 weights. StableAdamW clips updates, so it is "
