@@ -23,6 +23,8 @@ BASE = {
     "schedule": "cosine",
     "steps": 12,
     "warmup": 2,
+    "dtype": "float32",
+    "param_rounding": "nearest",
     "max_grad_norm": 1.0,
     "ema": 0.9,
     "seed": 0,

@@ -21,11 +21,12 @@ from torch import nn
 from ... import _checks as check
 from ...backends import resolve
 from ...optim.telemetry import Telemetry
+from ...reference.rounding import MODES
 from ..console import PlainConsole
 from ..files import PATH, checked_output, created_folder, ignored_interrupts
 from ..machine import cpu_model, versions
 from ..words import print_error
-from .config import MODELS, OPTIMIZERS, SCHEDULES, TrainConfig
+from .config import DTYPES, MODELS, OPTIMIZERS, SCHEDULES, TrainConfig
 from .data import Data, load
 from .loops import FusedLoop, TorchLoop, TrainingLoop
 from .models import build
@@ -88,9 +89,9 @@ def train_all(fused: FusedLoop, loops: Sequence[TrainingLoop], data: Data, confi
 def run(config: TrainConfig, console: PlainConsole) -> None:
     """Train, write the files and print the table; an interrupt or an error keeps the finished steps."""
     with _threads(config.threads):
-        data = load(config.model)
+        data = load(config.model, config.param_dtype)
         torch.manual_seed(config.seed)
-        model = build(config.model, data.classes)
+        model = build(config.model, data.classes, config.param_dtype)
         console.print(f"{config.model}: {_parameter_count(model):,} parameters; {data.source}")
         fused = FusedLoop(model, config)
         loops: list[TrainingLoop] = [fused]
@@ -191,9 +192,7 @@ def build_record(
     ours = results[0]
     theirs = results[1] if len(results) > 1 else None
     done = len(ours["losses"])
-    notes = []
-    if config.compare and config.pair.note:
-        notes.append(config.pair.note)
+    notes = config.notes
     if ours["validation"] is None:
         notes.append(f"stopped after {done} of {config.steps} steps, before the evaluation")
     difference = None
@@ -247,6 +246,13 @@ def _json_values(value: Any) -> Any:
 @click.option("--steps", type=int, help="Optimizer steps; by default 400 for gpt, 300 for digits.")
 @click.option("--warmup", type=int, help="Steps of linear warmup; by default a tenth of the steps.")
 @click.option("--batch-size", type=int, help="Examples per step; by default 16 for gpt, 64 for digits.")
+@click.option("--dtype", default="float32", show_default=True, help=f"Of the model: {' or '.join(DTYPES)}.")
+@click.option(
+    "--param-rounding",
+    default="nearest",
+    show_default=True,
+    help=f"How our step rounds bfloat16 parameters: one of {', '.join(MODES)}.",
+)
 @click.option(
     "--max-grad-norm",
     type=float,

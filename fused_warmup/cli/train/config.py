@@ -11,10 +11,12 @@ import fused_warmup as fw
 
 from ... import _checks as check
 from ...backends import BACKENDS, resolve
+from ...reference.rounding import MODES
 from ...schedules import Schedule
 from ..machine import MAX_THREADS
 
 MODELS = ("gpt", "digits")
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 SCHEDULES = ("constant", "linear", "cosine", "exponential", "polynomial", "inverse_sqrt")
 # the largest seed of torch's generators
 MAX_SEED = 2**64 - 1
@@ -81,6 +83,8 @@ class TrainConfig:
         steps: Optimizer steps, >= 1.
         warmup: Steps of linear warmup, at most ``steps``.
         batch_size: Examples per step, >= 1.
+        dtype: Dtype of parameters and buffers, a key of ``DTYPES``.
+        param_rounding: How our optimizer rounds bfloat16 parameters; ``"nearest"`` for float32.
         max_grad_norm: Largest norm of the gradients; 0 disables clipping.
         ema: Decay of the weight average, in [0, 1); 0 disables averaging.
         seed: Seed of the model and of the batch order, in [0, 2**64).
@@ -100,6 +104,8 @@ class TrainConfig:
     steps: int
     warmup: int
     batch_size: int
+    dtype: str
+    param_rounding: str
     max_grad_norm: float
     ema: float
     seed: int
@@ -127,9 +133,18 @@ class TrainConfig:
         model = check.one_of(_OWNER, "--model", options["model"].lower(), MODELS)
         optimizer = check.one_of(_OWNER, "--optimizer", options["optimizer"].lower(), tuple(OPTIMIZERS))
         schedule = check.one_of(_OWNER, "--schedule", options["schedule"].lower(), SCHEDULES)
+        dtype = check.one_of(_OWNER, "--dtype", options["dtype"].lower(), tuple(DTYPES))
+        rounding = check.one_of(_OWNER, "--param-rounding", options["param_rounding"].lower(), MODES)
         pair = OPTIMIZERS[optimizer]
         defaults = {**_MODEL_DEFAULTS[model], "lr": pair.lr, "weight_decay": pair.weight_decay}
-        values = {**options, "model": model, "optimizer": optimizer, "schedule": schedule}
+        values = {
+            **options,
+            "model": model,
+            "optimizer": optimizer,
+            "schedule": schedule,
+            "dtype": dtype,
+            "param_rounding": rounding,
+        }
         for name, default in defaults.items():
             if values[name] is None:
                 values[name] = default
@@ -153,6 +168,8 @@ class TrainConfig:
             check.fail(_OWNER, "--lr", "be > 0 for --find-lr", self.lr)
         if self.warmup > self.steps:
             check.fail(_OWNER, "--warmup", f"be <= --steps, which is {self.steps}", self.warmup)
+        if self.dtype == "float32" and self.param_rounding != "nearest":
+            check.fail(_OWNER, "--param-rounding", "be 'nearest' for --dtype float32", self.param_rounding)
         check.one_of(_OWNER, "--backend", self.backend, ("auto", *BACKENDS))
         resolve(self.backend, torch.device("cpu"))
 
@@ -160,6 +177,22 @@ class TrainConfig:
     def pair(self) -> OptimizerPair:
         """The optimizers to train with."""
         return OPTIMIZERS[self.optimizer]
+
+    @property
+    def param_dtype(self) -> torch.dtype:
+        """Dtype of parameters and buffers."""
+        return DTYPES[self.dtype]
+
+    @property
+    def notes(self) -> list[str]:
+        """Caveats about the comparison with torch."""
+        notes = [self.pair.note] if self.pair.note else []
+        if self.dtype != "float32":
+            notes.append(
+                f"torch rounds {self.dtype} parameters and states to nearest, ours the parameters by "
+                f"{self.param_rounding!r} with float32 states, so the losses differ"
+            )
+        return notes if self.compare else []
 
     def build_schedule(self) -> Schedule:
         """Return the schedule: linear warmup, then the named shape over the remaining steps."""

@@ -40,11 +40,12 @@ class Data:
     source: str
 
 
-def load(model: str) -> Data:
+def load(model: str, dtype: torch.dtype = torch.float32) -> Data:
     """Load the data of a model.
 
     Args:
         model: ``"gpt"`` or ``"digits"``.
+        dtype: Dtype of images.
 
     Returns:
         The data; the same at every call in one installation.
@@ -52,7 +53,7 @@ def load(model: str) -> Data:
     Raises:
         ValueError: If the Python library is not installed as source files.
     """
-    return text() if model == "gpt" else digits()
+    return text() if model == "gpt" else digits(dtype)
 
 
 def text(root: Path | None = None, context: int = CONTEXT, limit: int = _TEXT_BYTES) -> Data:
@@ -102,16 +103,19 @@ def text(root: Path | None = None, context: int = CONTEXT, limit: int = _TEXT_BY
     )
 
 
-def digits() -> Data:
+def digits(dtype: torch.dtype = torch.float32) -> Data:
     """Load scikit-learn's 1,797 images of handwritten digits; every fifth one is for validation.
 
+    Args:
+        dtype: Dtype of the images, whose 17 grey levels bfloat16 has exactly.
+
     Returns:
-        Float32 images of shape ``[n, 1, 8, 8]`` in [0, 1] and int64 labels.
+        Images of shape ``[n, 1, 8, 8]`` in [0, 1] and int64 labels.
     """
     from sklearn.datasets import load_digits
 
     raw = load_digits()
-    images = torch.tensor(raw.images, dtype=torch.float32).unsqueeze(1) / 16
+    images = torch.tensor(raw.images, dtype=dtype).unsqueeze(1) / 16
     labels = torch.tensor(raw.target, dtype=torch.int64)
     # neighbours in the file come from the same writer, so shuffle before the split
     order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))

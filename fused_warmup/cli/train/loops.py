@@ -122,6 +122,8 @@ class FusedLoop(TrainingLoop):
             schedule=config.build_schedule(),
             max_grad_norm=config.max_grad_norm or None,
             average=fw.EMA(config.ema) if config.ema else None,
+            param_rounding=config.param_rounding,
+            rounding_seed=config.seed,
             backend=config.backend,
             telemetry="all",
         )
@@ -200,8 +202,8 @@ class TorchLoop(TrainingLoop):
 
 
 def loss_of(logits: Tensor, targets: Tensor) -> Tensor:
-    """Return the mean cross entropy of logits ``[..., classes]``, in nats."""
-    return functional.cross_entropy(logits.flatten(0, -2), targets.flatten())
+    """Return the mean cross entropy of logits ``[..., classes]``, in nats; float32 also for 16-bit logits."""
+    return functional.cross_entropy(logits.flatten(0, -2).float(), targets.flatten())
 
 
 @torch.no_grad()

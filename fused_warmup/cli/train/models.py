@@ -80,14 +80,15 @@ def digits_net(classes: int) -> nn.Module:
     )
 
 
-def build(model: str, classes: int) -> nn.Module:
+def build(model: str, classes: int, dtype: torch.dtype = torch.float32) -> nn.Module:
     """Build a model; its weights are drawn from torch's default generator.
 
     Args:
         model: ``"gpt"`` or ``"digits"``.
         classes: Number of characters or of digits.
+        dtype: Dtype of parameters and buffers; the weights are drawn in float32 and rounded to nearest.
 
     Returns:
         The model, in training mode.
     """
-    return GPT(classes) if model == "gpt" else digits_net(classes)
+    return (GPT(classes) if model == "gpt" else digits_net(classes)).to(dtype)

@@ -80,6 +80,9 @@ _SETTINGS = {
     "steps": POSITIVE,
     "warmup": COUNT,
     "batch_size": POSITIVE,
+    # records of older versions lack them
+    "dtype": OptionalEntry(TEXT),
+    "param_rounding": OptionalEntry(TEXT),
     "max_grad_norm": NUMBER,
 }
 _EDGE = {"step": POSITIVE, "sharpness": LOSS, "preconditioned": LOSS, "threshold": LOSS}
