@@ -53,6 +53,12 @@ from optim.test_moments import CASES as MOMENT_CASES
 from optim.test_moments import check_moments
 from optim.test_norms import DENORMAL, assert_exact, check_flushed, check_norms, each_gradient, norms_of
 from optim.test_outside import joined_late
+from optim.test_rounding import (
+    check_rounded_bits,
+    test_bits_of_an_element_do_not_depend_on_its_neighbours,  # noqa: F401
+    test_stochastic_rounding_is_unbiased,  # noqa: F401
+)
+from optim.test_rounding import each_pair as each_rounding
 from optim.test_sphere import (
     RULES,
     check_directions,
@@ -743,7 +749,7 @@ def test_random_bits(place, stage):
     rows[["numel", "seed", "number"]] = (2100, 2**64 - 12345678901, 3)
     rows[["first_element", "run", "run_stride"]] = place
     first, run, stride = place
-    i = np.arange(1024, 1024 + 64)
+    i = torch.arange(1024, 1024 + 64)
     numbers = first + i // run * stride + i % run
     expected = reference_rounding.random_bits(numbers, 2**64 - 12345678901, 3, 2**32 + 5, stage)
     aligned = all(n % 8 == 0 for n in (place if run != 2100 else place[:1]))
@@ -863,21 +869,8 @@ ROUNDED_RULES = {
 }
 
 
-def assert_nearly_all(name, actual, expected, rare, share):
-    """Within a few units of float32, but for a share of the elements, which are within ``rare`` of themselves."""
-    unit = EPS[torch.float32]
-    assert_close(name, actual, expected, 4 * unit, rare)
-    actual, expected = actual.detach().double(), expected.detach().double()
-    differ = (actual - expected).abs() > 4 * unit * (1.0 + expected.abs())
-    assert int(differ.sum()) <= max(1, share * differ.numel()), (name, int(differ.sum()), differ.numel())
-
-
 def check_rounded_steps(cls, mode, dtype, shapes, steps, **options):
-    """Each step starts from the same state.
-
-    Where values differ in their last digit, one in thousands is rounded to another float16 parameter, and one in
-    16 to another compensation of a float16 parameter.
-    """
+    """Each step starts from the same state, and values that differ in their last digit may be rounded apart."""
     options = {"lr": 1e-2, "param_rounding": mode, "rounding_seed": 2**63 + 11, **options}
     ours, theirs = make_params(dtype, shapes), make_params(dtype, shapes)
     opt, ref = (cls(p, backend=b, **options) for p, b in ((ours, "triton"), (theirs, "reference")))
@@ -894,18 +887,18 @@ def check_rounded_steps(cls, mode, dtype, shapes, steps, **options):
             set_grads(params, step)
             own.step()
         for i, (a, b) in enumerate(zip(ours, theirs, strict=True)):
-            assert_nearly_all(f"param {i} at {step}", a, b, 1.01 * EPS[dtype], 1 / 500)
+            assert_close(f"param {i} at {step}", a, b, 4 * unit, 1.01 * EPS[dtype])
             states, expected = states_of(opt, a), states_of(ref, b)
             assert states.keys() == expected.keys()
             for name in states.keys() - {residue_name, "average"}:
                 assert_close(f"{name} {i} at {step}", states[name], expected[name], 4 * unit, 4 * unit)
             if "average" in states:
                 averages = (own["average"] for own in (states, expected))
-                assert_nearly_all(f"average {i} at {step}", *averages, digit, 1 / 10)
+                assert_close(f"average {i} at {step}", *averages, 4 * unit, digit)
             if residue_name is not None:
                 pairs = ((a, states), (b, expected))
                 values = (reference_rounding.load(mode, p.detach(), own[residue_name]) for p, own in pairs)
-                assert_nearly_all(f"value {i} at {step}", *values, digit, 1 / 10)
+                assert_close(f"value {i} at {step}", *values, 4 * unit, digit)
 
 
 @pytest.mark.pairwise
@@ -916,6 +909,11 @@ def test_rounded_parameters(mode, dtype, rule, option):
     """Whole blocks, odd ends and tensors smaller than a block."""
     cls, own = ROUNDED_RULES[rule]
     check_rounded_steps(cls, mode, dtype, [(2100,), (3, 24)], 2, **{**own, **OPTIONS[option]})
+
+
+@each_rounding
+def test_rounded_bits_are_those_of_the_reference(mode, dtype):
+    check_rounded_bits(mode, dtype, "triton", [(), (7,), (3, 24), (2100,)])
 
 
 @pytest.mark.parametrize(
