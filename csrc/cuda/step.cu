@@ -157,9 +157,9 @@ struct Update {
 // two packs of AdamP and SGDP need more registers too, and LAMB, which takes fewer, finds room for a fifth
 // block
 template <class Rule, bool kAllKinds>
-constexpr int kBlocksOfUpdate = kAllKinds         ? kBlocksPerProcessorOfAllKinds
-                                : Rule::kSums > 0 ? kBlocksPerProcessorOfSums
-                                                  : kBlocksPerProcessor;
+constexpr int kBlocksOfUpdate =
+    Rule::kSums == 0 ? (kAllKinds ? kBlocksPerProcessorOfAllKinds : kBlocksPerProcessor)
+                     : (kAllKinds ? kBlocksPerProcessorOfSumsOfAllKinds : kBlocksPerProcessorOfSums);
 
 template <class Rule, bool kAllKinds>
 __global__ void __launch_bounds__(kThreads, kBlocksOfUpdate<Rule, kAllKinds>)
