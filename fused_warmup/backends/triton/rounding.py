@@ -199,8 +199,11 @@ def rounds_to(value, stored, DTYPE: tl.constexpr):
 @triton.jit
 def checked_value(value, stored, DTYPE: tl.constexpr):
     """Return a value, or the parameter if it was written from outside: if the value rounds to another."""
-    plain = number(stored, DTYPE)
-    return tl.where(number(narrow(value, DTYPE), DTYPE) == plain, value, plain)
+    rounded = narrow(value, DTYPE).to(tl.uint16, bitcast=True)
+    own = stored.to(tl.uint16, bitcast=True)
+    # the signs of zeros need not agree
+    holds = (rounded == own) | (((rounded | own) & 0x7FFF) == 0)
+    return tl.where(holds, value, number(stored, DTYPE))
 
 
 @triton.jit
