@@ -457,7 +457,7 @@ FAULTS: dict[tuple[str, str], list[tuple[str, ...]]] = {
         ("index * row.run_stride +", "index * row.run +"),
         ("tl.join(tl.join(a, c), tl.join(b, d))", "tl.join(tl.join(a, b), tl.join(c, d))"),
         ("return row.residue | (row.first_element | runs)", "return row.residue | row.first_element", "interpreted.py -k counter_does"),
-        ("tl.where(holds, value, number(stored, DTYPE))", "value", "interpreted.py -k vectors_begin"),
+        ("return tl.where(holds, value, plain)", "return value", "interpreted.py -k vectors_begin"),
         ("tl.where(is_small, small, normal)", "normal", "interpreted.py -k 'stored_and_loaded and stochastic'"),
         ("return tl.where(fits, rounded, truncated)", "return rounded", "interpreted.py -k 'stored_and_loaded and kahan'"),
     ],

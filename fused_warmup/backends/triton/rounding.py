@@ -199,11 +199,14 @@ def rounds_to(value, stored, DTYPE: tl.constexpr):
 @triton.jit
 def checked_value(value, stored, DTYPE: tl.constexpr):
     """Return a value, or the parameter if it was written from outside: if the value rounds to another."""
-    rounded = narrow(value, DTYPE).to(tl.uint16, bitcast=True)
-    own = stored.to(tl.uint16, bitcast=True)
-    # the signs of zeros need not agree
-    holds = (rounded == own) | (((rounded | own) & 0x7FFF) == 0)
-    return tl.where(holds, value, number(stored, DTYPE))
+    plain = number(stored, DTYPE)
+    if DTYPE == BFLOAT16:
+        holds = number(narrow(value, DTYPE), DTYPE) == plain
+    else:
+        # by bits, because not every GPU compares float16; the signs of zeros need not agree
+        rounded, own = narrow(value, DTYPE).to(tl.uint16, bitcast=True), stored.to(tl.uint16, bitcast=True)
+        holds = (rounded == own) | (((rounded | own) & 0x7FFF) == 0)
+    return tl.where(holds, value, plain)
 
 
 @triton.jit
