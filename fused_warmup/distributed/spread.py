@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .groups import is_flattened_part, shard_dim
+from .groups import is_distributed, is_flattened_part, shard_dim
 
 # a process group of torch.distributed, which not every build of torch has
 Group = Any
@@ -58,8 +58,7 @@ def spread_of(
     if placements is None:
         return _plain(param, whole, process_group, is_zero)
     mesh = getattr(param, "device_mesh")  # noqa: B009
-    dims = [(i, shard_dim(p)) for i, p in enumerate(placements)]
-    cuts = [(i, dim % param.dim()) for i, dim in dims if dim is not None and mesh.size(i) > 1]
+    cuts = _cuts(param)
     groups = tuple(mesh.get_group(i) for i, _ in cuts)
     return Spread(
         groups,
@@ -69,6 +68,13 @@ def spread_of(
         _first_index(len(param), mesh, [i for i, dim in cuts if dim == 0]) if param.dim() else 0,
         whole.channels > 1 and any(dim != 0 for _, dim in cuts),
     )
+
+
+def _cuts(param: Tensor) -> list[tuple[int, int]]:
+    """Return the mesh dimensions that cut a distributed parameter, each with the dimension that it cuts."""
+    mesh, placements = getattr(param, "device_mesh"), getattr(param, "placements")  # noqa: B009
+    dims = [(i, shard_dim(p)) for i, p in enumerate(placements)]
+    return [(i, dim % param.dim()) for i, dim in dims if dim is not None and mesh.size(i) > 1]
 
 
 def place_of(param: Tensor) -> tuple[int, int, int]:
@@ -81,13 +87,10 @@ def place_of(param: Tensor) -> tuple[int, int, int]:
         Number of the first element, elements of a run, which follow one another in the whole tensor, and
         elements from the beginning of a run to that of the next.
     """
-    placements = getattr(param, "placements", None)
-    if placements is None:
+    if not is_distributed(param):
         return 0, param.numel(), param.numel()
     mesh, local = getattr(param, "device_mesh"), getattr(param, "_local_tensor")  # noqa: B009
-    dims = [(i, shard_dim(p)) for i, p in enumerate(placements)]
-    cuts = [(i, dim % param.dim()) for i, dim in dims if dim is not None and mesh.size(i) > 1]
-    first = 0
+    cuts, first = _cuts(param), 0
     for dim in {dim for _, dim in cuts}:
         index = _first_index(param.shape[dim], mesh, [i for i, d in cuts if d == dim])
         first += index * math.prod(param.shape[dim + 1 :])
