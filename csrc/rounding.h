@@ -1,6 +1,7 @@
-// Rounding of 16-bit parameters and the residues that keep what it drops, once for the CPU and CUDA;
-// reference/rounding.py has the same statements. A mode is a way to load the value of a parameter before an
-// update and to store it afterwards; the rules in between are those of any other parameter.
+// Rounding of 16-bit parameters and states, and the residues that keep what it drops of parameters, once for
+// the CPU and CUDA; reference/rounding.py has the same statements. A mode is a way to load the value of a
+// parameter before an update and to store it afterwards; the rules in between are those of any other
+// parameter. States of 16 bits are rounded stochastically.
 // Stochastic rounding: Gupta et al. 2015, arXiv:1502.02551. Compensation: Kahan 1965; for bfloat16 training
 // Zamirai et al. 2020, arXiv:2010.06192. Random bits: Philox, Salmon et al. 2011.
 // SPDX-License-Identifier: Apache-2.0
@@ -12,13 +13,15 @@ namespace fw {
 
 // the value of each is described in reference/rounding.py
 enum Rounding : int32_t { kNearest = 0, kStochastic = 1, kKahan = 2, kSplit = 3, kMaster = 4 };
-// the passes of a step that round a parameter: the update, and the return to a sphere
-enum RoundingPass : uint32_t { kUpdatePass = 0, kSpherePass = 1 };
+// the passes of a step that round: the update, its states one by one from kStatePass on, and the return to a
+// sphere
+enum RoundingPass : uint32_t { kUpdatePass = 0, kStatePass = 1, kSpherePass = 8 };
 
 FW_HOST_DEVICE bool has_residue(const Row& row) { return row.rounding > kStochastic; }
 FW_HOST_DEVICE bool draws_bits(const Row& row) {
   return row.rounding == kStochastic || row.rounding == kKahan;
 }
+FW_HOST_DEVICE bool has_rounded_states(const Row& row) { return row.state_dtype == kBFloat16; }
 
 // random bits
 
@@ -26,6 +29,8 @@ FW_HOST_DEVICE bool draws_bits(const Row& row) {
 constexpr int kPhiloxRounds = 7;
 // elements that share the four words of one counter, 16 bits each
 constexpr int kDrawn = 8;
+// of the second word of a counter; the bits below are those of the element
+constexpr int kPassBit = 28;
 
 // what the random bits of a row depend on besides the element
 struct RandomKey {
@@ -37,7 +42,7 @@ struct RandomKey {
         key1(static_cast<uint32_t>(row.seed >> 32)),
         number(static_cast<uint32_t>(row.number)),
         step(static_cast<uint32_t>(step)),
-        high(static_cast<uint32_t>(pass) << 31) {}
+        high(static_cast<uint32_t>(pass) << kPassBit) {}
 };
 
 // the four words of kDrawn elements from number kDrawn * block on, whose low word and high word are given

@@ -40,10 +40,11 @@ enum SegmentKind : int32_t {
   kTable = 7
 };
 
-// One tensor. States and average are float32, or float64 for a float64 parameter. Its channels are contiguous
-// and follow one another; first_piece is the index of the first of their pieces, first_chunk that of the
-// first chunk. step and n_averaged are the addresses of the counts in the state of the parameter: a float, as
-// in torch, and an int64. A tensor that has had no gradient yet may have neither states nor counts.
+// One tensor. States and average are float32, or float64 for a float64 parameter; states may be bfloat16, as
+// state_dtype says. Its channels are contiguous and follow one another; first_piece is the index of the first
+// of their pieces, first_chunk that of the first chunk. step and n_averaged are the addresses of the counts
+// in the state of the parameter: a float, as in torch, and an int64. A tensor that has had no gradient yet
+// may have neither states nor counts.
 #define FW_ROW(X)           \
   X(uint64_t, param)        \
   X(uint64_t, state0)       \
@@ -70,7 +71,9 @@ enum SegmentKind : int32_t {
   X(int64_t, run)           \
   X(int64_t, run_stride)    \
   X(int32_t, rounding)      \
-  X(int32_t, number)
+  X(int32_t, number)        \
+  X(int32_t, state_dtype)   \
+  X(int32_t, reserved)
 
 // The whole tensor that a row is a part of, where rows are spread over processes. slot: index of the sums
 // over those of its elements that are here, which rows share that are spread over the same processes.

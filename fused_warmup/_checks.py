@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeVar
 
 import numpy as np
 import torch
+
+_T = TypeVar("_T")
 
 
 def fail(
@@ -74,9 +76,10 @@ def flag(owner: str, name: str, value: Any) -> bool:
     return bool(value)
 
 
-def one_of(owner: str, name: str, value: Any, allowed: Collection[str]) -> str:
-    """Return ``value`` if it is one of the allowed strings."""
-    if not isinstance(value, str) or value not in allowed:
+def one_of(owner: str, name: str, value: Any, allowed: Collection[_T]) -> _T:
+    """Return ``value`` if it is one of the allowed strings, or other constants of one type."""
+    kind = type(next(iter(allowed)))
+    if not isinstance(value, kind) or value not in allowed:
         fail(owner, name, "be one of " + ", ".join(map(repr, allowed)), value)
     return value
 

@@ -60,7 +60,7 @@ FAULTS: dict[tuple[str, str], list[tuple[str, ...]]] = {
     ("reference/rounding.py", ROUNDED): [
         ("ROUNDS = 7", "ROUNDS = 6"),
         ("(word + i * step) % 2**32", "word"),
-        ("blocks >> 32 | stage << 31", "blocks >> 32"),
+        ("blocks >> 32 | stage << _PASS_BIT", "blocks >> 32"),
         ("torch.full_like(blocks, number)", "torch.zeros_like(blocks)"),
         ("(seed % 2**32, seed >> 32)", "(seed % 2**32, 0)"),
         ("16 * (elements & 1)", "0 * (elements & 1)"),
@@ -616,7 +616,7 @@ CPP_FAULTS: dict[tuple[str, str], list[tuple[str, ...]]] = {
     ("rounding.h", ROUNDED): [
         ("kPhiloxRounds = 7", "kPhiloxRounds = 6"),
         ("key1(static_cast<uint32_t>(row.seed >> 32))", "key1(0)"),
-        ("high(static_cast<uint32_t>(pass) << 31)", "high(0)"),
+        ("high(static_cast<uint32_t>(pass) << kPassBit)", "high(0)"),
         ("i / row.run * row.run_stride + i % row.run", "i"),
         ("magnitude < 0x7f7f0000u", "true"),
         ("(bits & 0x1fffu)) >> 13", "0u) >> 13"),

@@ -182,6 +182,33 @@ inline void store_param(const float* block, const Row& row, const RandomKey& key
 }
 inline void store_param(const double*, const Row&, const RandomKey&, int64_t, int) {}
 
+// blocks of the states of a row in the type of the arithmetic: their columns themselves, or widened copies of
+// those that are rounded
+template <int kStates, class C>
+struct StateBlocks {
+  C* state[kMaxStates];
+  alignas(64) C scratch[kStates > 0 ? kStates : 1][kBlock];
+
+  void load(const Row& row, int64_t offset, int count) {
+    const uint64_t columns[kMaxStates] = {row.state0, row.state1, row.state2};
+    for (int k = 0; k < kMaxStates; ++k)
+      state[k] = k < kStates ? fw::load<C>(columns[k], row.state_dtype, offset, count, scratch[k]) : nullptr;
+  }
+
+  // rounds and writes what an update has changed; states that were updated in place are already up to date
+  void store(const Row& row, int64_t step, int64_t offset, int count) const {
+    if (!has_rounded_states(row)) return;
+    if constexpr (sizeof(C) == sizeof(float)) {
+      const uint64_t columns[kMaxStates] = {row.state0, row.state1, row.state2};
+      BlockBits random;
+      for (int k = 0; k < kStates; ++k) {
+        random.draw(row, RandomKey(row, step, static_cast<RoundingPass>(kStatePass + k)), offset, count);
+        round_all(state[k], random.bits, at<BFloat16>(columns[k]) + offset, count);
+      }
+    }
+  }
+};
+
 // calls visitor.run with the number of states of a row and the type of its arithmetic as template arguments
 template <class Rule, int kStates, class Visitor>
 Partial with_states(const Row& row, const Visitor& visitor) {

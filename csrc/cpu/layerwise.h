@@ -151,6 +151,8 @@ Partial stage1_chunk(const Step& step, const Chunk& chunk) {
   const ScalarsOf<C> scalars(at<Scalars>(step.scalars)[chunk.row]);
   const bool accumulate = accumulates(step);
   alignas(64) C param_scratch[kBlock], grad_scratch[kBlock], update_scratch[kBlock];
+  StateBlocks<kStates, C> states;
+  const int64_t t = at<StepDecision>(step.decision)->t;
   C* const kept = kept_update<C>(step, chunk);
   const Pieces pieces(row, chunk);
   double* out = at<double>(step.sums) + pieces.first * Rule::kSums;
@@ -164,8 +166,15 @@ Partial stage1_chunk(const Step& step, const Chunk& chunk) {
     const C* grad = load<C>(grad_address, row.grad_dtype, offset, count, grad_scratch);
     if (accumulate) lanes.add(grad, count);
     C* update = kept ? kept + done : update_scratch;
-    stage1_block<Rule, kStates, C>(param, grad, at<C>(row.state0) + offset, at<C>(row.state1) + offset,
-                                   update, count, scalars);
+    states.load(row, offset, count);
+    stage1_block<Rule, kStates, C>(param, grad, states.state[0], states.state[1], update, count, scalars);
+    if (has_rounded_states(row)) {
+      states.store(row, t, offset, count);
+      // the direction that stage2 finds, from the moments as they are stored
+      states.load(row, offset, count);
+      direction_block<Rule, kStates, C>(param, grad, states.state[0], states.state[1], update, count,
+                                        scalars);
+    }
     visit_parts(pieces, next, done, done + count, [&](int32_t piece, int32_t begin, int32_t size) {
       auto& sums = *reinterpret_cast<double (*)[Rule::kSums]>(out + int64_t(piece) * Rule::kSums);
       const int32_t k = begin - done;
@@ -187,6 +196,7 @@ void stage2_chunk(const Step& step, const Chunk& chunk) {
   const double* projection_coefs = at<double>(step.projection_coefs) + pieces.first;
   alignas(64) C param_scratch[kBlock], grad_scratch[kBlock] = {}, update_scratch[kBlock],
                                        projection_coef[kBlock] = {};
+  StateBlocks<kStates, C> states;
   const C* const kept = kept_update<C>(step, chunk);
   SumSqLanes lanes;
   SumSqLanes* const sum_sq = sphere_of(step, row.group) ? &lanes : nullptr;
@@ -199,8 +209,9 @@ void stage2_chunk(const Step& step, const Chunk& chunk) {
       if (!kept) {
         const C* grad = grad_scratch;
         if (needs_grad) grad = load<C>(grad_address, row.grad_dtype, offset, count, grad_scratch);
-        direction_block<Rule, kStates, C>(param, grad, at<C>(row.state0) + offset, at<C>(row.state1) + offset,
-                                          update_scratch, count, scalars);
+        states.load(row, offset, count);
+        direction_block<Rule, kStates, C>(param, grad, states.state[0], states.state[1], update_scratch,
+                                          count, scalars);
       }
       if constexpr (Rule::kProjects) {
         visit_parts(pieces, next, done, done + count, [&](int32_t piece, int32_t begin, int32_t size) {

@@ -38,14 +38,15 @@ void preconditioner_chunk(const Step& step, const PreconditionerOp& call, const 
   const C factor = static_cast<C>(lr_over_threshold(step, call, decision, chunk.row));
   const int64_t place = at<int64_t>(call.offsets)[chunk.row] + chunk.offset;
   alignas(64) C param_scratch[kBlock], grad_scratch[kBlock], out[kBlock];
+  StateBlocks<kStates, C> states;
   for (int32_t done = 0; done < chunk.count; done += kBlock) {
     const int64_t offset = chunk.offset + done;
     const int count = block_size(chunk, done);
     const C* param = load_param<C>(row, offset, count, param_scratch);
     const C* grad = load<C>(grad_address, row.grad_dtype, offset, count, grad_scratch);
-    preconditioner_block<Rule, kStates, C>(param, grad, at<C>(row.state0) + offset,
-                                           at<C>(row.state1) + offset, at<C>(row.state2) + offset, out, count,
-                                           scalars);
+    states.load(row, offset, count);
+    preconditioner_block<Rule, kStates, C>(param, grad, states.state[0], states.state[1], states.state[2],
+                                           out, count, scalars);
     if (call.scale) scale_block(out, C(1), at<V>(call.scale) + place + done, count);
     if (call.scaled) scale_block(out, factor, at<V>(call.scaled) + place + done, count);
   }

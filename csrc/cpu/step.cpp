@@ -43,9 +43,11 @@ Partial update_chunk(const Step& step, const Chunk& chunk) {
   const uint64_t grad_address = at<uint64_t>(step.grads)[chunk.row];
   const ScalarsOf<C> scalars(at<Scalars>(step.scalars)[chunk.row]);
   const C weight = static_cast<C>(average_weight_of(row));
-  const RandomKey key(row, at<StepDecision>(step.decision)->t, kUpdatePass);
+  const int64_t t = at<StepDecision>(step.decision)->t;
+  const RandomKey key(row, t, kUpdatePass);
   const bool accumulate = accumulates(step) && grad_address;
   alignas(64) C param_scratch[kBlock], grad_scratch[kBlock];
+  StateBlocks<kStates, C> states;
   SumSqLanes sum_sq_lanes;
   SumSqLanes* const sum_sq = sphere_of(step, row.group) ? &sum_sq_lanes : nullptr;
   // without a gradient there may be no states either
@@ -58,8 +60,10 @@ Partial update_chunk(const Step& step, const Chunk& chunk) {
     if (grad_address) {
       const C* grad = load<C>(grad_address, row.grad_dtype, offset, count, grad_scratch);
       if (accumulate) lanes.add(grad, count);
-      update_block<Rule, kStates, C>(param, grad, at<C>(row.state0) + offset, at<C>(row.state1) + offset,
-                                     at<C>(row.state2) + offset, count, scalars);
+      states.load(row, offset, count);
+      update_block<Rule, kStates, C>(param, grad, states.state[0], states.state[1], states.state[2], count,
+                                     scalars);
+      states.store(row, t, offset, count);
       store_param(param, row, key, offset, count);
     }
     finish_block<C>(row, offset, count, weight, sum_sq, param_scratch);

@@ -16,7 +16,7 @@ from torch import Tensor
 from ..distributed.spread import elements_of
 from ..plan.structs import COUNT_LIMIT
 from ..plan.tensors import compute_dtype
-from ..reference.rounding import SIXTEEN_BITS, SPHERE_PASS, UPDATE_PASS, Rounding, store
+from ..reference.rounding import SIXTEEN_BITS, SPHERE_PASS, STATE_PASSES, UPDATE_PASS, Rounding, store
 from ..reference.rules import (
     LAYER_RULES,
     NO_VIEW,
@@ -96,14 +96,17 @@ class ReferenceBackend:
             rect = s.rect if math.isnan(rect) else rect
             param = _value_of(row)
             grad = grad.to(param.dtype)
+            states = _states_of(row)
             if plan.rule in RULES:
-                param, states = RULES[plan.rule].update(param, grad, row.states, s)
+                param, states = RULES[plan.rule].update(param, grad, states, s)
                 _store(plan, row, param, UPDATE_PASS)
+                _store_states(plan, row, states)
             else:
-                proposal, states = _propose(LAYER_RULES[plan.rule], param, grad, row.states, s)
+                layered = LAYER_RULES[plan.rule]
+                _store_states(plan, row, layered.update_moments(param, grad, states, s))
+                # from the moments as they are stored
+                proposal = _propose(layered, param, grad, _states_of(row), s)
                 proposals.append((i, row, h, s, proposal))
-            for state, new in zip(row.states, states, strict=True):
-                state.copy_(new)
         if plan.rule in LAYER_RULES and not skipped:
             _apply(plan, LAYER_RULES[plan.rule], proposals)
         for g, h in enumerate(plan.groups.hypers) if not skipped else ():
@@ -145,14 +148,31 @@ def _value_of(row: Any) -> Tensor:
     return value.to(compute_dtype(row.work.dtype))
 
 
+def _states_of(row: Any) -> list[Tensor]:
+    """Return the states of a row in the dtype of the arithmetic."""
+    return [state.to(compute_dtype(row.work.dtype)) for state in row.states]
+
+
+def _store_states(plan: Any, row: Any, states: Sequence[Tensor]) -> None:
+    """Write the states of a row, rounded stochastically where they have 16 bits."""
+    for state, new, stage in zip(row.states, states, STATE_PASSES, strict=False):
+        if row.state_dtype is not None:
+            new, _ = store(new, row.state_dtype, _rounding(plan, row, "stochastic", stage))
+        state.copy_(new)
+
+
+def _rounding(plan: Any, row: Any, mode: str, stage: int) -> Rounding:
+    """Return how a pass of this step rounds a row."""
+    seed, t = plan.groups.hypers[row.group].rounding_seed, int(plan.record["counters"][0])
+    return Rounding(mode, seed, row.index, t, elements_of(row.param), stage)
+
+
 def _store(plan: Any, row: Any, value: Tensor, stage: int) -> None:
     """Write the value of the parameter of a row, rounded as its group asks."""
     if row.work.dtype not in SIXTEEN_BITS:
         row.work.copy_(value)
         return
-    seed, t = plan.groups.hypers[row.group].rounding_seed, int(plan.record["counters"][0])
-    rounding = Rounding(row.rounding, seed, row.index, t, elements_of(row.param), stage)
-    param, residue = store(value, row.work.dtype, rounding)
+    param, residue = store(value, row.work.dtype, _rounding(plan, row, row.rounding, stage))
     row.work.copy_(param)
     if residue is not None:
         row.residue.copy_(residue)
@@ -207,15 +227,14 @@ class _Proposal(NamedTuple):
 
 
 def _propose(
-    rule: type[LayerRule], param: Tensor, grad: Tensor, state: list[Tensor], s: Scalars
-) -> tuple[_Proposal, list[Tensor]]:
-    """Return the update and the new states of a rule that needs sums over the layer."""
-    states = rule.update_moments(param, grad, state, s)
+    rule: type[LayerRule], param: Tensor, grad: Tensor, states: list[Tensor], s: Scalars
+) -> _Proposal:
+    """Return the update of a rule that needs sums over the layer, from its new states."""
     update = rule.direction(param, grad, states, s)
     products = rule.reductions(param.to(torch.float64), grad.to(torch.float64), update.to(torch.float64), s)
     channels = len(param) if rule.projects and param.dim() > 1 and param.numel() else 1
     sums = torch.stack([x.reshape(channels, -1).sum(1) for x in products], dim=1)
-    return _Proposal(param, update, sums), states
+    return _Proposal(param, update, sums)
 
 
 def _apply(plan: Any, rule: type[LayerRule], proposals: Sequence[tuple[int, Any, Any, Scalars, Any]]) -> None:

@@ -13,6 +13,7 @@ from .. import _checks as check
 from ..plan.hyper import Hyper
 from ..plan.spec import RuleSpec
 from ..plan.structs import INIT_KINDS
+from ..plan.tensors import compute_dtype
 from ..reference import rules
 from .base import FusedOptimizer, Options, Params
 from .hyper import moments
@@ -115,7 +116,8 @@ class Adam(FusedOptimizer):
             clip_coef = rules.clip_coefficient(norm, self.max_grad_norm)
         for row, grad in active:
             exp_avg_sq = row.states[self.spec.second_moment_index]
-            param, grad = row.value.to(exp_avg_sq.dtype), grad.to(exp_avg_sq.dtype)
+            dtype = compute_dtype(row.work.dtype)
+            param, grad = row.value.to(dtype), grad.to(dtype)
             hyper = plan.groups.hypers[row.group]
             _, weight_decay = hyper.rates_at(0)
             exp_avg_sq.copy_(rules.init_exp_avg_sq(param, grad, hyper, weight_decay, clip_coef))

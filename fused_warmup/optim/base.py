@@ -44,6 +44,7 @@ class Options(TypedDict, total=False):
     projection: str | None
     radius: float | None
     param_rounding: str
+    state_dtype: torch.dtype
     rounding_seed: int
     max_grad_norm: float | None
     nonfinite: str
@@ -99,9 +100,12 @@ class FusedOptimizer(Optimizer):
             probability of what is dropped. ``"kahan"`` keeps a bfloat16 compensation, ``"split"`` the 16 low
             bits of the float32 value beside a bfloat16 parameter, ``"master"`` the float32 value. See
             docs/sixteen_bits.md. May be set per group.
-        rounding_seed: Seed of the random bits of ``"stochastic"`` and ``"kahan"``, in [0, 2**64). The bits
-            depend on it, on the number of the step, on the position of the parameter and on that of the
-            element. May be set per group.
+        state_dtype: Dtype of the states: ``torch.float32``, which is float64 beside float64 parameters, or
+            ``torch.bfloat16``, not beside those. bfloat16 states are rounded stochastically, so that a second
+            moment decays as it should; averages stay float32. May be set per group.
+        rounding_seed: Seed of the random bits of ``"stochastic"``, ``"kahan"`` and bfloat16 states, in
+            [0, 2**64). The bits depend on it, on the number of the step, on the position of the parameter and
+            on that of the element. May be set per group.
         max_grad_norm: Clip the gradients of all groups together to this L2 norm, > 0, as
             ``torch.nn.utils.clip_grad_norm_`` does, without changing ``.grad``. None, 0 and infinity do not
             clip.
@@ -144,6 +148,7 @@ class FusedOptimizer(Optimizer):
         projection: str | None = None,
         radius: float | None = None,
         param_rounding: str = "nearest",
+        state_dtype: torch.dtype = torch.float32,
         rounding_seed: int = 0,
         max_grad_norm: float | None = None,
         nonfinite: str = "propagate",
@@ -197,6 +202,7 @@ class FusedOptimizer(Optimizer):
             "projection": projection,
             "radius": radius,
             "param_rounding": param_rounding,
+            "state_dtype": state_dtype,
             "rounding_seed": rounding_seed,
         }
         ignored = {"foreach": foreach, "capturable": capturable, "differentiable": False, "fused": fused}

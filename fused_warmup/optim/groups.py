@@ -13,7 +13,7 @@ from .. import _checks as check
 from ..plan.hyper import Hyper
 from ..plan.spec import RuleSpec
 from ..plan.sphere import sphere_options
-from ..reference.rounding import MODES
+from ..reference.rounding import MODES, STATE_DTYPES
 from ..schedules import Schedule
 from ..schedules.adaptive import AdaptiveSchedule, restored
 
@@ -39,6 +39,7 @@ def make_hyper(owner: str, spec: RuleSpec, group: Mapping[str, Any]) -> Hyper:
     hyper.schedule, hyper.weight_decay_schedule = schedule, weight_decay_schedule
     hyper.sphere, hyper.radius = sphere_options(owner, group, hyper.weight_decay)
     hyper.param_rounding = check.one_of(owner, "param_rounding", group["param_rounding"], MODES)
+    hyper.state_dtype = check.one_of(owner, "state_dtype", group["state_dtype"], STATE_DTYPES)
     hyper.rounding_seed = check.whole(owner, "rounding_seed", group["rounding_seed"], 0, 2**64 - 1)
     return hyper
 

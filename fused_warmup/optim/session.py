@@ -262,8 +262,8 @@ class Session:
             known = sum(len(group["params"]) for group in self.param_groups)
             yield from ((i, param, hyper) for i, param in enumerate(params, known))
 
-        for i, param, _ in numbered() if hyper.param_rounding != "nearest" else ():
-            build.check_rounding(self.owner, i, param, hyper.param_rounding)
+        for i, param, _ in numbered() if hyper.rounds else ():
+            build.check_rounding(self.owner, i, param, hyper)
         others = set(select_reader().others(params))
         for k, (i, param, _) in enumerate(numbered() if others else ()):
             # these may be materialised before the first step, which checks them again

@@ -13,10 +13,11 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from .. import _checks as check
+from ..plan.build import check_rounding
 from ..plan.spec import RuleSpec
 from ..plan.state_checks import checked_norm, checked_state, whole_count
 from ..plan.structs import COUNTERS, TELEMETRY
-from ..plan.tensors import state_like
+from ..plan.tensors import compute_dtype, state_like
 from ..reference.rounding import MODE_OF_RESIDUE, RESIDUES
 from ..schedules import Schedule
 from ..schedules.adaptive import AdaptiveSchedule, restored, to_text
@@ -118,8 +119,9 @@ def load_state(session: Session, fixed: Mapping[str, Any], state_dict: dict[str,
     session.state.update(others)
     calls = _load_counters(session, own, updates, states)
     with torch.no_grad():
-        for param in params:
-            _fill(session, param, states.get(param), calls)
+        for group in session.param_groups:
+            for param in group["params"]:
+                _fill(session, group, param, states.get(param), calls)
     counted = [param for param in params if "step" in states.get(param, ())]
     session.counts.load(counted, session.state, [states[param]["step"] for param in counted])
     session.reset()
@@ -185,7 +187,7 @@ def _loaded_groups(
     saved = state_dict["param_groups"]
     if len(saved) != len(session.param_groups):
         check.fail(owner, "state_dict", f"have {len(session.param_groups)} parameter groups", len(saved))
-    groups = []
+    groups, first = [], 0
     made: dict[Any, Any] = {}
     for i, (live, group) in enumerate(zip(session.param_groups, saved, strict=True)):
         if len(_ids(group)) != len(live["params"]):
@@ -201,7 +203,10 @@ def _loaded_groups(
             elif key != "params":
                 loaded[key] = value.detach().clone() if isinstance(value, Tensor) else copy.deepcopy(value)
         loaded.update(fixed)
-        make_hyper(owner, session.spec, {**live, **loaded})
+        hyper = make_hyper(owner, session.spec, {**live, **loaded})
+        for k, param in enumerate(live["params"], first) if hyper.rounds else ():
+            check_rounding(owner, k, param, hyper)
+        first += len(live["params"])
         if "norm" in loaded:
             device = live["params"][0].device if live["params"] else torch.device("cpu")
             name = f"state_dict['param_groups'][{i}]['norm']"
@@ -325,8 +330,23 @@ def _as_torch(param: Tensor, value: Any, k: Any, state_dict: Mapping[str, Any], 
     return copy.deepcopy(value)
 
 
-def _fill(session: Session, param: Tensor, loaded: Mapping[str, Any] | None, calls: int) -> None:
-    """Copy loaded values into the states of a parameter; missing states are allocated."""
+def _dtype_of(key: str, group: Mapping[str, Any], param: Tensor) -> torch.dtype:
+    """Return the dtype that a state of a parameter has in a group."""
+    if key in MODE_OF_RESIDUE:
+        return RESIDUES[MODE_OF_RESIDUE[key]][1]
+    dtype: torch.dtype = compute_dtype(param.dtype)
+    wanted: torch.dtype = group["state_dtype"]
+    return wanted if dtype == torch.float32 and key != "average" else dtype
+
+
+def _fill(
+    session: Session,
+    group: Mapping[str, Any],
+    param: Tensor,
+    loaded: Mapping[str, Any] | None,
+    calls: int,
+) -> None:
+    """Copy loaded values into the states of a parameter; those that are missing or rounded are allocated."""
     if loaded is None:
         session.state.pop(param, None)
         return
@@ -346,9 +366,9 @@ def _fill(session: Session, param: Tensor, loaded: Mapping[str, Any] | None, cal
     for key in set(state) - set(keep):
         del state[key]
     for key, value in keep.items():
-        if not isinstance(state.get(key), Tensor):
-            mode = MODE_OF_RESIDUE.get(key)
-            state[key] = state_like(param, dtype=None if mode is None else RESIDUES[mode][1])
+        held, dtype = state.get(key), _dtype_of(key, group, param)
+        if not isinstance(held, Tensor) or held.dtype != dtype:
+            state[key] = state_like(param, dtype=dtype)
         state[key].copy_(value)
     state.update(loaded["others"])
     step, count = session.counts.steps.get(id(param)), session.counts.n_averaged.get(id(param))

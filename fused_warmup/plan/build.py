@@ -158,13 +158,14 @@ def find_rows(
             waiting.append(param)
             continue
         taken, hyper = known.get(id(param)), hypers[places[index]]
-        rounding = hyper.param_rounding
-        if rounding != "nearest":
-            check_rounding(owner, index, param, rounding)
-            rounding = mode_for(rounding, param.dtype)
+        rounding, state_dtype = hyper.param_rounding, None
+        if hyper.rounds:
+            check_rounding(owner, index, param, hyper)
+            rounding, state_dtype = mode_for(rounding, param.dtype), hyper.rounded_state_dtype
         if (
             taken is not None
             and taken.rounding == rounding
+            and taken.state_dtype == state_dtype
             and len(taken.states) == len(names[places[index]])
         ):
             row = taken
@@ -183,7 +184,7 @@ def find_rows(
                 continue
             device = local.device if device is None else device
             row = make_row(param, places[index], index, local, by_channel)
-        row.rounding = rounding
+        row.rounding, row.state_dtype = rounding, state_dtype
         if due[index]:
             active.append(len(rows))
         rows.append(row)
@@ -321,13 +322,13 @@ def allocate_state(
         # torch starts a buffer that comes late with the gradient itself, as at a first step
         row.step.zero_()
     # the usual case at a usual cost
-    plain = row.work is param and param.dtype is torch.float32
+    plain = row.work is param and param.dtype is torch.float32 and row.state_dtype is None
     if plain and not own and not averaged:
         row.states = [torch.zeros_like(param) for _ in names]
         entries: dict[str, Any] = dict(zip(names, row.states, strict=True))
         entries["step"] = row.step
         return entries
-    entries = {name: _state(spec, row, dict.get(own, name)) for name in names}
+    entries = {name: _state(spec, row, dict.get(own, name), row.state_dtype) for name in names}
     row.states = tensors.local_tensors(list(entries.values()))
     row.initialized = bool(dict.get(own, "initialized", False))
     if row.rounding in RESIDUES:
@@ -347,14 +348,17 @@ def allocate_state(
     return entries
 
 
-def _state(spec: RuleSpec, row: Row, state: Tensor | None) -> Tensor:
-    """Return a state in the form that kernels read: as it is, converted, or zeros for None."""
+def _state(spec: RuleSpec, row: Row, state: Tensor | None, dtype: torch.dtype | None = None) -> Tensor:
+    """Return a state in the form that kernels read: as it is, converted, or zeros for None.
+
+    Its dtype is by default that of the arithmetic.
+    """
     if state is None:
-        return tensors.state_like(row.param, spec.by_channel)
-    if tensors.fits(state, row.local, spec.by_channel):
+        return tensors.state_like(row.param, spec.by_channel, dtype)
+    if tensors.fits(state, row.local, spec.by_channel, dtype):
         return state
-    # the parameter got another dtype or layout since, or the state came from elsewhere
-    return tensors.state_like(row.param, spec.by_channel).copy_(state)
+    # the parameter or the states got another dtype or layout since, or the state came from elsewhere
+    return tensors.state_like(row.param, spec.by_channel, dtype).copy_(state)
 
 
 def _residue(spec: RuleSpec, row: Row, own: dict[str, Any]) -> Tensor:
@@ -376,12 +380,15 @@ def _residue(spec: RuleSpec, row: Row, own: dict[str, Any]) -> Tensor:
     return residue
 
 
-def check_rounding(owner: str, index: int, param: Tensor, mode: str) -> None:
-    """Raise ``ValueError`` if a parameter of this dtype cannot be rounded in a mode."""
-    if mode == "split" and param.dtype == torch.float16:
+def check_rounding(owner: str, index: int, param: Tensor, hyper: Hyper) -> None:
+    """Raise ``ValueError`` if a parameter of this dtype, or its states, cannot be rounded as a group asks."""
+    if hyper.param_rounding == "split" and param.dtype == torch.float16:
         hint = "float16 and 16 more bits are no float32; use 'kahan' or 'master'."
         name = f"param_rounding of parameter {index} (torch.float16)"
-        check.fail(owner, name, "be another mode than that of bfloat16", mode, hint)
+        check.fail(owner, name, "be another mode than that of bfloat16", hyper.param_rounding, hint)
+    if hyper.rounded_state_dtype is not None and param.dtype == torch.float64:
+        name = f"state_dtype of parameter {index} (torch.float64)"
+        check.fail(owner, name, "be torch.float32", hyper.state_dtype, "Its states are float64 then.")
 
 
 def draw_second_moment(second_moment: Tensor, seed: int) -> float:

@@ -8,6 +8,7 @@ from operator import itemgetter
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from .. import _checks as check
@@ -232,7 +233,7 @@ class GroupTable:
 
 
 # kinds of values that never change in place; an adaptive schedule reports when it has changed
-_ATOMS = {type(None), bool, int, float, str}
+_ATOMS = {type(None), bool, int, float, str, torch.dtype}
 _PLAIN = (*_ATOMS, Number, np.generic, Schedule, AdaptiveSchedule)
 
 

@@ -8,6 +8,7 @@ from operator import attrgetter
 from typing import NamedTuple
 
 import numpy as np
+import torch
 
 from ..reference import rules
 from ..schedules import SEGMENT_KINDS, Schedule
@@ -24,7 +25,8 @@ class Hyper(rules.Hyper):
         schedule: Multiplier of the learning rate, or None.
         weight_decay_schedule: Multiplier of the weight decay, or None.
         param_rounding: How 16-bit parameters are rounded, one of ``reference.rounding.MODES``.
-        rounding_seed: Seed of the random bits of that, below 2**64.
+        state_dtype: Dtype of the states beside parameters of no more bits than 32.
+        rounding_seed: Seed of the random bits of both, below 2**64.
     """
 
     sphere: bool = False
@@ -32,7 +34,18 @@ class Hyper(rules.Hyper):
     schedule: Schedule | None = None
     weight_decay_schedule: Schedule | None = None
     param_rounding: str = "nearest"
+    state_dtype: torch.dtype = torch.float32
     rounding_seed: int = 0
+
+    @property
+    def rounds(self) -> bool:
+        """Whether parameters or states are rounded in another way than to nearest."""
+        return self.param_rounding != "nearest" or self.state_dtype is not torch.float32
+
+    @property
+    def rounded_state_dtype(self) -> torch.dtype | None:
+        """Dtype of states that are rounded; None where they have that of the arithmetic."""
+        return None if self.state_dtype is torch.float32 else self.state_dtype
 
     def rates_at(self, t: int) -> tuple[float, float]:
         """Return learning rate and weight decay at the step with the 0-based index ``t``."""

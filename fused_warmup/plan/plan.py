@@ -79,7 +79,8 @@ class Plan:
         spreads: As given.
         reduction: Sums that processes add up; None if no row is spread over several.
         scaling: ``grad_scale`` and ``found_inf`` of a ``GradScaler``, or None each.
-        has_all_kinds: Whether any parameter is float64, or is rounded in another mode than to nearest.
+        has_all_kinds: Whether any parameter is float64, or it or its states are rounded in another mode than
+            to nearest.
         numel: Number of elements of the rows that have states.
         address: Address of the ``Step`` struct on the host.
     """
@@ -121,7 +122,7 @@ class Plan:
         self._columns = _pack_rows(rows, extents, self._param_cache.addresses, [len(own) for own in names])
         self._pack_rounding(readings.hypers)
         is_float64 = self._columns["dtype"] == DTYPES[torch.float64]
-        self.has_all_kinds = bool((is_float64 | (self._columns["rounding"] != 0)).any())
+        self.has_all_kinds = bool((is_float64 | self._are_rounded()).any())
         self._enter([i for i, row in enumerate(rows) if not row.is_reserved])
         self._pack(readings, norms)
 
@@ -215,9 +216,9 @@ class Plan:
 
     @property
     def kinds(self) -> tuple[tuple[int, ...], ...]:
-        """Combinations of dtype, dtype of the gradient, number of states and rounding mode of the rows."""
+        """Combinations of dtypes of parameter and gradient, number and dtype of states, and rounding mode."""
         if self._kinds is None:
-            found = np.unique(self._columns[["dtype", "grad_dtype", "n_states", "rounding"]])
+            found = np.unique(self._columns[["dtype", "grad_dtype", "n_states", "state_dtype", "rounding"]])
             self._kinds = tuple(tuple(map(int, kind)) for kind in found)
         return self._kinds
 
@@ -309,7 +310,8 @@ class Plan:
         return bool(
             (columns["n_states"] == np.array(n_states)[columns["group"]]).all()
             and (columns["rounding"] == self._roundings(hypers)).all()
-            and (seeds == columns["seed"])[columns["rounding"] != 0].all()
+            and (columns["state_dtype"] == self._state_dtypes(hypers)).all()
+            and (seeds == columns["seed"])[self._are_rounded()].all()
         )
 
     def _roundings(self, hypers: Sequence[Hyper]) -> np.ndarray:
@@ -319,15 +321,29 @@ class Plan:
         rounded: np.ndarray = codes * has_16_bits
         return rounded
 
+    def _state_dtypes(self, hypers: Sequence[Hyper]) -> np.ndarray:
+        """Return the dtype that the states of each row have by the hyper-parameters of its group, int64."""
+        codes = np.array([DTYPES[h.state_dtype] for h in hypers], np.int64)[self._columns["group"]]
+        float64 = DTYPES[torch.float64]
+        dtypes: np.ndarray = np.where(self._columns["dtype"] == float64, float64, codes)
+        return dtypes
+
+    def _are_rounded(self) -> np.ndarray:
+        """Return which rows are rounded, or have states that are, in another mode than to nearest, bool."""
+        columns = self._columns
+        rounded: np.ndarray = (columns["rounding"] != 0) | (columns["state_dtype"] == DTYPES[torch.bfloat16])
+        return rounded
+
     def _pack_rounding(self, hypers: Sequence[Hyper]) -> None:
         """Fill the columns that rounding needs, for the rows that are not rounded to nearest."""
-        if all(h.param_rounding == "nearest" for h in hypers):
-            return
         columns = self._columns
+        columns["state_dtype"] = self._state_dtypes(hypers)
+        if not any(h.rounds for h in hypers):
+            return
         columns["rounding"] = self._roundings(hypers)
         columns["seed"] = np.array([h.rounding_seed for h in hypers], np.uint64)[columns["group"]]
         columns["number"] = self.indices
-        for i in map(int, np.flatnonzero(columns["rounding"])):
+        for i in map(int, np.flatnonzero(self._are_rounded())):
             place = place_of(self.rows[i].param)
             columns[["first_element", "run", "run_stride"]][i] = place
 

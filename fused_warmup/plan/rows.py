@@ -33,6 +33,7 @@ class Row:
         initialized: Whether the second moment was prepared before the first step.
         rounding: How the parameter is rounded, one of ``reference.rounding.MODES``.
         residue: What the rounded parameter lacks of its value, in the form of that mode, or None.
+        state_dtype: Dtype of states that are rounded; None where they have that of the arithmetic.
     """
 
     param: Tensor
@@ -48,6 +49,7 @@ class Row:
     initialized: bool = False
     rounding: str = "nearest"
     residue: Tensor | None = None
+    state_dtype: torch.dtype | None = None
 
     @property
     def is_reserved(self) -> bool:

@@ -46,7 +46,7 @@ _FIELDS: dict[str, list[tuple[str, str]]] = {
         ("n_chunks", "i8"),
         *((name, "u8") for name in ("residue", "seed")),
         *((name, "i8") for name in ("first_element", "run", "run_stride")),
-        *((name, "i4") for name in ("rounding", "number")),
+        *((name, "i4") for name in ("rounding", "number", "state_dtype", "reserved")),
     ],
     "Spread": [
         *((name, "i8") for name in ("numel", "channels", "first_channel", "first_total")),

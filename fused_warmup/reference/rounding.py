@@ -1,8 +1,9 @@
-"""Rounding of 16-bit parameters, and residues that keep what it drops; statements of ``csrc/rounding.h``.
+"""Rounding of 16-bit parameters and states, and residues; the statements of ``csrc/rounding.h``.
 
 A mode is two functions around an update: ``load`` returns the value of a parameter, float32, and ``store``
 rounds an updated value. ``"nearest"`` and ``"stochastic"`` keep nothing besides the parameter; ``"kahan"``
 keeps a bfloat16 compensation, ``"split"`` what the upper 16 bits of the value lack, ``"master"`` the value.
+States of 16 bits are rounded stochastically.
 
 Stochastic rounding: Gupta et al. 2015, arXiv:1502.02551. Compensation: Kahan 1965; for bfloat16 training
 Zamirai et al. 2020, arXiv:2010.06192. Random bits: Philox, Salmon et al. 2011.
@@ -26,8 +27,12 @@ RESIDUES = {
 }
 MODE_OF_RESIDUE = {name: mode for mode, (name, _) in RESIDUES.items()}
 SIXTEEN_BITS = (torch.bfloat16, torch.float16)
-# the passes of a step that round a parameter: the update, and the return to a sphere
-UPDATE_PASS, SPHERE_PASS = 0, 1
+# of the states beside parameters of no more bits than 32; those of bfloat16 are rounded stochastically
+STATE_DTYPES = (torch.float32, torch.bfloat16)
+# the passes of a step that round: the update, its states one by one, and the return to a sphere
+UPDATE_PASS, STATE_PASSES, SPHERE_PASS = 0, (1, 2, 3), 8
+# of the second word of a counter; the bits below are those of the element
+_PASS_BIT = 28
 
 # 7 rounds pass all tests of BigCrush; 10 are the usual choice where bits are kept secret or tested further
 ROUNDS = 7
@@ -64,13 +69,13 @@ def random_bits(elements: Tensor, seed: int, number: int, step: int, stage: int)
         seed: Seed, below 2**64.
         number: Position of the parameter among all of the optimizer.
         step: Updates that the optimizer has made.
-        stage: ``UPDATE_PASS`` or ``SPHERE_PASS``.
+        stage: ``UPDATE_PASS``, one of ``STATE_PASSES`` or ``SPHERE_PASS``.
     """
     # eight elements share the four words of one counter
     blocks, places = torch.unique(elements >> 3, return_inverse=True)
     counter = torch.stack([
         blocks & _LOW,
-        blocks >> 32 | stage << 31,
+        blocks >> 32 | stage << _PASS_BIT,
         torch.full_like(blocks, number),
         torch.full_like(blocks, step % 2**32),
     ])
