@@ -65,13 +65,13 @@ FW_HOST_DEVICE void draw(const RandomKey& key, uint32_t low, uint32_t high, uint
 
 // those that one element of the whole tensor shares
 FW_HOST_DEVICE void draw_with(const RandomKey& key, int64_t element, uint32_t (&word)[4]) {
-  const int64_t block = element / kDrawn;
+  const uint64_t block = static_cast<uint64_t>(element) / kDrawn;
   draw(key, static_cast<uint32_t>(block), static_cast<uint32_t>(block >> 32), word);
 }
 
 // its own 16 bits among them
 FW_HOST_DEVICE uint32_t bits_among(const uint32_t (&word)[4], int64_t element) {
-  const int place = static_cast<int>(element % kDrawn);
+  const int place = static_cast<int>(static_cast<uint64_t>(element) % kDrawn);
   // an index that depends on the element would put the words into local memory of a GPU
   const uint32_t pair = place < 4 ? (place < 2 ? word[0] : word[1]) : (place < 6 ? word[2] : word[3]);
   return (pair >> (16 * (place % 2))) & 0xffffu;
@@ -89,7 +89,10 @@ FW_HOST_DEVICE bool is_consecutive(const Row& row) { return row.run == row.numel
 
 // the number of an element of a row in the whole tensor
 FW_HOST_DEVICE int64_t number_of(const Row& row, int64_t i) {
-  return row.first_element + (is_consecutive(row) ? i : i / row.run * row.run_stride + i % row.run);
+  if (is_consecutive(row)) return row.first_element + i;
+  // without a sign, which takes fewer registers of a GPU
+  const int64_t runs = static_cast<int64_t>(static_cast<uint64_t>(i) / static_cast<uint64_t>(row.run));
+  return row.first_element + i + runs * (row.run_stride - row.run);
 }
 
 // rounding

@@ -45,8 +45,10 @@ FW_DEVICE void stage1_part(const Step& step, const ChunkPointers<P, G>& s, int32
                            NormSum<C>& norms) {
   LayerPack<kStates, N, P, G> packs[kPacks];
   for (int p = 0; p < kPacks; ++p) packs[p].load_from(s, i + p * stride, true);
+#pragma unroll
   for (int p = 0; p < kPacks; ++p) {
     auto& pack = packs[p];
+    pack.states.draw(s, i + p * stride, step);
     pack.widen(s);
     if constexpr (N > 1)
       if (accumulate) add_pack<C>(norms, pack.grad);
@@ -57,7 +59,7 @@ FW_DEVICE void stage1_part(const Step& step, const ChunkPointers<P, G>& s, int32
       Rule::template update_moments<kStates>(param, grad, state, scalars);
       pack.states.write(k, state);
     }
-    pack.states.round(s, i + p * stride, step);
+    pack.states.round(s);
     for (int k = 0; k < N; ++k) {
       const C param = pack.param.value[k], grad = static_cast<C>(widen(pack.grad[k]));
       C state[kMaxStates] = {};

@@ -65,7 +65,10 @@ struct StatePack {
   }
 
   template <class Pointers>
-  FW_DEVICE void round(const Pointers&, int32_t, const Step&) {}
+  FW_DEVICE void draw(const Pointers&, int32_t, const Step&) {}
+
+  template <class Pointers>
+  FW_DEVICE void round(const Pointers&) {}
 
   template <class Pointers>
   FW_DEVICE void store_to(const Pointers& s, int32_t i) const {
@@ -99,12 +102,27 @@ struct StatePack<kStates, N, float, true> : StatePack<kStates, N, float, false> 
     if constexpr (kStates > 2) widen_packed(state2);
   }
 
+  // draws the bits for round(); an update does so before it loads, because a draw takes many registers
+  template <class Pointers>
+  FW_DEVICE void draw(const Pointers& s, int32_t i, const Step& step) {
+    if (!s.states.rounded) return;
+    const int64_t t = at<StepDecision>(step.decision)->t, element = element_at(*s.row, s.param + i);
+    // one draw in the code: after the last one all bits are in their places
+#pragma unroll 1
+    for (int pass = kStatePass; pass < kStatePass + kStates; ++pass) {
+      memcpy(bits0, bits1, sizeof bits0);
+      memcpy(bits1, bits2, sizeof bits1);
+      draw_bits<N>(*s.row, RandomKey(*s.row, t, static_cast<RoundingPass>(pass)), element, bits2);
+    }
+  }
+
   // makes the values those that store_to() stores without rounding
   template <class Pointers>
-  FW_DEVICE void round(const Pointers& s, int32_t i, const Step& step) {
-    if constexpr (kStates > 0)
-      if (s.states.rounded)
-        round_each(*s.row, at<StepDecision>(step.decision)->t, element_at(*s.row, s.param + i));
+  FW_DEVICE void round(const Pointers& s) {
+    if (!s.states.rounded) return;
+    if constexpr (kStates > 0) round_all(state0, kStates == 1 ? bits2 : kStates == 2 ? bits1 : bits0);
+    if constexpr (kStates > 1) round_all(state1, kStates == 2 ? bits2 : bits1);
+    if constexpr (kStates > 2) round_all(state2, bits2);
   }
 
   template <class Pointers>
@@ -116,6 +134,10 @@ struct StatePack<kStates, N, float, true> : StatePack<kStates, N, float, false> 
   }
 
  private:
+  // 16 for each element; those of the last state are bits2
+  using Bits = uint32_t[(N + 1) / 2];
+  Bits bits0 = {}, bits1 = {}, bits2 = {};
+
   FW_DEVICE static void load_packed(const float* from, int32_t i, float (&to)[N]) {
     BFloat16 packed[N];
     load(reinterpret_cast<const BFloat16*>(from) + i, packed);
@@ -130,24 +152,17 @@ struct StatePack<kStates, N, float, true> : StatePack<kStates, N, float, false> 
 
   FW_DEVICE static void store_packed(const float (&from)[N], float* to, int32_t i) {
     BFloat16 packed[N];
+#pragma unroll
     for (int k = 0; k < N; ++k) packed[k].bits = static_cast<uint16_t>(bits_of(from[k]) >> 16);
     store(packed, reinterpret_cast<BFloat16*>(to) + i);
   }
 
-  // one state after another, in the registers and the code of one; after the last one all are in their places
-  FW_DEVICE void round_each(const Row& row, int64_t t, int64_t element) {
-#pragma unroll 1
-    for (int pass = kStatePass; pass < kStatePass + kStates; ++pass) {
-      uint32_t bits[(N + 1) / 2];
-      draw_bits<N>(row, RandomKey(row, t, static_cast<RoundingPass>(pass)), element, bits);
-      for (int k = 0; k < N; ++k) {
-        BFloat16 rounded;
-        round_stochastically(state0[k], (bits[k / 2] >> (16 * (k % 2))) & 0xffffu, rounded);
-        const float value = fw::widen(rounded);
-        if constexpr (kStates > 1) state0[k] = state1[k];
-        if constexpr (kStates > 2) state1[k] = state2[k];
-        (kStates == 1 ? state0 : kStates == 2 ? state1 : state2)[k] = value;
-      }
+  FW_DEVICE static void round_all(float (&value)[N], const Bits& bits) {
+#pragma unroll
+    for (int k = 0; k < N; ++k) {
+      BFloat16 rounded;
+      round_stochastically(value[k], (bits[k / 2] >> (16 * (k % 2))) & 0xffffu, rounded);
+      value[k] = fw::widen(rounded);
     }
   }
 };

@@ -41,18 +41,20 @@ FW_DEVICE void update_packs(const Step& step, const ChunkPointers<P, G>& s, int3
                             const ScalarsOf<C>& scalars, C weight, bool accumulate, NormSum<C>& sum,
                             SumSq& sum_sq) {
   constexpr int kPart = kStates == 3 && N > kPack<C> ? kPack<C> : N, kStride = kThreads * N;
+  static_assert(!kRounds || kPart == N, "one draw for a pack");
+  StatePack<kStates, kPart, C, kRounds> states[kPacks];
   G grad[kPacks][N];
   ParamPack<N, P, kRounds && kIsRounded<P>> param[kPacks];
+  for (int p = 0; p < kPacks; ++p) states[p].draw(s, i + p * kStride, step);
   for (int p = 0; p < kPacks; ++p) load(s.grad + i + p * kStride, grad[p]);
   for (int p = 0; p < kPacks; ++p) param[p].load_from(s, i + p * kStride);
   for (int k = 0; k < N; k += kPart) {
-    StatePack<kStates, kPart, C, kRounds> states[kPacks];
     for (int p = 0; p < kPacks; ++p) states[p].load_from(s, i + p * kStride + k);
     for (int p = 0; p < kPacks; ++p) {
       if (k == 0) param[p].widen(s);
       states[p].widen(s);
       update_part<Rule>(states[p], scalars, param[p].value + k, grad[p] + k, accumulate, sum);
-      states[p].round(s, i + p * kStride + k, step);
+      states[p].round(s);
       states[p].store_to(s, i + p * kStride + k);
     }
   }
