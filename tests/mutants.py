@@ -86,7 +86,7 @@ FAULTS: dict[tuple[str, str], list[tuple[str, ...]]] = {
         ("value_of(row.local.detach(), found)", "row.local.detach()"),
         ("            and taken.rounding == rounding\n", ""),
         ("row.local.copy_(param)\n    assert lacking", "assert lacking"),
-        ('mode == "split" and param.dtype == torch.float16', "False"),
+        ('hyper.param_rounding == "split" and param.dtype == torch.float16', "False"),
     ],
     ("plan/plan.py", ROUNDED): [
         ("rounded: np.ndarray = codes * has_16_bits", "rounded: np.ndarray = codes"),
@@ -635,7 +635,7 @@ CPP_FAULTS: dict[tuple[str, str], list[tuple[str, ...]]] = {
     ],
     ("cpu/totals.h", SUMS): [("norms[1] += part.l2_sq;", "norms[1] = part.l2_sq;")],
     ("cpu/vectors.cpp", "sharpness/test_vectors.py -k exact"): [
-        ("if (!past_caches && !has_residue(s.tensor))", "if (!past_caches)"),
+        ("if (!past_caches && !has_residue(s.tensor.rounding))", "if (!past_caches)"),
         ("moved_block<P>(way, value, scale", "moved_block<P>(way, snapshot + done, scale"),
     ],
     ("cpu/layerwise.h", SUMS): [("sums[Rule::kSums] = found.failed;", "sums[Rule::kSums] = 0.0;")],
@@ -655,6 +655,14 @@ CPP_FAULTS: dict[tuple[str, str], list[tuple[str, ...]]] = {
     ],
     ("cuda/measure.cuh", "backends/test_cuda_on_host.py -k norms_of_every"): [
         ("      accumulate_l2(l2_sq, grad[i]);", ""),
+    ],
+    ("cuda/states.cuh", "backends/test_cuda_on_host.py -k 'rounded_states_have and plain'"): [
+        ("static_cast<RoundingPass>(pass)", "kStatePass"),
+        ("round_all(state1, kStates == 2 ? bits2 : bits1)", "round_all(state1, bits1)"),
+        ("round_stochastically(value[k], (bits[k / 2] >> (16 * (k % 2))) & 0xffffu, rounded);", "narrow(value[k], rounded);"),
+    ],
+    ("cuda/layerwise.cuh", "backends/test_cuda_on_host.py -k 'rounded_states_have and AdamP'"): [
+        ("    pack.states.round(s);\n", ""),
     ],
 }  # fmt: skip
 

@@ -15,11 +15,11 @@ namespace {
 template <class P>
 constexpr int kLayerPacks = sizeof(P) == sizeof(float) ? 2 : 1;
 
-// N elements of the tensors of a layer-wise rule, in registers
-template <int kStates, int N, class P, class G>
+// N elements of the tensors of a layer-wise rule, in registers, of states that may be rounded if kRounds
+template <int kStates, int N, class P, class G, bool kRounds = true>
 struct LayerPack {
   using C = typename Arithmetic<P>::type;
-  StatePack<kStates, N, C> states;
+  StatePack<kStates, N, C, kRounds> states;
   G grad[N] = {};
   ParamPack<N, P> param;
 
@@ -39,16 +39,17 @@ struct LayerPack {
 // updates the moments of kPacks packs from i on, a stride apart, and sums over the direction of the update
 // and over the gradient; all loads come before the first result. The direction is that of stage2, from the
 // moments as they are stored.
-template <class Rule, int kStates, int kPacks, int N, class P, class G, class C>
+template <class Rule, int kStates, int kPacks, int N, bool kRounds, class P, class G, class C>
 FW_DEVICE void stage1_part(const Step& step, const ChunkPointers<P, G>& s, int32_t i, int32_t stride,
                            const ScalarsOf<C>& scalars, double (&sums)[Rule::kSums], bool accumulate,
                            NormSum<C>& norms) {
-  LayerPack<kStates, N, P, G> packs[kPacks];
+  LayerPack<kStates, N, P, G, kRounds> packs[kPacks];
+#pragma unroll
+  for (int p = 0; p < kPacks; ++p) packs[p].states.draw(s, i + p * stride, step);
   for (int p = 0; p < kPacks; ++p) packs[p].load_from(s, i + p * stride, true);
 #pragma unroll
   for (int p = 0; p < kPacks; ++p) {
     auto& pack = packs[p];
-    pack.states.draw(s, i + p * stride, step);
     pack.widen(s);
     if constexpr (N > 1)
       if (accumulate) add_pack<C>(norms, pack.grad);
@@ -103,14 +104,24 @@ FW_DEVICE void stage1_packs(const Step& step, const ChunkPointers<P, G>& s, int3
   share_packs<kLayerPacks<P>>(
       s, thread, threads,
       [&](int32_t i, int32_t stride, auto packs) {
-        stage1_part<Rule, kStates, decltype(packs)::value, kPack<P>>(step, s, i, stride, scalars, sums,
-                                                                     accumulate, norms);
+        if constexpr (kStates > 0 && kMayRoundStates<C>) {
+          // rounding takes more registers, so that one pack of float32 goes at a time
+          if (s.states.rounded) {
+#pragma unroll 1
+            for (int32_t k = 0; k < decltype(packs)::value * kPack<P>; k += kPack<C>)
+              stage1_part<Rule, kStates, 1, kPack<C>, true>(step, s, i + k / kPack<P> * stride + k % kPack<P>,
+                                                            0, scalars, sums, accumulate, norms);
+            return;
+          }
+        }
+        stage1_part<Rule, kStates, decltype(packs)::value, kPack<P>, false>(step, s, i, stride, scalars, sums,
+                                                                            accumulate, norms);
       },
       [&](int32_t i) {
         if (accumulate) add_partial_pack(norms, s, i);
 #pragma unroll 1
         for (int32_t k = i; k < s.end(i); ++k)
-          stage1_part<Rule, kStates, 1, 1>(step, s, k, 0, scalars, sums, false, norms);
+          stage1_part<Rule, kStates, 1, 1, true>(step, s, k, 0, scalars, sums, false, norms);
       });
 }
 
