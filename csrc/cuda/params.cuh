@@ -27,8 +27,8 @@ FW_DEVICE void append(T (&to)[N], const U (&more)[kMore]) {
 // the bits of N elements of 16 bits, in the registers of their values
 template <int N, class T>
 FW_DEVICE void pack(const T (&from)[N], float (&to)[N]) {
-  // otherwise a single element would keep what else was in its register alive
-  if constexpr (N == 1) to[0] = 0.0f;
+  // otherwise what was in the rest of the registers would be kept alive
+  for (int k = 0; k < N; ++k) to[k] = 0.0f;
   memcpy(to, from, sizeof from);
 }
 
