@@ -53,20 +53,25 @@ FW_DEVICE void stage1_part(const Step& step, const ChunkPointers<P, G>& s, int32
     pack.widen(s);
     if constexpr (N > 1)
       if (accumulate) add_pack<C>(norms, pack.grad);
+    // the sums over an element, from moments in registers
+    const auto add = [&](int k, C grad, const C(&state)[kMaxStates]) {
+      const C param = pack.param.value[k];
+      const C update = Rule::template direction<kStates>(param, grad, state, scalars);
+      Rule::accumulate(sums, param, grad, update, scalars);
+    };
     for (int k = 0; k < N; ++k) {
-      const C param = pack.param.value[k], grad = static_cast<C>(widen(pack.grad[k]));
+      const C grad = static_cast<C>(widen(pack.grad[k]));
       C state[kMaxStates] = {};
       pack.states.read(k, state);
-      Rule::template update_moments<kStates>(param, grad, state, scalars);
+      Rule::template update_moments<kStates>(pack.param.value[k], grad, state, scalars);
+      if constexpr (!kRounds) add(k, grad, state);
       pack.states.write(k, state);
     }
     pack.states.round(s);
-    for (int k = 0; k < N; ++k) {
-      const C param = pack.param.value[k], grad = static_cast<C>(widen(pack.grad[k]));
+    for (int k = 0; kRounds && k < N; ++k) {
       C state[kMaxStates] = {};
       pack.states.read(k, state);
-      const C update = Rule::template direction<kStates>(param, grad, state, scalars);
-      Rule::accumulate(sums, param, grad, update, scalars);
+      add(k, static_cast<C>(widen(pack.grad[k])), state);
     }
     pack.states.store_to(s, i + p * stride);
   }

@@ -119,6 +119,16 @@ def test_options_have_the_bits_of_the_cpu_kernels(side, case, option, monkeypatc
     assert_same(runs)
 
 
+@pytest.mark.rest
+@pytest.mark.parametrize("case", ["adamw", "lamb"])
+def test_rounded_states_have_the_bits_of_the_cpu_kernels(case, monkeypatch):
+    """Beside float32 parameters and those that draw bits themselves."""
+    backends = (backend_of(MAIN[0], monkeypatch), CpuBackend())
+    options = {"state_dtype": torch.bfloat16, "param_rounding": "stochastic", "rounding_seed": 7}
+    step_all(runs := make_runs(BY_NAME[case], (torch.float32, torch.bfloat16), backends, **options))
+    assert_same(runs)
+
+
 @pytest.mark.parametrize("option", [{}, {"max_grad_norm": 1.0}], ids=["unclipped", "clipped"])
 def test_small_chunks_take_blocks_of_a_warp(option, monkeypatch):
     """Shared memory for the sums of other warps is not read, because nobody writes it."""
