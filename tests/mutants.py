@@ -54,6 +54,7 @@ LOCKSTEP = "optim/test_lockstep.py"
 RESIDUES = "sharpness/test_residues.py"
 GROWTH = "plan/test_growth.py"
 ROUNDED = "optim/test_rounding.py -k 'not ten_thousand'"
+KEPT = "optim/test_state_dtype.py"
 
 # by file below fused_warmup or csrc, and the tests that should notice: lines of old text, new text, other tests
 FAULTS: dict[tuple[str, str], list[tuple[str, ...]]] = {
@@ -86,7 +87,7 @@ FAULTS: dict[tuple[str, str], list[tuple[str, ...]]] = {
         ("value_of(row.local.detach(), found)", "row.local.detach()"),
         ("            and taken.rounding == rounding\n", ""),
         ("row.local.copy_(param)\n    assert lacking", "assert lacking"),
-        ('mode == "split" and param.dtype == torch.float16', "False"),
+        ('hyper.param_rounding == "split" and param.dtype == torch.float16', "False"),
     ],
     ("plan/plan.py", ROUNDED): [
         ("rounded: np.ndarray = codes * has_16_bits", "rounded: np.ndarray = codes"),
@@ -96,8 +97,28 @@ FAULTS: dict[tuple[str, str], list[tuple[str, ...]]] = {
     ("plan/state_cache.py", ROUNDED): [("ends = ends + kept", "pass")],
     ("optim/state_dict.py", ROUNDED): [
         ("if len(residues) > 1:", "if False:"),
-        ("dtype=None if mode is None else RESIDUES[mode][1]", "dtype=None"),
+        ("        return RESIDUES[MODE_OF_RESIDUE[key]][1]\n", "        return torch.float32\n"),
     ],
+    ("optim/state_dict.py", KEPT): [
+        ("if not isinstance(held, Tensor) or held.dtype != dtype:", "if not isinstance(held, Tensor):"),
+        ("            check_rounding(owner, k, param, hyper)\n", "            pass\n"),
+    ],
+    ("backends/reference.py", KEPT): [
+        ('_rounding(plan, row, "stochastic", stage)', '_rounding(plan, row, "stochastic", UPDATE_PASS)'),
+        ("_propose(layered, param, grad, _states_of(row), s)", "_propose(layered, param, grad, layered.update_moments(param, grad, states, s), s)"),
+        ("[state.to(compute_dtype(row.work.dtype)) for state in row.states]", "list(row.states)"),
+    ],
+    ("plan/build.py", KEPT): [
+        ("            and taken.state_dtype == state_dtype\n", ""),
+        ("hyper.rounded_state_dtype is not None and param.dtype == torch.float64", "False"),
+        ("dict.get(own, name), row.state_dtype)", "dict.get(own, name))"),
+    ],
+    ("plan/plan.py", KEPT): [
+        ('            and (columns["state_dtype"] == self._state_dtypes(hypers)).all()\n', ""),
+        ('(columns["rounding"] != 0) | (columns["state_dtype"] == DTYPES[torch.bfloat16])', 'columns["rounding"] != 0'),
+        (" & (codes == DTYPES[torch.float32])", ""),
+    ],
+    ("optim/adam.py", KEPT): [("dtype = compute_dtype(row.work.dtype)", "dtype = exp_avg_sq.dtype")],
     ("optim/session.py", ROUNDED): [("del own[name]", "pass")],
     ("optim/exact.py", ROUNDED): [
         ("if value.shape != param.shape:", "if False:"),
@@ -310,7 +331,7 @@ FAULTS: dict[tuple[str, str], list[tuple[str, ...]]] = {
     ("plan/build.py", f"{PLAN} {PLACES}"): [
         ("wanted = [every or hyper.sphere for hyper in hypers]", "wanted = [every for hyper in hypers]", SPHERE),
         ("        row.step.zero_()\n", "        pass\n", f"{PLAN} {MODES} backends/test_reference.py"),
-        ("if tensors.fits(state, row.local, spec.by_channel):", "if True:"),
+        ("if tensors.fits(state, row.local, spec.by_channel, dtype):", "if True:"),
     ],
     ("optim/averaging.py", "optim/test_averaging.py"): [
         ('"EMA", self.decay, self.every, self.every', '"EMA", self.decay, 1, self.every'),
@@ -629,6 +650,17 @@ CPP_FAULTS: dict[tuple[str, str], list[tuple[str, ...]]] = {
         ("+ before * sizeof(uint16_t)", ""),
     ],
     ("cpu/sphere.h", ROUNDED): [("kSpherePass", "kUpdatePass")],
+    ("cpu/blocks.h", KEPT): [
+        ("static_cast<RoundingPass>(kStatePass + k)", "kUpdatePass"),
+        ("if (!has_rounded_states(row)) return;", "return;"),
+    ],
+    ("cpu/layerwise.h", KEPT): [
+        ("if (has_rounded_states(row)) {", "if (false) {"),
+        ("      states.load(row, offset, count);\n      direction_block", "      direction_block"),
+    ],
+    ("cpu/preconditioner.cpp", KEPT): [
+        ("states.state[0], states.state[1], states.state[2],", "at<C>(row.state0) + offset, at<C>(row.state1) + offset, at<C>(row.state2) + offset,"),
+    ],
     ("totals.h", SUMS): [
         ("step.totals ? spread_of(step, index).numel : row.numel", "row.numel"),
         ("total.nonfinite = static_cast<int64_t>(flags_of(step)[0]);", ""),
