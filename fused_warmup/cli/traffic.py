@@ -101,8 +101,8 @@ def rounding_rows() -> Iterator[list[str]]:
         for mode in MODES if dtype == torch.bfloat16 else ("nearest",):
             param = torch.ones(8, dtype=dtype)
             param.grad = torch.ones(8, dtype=dtype)
-            options = {"param_rounding": mode, "state_dtype": state_dtype}
-            t = fw.Adam([param], backend="reference", **options).traffic()
+            opt = fw.Adam([param], backend="reference", param_rounding=mode, state_dtype=state_dtype)
+            t = opt.traffic()
             held = t.held / t.numel - dtype.itemsize
             names = [str(kind).removeprefix("torch.") for kind in (dtype, state_dtype)]
             numbers = (str(t.launches), f"{held:g}", f"{t.per_parameter:g}")

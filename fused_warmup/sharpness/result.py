@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any
@@ -76,8 +77,12 @@ class RateSearch:
         value: Learning rate of the first parameter group; NaN if none was found.
         lo: Largest rate tried that lowered the loss, or a lower bound of the search.
         hi: Smallest rate tried that did not lower the loss; infinity if all did.
-        forwards: Evaluations of the closure.
+        forwards: Evaluations of closures.
         flags: Names of exceptional outcomes.
+        err_batch: Mean distance between the rates of two of the batches, infinity if one of them has none.
+            With a single batch the distance from the rate of ``previous``, which training has moved too; NaN
+            without that.
+        batches: Searches along the same direction for each of several batches alone.
     """
 
     value: float
@@ -85,3 +90,5 @@ class RateSearch:
     hi: float
     forwards: int
     flags: tuple[str, ...] = ()
+    err_batch: float = math.nan
+    batches: tuple[RateSearch, ...] = ()
