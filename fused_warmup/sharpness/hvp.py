@@ -45,8 +45,7 @@ class Hessian:
     ) -> None:
         self.evaluator, self.sign, self.stretch, self.products = evaluator, sign, stretch, 0
         self.method = evaluator.shards.check_method(check.one_of(evaluator.owner, "method", method, METHODS))
-        norms = [torch.linalg.vector_norm(p, dtype=evaluator.vectors.dtype) for p in evaluator.snapshot]
-        self._params_norm = evaluator.shards.total([n.to(torch.float64).square() for n in norms]).sqrt()
+        self._params_norm = evaluator.shards.norm(evaluator.snapshot, evaluator.dtype)
         # with their graph, for double backward
         self._graph_gradients: Sequence[Tensor | None] = ()
 

@@ -35,6 +35,30 @@ class Spectrum:
     vector: Tensor
 
 
+@dataclass
+class Tridiagonal:
+    """Projection of an operator on a Krylov space, with its basis; float64 on the device.
+
+    Attributes:
+        matrix: ``[m, m]``.
+        alive: Whether a row lies inside the space, bool of ``[m]``. Rows after its end are not coupled to
+            others, and their eigenvalues lie below all others.
+        remainder: Coupling of the last row to the rest, 0-dim.
+        first: Rayleigh quotient of the start vector.
+        asymmetry: As in ``Spectrum``.
+        basis: Vectors, not normalised, ``[m, n]``.
+        inverses: Their inverse norms, ``[m]``.
+    """
+
+    matrix: Tensor
+    alive: Tensor
+    remainder: Tensor
+    first: Tensor
+    asymmetry: Tensor
+    basis: Tensor
+    inverses: Tensor
+
+
 class Symmetric(Protocol):
     """A symmetric operator ``A``.
 
@@ -52,10 +76,11 @@ class Symmetric(Protocol):
 
 
 def start_direction(vectors: Vectors, basis: Tensor, scale: Tensor | None) -> Direction:
-    """Return the only vector of a basis as a direction."""
+    """Return the only vector of a basis as a direction, one of length 0 for a zero vector."""
     one = vectors.number(1.0)
     _, squares = vectors.combine(basis[0], one, basis[:0], one[None][:0], scale)
-    return Direction(basis, *_lengths(squares, scale))
+    lengths = (torch.where(squares[0] == 0.0, 0.0, length) for length in _lengths(squares, scale))
+    return Direction(basis, *lengths)
 
 
 def _lengths(squares: Tensor, scale: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -64,10 +89,11 @@ def _lengths(squares: Tensor, scale: Tensor | None) -> tuple[Tensor, Tensor]:
     return inverse, torch.ones_like(inverse) if scale is None else squares[1].sqrt() * inverse
 
 
-def lanczos(operator: Symmetric, start: Tensor, steps: int) -> Spectrum:
-    """Search the space of ``start, A start, ..., A**(steps - 1) start``, fully orthogonalised.
+def tridiagonalize(operator: Symmetric, start: Tensor, steps: int) -> Tridiagonal:
+    """Project an operator on the space of ``start, A start, ..., A**(steps - 1) start``.
 
-    Basis vectors are not normalised; their inverse norms are kept beside them.
+    The basis is fully orthogonalised. Its vectors are not normalised; their inverse norms are kept beside
+    them.
 
     Args:
         operator: ``A``.
@@ -75,8 +101,8 @@ def lanczos(operator: Symmetric, start: Tensor, steps: int) -> Spectrum:
         steps: Number of products; no more than ``n`` are made.
 
     Returns:
-        Both ends of the spectrum. If the Krylov space is exhausted early (the zero matrix, for example),
-        later iterations are ignored.
+        The projection. If the Krylov space is exhausted early (the zero matrix, for example), the rows of
+        later iterations are not alive.
     """
     vectors, scale = operator.vectors, operator.scale
     steps = min(steps, vectors.length)
@@ -113,21 +139,26 @@ def lanczos(operator: Symmetric, start: Tensor, steps: int) -> Spectrum:
             basis[: j + 2], torch.where(alive, inverse, 0.0), torch.where(alive, length, 0.0)
         )
     live = torch.stack(alives)
-    # eigenvalues of rows after the end of the space lie below all others
     entries = torch.where(live, torch.stack(diagonal), -3.0 * size - 1.0)
     matrix = _tridiagonal(entries, torch.stack(below)[:-1])
-    finite = matrix.isfinite().all()
-    values, ritz = eigh(torch.where(finite, matrix, 0.0))
-    nan = torch.full_like(size, torch.nan)
+    return Tridiagonal(matrix, live, below[-1], diagonal[0], noise, basis[:steps], torch.stack(inverses))
+
+
+def lanczos(operator: Symmetric, start: Tensor, steps: int) -> Spectrum:
+    """Return both ends of the spectrum of an operator on a Krylov space; see ``tridiagonalize``."""
+    found = tridiagonalize(operator, start, steps)
+    finite = found.matrix.isfinite().all()
+    values, ritz = eigh(torch.where(finite, found.matrix, 0.0))
+    nan = torch.full_like(found.first, torch.nan)
     weights = ritz[:, -1]
-    vector = vectors.basis(1)[0]
-    vectors.combine(vector, None, basis[:steps], torch.stack(inverses) * weights, None)
+    vector = operator.vectors.basis(1)[0]
+    operator.vectors.combine(vector, None, found.basis, found.inverses * weights, None)
     return Spectrum(
         largest=torch.where(finite, values[-1], nan),
-        smallest=torch.where(finite, values.gather(0, (~live).sum()[None])[0], nan),
-        residual=torch.where(finite, below[-1] * weights[-1].abs(), nan),
-        first=diagonal[0],
-        asymmetry=torch.where(finite, noise, nan),
+        smallest=torch.where(finite, values.gather(0, (~found.alive).sum()[None])[0], nan),
+        residual=torch.where(finite, found.remainder * weights[-1].abs(), nan),
+        first=found.first,
+        asymmetry=torch.where(finite, found.asymmetry, nan),
         vector=vector,
     )
 

@@ -58,8 +58,9 @@ class LossEvaluator:
     Attributes:
         params: The parameters.
         shards: Their parts in this process.
+        dtype: Dtype of the vectors: float64 if one of the parameters is, else float32.
         snapshot: The stored values of those parts before the block.
-        vectors: Operations on flat vectors, of float64 if one of the parameters is, else float32.
+        vectors: Operations on flat vectors.
         evaluations: Number of evaluations of the closure so far.
         autocast: Whether a module of the closure ran under autocast to 16 bits.
     """
@@ -79,6 +80,7 @@ class LossEvaluator:
             check.fail(owner, "loss_fn", "be a function that returns the loss", loss_fn, error=TypeError)
         self.owner, self.params = owner, check_params(owner, params)
         self.device = self.params[0].device
+        self.dtype = functools.reduce(torch.promote_types, (compute_dtype(p.dtype) for p in self.params))
         self._backend = resolve(backend, self.device)
         self._residues = residues
         self.evaluations, self.autocast = 0, False
@@ -210,12 +212,11 @@ class LossEvaluator:
 
     def _make_vectors(self) -> Vectors:
         """Return the vector operations of the backend, or plain ones if a parameter is a strided view."""
-        dtype = functools.reduce(torch.promote_types, (compute_dtype(p.dtype) for p in self.params))
         if self.shards.is_placed:
-            return ShardedVectors(self.shards, self.snapshot, dtype, self._residues)
+            return ShardedVectors(self.shards, self.snapshot, self.dtype, self._residues)
         if isinstance(self._backend, VectorBackend) and all(map(is_dense, self.params)):
-            return FusedVectors(self.params, self.snapshot, dtype, self._backend, self._residues)
-        return Vectors(self.params, self.snapshot, dtype, self._residues)
+            return FusedVectors(self.params, self.snapshot, self.dtype, self._backend, self._residues)
+        return Vectors(self.params, self.snapshot, self.dtype, self._residues)
 
     def _before_forward(self, module: torch.nn.Module) -> None:
         """Save the state of a module before it runs for the first time, and detect autocast."""

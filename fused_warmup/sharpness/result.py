@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from .. import _checks as check
 
 Scalar = Tensor | float
 
@@ -92,3 +94,91 @@ class RateSearch:
     flags: tuple[str, ...] = ()
     err_batch: float = math.nan
     batches: tuple[RateSearch, ...] = ()
+
+
+@dataclass(frozen=True)
+class TraceEstimate:
+    """An estimated trace; NaN if a product was not finite.
+
+    Attributes:
+        value: The estimate.
+        standard_error: Its standard error, from the differences between the vectors; NaN for one vector. The
+            errors of finite differences are in it as far as they differ between vectors.
+        hvps: Hessian-vector products, one for each random vector.
+        cost: Gradients of the closure that were computed.
+    """
+
+    value: float
+    standard_error: float
+    hvps: int
+    cost: int
+
+    def asdict(self) -> dict[str, Any]:
+        """Return the fields as plain numbers."""
+        return {f.name: getattr(self, f.name) for f in fields(self)}
+
+
+@dataclass(frozen=True)
+class SpectralDensity:
+    """Estimated distribution of the eigenvalues of a matrix; NaN where a product was not finite.
+
+    Attributes:
+        nodes: Ritz values, float64 of ``[start vectors, steps]`` on the host, ascending in each row.
+        weights: Shares of the eigenvalues near them, of the same shape; all of them add up to 1.
+        numel: Number of eigenvalues.
+        hvps: Hessian-vector products.
+        cost: Gradients of the closure that were computed.
+    """
+
+    nodes: Tensor
+    weights: Tensor
+    numel: int
+    hvps: int
+    cost: int
+
+    @property
+    def largest(self) -> float:
+        """Largest Ritz value: a lower bound on the largest eigenvalue, up to the error of the products."""
+        return self.nodes.max().item()
+
+    @property
+    def smallest(self) -> float:
+        """Smallest Ritz value: an upper bound on the smallest eigenvalue, up to the error of the products."""
+        return self.nodes.min().item()
+
+    def moment(self, order: int) -> float:
+        """Return the mean of the eigenvalues to the power ``order``.
+
+        Up to ``2 * steps - 1`` it is the mean of ``z' H**order z / n`` over the start vectors, which is
+        unbiased; ``numel * moment(1)`` estimates the trace.
+        """
+        order = check.whole(type(self).__name__, "order", order)
+        return (self.weights * self.nodes**order).sum().item()
+
+    def evaluate(self, grid: Tensor | Sequence[float], width: float | None = None) -> Tensor:
+        """Return the density with each Ritz value widened to a Gaussian.
+
+        Args:
+            grid: Eigenvalues at which the density is wanted, of any shape.
+            width: Standard deviation of the Gaussians; a hundredth of ``largest - smallest`` if None.
+
+        Returns:
+            Float64 in the shape of ``grid`` on the host; its integral is 1.
+
+        Raises:
+            ValueError: If ``width`` is not positive, or None where all Ritz values are equal.
+        """
+        points = torch.as_tensor(grid, dtype=torch.float64, device="cpu")
+        spread = (self.largest - self.smallest) / 100.0
+        if width is None and spread == 0.0:
+            check.fail(type(self).__name__, "width", "be given where all nodes are equal", None)
+        sigma = spread if width is None else check.number(type(self).__name__, "width", width, ends="()")
+        distances = (points[..., None] - self.nodes.flatten()) / sigma
+        bells = torch.exp(-0.5 * distances.square()) / (sigma * math.sqrt(2.0 * math.pi))
+        return bells @ self.weights.flatten()
+
+    def asdict(self) -> dict[str, Any]:
+        """Return plain numbers, and lists of them for ``nodes`` and ``weights``, with both ends."""
+        plain = {f.name: getattr(self, f.name) for f in fields(self)}
+        plain = {k: v.tolist() if isinstance(v, Tensor) else v for k, v in plain.items()}
+        return {**plain, "largest": self.largest, "smallest": self.smallest}

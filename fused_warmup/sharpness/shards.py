@@ -99,6 +99,16 @@ class Shards:
         """Return the sum of a sum over each parameter, 0-dim float64; all processes call this."""
         return self.add_up(torch.stack(list(sums))[:, None], range(len(self.params)))[0]
 
+    def norm(self, tensors: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
+        """Return the L2 norm of a tensor for each parameter, 0-dim float64; all processes call this.
+
+        Args:
+            tensors: The parts in this process.
+            dtype: Dtype of the sum over one part.
+        """
+        norms = [torch.linalg.vector_norm(t, dtype=dtype) for t in tensors]
+        return self.total([n.to(torch.float64).square() for n in norms]).sqrt()
+
     def parts_of_flat(self, vector: Tensor) -> Tensor:
         """Return the parts of a vector over all whole parameters, one after the other."""
         pieces = torch.split(vector, [p.numel() for p in self.params])
