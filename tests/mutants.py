@@ -453,7 +453,7 @@ FAULTS: dict[tuple[str, str], list[tuple[str, ...]]] = {
         ("1.0 / n.to", "1.0 / (n + 1).to", "interpreted.py -k weights_of"),
     ],
     ("backends/triton/rounding.py", "interpreted.py -k random_bits"): [
-        ("| (STAGE << 31)", ""),
+        ("| (STAGE << 28)", ""),
         ("index * row.run_stride +", "index * row.run +"),
         ("tl.join(tl.join(a, c), tl.join(b, d))", "tl.join(tl.join(a, b), tl.join(c, d))"),
         ("return row.residue | (row.first_element | runs)", "return row.residue | row.first_element", "interpreted.py -k counter_does"),
