@@ -474,10 +474,13 @@ FAULTS: dict[tuple[str, str], list[tuple[str, ...]]] = {
         ("1.0 / n.to", "1.0 / (n + 1).to", "interpreted.py -k weights_of"),
     ],
     ("backends/triton/rounding.py", "interpreted.py -k random_bits"): [
-        ("| (STAGE << 31)", ""),
+        ("| (STAGE << 28)", ""),
         ("index * row.run_stride +", "index * row.run +"),
         ("tl.join(tl.join(a, c), tl.join(b, d))", "tl.join(tl.join(a, b), tl.join(c, d))"),
         ("return row.residue | (row.first_element | runs)", "return row.residue | row.first_element", "interpreted.py -k counter_does"),
+        ("STATE_PASS + j, ALIGNED", "STATE_PASS, ALIGNED", "interpreted.py -k 'states_have_the_bits and adam-'"),
+        ("kept = kept + (number(stored, STATE_DTYPE),)", "kept = kept + (values[j],)", "interpreted.py -k layers_are_scaled"),
+        ("kind = kind & (row.state_dtype == KINDS[k][3])", "pass", "interpreted.py -k every_rounding_mode"),
         ("return tl.where(holds, value, plain)", "return value", "interpreted.py -k vectors_begin"),
         ("tl.where(is_small, small, normal)", "normal", "interpreted.py -k 'stored_and_loaded and stochastic'"),
         ("return tl.where(fits, rounded, truncated)", "return rounded", "interpreted.py -k 'stored_and_loaded and kahan'"),
@@ -510,6 +513,7 @@ FAULTS: dict[tuple[str, str], list[tuple[str, ...]]] = {
         ("moved(start, size", "moved(value, size"),
     ],
     ("backends/triton/step.py", "interpreted.py -k norms_of_every"): [
+        ("vector_alignment(row, rounds_anything(KINDS))", "0", "interpreted.py -k 'states_of_parts and adam'"),
         ("part = within_range(part,", "within_range(part,"),
     ],
     ("backends/threads.py", "optim/test_fork.py"): [

@@ -119,6 +119,15 @@ def test_options_have_the_bits_of_the_cpu_kernels(side, case, option, monkeypatc
     assert_same(runs)
 
 
+@pytest.mark.parametrize("case", ["adamw", pytest.param("lamb", marks=pytest.mark.rest)])
+def test_rounded_states_have_the_bits_of_the_cpu_kernels(case, monkeypatch):
+    """And parameters beside them that draw bits of their own."""
+    backends = (backend_of("triton-90", monkeypatch), CpuBackend())
+    options = {"state_dtype": torch.bfloat16, "param_rounding": "stochastic"}
+    step_all(runs := make_runs(BY_NAME[case], HALVES, backends, **options))
+    assert_same(runs)
+
+
 @pytest.mark.parametrize("option", [{}, {"max_grad_norm": 1.0}], ids=["unclipped", "clipped"])
 def test_small_chunks_take_blocks_of_a_warp(option, monkeypatch):
     """Shared memory for the sums of other warps is not read, because nobody writes it."""
