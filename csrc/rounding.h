@@ -17,10 +17,9 @@ enum Rounding : int32_t { kNearest = 0, kStochastic = 1, kKahan = 2, kSplit = 3,
 // sphere
 enum RoundingPass : uint32_t { kUpdatePass = 0, kStatePass = 1, kSpherePass = 8 };
 
-FW_HOST_DEVICE bool has_residue(const Row& row) { return row.rounding > kStochastic; }
-FW_HOST_DEVICE bool draws_bits(const Row& row) {
-  return row.rounding == kStochastic || row.rounding == kKahan;
-}
+// whether parameters of a mode have a residue, and whether they need random bits
+FW_HOST_DEVICE bool has_residue(int32_t rounding) { return rounding > kStochastic; }
+FW_HOST_DEVICE bool draws_bits(int32_t rounding) { return rounding == kStochastic || rounding == kKahan; }
 FW_HOST_DEVICE bool has_rounded_states(const Row& row) { return row.state_dtype == kBFloat16; }
 
 // random bits
@@ -64,15 +63,25 @@ FW_HOST_DEVICE void draw(const RandomKey& key, uint32_t low, uint32_t high, uint
   word[3] = d;
 }
 
-// the 16 bits of one element of the whole tensor
-FW_HOST_DEVICE uint32_t bits_of_element(const RandomKey& key, int64_t element) {
-  const int64_t block = element / kDrawn;
-  uint32_t word[4];
+// those that one element of the whole tensor shares
+FW_HOST_DEVICE void draw_with(const RandomKey& key, int64_t element, uint32_t (&word)[4]) {
+  const uint64_t block = static_cast<uint64_t>(element) / kDrawn;
   draw(key, static_cast<uint32_t>(block), static_cast<uint32_t>(block >> 32), word);
-  const int place = static_cast<int>(element % kDrawn);
+}
+
+// its own 16 bits among them
+FW_HOST_DEVICE uint32_t bits_among(const uint32_t (&word)[4], int64_t element) {
+  const int place = static_cast<int>(static_cast<uint64_t>(element) % kDrawn);
   // an index that depends on the element would put the words into local memory of a GPU
   const uint32_t pair = place < 4 ? (place < 2 ? word[0] : word[1]) : (place < 6 ? word[2] : word[3]);
   return (pair >> (16 * (place % 2))) & 0xffffu;
+}
+
+// the 16 bits of one element of the whole tensor
+FW_HOST_DEVICE uint32_t bits_of_element(const RandomKey& key, int64_t element) {
+  uint32_t word[4];
+  draw_with(key, element, word);
+  return bits_among(word, element);
 }
 
 // whether the elements of a row follow one another in the whole tensor
@@ -80,7 +89,10 @@ FW_HOST_DEVICE bool is_consecutive(const Row& row) { return row.run == row.numel
 
 // the number of an element of a row in the whole tensor
 FW_HOST_DEVICE int64_t number_of(const Row& row, int64_t i) {
-  return row.first_element + (is_consecutive(row) ? i : i / row.run * row.run_stride + i % row.run);
+  if (is_consecutive(row)) return row.first_element + i;
+  // without a sign, which takes fewer registers of a GPU
+  const int64_t runs = static_cast<int64_t>(static_cast<uint64_t>(i) / static_cast<uint64_t>(row.run));
+  return row.first_element + i + runs * (row.run_stride - row.run);
 }
 
 // rounding

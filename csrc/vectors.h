@@ -19,7 +19,6 @@ enum Operation : int32_t { kPerturb = 0, kFinish = 1, kCombine = 2, kOperations 
 // number of sums besides the products with basis vectors
 constexpr int kExtraSums = 2;
 
-FW_HOST_DEVICE bool has_residue(const TensorSlice& tensor) { return tensor.rounding > kStochastic; }
 FW_HOST_DEVICE int64_t sum_count(const VectorOp& call) { return call.n_basis + kExtraSums; }
 
 template <class C>

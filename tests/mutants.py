@@ -642,7 +642,7 @@ CPP_FAULTS: dict[tuple[str, str], list[tuple[str, ...]]] = {
         ("kPhiloxRounds = 7", "kPhiloxRounds = 6"),
         ("key1(static_cast<uint32_t>(row.seed >> 32))", "key1(0)"),
         ("high(static_cast<uint32_t>(pass) << kPassBit)", "high(0)"),
-        ("i / row.run * row.run_stride + i % row.run", "i"),
+        ("+ runs * (row.run_stride - row.run)", ""),
         ("magnitude < 0x7f7f0000u", "true"),
         ("(bits & 0x1fffu)) >> 13", "0u) >> 13"),
         ("return widen(rounded) == plain ? value : plain;", "return value;"),

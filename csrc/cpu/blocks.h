@@ -149,7 +149,7 @@ void load_exact(const Row& row, int64_t offset, int count, float* scratch) {
 template <class C>
 C* load_param(const Row& row, int64_t offset, int count, C* scratch) {
   if constexpr (sizeof(C) == sizeof(float)) {
-    if (has_residue(row)) {
+    if (has_residue(row.rounding)) {
       if (row.dtype == kBFloat16)
         load_exact<BFloat16>(row, offset, count, scratch);
       else
@@ -164,7 +164,7 @@ template <class P>
 void store_rounded(const float* block, const Row& row, const RandomKey& key, int64_t offset, int count) {
   P* param = at<P>(row.param) + offset;
   BlockBits random;
-  if (draws_bits(row)) random.draw(row, key, offset, count);
+  if (draws_bits(row.rounding)) random.draw(row, key, offset, count);
   if (row.rounding == kStochastic) return round_all(block, random.bits, param, count);
   if (row.rounding == kKahan)
     return store_kahan_all(block, random.bits, param, at<BFloat16>(row.residue) + offset, count);

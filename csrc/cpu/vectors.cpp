@@ -193,7 +193,7 @@ const C* load_gradient(uint64_t column, const TensorSlice& tensor, int64_t offse
 template <class P, class Body>
 void with_values(const TensorSlice& tensor, int64_t offset, int count, Body body) {
   if constexpr (sizeof(P) == sizeof(BFloat16)) {
-    if (has_residue(tensor)) {
+    if (has_residue(tensor.rounding)) {
       alignas(64) float scratch[kRun];
       Row row = {};
       row.param = tensor.snapshot;
@@ -225,7 +225,7 @@ struct Chunks {
     const C size = static_cast<C>(*at<double>(call.factors));
     P* param = at<P>(s.tensor.param) + s.first;
     const P* snapshot = at<P>(s.tensor.snapshot) + s.first;
-    if (!past_caches && !has_residue(s.tensor))
+    if (!past_caches && !has_residue(s.tensor.rounding))
       return perturb_block(param, snapshot, s.scale, s.basis, size, s.count);
     alignas(64) P scratch[kRun];
     for (int32_t done = 0; done < s.count; done += kRun) {

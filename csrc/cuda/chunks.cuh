@@ -5,7 +5,7 @@
 #include "../table.h"
 #include "device.h"
 #include "launch.h"
-#include "params.cuh"
+#include "states.cuh"
 
 namespace fw {
 namespace {
@@ -84,11 +84,6 @@ struct Tile {
   }
 };
 
-template <class T>
-FW_DEVICE T* column(uint64_t address, int64_t offset) {
-  return address ? at<T>(address) + offset : nullptr;
-}
-
 // pointers to the tensors of one row from the start of a chunk on; null for a tensor that the row does not
 // have
 template <class P, class G>
@@ -97,18 +92,18 @@ struct ChunkPointers {
   const Row* row;
   P* param;
   const G* grad;
-  C *state0, *state1, *state2, *average;
+  StatePointers<C> states;
+  C* average;
   int32_t count, rounding;
   bool aligned;
 
-  // rounds: whether the row may have another rounding mode than nearest, a constant of the kernel
+  // rounds: whether the row may have another rounding mode than nearest, or rounded states, a constant of the
+  // kernel
   FW_DEVICE ChunkPointers(const Row& row, uint64_t grad_address, const Chunk& chunk, bool rounds = false)
       : row(&row),
         param(column<P>(row.param, chunk.offset)),
         grad(column<const G>(grad_address, chunk.offset)),
-        state0(column<C>(row.state0, chunk.offset)),
-        state1(column<C>(row.state1, chunk.offset)),
-        state2(column<C>(row.state2, chunk.offset)),
+        states(row, chunk.offset, rounds),
         average(column<C>(row.average, chunk.offset)),
         count(chunk.count),
         rounding(kIsRounded<P> && rounds ? row.rounding : kNearest) {
@@ -131,7 +126,8 @@ FW_DEVICE auto visit_grad(const Visitor& visitor, const Row& row, uint64_t grad_
 }
 
 // Calls visitor.run with the types of the parameter and the gradient of a row. A kernel is compiled twice:
-// for rows of any kind, and, in fewer registers, for those that are not float64 and are rounded to nearest.
+// for rows of any kind, and, in fewer registers, for those that are not float64 and have nothing but parameters
+// that are rounded to nearest.
 template <bool kAllKinds, class Visitor>
 FW_DEVICE auto visit(const Visitor& visitor, const Row& row, uint64_t grad_address, const Chunk& chunk) {
   if constexpr (kAllKinds)

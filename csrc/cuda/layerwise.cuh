@@ -19,49 +19,55 @@ constexpr int kLayerPacks = sizeof(P) == sizeof(float) ? 2 : 1;
 template <int kStates, int N, class P, class G>
 struct LayerPack {
   using C = typename Arithmetic<P>::type;
-  C state0[N], state1[N];
+  StatePack<kStates, N, C> states;
   G grad[N] = {};
   ParamPack<N, P> param;
 
   FW_DEVICE void load_from(const ChunkPointers<P, G>& s, int32_t i, bool needs_grad) {
     if (needs_grad) load(s.grad + i, grad);
     param.load_from(s, i);
-    if constexpr (kStates > 0) load(s.state0 + i, state0);
-    if constexpr (kStates > 1) load(s.state1 + i, state1);
-    param.widen(s);
+    states.load_from(s, i);
   }
 
-  // the moments of an element, zeros for those that the row does not have
-  FW_DEVICE void read(int k, C (&state)[kMaxStates]) const {
-    if constexpr (kStates > 0) state[0] = state0[k];
-    if constexpr (kStates > 1) state[1] = state1[k];
+  // makes the values those that were loaded
+  FW_DEVICE void widen(const ChunkPointers<P, G>& s) {
+    param.widen(s);
+    states.widen(s);
   }
 };
 
 // updates the moments of kPacks packs from i on, a stride apart, and sums over the direction of the update
-// and over the gradient; all loads come before the first result
+// and over the gradient; all loads come before the first result. The direction is that of stage2, from the
+// moments as they are stored.
 template <class Rule, int kStates, int kPacks, int N, class P, class G, class C>
-FW_DEVICE void stage1_part(const ChunkPointers<P, G>& s, int32_t i, int32_t stride,
+FW_DEVICE void stage1_part(const Step& step, const ChunkPointers<P, G>& s, int32_t i, int32_t stride,
                            const ScalarsOf<C>& scalars, double (&sums)[Rule::kSums], bool accumulate,
                            NormSum<C>& norms) {
   LayerPack<kStates, N, P, G> packs[kPacks];
   for (int p = 0; p < kPacks; ++p) packs[p].load_from(s, i + p * stride, true);
+#pragma unroll
   for (int p = 0; p < kPacks; ++p) {
     auto& pack = packs[p];
+    pack.states.draw(s, i + p * stride, step);
+    pack.widen(s);
     if constexpr (N > 1)
       if (accumulate) add_pack<C>(norms, pack.grad);
     for (int k = 0; k < N; ++k) {
       const C param = pack.param.value[k], grad = static_cast<C>(widen(pack.grad[k]));
       C state[kMaxStates] = {};
-      pack.read(k, state);
+      pack.states.read(k, state);
       Rule::template update_moments<kStates>(param, grad, state, scalars);
+      pack.states.write(k, state);
+    }
+    pack.states.round(s);
+    for (int k = 0; k < N; ++k) {
+      const C param = pack.param.value[k], grad = static_cast<C>(widen(pack.grad[k]));
+      C state[kMaxStates] = {};
+      pack.states.read(k, state);
       const C update = Rule::template direction<kStates>(param, grad, state, scalars);
       Rule::accumulate(sums, param, grad, update, scalars);
-      if constexpr (kStates > 0) pack.state0[k] = state[0];
-      if constexpr (kStates > 1) pack.state1[k] = state[1];
     }
-    if constexpr (kStates > 0) store(pack.state0, s.state0 + i + p * stride);
-    if constexpr (kStates > 1) store(pack.state1, s.state1 + i + p * stride);
+    pack.states.store_to(s, i + p * stride);
   }
 }
 
@@ -74,11 +80,12 @@ FW_DEVICE void stage2_part(const Step& step, const ChunkPointers<P, G>& s, int32
   for (int p = 0; p < kPacks; ++p) packs[p].load_from(s, i + p * stride, needs_grad);
   for (int p = 0; p < kPacks; ++p) {
     auto& pack = packs[p];
+    pack.widen(s);
     for (int k = 0; k < N; ++k) {
       C& value = pack.param.value[k];
       C state[kMaxStates] = {};
       const C grad = static_cast<C>(widen(pack.grad[k]));
-      pack.read(k, state);
+      pack.states.read(k, state);
       Rule::apply(value, Rule::template direction<kStates>(value, grad, state, scalars), projection_coef,
                   scalars);
     }
@@ -90,20 +97,20 @@ FW_DEVICE void stage2_part(const Step& step, const ChunkPointers<P, G>& s, int32
 // the packs of one of `threads` threads; norms are summed in the order of the measure stage, so that they
 // have the same bits
 template <class Rule, int kStates, class P, class G, class C>
-FW_DEVICE void stage1_packs(const ChunkPointers<P, G>& s, int32_t thread, int32_t threads,
+FW_DEVICE void stage1_packs(const Step& step, const ChunkPointers<P, G>& s, int32_t thread, int32_t threads,
                             const ScalarsOf<C>& scalars, double (&sums)[Rule::kSums], bool accumulate,
                             NormSum<C>& norms) {
   share_packs<kLayerPacks<P>>(
       s, thread, threads,
       [&](int32_t i, int32_t stride, auto packs) {
-        stage1_part<Rule, kStates, decltype(packs)::value, kPack<P>>(s, i, stride, scalars, sums, accumulate,
-                                                                     norms);
+        stage1_part<Rule, kStates, decltype(packs)::value, kPack<P>>(step, s, i, stride, scalars, sums,
+                                                                     accumulate, norms);
       },
       [&](int32_t i) {
         if (accumulate) add_partial_pack(norms, s, i);
 #pragma unroll 1
         for (int32_t k = i; k < s.end(i); ++k)
-          stage1_part<Rule, kStates, 1, 1>(s, k, 0, scalars, sums, false, norms);
+          stage1_part<Rule, kStates, 1, 1>(step, s, k, 0, scalars, sums, false, norms);
       });
 }
 
@@ -125,7 +132,7 @@ FW_DEVICE Partial stage1_channel(const Step& step, const Row& row, uint64_t grad
   double sums[Rule::kSums] = {};
   NormSum<typename ChunkPointers<P, G>::C> norms;
   const ChunkPointers<P, G> s(row, grad_address, chunk, rounds);
-  stage1_packs<Rule, kStates>(s, threadIdx.x, kThreads, scalars, sums, accumulates(step), norms);
+  stage1_packs<Rule, kStates>(step, s, threadIdx.x, kThreads, scalars, sums, accumulates(step), norms);
   share_block_sum(sums);
   for (int k = 0; k < Rule::kSums; ++k) found[k] = sums[k];
   // a layer of one channel is tested as a layer
@@ -146,7 +153,7 @@ FW_DEVICE Partial stage1_channels(const Step& step, const Row& row, uint64_t gra
   NormSum<typename ChunkPointers<P, G>::C> norms;
   threads.visit(pieces, row, grad_address, chunk, [&](int32_t piece, const ChunkPointers<P, G>& s) {
     double sums[Rule::kSums] = {};
-    stage1_packs<Rule, kStates>(s, threads.lane, threads.width, scalars, sums, accumulates(step), norms);
+    stage1_packs<Rule, kStates>(step, s, threads.lane, threads.width, scalars, sums, accumulates(step), norms);
     group_sum(sums, threads.width);
     double* out = at<double>(step.sums) + (pieces.first + piece) * Rule::kSums;
     for (int k = 0; k < Rule::kSums; ++k)

@@ -24,8 +24,13 @@ FW_DEVICE void append(T (&to)[N], const U (&more)[kMore]) {
   for (int k = 0; k < kBy; ++k) to[N - kBy + k] = last[k];
 }
 
-FW_DEVICE bool has_residue(int32_t rounding) { return rounding > kStochastic; }
-FW_DEVICE bool draws_bits(int32_t rounding) { return rounding == kStochastic || rounding == kKahan; }
+// the bits of N elements of 16 bits, in the registers of their values
+template <int N, class T>
+FW_DEVICE void pack(const T (&from)[N], float (&to)[N]) {
+  // otherwise a single element would keep what else was in its register alive
+  if constexpr (N == 1) to[0] = 0.0f;
+  memcpy(to, from, sizeof from);
+}
 
 // the number of an element in its row, by its address
 template <class P>
@@ -37,23 +42,40 @@ FW_DEVICE int64_t element_at(const Row& row, const P* param) {
 template <int N>
 FW_DEVICE void draw_bits(const Row& row, const RandomKey& key, int64_t element,
                          uint32_t (&words)[(N + 1) / 2]) {
-  if constexpr (N > 1) {
-    static_assert(kDrawn % N == 0, "one counter");
-    const int64_t number = row.first_element + element;
-    if (is_consecutive(row) && number % N == 0) {
-      const int64_t block = number / kDrawn;
-      uint32_t drawn[4];
-      draw(key, static_cast<uint32_t>(block), static_cast<uint32_t>(block >> 32), drawn);
-      for (int w = 0; w < N / 2; ++w) words[w] = N < kDrawn && number % kDrawn ? drawn[w + 2] : drawn[w];
-      return;
+  static_assert(kDrawn % N == 0, "one counter");
+  const bool share = N > 1 && is_consecutive(row) && static_cast<uint64_t>(row.first_element + element) % N == 0;
+  for (uint32_t& word : words) word = 0;
+  // one draw in the code for elements that share a counter and for those that do not. These go from the last
+  // one on: the words are shifted, because an index in a loop would put them into local memory.
+#pragma unroll 1
+  for (int k = share ? 0 : N - 1; k >= 0; --k) {
+    const int64_t number = number_of(row, element + k);
+    uint32_t drawn[4];
+    draw_with(key, number, drawn);
+    if (N > 1 && share) {
+      for (int w = 0; w < N / 2; ++w) words[w] = N < kDrawn && static_cast<uint64_t>(number) % kDrawn ? drawn[w + 2] : drawn[w];
+    } else {
+      for (int w = (N - 1) / 2; w > 0; --w) words[w] = words[w] << 16 | words[w - 1] >> 16;
+      words[0] = words[0] << 16 | bits_among(drawn, number);
     }
   }
-  for (uint32_t& word : words) word = 0;
-  // from the last one on: the words are shifted, because an index in a loop would put them into local memory
-#pragma unroll 1
-  for (int k = N - 1; k >= 0; --k) {
-    for (int w = (N - 1) / 2; w > 0; --w) words[w] = words[w] << 16 | words[w - 1] >> 16;
-    words[0] = words[0] << 16 | bits_of_element(key, number_of(row, element + k));
+}
+
+// the values of N elements of a 16-bit parameter in a mode with a residue, whose element i is that of the first
+template <int N, class P>
+FW_DEVICE void load_exact(int32_t rounding, uint64_t residue, int64_t i, const P (&param)[N],
+                          float (&value)[N]) {
+  if (rounding == kMaster) {
+    load(at<const float>(residue) + i, value);
+    for (int k = 0; k < N; ++k) value[k] = load_master(param[k], value[k]);
+  } else if (rounding == kKahan) {
+    BFloat16 compensation[N];
+    load(at<const BFloat16>(residue) + i, compensation);
+    for (int k = 0; k < N; ++k) value[k] = load_kahan(param[k], compensation[k]);
+  } else if constexpr (std::is_same<P, BFloat16>::value) {
+    int16_t remainder[N];
+    load(at<const int16_t>(residue) + i, remainder);
+    for (int k = 0; k < N; ++k) value[k] = load_split(param[k], remainder[k]);
   }
 }
 
@@ -87,20 +109,10 @@ struct ParamPack<N, P, true> {
   FW_DEVICE void load_from(const Pointers& s, int32_t i) {
     P param[N];
     load(s.param + i, param);
-    if (!has_residue(s.rounding)) {
-      memcpy(value, param, sizeof param);
-    } else if (s.rounding == kMaster) {
-      load(residue<const float>(s, i), value);
-      for (int k = 0; k < N; ++k) value[k] = load_master(param[k], value[k]);
-    } else if (s.rounding == kKahan) {
-      BFloat16 compensation[N];
-      load(residue<const BFloat16>(s, i), compensation);
-      for (int k = 0; k < N; ++k) value[k] = load_kahan(param[k], compensation[k]);
-    } else if constexpr (std::is_same<P, BFloat16>::value) {
-      int16_t remainder[N];
-      load(residue<const int16_t>(s, i), remainder);
-      for (int k = 0; k < N; ++k) value[k] = load_split(param[k], remainder[k]);
-    }
+    if (has_residue(s.rounding))
+      load_exact(s.rounding, s.row->residue, element_at(*s.row, s.param + i), param, value);
+    else
+      pack(param, value);
   }
 
   // makes the values those that were loaded or stored
@@ -130,7 +142,7 @@ struct ParamPack<N, P, true> {
       store(remainder, residue<int16_t>(s, i));
     }
     store(param, s.param + i);
-    if (!has_residue(s.rounding)) memcpy(value, param, sizeof param);
+    if (!has_residue(s.rounding)) pack(param, value);
   }
 
  private:

@@ -4,7 +4,7 @@
 #include "../preconditioner.h"
 #include "device.h"
 #include "launch.h"
-#include "params.cuh"
+#include "states.cuh"
 
 namespace fw {
 namespace {
@@ -19,7 +19,7 @@ struct ChunkPointers {
   const Row* row;
   const P* param;
   const G* grad;
-  const C *state0, *state1, *state2;
+  StatePointers<C> states;
   V *scale, *scaled;
   int32_t count, rounding;
   bool aligned;
@@ -29,9 +29,7 @@ struct ChunkPointers {
       : row(&row),
         param(at<const P>(row.param) + chunk.offset),
         grad(at<const G>(grad_address) + chunk.offset),
-        state0(row.state0 ? at<const C>(row.state0) + chunk.offset : nullptr),
-        state1(row.state1 ? at<const C>(row.state1) + chunk.offset : nullptr),
-        state2(row.state2 ? at<const C>(row.state2) + chunk.offset : nullptr),
+        states(row, chunk.offset, true),
         scale(call.scale ? at<V>(call.scale) + place : nullptr),
         scaled(call.scaled ? at<V>(call.scaled) + place : nullptr),
         count(chunk.count),
@@ -54,15 +52,13 @@ FW_DEVICE void store_scales(const C (&inverse)[N], C factor, V* to) {
 template <class Rule, int kStates, int N, class P, class G, class V, class C>
 FW_DEVICE void preconditioner_part(const ChunkPointers<P, G, V>& s, int32_t i, const C* param, const G* grad,
                                    const ScalarsOf<C>& scalars, C factor) {
-  C state0[N], state1[N], state2[N], inverse[N];
-  if constexpr (kStates > 0) load(s.state0 + i, state0);
-  if constexpr (kStates > 1) load(s.state1 + i, state1);
-  if constexpr (kStates > 2) load(s.state2 + i, state2);
+  C inverse[N];
+  StatePack<kStates, N, C> states;
+  states.load_from(s, i);
+  states.widen(s);
   for (int k = 0; k < N; ++k) {
     C state[kMaxStates] = {};
-    if constexpr (kStates > 0) state[0] = state0[k];
-    if constexpr (kStates > 1) state[1] = state1[k];
-    if constexpr (kStates > 2) state[2] = state2[k];
+    states.read(k, state);
     const C g = static_cast<C>(widen(grad[k]));
     inverse[k] = inverse_preconditioner<Rule, kStates>(param[k], g, state, scalars);
   }

@@ -18,29 +18,9 @@
 namespace fw {
 namespace {
 
-// N elements of each state, in registers
-template <int kStates, int N, class C>
-struct States {
-  C state0[N], state1[N], state2[N];
-
-  template <class Pointers>
-  FW_DEVICE void load_from(const Pointers& s, int32_t i) {
-    if constexpr (kStates > 0) load(s.state0 + i, state0);
-    if constexpr (kStates > 1) load(s.state1 + i, state1);
-    if constexpr (kStates > 2) load(s.state2 + i, state2);
-  }
-
-  template <class Pointers>
-  FW_DEVICE void store_to(const Pointers& s, int32_t i) const {
-    if constexpr (kStates > 0) store(state0, s.state0 + i);
-    if constexpr (kStates > 1) store(state1, s.state1 + i);
-    if constexpr (kStates > 2) store(state2, s.state2 + i);
-  }
-};
-
 // updates N elements of a parameter and their states
-template <class Rule, int kStates, int N, class P, class G, class C>
-FW_DEVICE void update_part(States<kStates, N, C>& states, const ScalarsOf<C>& scalars, P* param,
+template <class Rule, int kStates, int N, bool kRounds, class P, class G, class C>
+FW_DEVICE void update_part(StatePack<kStates, N, C, kRounds>& states, const ScalarsOf<C>& scalars, P* param,
                            const G* raw_grad, bool accumulate, NormSum<C>& sum) {
   C grad[N];
   widen_all(raw_grad, grad);
@@ -48,14 +28,10 @@ FW_DEVICE void update_part(States<kStates, N, C>& states, const ScalarsOf<C>& sc
     if (accumulate) add_pack<C>(sum, grad);
   for (int k = 0; k < N; ++k) {
     C value = static_cast<C>(widen(param[k])), state[kMaxStates] = {};
-    if constexpr (kStates > 0) state[0] = states.state0[k];
-    if constexpr (kStates > 1) state[1] = states.state1[k];
-    if constexpr (kStates > 2) state[2] = states.state2[k];
+    states.read(k, state);
     Rule::template update<kStates>(value, grad[k], state, scalars);
     narrow(value, param[k]);
-    if constexpr (kStates > 0) states.state0[k] = state[0];
-    if constexpr (kStates > 1) states.state1[k] = state[1];
-    if constexpr (kStates > 2) states.state2[k] = state[2];
+    states.write(k, state);
   }
 }
 
@@ -65,16 +41,20 @@ FW_DEVICE void update_packs(const Step& step, const ChunkPointers<P, G>& s, int3
                             const ScalarsOf<C>& scalars, C weight, bool accumulate, NormSum<C>& sum,
                             SumSq& sum_sq) {
   constexpr int kPart = kStates == 3 && N > kPack<C> ? kPack<C> : N, kStride = kThreads * N;
+  static_assert(!kRounds || kPart == N, "one draw for a pack");
+  StatePack<kStates, kPart, C, kRounds> states[kPacks];
   G grad[kPacks][N];
-  ParamPack<N, P, kRounds> param[kPacks];
+  ParamPack<N, P, kRounds && kIsRounded<P>> param[kPacks];
+  for (int p = 0; p < kPacks; ++p) states[p].draw(s, i + p * kStride, step);
   for (int p = 0; p < kPacks; ++p) load(s.grad + i + p * kStride, grad[p]);
   for (int p = 0; p < kPacks; ++p) param[p].load_from(s, i + p * kStride);
   for (int k = 0; k < N; k += kPart) {
-    States<kStates, kPart, C> states[kPacks];
     for (int p = 0; p < kPacks; ++p) states[p].load_from(s, i + p * kStride + k);
     for (int p = 0; p < kPacks; ++p) {
       if (k == 0) param[p].widen(s);
+      states[p].widen(s);
       update_part<Rule>(states[p], scalars, param[p].value + k, grad[p] + k, accumulate, sum);
+      states[p].round(s);
       states[p].store_to(s, i + p * kStride + k);
     }
   }
@@ -90,7 +70,7 @@ FW_DEVICE Partial update_states(const Step& step, const ChunkPointers<P, G>& s, 
   using C = typename ChunkPointers<P, G>::C;
   constexpr int N = kPack<P>, kStride = kThreads * N;
   // two packs of float32 with two states fit into the registers of a thread
-  constexpr int kPacks = sizeof(P) == sizeof(float) && kStates < 3 ? 2 : 1;
+  constexpr int kPacks = sizeof(P) == sizeof(float) && kStates < 3 && !kRounds ? 2 : 1;
   const ScalarsOf<C> scalars(row_scalars);
   const C weight = static_cast<C>(average_weight);
   NormSum<C> sum;
@@ -102,7 +82,8 @@ FW_DEVICE Partial update_states(const Step& step, const ChunkPointers<P, G>& s, 
 #pragma unroll 1
   for (; i < s.count; i += kStride) {
     if (s.whole(i)) {
-      // values with residues take more registers than parameters, so that half a pack of them goes at a time
+      // values with residues, and states while they are rounded, take more registers, so that half a pack of
+      // 16 bits goes at a time
       constexpr int kLength = kRounds ? kPack<C> : N;
 #pragma unroll 1
       for (int32_t k = i; k < i + N; k += kLength)
@@ -145,8 +126,8 @@ struct Update {
       if (row.n_states > kStates) return with_states<kStates + 1>(s, row, index);
     const Scalars& scalars = at<Scalars>(step.scalars)[index];
     // apart from rounding to nearest, which goes through whole packs
-    if constexpr (kIsRounded<P>)
-      if (s.rounding != kNearest)
+    if constexpr (kIsRounded<P> || (kStates > 0 && kMayRoundStates<P>))
+      if (s.rounding != kNearest || (kStates > 0 && s.states.rounded))
         return update_states<Rule, kStates, true>(step, s, scalars, average_weight_of(row), accumulates(step),
                                                   sum_sq);
     return update_states<Rule, kStates, false>(step, s, scalars, average_weight_of(row), accumulates(step),

@@ -8,6 +8,7 @@
 #include "../vectors.h"
 #include "device.h"
 #include "launch.h"
+#include "params.cuh"
 
 namespace fw {
 namespace {
@@ -114,25 +115,8 @@ template <int N, class P, class C>
 FW_DEVICE void load_values(const ChunkPointers<P, C>& s, int32_t i, const P (&snapshot)[N],
                            typename Arithmetic<P>::type (&value)[N]) {
   widen_all(snapshot, value);
-  if constexpr (sizeof(P) == sizeof(BFloat16)) {
-    if (s.rounding == kKahan) {
-      BFloat16 compensation[N];
-      load(at<const BFloat16>(s.residue) + i, compensation);
-      for (int k = 0; k < N; ++k) value[k] = load_kahan(snapshot[k], compensation[k]);
-    }
-    if (s.rounding == kMaster) {
-      float master[N];
-      load(at<const float>(s.residue) + i, master);
-      for (int k = 0; k < N; ++k) value[k] = load_master(snapshot[k], master[k]);
-    }
-  }
-  if constexpr (std::is_same_v<P, BFloat16>) {
-    if (s.rounding == kSplit) {
-      int16_t remainder[N];
-      load(at<const int16_t>(s.residue) + i, remainder);
-      for (int k = 0; k < N; ++k) value[k] = load_split(snapshot[k], remainder[k]);
-    }
-  }
+  if constexpr (kIsRounded<P>)
+    if (has_residue(s.rounding)) load_exact(s.rounding, s.residue, i, snapshot, value);
 }
 
 // elements of a vector that a thread takes at a time, of a pack of N elements of a parameter

@@ -657,3 +657,155 @@ def test_preconditioner_takes_the_exact_value(module, mode):
         vectors = FusedVectors(pending.params, pending.params, torch.float32, backend)
         found.append(pending.preconditioner(vectors).scale)
     torch.testing.assert_close(found[0], found[1], rtol=1e-6, atol=0.0)
+
+
+ROUNDED_STATES = {
+    "Adam": (fw.Adam, {"weight_decay": 0.1}),
+    "Adam-amsgrad": (fw.Adam, {"amsgrad": True}),
+    "GIAdam": (fw.GIAdam, {}),
+    "RAdam": (fw.RAdam, {}),
+    "SGD": (fw.SGD, {"momentum": 0.9, "nesterov": True}),
+    "SGD-plain": (fw.SGD, {}),
+    "LAMB": (fw.LAMB, {}),
+    "AdamP": (fw.AdamP, {"delta": 1.0, "nesterov": True}),
+    "SGDP": (fw.SGDP, {"momentum": 0.9, "delta": 1.0}),
+}
+each_dtype = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+
+
+def rounded_states_run(backend, rule, dtype, shapes=ROUNDED_SHAPES, **options):
+    cls, own = ROUNDED_STATES[rule]
+    params = make_params(dtype, shapes)
+    options = {"state_dtype": torch.bfloat16, "rounding_seed": 7 + 2**40, **own, **options}
+    opt = cls(params, lr=1e-3, **options)
+    opt.session.backend = backend
+    return params, opt
+
+
+def check_rounded_states(runs, rule, option=""):
+    """Moments do not depend on the sums over layers and spheres, as long as these decay no gradient."""
+    check_rounded(runs, rule, option)
+    (params, opt), (others, other) = runs
+    names = opt.spec.state_names(opt.param_groups[0])
+    for i, (p, q) in enumerate(zip(params, others, strict=True)):
+        for name in names:
+            ours, theirs = opt.state[p][name], other.state[q][name]
+            assert ours.dtype is torch.bfloat16
+            assert_same_bits(f"{name} {i}", ours, theirs)
+
+
+@pytest.mark.skipif(len(_cpu.instruction_sets()) == 1, reason="this processor rounds products and sums twice")
+@pytest.mark.parametrize("option", list(ROUNDED_OPTIONS))
+@pytest.mark.parametrize("rule", list(ROUNDED_STATES))
+@each_dtype
+def test_rounded_states_have_the_bits_of_the_cpu_kernels(module, dtype, rule, option):
+    """Below parameters that are rounded to nearest, or not at all."""
+    backends = (CudaBackend(module), CpuBackend())
+    runs = [rounded_states_run(backend, rule, dtype, **ROUNDED_OPTIONS[option]) for backend in backends]
+    step_rounded(runs)
+    check_rounded_states(runs, rule, option)
+
+
+@pytest.mark.skipif(len(_cpu.instruction_sets()) == 1, reason="this processor rounds products and sums twice")
+@pytest.mark.parametrize("rule", ["Adam-amsgrad", "SGD", "LAMB", "AdamP"])
+@each_mode
+def test_rounded_states_of_rounded_parameters(module, mode, dtype, rule):
+    options = {"param_rounding": mode, "average": fw.EMA(0.9)}
+    backends = (CudaBackend(module), CpuBackend())
+    runs = [rounded_states_run(backend, rule, dtype, **options) for backend in backends]
+    step_rounded(runs)
+    check_rounded_states(runs, rule)
+
+
+@pytest.mark.parametrize("rule", ["Adam", "RAdam", "SGD"])
+def test_rounded_states_beside_others(module, rule):
+    """Groups with states of either dtype, and float64 parameters, in one table."""
+    runs = []
+    for backend in (CudaBackend(module), CpuBackend()):
+        cls, own = ROUNDED_STATES[rule]
+        params = [p for dtype in vector_cases.DTYPES for p in make_params(dtype, [(1037,), (9,)])]
+        narrow = [p for p in params[::2] if p.dtype is not torch.float64]
+        others = [p for p in params if all(p is not q for q in narrow)]
+        opt = cls([{"params": narrow, "state_dtype": torch.bfloat16}, {"params": others}], lr=1e-3, **own)
+        opt.session.backend = backend
+        runs.append((params, opt))
+    step_rounded(runs)
+    assert_same_state(runs)
+    kinds = {value.dtype for p in params for name, value in states_of(opt, p).items() if name != "step"}
+    assert kinds == {torch.bfloat16, torch.float32, torch.float64}
+
+
+@pytest.mark.parametrize("rule", ["Adam-amsgrad", "AdamP"])
+@each_dtype
+def test_grids_do_not_change_a_bit_of_rounded_states(module, monkeypatch, dtype, rule):
+    results = []
+    for blocks, order in [(0, ""), (1, ""), (3, "backwards"), (10**6, "backwards")]:
+        monkeypatch.setenv("CUDA_ON_HOST_ORDER", order)
+        run = rounded_states_run(
+            CudaBackend(module, max_blocks=blocks), rule, dtype, **ROUNDED_OPTIONS["sphere"]
+        )
+        step_rounded([run])
+        results.append(bits(run[1]))
+    for result in results[1:]:
+        assert [key for key in results[0] if result[key] != results[0][key]] == []
+
+
+@pytest.mark.parametrize(("rule", "shape"), [("Adam-amsgrad", (40_003,)), ("AdamP", (300, 120))])
+@each_dtype
+def test_alignment_does_not_change_a_bit_of_rounded_states(module, dtype, rule, shape):
+    """Of parameters and gradients, and of the states themselves, which keep what lies around them."""
+    cls, own = ROUNDED_STATES[rule]
+    check_alignment(lambda params: cls(params, state_dtype=torch.bfloat16, **own), dtype, shape)
+    results = []
+    for offset in range(8):
+        (param,), opt = run = rounded_states_run(CudaBackend(module), rule, dtype, [shape])
+        set_grads([param], 0)
+        opt.step()
+        names = opt.spec.state_names(opt.param_groups[0])
+        guards = [guarded(opt.state[param][name], Layout(offset=offset)) for name in names]
+        before = [guard.bytes_outside().clone() for guard in guards]
+        for name, guard in zip(names, guards, strict=True):
+            opt.state[param][name] = guard.view
+        opt.session.reset()
+        for step in (1, 2):
+            set_grads([param], step)
+            opt.step()
+        for guard, bytes_before in zip(guards, before, strict=True):
+            assert torch.equal(guard.bytes_outside(), bytes_before)
+        assert all(opt.state[param][name] is guard.view for name, guard in zip(names, guards, strict=True))
+        results.append(bits(run[1]))
+    assert [i for i, result in enumerate(results) if result != results[0]] == []
+
+
+@pytest.mark.parametrize(
+    "place", [(3, 1037, 1037), (2**34 + 4, 1037, 1037), (3, 17, 40), (2**34 + 8, 8, 24)], ids=str
+)
+@pytest.mark.parametrize("rule", ["Adam", "SGD"])
+@each_dtype
+def test_bits_of_states_are_those_of_the_place_in_the_whole_tensor(module, dtype, rule, place):
+    def change(plan):
+        plan._columns[["first_element", "run", "run_stride"]] = place
+        plan.buffers.rewrite("rows", range(len(plan.rows)))
+
+    backends = (CudaBackend(module), CpuBackend())
+    runs = [rounded_states_run(backend, rule, dtype, [(1037,)] * 4) for backend in backends]
+    step_rounded(runs, change=change)
+    assert_same_state(runs)
+    plain = rounded_states_run(CpuBackend(), rule, dtype, [(1037,)] * 4)
+    step_rounded([plain])
+    (name, *_) = plain[1].spec.state_names(plain[1].param_groups[0])
+    assert bits(plain[1])[f"parameter 0: {name}"] != bits(runs[0][1])[f"parameter 0: {name}"]
+
+
+@pytest.mark.parametrize("rule", ["Adam-amsgrad", "RAdam", "SGD"])
+@each_dtype
+def test_preconditioner_takes_rounded_states(module, dtype, rule):
+    found = []
+    for backend in (CudaBackend(module), CpuBackend()):
+        run = rounded_states_run(backend, rule, dtype, [(5,), (8,), (33,), (1037,)])
+        step_rounded([run])
+        set_grads(run[0], 9)
+        pending = PendingStep("test", run[1])
+        vectors = FusedVectors(pending.params, pending.params, torch.float32, backend)
+        found.append(pending.preconditioner(vectors).scale)
+    torch.testing.assert_close(found[0], found[1], rtol=1e-6, atol=0.0)
