@@ -409,8 +409,8 @@ FAULTS: dict[tuple[str, str], list[tuple[str, ...]]] = {
     ],
     ("sharpness/operators.py", RESIDUES): [("pending.backend, reduce, residues)", "pending.backend, reduce)")],
     ("sharpness/loss_evaluator.py", RESIDUES): [
-        ("ShardedVectors(self.shards, self.snapshot, dtype, self._residues)", "ShardedVectors(self.shards, self.snapshot, dtype)", "distributed/test_sharded_sharpness.py -k exact"),
-        ("return Vectors(self.params, self.snapshot, dtype, self._residues)", "return Vectors(self.params, self.snapshot, dtype)"),
+        ("ShardedVectors(self.shards, self.snapshot, self.dtype, self._residues)", "ShardedVectors(self.shards, self.snapshot, self.dtype)", "distributed/test_sharded_sharpness.py -k exact"),
+        ("return Vectors(self.params, self.snapshot, self.dtype, self._residues)", "return Vectors(self.params, self.snapshot, self.dtype)"),
     ],
     ("plan/vector_tables.py", RESIDUES): [('self._slices["rounding"][i] = ROUNDINGS[residue.mode]', "pass")],
     ("plan/residues.py", RESIDUES): [
@@ -534,7 +534,7 @@ FAULTS: dict[tuple[str, str], list[tuple[str, ...]]] = {
         ("min(upper, target) / 2.0", "min(upper, target) / 4.0", f"{GAPS} rates_that"),
         ("if upper >= target:", "if upper > target:", f"{GAPS} rates_that"),
         ("rise <= accepted", "rise < line.start"),
-        ("        line.forwards = 0\n", ""),
+        ("    line.forwards = 0\n", ""),
         ('("target",) if upper == target else ()', "()", f"{GAPS} rates_that"),
         ("1.0 if target <= critical else", "1.0 if target < critical else", f"{GAPS} target_saves"),
         ('check.whole("saved_steps", "forwards", forwards) / 2.0', 'check.whole("saved_steps", "forwards", forwards)'),
@@ -547,16 +547,15 @@ FAULTS: dict[tuple[str, str], list[tuple[str, ...]]] = {
     ],
     ("tuning/warmup/persistent_catapult.py", TUNING): [
         ("value < self.best or not", "value <= self.best or not", f"{GAPS} catapult"),
-        ("self.lr or self.start, self.target", "self.start, self.target", f"{GAPS} catapult"),
+        ("type(self).__name__, self.lr or self.start", "type(self).__name__, self.start", f"{GAPS} catapult"),
         ("value if math.isfinite(value) and", "value if", f"{GAPS} catapult"),
         ("given / self._given[0] if", "1.0 if", f"{GAPS} catapult"),
         ('group["lr"].fill_(lr)', 'group["lr"] = lr', f"{GAPS} catapult"),
         ("average(shared)", "pass", f"{GAPS} catapult"),
         ("torch.float64, copy=True)", "torch.float64)", f"{GAPS} catapult"),
-        ("self.forwards += line.forwards", "self.forwards = line.forwards"),
+        ("self.forwards += found.forwards", "self.forwards = found.forwards"),
         ('"target", "start", "tolerance")', '"target", "start")', f"{GAPS} catapult"),
-        ("if math.isfinite(line.start):", "if True:", f"{GAPS} catapult"),
-        ("line.forwards = 0", "pass", f"{GAPS} catapult"),
+        ("if math.isfinite(found.value):", "if True:", f"{GAPS} catapult"),
     ],
     ("_checks.py", "tuning/test_autowu.py -k bad_states"): [
         ('{"version", *keys} - set(value)', "set(keys) - set(value)"),
@@ -671,7 +670,7 @@ CPP_FAULTS: dict[tuple[str, str], list[tuple[str, ...]]] = {
     ],
     ("cpu/totals.h", SUMS): [("norms[1] += part.l2_sq;", "norms[1] = part.l2_sq;")],
     ("cpu/vectors.cpp", "sharpness/test_vectors.py -k exact"): [
-        ("if (!past_caches && !has_residue(s.tensor))", "if (!past_caches)"),
+        ("if (!past_caches && !has_residue(s.tensor.rounding))", "if (!past_caches)"),
         ("moved_block<P>(way, value, scale", "moved_block<P>(way, snapshot + done, scale"),
     ],
     ("cpu/layerwise.h", SUMS): [("sums[Rule::kSums] = found.failed;", "sums[Rule::kSums] = 0.0;")],
