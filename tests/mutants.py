@@ -545,6 +545,12 @@ FAULTS: dict[tuple[str, str], list[tuple[str, ...]]] = {
         ('RateSearch(math.nan, 0.0, math.inf, 0, ("nonfinite",))', 'RateSearch(math.nan, 0.0, math.inf, 0, ())'),
         ("return RateSearch(target, target, math.inf", "return RateSearch(target, lower, math.inf", f"{GAPS} rates_that"),
     ],
+    ("sharpness/line_search.py", f"{TUNING} -k batch"): [
+        ("len(closures) * found.forwards + ", "found.forwards + "),
+        ("return sum(others, first) / len(closures)", "return sum(others, first)"),
+        ("itertools.combinations(rates, 2)", "itertools.pairwise(rates)"),
+        ("own = Line(evaluator, pending, line)", "own = Line(evaluator, pending)"),
+    ],
     ("tuning/warmup/persistent_catapult.py", TUNING): [
         ("value < self.best or not", "value <= self.best or not", f"{GAPS} catapult"),
         ("type(self).__name__, self.lr or self.start", "type(self).__name__, self.start", f"{GAPS} catapult"),

@@ -116,7 +116,8 @@ def batches(*scales):
     return x, losses
 
 
-def test_rates_of_several_batches():
+@pytest.mark.parametrize("grad", [True, False])
+def test_rates_of_several_batches(grad):
     """The direction of the mean has gradient m: batch i is critical at 2 / m for any curvature that passes through 0."""
     x = torch.tensor([1.0], dtype=torch.float64, requires_grad=True)
     # minima at 0, 0.2 and -0.3, so that the rates are (1 - minimum) * 2 / m
@@ -126,7 +127,8 @@ def test_rates_of_several_batches():
     mean = x.grad.item()
     opt = fw.SGD([x], lr=1e-2)
     before = x.detach().clone(), x.grad.clone()
-    found = critical_lr(losses, opt)
+    # without a gradient in .grad the direction is that of the mean, also for each batch
+    found = critical_lr(losses, opt, use_grad=grad)
     assert found.lo <= 2 * (1 - sum(minima) / 3) / mean <= found.hi
     exact = [2 * (1 - m) / mean for m in minima]
     assert len(found.batches) == 3
