@@ -64,6 +64,13 @@ FW_DEVICE void widen_all(const T* from, C (&to)[N]) {
   for (int i = 0; i < N; ++i) to[i] = static_cast<C>(widen(from[i]));
 }
 
+// a number that the compiler does not know to be the same, so that it computes anew what depends on it rather
+// than keep it in registers
+FW_DEVICE uint32_t forgotten(uint32_t x) {
+  asm volatile("" : "+r"(x));
+  return x;
+}
+
 // the sums over `width` neighbouring threads of a warp, in the first of them
 template <int N>
 FW_DEVICE void group_sum(double (&sums)[N], int32_t width) {

@@ -40,7 +40,9 @@ template <class Rule, int kStates, int kPacks, int N, bool kRounds, class P, cla
 FW_DEVICE void update_packs(const Step& step, const ChunkPointers<P, G>& s, int32_t i,
                             const ScalarsOf<C>& scalars, C weight, bool accumulate, NormSum<C>& sum,
                             SumSq& sum_sq) {
-  constexpr int kPart = kStates == 3 && N > kPack<C> ? kPack<C> : N, kStride = kThreads * N;
+  // three states of float64 leave no registers for the scalars of a second element
+  constexpr int kMost = kStates < 3 ? N : sizeof(C) == sizeof(double) ? 1 : kPack<C>;
+  constexpr int kPart = kMost < N ? kMost : N, kStride = kThreads * N;
   static_assert(!kRounds || kPart == N, "one draw for a pack");
   StatePack<kStates, kPart, C, kRounds> states[kPacks];
   G grad[kPacks][N];
@@ -157,11 +159,14 @@ __global__ void __launch_bounds__(kThreads, kBlocksOfUpdate<Rule, kAllKinds>)
     const Row& row = at<Row>(step.rows)[tile.part.row];
     SumSq sum_sq{0.0, sphere_of(step, row.group) != nullptr};
     const Partial sum = visit<kAllKinds>(Update<Rule>{step, sum_sq, kAllKinds}, row, grad_address, tile.part);
-    if (norms) store_sum(tile.partial(step), sum);
+    // the update of rows of any kind needs all registers
+    const uint32_t j = kAllKinds ? forgotten(i) : i;
+    const Tile done = kAllKinds ? Tile(step, step.n_chunks - 1 - j / tiles, j % tiles) : tile;
+    if (norms) store_sum(done.partial(step), sum);
     if (!sum_sq.wanted) continue;
     double total[1] = {sum_sq.sum_sq};
     share_block_sum(total);
-    if (threadIdx.x == 0) at<double>(step.squares)[tile.chunk] = total[0];
+    if (threadIdx.x == 0) at<double>(step.squares)[done.chunk] = total[0];
   }
   if (step.spheres && !step.totals && arrives_last(&decision.finished)) finish_spheres(step);
 }
