@@ -126,8 +126,8 @@ FW_DEVICE auto visit_grad(const Visitor& visitor, const Row& row, uint64_t grad_
 }
 
 // Calls visitor.run with the types of the parameter and the gradient of a row. A kernel is compiled twice:
-// for rows of any kind, and, in fewer registers, for those that are not float64 and have nothing but parameters
-// that are rounded to nearest.
+// for rows of any kind, and, in fewer registers, for those that are not float64 and have nothing but
+// parameters that are rounded to nearest.
 template <bool kAllKinds, class Visitor>
 FW_DEVICE auto visit(const Visitor& visitor, const Row& row, uint64_t grad_address, const Chunk& chunk) {
   if constexpr (kAllKinds)

@@ -153,7 +153,8 @@ FW_DEVICE Partial stage1_channels(const Step& step, const Row& row, uint64_t gra
   NormSum<typename ChunkPointers<P, G>::C> norms;
   threads.visit(pieces, row, grad_address, chunk, [&](int32_t piece, const ChunkPointers<P, G>& s) {
     double sums[Rule::kSums] = {};
-    stage1_packs<Rule, kStates>(step, s, threads.lane, threads.width, scalars, sums, accumulates(step), norms);
+    stage1_packs<Rule, kStates>(step, s, threads.lane, threads.width, scalars, sums, accumulates(step),
+                                norms);
     group_sum(sums, threads.width);
     double* out = at<double>(step.sums) + (pieces.first + piece) * Rule::kSums;
     for (int k = 0; k < Rule::kSums; ++k)
