@@ -17,6 +17,8 @@ constexpr int kBlocksPerProcessor = 5;
 // float64 needs more registers for as many bytes, and so do rounding modes
 constexpr int kBlocksPerProcessorOfAllKinds = 4;
 constexpr int kBlocksPerProcessorOfSumsOfAllKinds = 3;
+// the bits that states are rounded with stand beside their sums
+constexpr int kBlocksPerProcessorOfMomentsOfAllKinds = 2;
 // sums in double beside the states need more registers too
 constexpr int kBlocksPerProcessorOfSums = 4;
 // the decide stage is one block, whose arithmetic is in double and takes up to 80 registers

@@ -248,8 +248,8 @@ struct Stage1 {
 };
 
 template <class Rule, bool kAllKinds>
-__global__ void __launch_bounds__(kThreads,
-                                  kAllKinds ? kBlocksPerProcessorOfSumsOfAllKinds : kBlocksPerProcessorOfSums)
+__global__ void __launch_bounds__(kThreads, kAllKinds ? kBlocksPerProcessorOfMomentsOfAllKinds
+                                                      : kBlocksPerProcessorOfSums)
     stage1_kernel(const __grid_constant__ Step step) {
   if (at<StepDecision>(step.decision)->skipped) return;
   for (int64_t i = blockIdx.x; i < step.n_chunks; i += gridDim.x) {

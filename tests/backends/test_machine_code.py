@@ -28,7 +28,7 @@ LIMITS |= dict.fromkeys(("rescale", "rescale of all kinds"), 65536 // 640)
 VECTOR_PARTS = ("Perturb", "Finish", "Combine")
 LIMITS |= dict.fromkeys((*VECTOR_PARTS, "preconditioner", "fold"), 65536 // 512) | {"Finish": 65536 // 384}
 LIMITS |= dict.fromkeys(("stage1", "reduce_layers", "update of layers"), 65536 // 512)
-LIMITS |= dict.fromkeys(("stage1 of all kinds", "update of layers of all kinds"), 65536 // 384)
+LIMITS |= {"stage1 of all kinds": 255, "update of layers of all kinds": 65536 // 384}
 
 
 def find_tool(name):
