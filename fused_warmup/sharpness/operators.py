@@ -45,9 +45,23 @@ class Operator:
 
     def quotient(self, vector: Tensor, times: float = 1.0) -> Tensor:
         """Return the Rayleigh quotient of a unit vector of ``[n]``, 0-dim."""
+        return self._applied(vector, times)[1].quotient
+
+    def image(self, vector: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the unit vector of the product with a unit vector, up to its sign, and the Rayleigh quotient.
+
+        Zeros where the product is zero or not finite.
+        """
+        image, product = self._applied(vector, 1.0)
+        length = self.vectors.norm(image)
+        return torch.where((length > 0.0) & length.isfinite(), image / length, 0.0), product.quotient
+
+    def _applied(self, vector: Tensor, times: float) -> tuple[Tensor, Product]:
+        """Return the product with a unit vector, up to a factor, and its scalars."""
         basis = self.vectors.basis(2)
         basis[0].copy_(vector)
-        return self.product(start_direction(self.vectors, basis[:1], self.scale), basis[1], times).quotient
+        direction = start_direction(self.vectors, basis[:1], self.scale)
+        return basis[1], self.product(direction, basis[1], times)
 
     def difference_error(self, spectrum: Spectrum) -> Tensor:
         """Return the error of finite differences at the Ritz vector, 0-dim; 0 for double backward.
