@@ -175,7 +175,11 @@ def random_overlap(length: int) -> float:
 
 
 def unseen(
-    largest: Tensor, diagonal: Sequence[Tensor], below: Sequence[Tensor], size: Tensor, overlap: Tensor | float
+    largest: Tensor,
+    diagonal: Sequence[Tensor],
+    below: Sequence[Tensor],
+    size: Tensor,
+    overlap: Tensor | float,
 ) -> Tensor:
     """Return the distance above the largest Ritz value beyond which there is no eigenvalue.
 

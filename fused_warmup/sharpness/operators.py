@@ -48,7 +48,7 @@ class Operator:
         return self._applied(vector, times)[1].quotient
 
     def image(self, vector: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the unit vector of the product with a unit vector, up to its sign, and the Rayleigh quotient.
+        """Return the direction of the product with a unit vector, up to its sign, and its Rayleigh quotient.
 
         Zeros where the product is zero or not finite.
         """

@@ -1,4 +1,4 @@
-"""Sharpness during training: Hessian-vector products until a bound is met, warm-started from the last vector."""
+"""Sharpness during training: warm-started searches that end where a bound is met."""
 
 from __future__ import annotations
 
@@ -24,6 +24,8 @@ from .result import Flags, SharpnessReading
 _AUDIT_EVERY = 20
 # length of the noise in a warm start, weight of the past in the batch error, readings kept for poll()
 _ADMIXTURE, _MEMORY, _WAITING = 1.0, 0.9, 64
+# distance from double backward, and spread over it, of differences that show that it leaves out a part
+_MISSED = 0.1
 # readings that a plan looks back on, and products that it adds
 _RECENT, _MORE = 4, 2
 
@@ -31,15 +33,16 @@ _RECENT, _MORE = 4, 2
 class SharpnessProbe:
     """Measures the pre-conditioned sharpness while a model trains, without affecting the training.
 
-    A measurement takes products until ``err_krylov``, beyond which there is no larger eigenvalue for 19 of 20
-    random starts, is at most ``tolerance`` times the value; the flag ``unconverged`` is set if ``max_products``
-    did not suffice. A warm start is the product with the vector of the previous reading, which also shows what
-    this vector is worth on the new batch, plus noise of the same length: without noise there is no bound, and
-    the iteration can lock on to an eigenvalue that is no longer the largest. The first start, and a second one
-    in every 20th reading, an audit, is noise alone; of an audit the larger of both results is kept. ``every``
-    and ``budget`` set how often is measured, not how well. On the CPU the bound is looked at after each
-    product. Elsewhere nothing waits: the number of products comes from the bounds of earlier readings that are
-    on the host already, and is ``max_products`` before there is one, and where ranks measure together.
+    A measurement takes products until ``err_krylov``, beyond which there is no larger eigenvalue for 19
+    of 20 random starts, is at most ``tolerance`` times the value; the flag ``unconverged`` is set if
+    ``max_products`` did not suffice. A warm start is the product with the vector of the previous reading,
+    which also shows what this vector is worth on the new batch, plus noise of the same length: without
+    noise there is no bound, and the iteration can lock on to an eigenvalue that is no longer the largest.
+    The first start, and a second one in every 20th reading, an audit, is noise alone; of an audit the
+    larger of both results is kept. ``every`` and ``budget`` set how often is measured, not how well. On
+    the CPU the bound is looked at after each product. Elsewhere nothing waits: the number of products
+    comes from the bounds of earlier readings that are on the host already, and is ``max_products`` before
+    there is one, and where ranks measure together.
 
     Call ``measure`` between ``backward()`` and ``step()``. The telemetry records the largest Ritz value in the
     column ``sharpness``, in the row of the step that follows.
@@ -53,8 +56,8 @@ class SharpnessProbe:
             measurement is made at once, each further one as soon as it fits into the budget.
         steps: Fewest products of a search, >= 2.
         method: ``"auto"``: double backward, which is right for kinks and 16 bits too, and differences of
-            gradients where an operation has no second derivative, or leaves a part out so that the first
-            measurement finds the Hessian asymmetric; ``"difference"`` or ``"autograd"`` for one of them.
+            gradients where an operation has no second derivative, or has one that differences contradict at
+            the first measurement; ``"difference"`` or ``"autograd"`` for one of them.
         use_grad: As for ``preconditioned``.
         seed: Seed of the random vectors.
         reduce: As for ``preconditioned``; not with ``budget``, because the clocks of ranks differ. DTensors
@@ -187,7 +190,7 @@ class SharpnessProbe:
         with evaluator_of(pending, loss_fn, self._reduce) as evaluator:
             cold = not self._is_warm(evaluator)
             reading = self._reading_by(self._method, pending, evaluator, most, cold)
-            if self._method == "auto" and self._measured == 0 and _leaves_out(reading):
+            if self._measured == 0 and self._leaves_out(reading, pending, evaluator):
                 self._vectors, self._relative_error = [None, None], None
                 reading = self._reading_by("difference", pending, evaluator, most, cold)
         if reading.method == "difference":
@@ -218,20 +221,42 @@ class SharpnessProbe:
             plain, err_fd, err_batch, operators.edge_ratio(plain, scaled), hessian, step, **flags
         )
 
+    def _leaves_out(self, reading: SharpnessReading, pending: PendingStep, evaluator: LossEvaluator) -> bool:
+        """Return whether double backward, unlike differences, leaves out a part; waits for the device.
+
+        So does a backward pass that keeps no graph, as of a kernel outside torch. Differences along the Ritz
+        vector then agree with each other but not with the value. Kinks make them differ between steps.
+        """
+        vector = self._vectors[0]
+        if self._method != "auto" or reading.method != "autograd" or vector is None:
+            return False
+        hessian = Hessian(evaluator, "difference", pending.sign)
+        operator = step_operators(pending, hessian).plain
+        # rounding to 16 bits asks for longer steps
+        first = 4.0 if hessian.in_16_bits else 1.0
+        found = torch.stack([operator.quotient(vector, times * first) for times in (1.0, 2.0, 4.0)])
+        missed = (found - reading.value).abs().min()
+        spread = found.max() - found.min()
+        return bool((missed > _MISSED * found.abs().max()) & (spread < _MISSED * missed))
+
     def _is_converged(self, largest: Tensor, unseen: Tensor) -> Tensor:
         return unseen <= self._tolerance * largest.abs()
 
     def _planned(self) -> int:
-        """Return the most products of a search: what the newest reading that is on the host asks for."""
-        known = next((pair for pair in reversed(self._recent) if pair[1].is_ready()), None)
-        if self._looks or self._together or known is None:
+        """Return the most products of a search: what recent readings on the host would have needed."""
+        known = [(n, copy.reading()) for n, copy in self._recent if copy.is_ready()]
+        if self._looks or self._together or not known:
             return self._most
-        products, reading = known[0], known[1].reading()
+        return min(max(self._needed(*pair) for pair in known), self._most)
+
+    def _needed(self, products: int, reading: SharpnessReading) -> int:
+        """Return the products that a reading asks for, in the light of its bound."""
         share = float(reading.err_krylov) / (self._tolerance * abs(float(reading.value)) or 1.0)
         if not share <= 1.0:
-            return min(products + _MORE, self._most)
+            return products + _MORE
         # the bound falls to about a half with each product; two more are for batches that need them
-        return max(products - max(int(-math.log2(share or 2.0**-_MORE)) - _MORE, 0), self._steps)
+        spare = int(-math.log2(share)) if share > 0.0 else products
+        return max(products - max(spare - _MORE, 0), self._steps)
 
     def _is_warm(self, evaluator: LossEvaluator) -> bool:
         """Return whether the previous Ritz vector fits the parameters; forget both vectors if not."""
@@ -323,11 +348,6 @@ class _Search(NamedTuple):
     spectrum: Spectrum
     earlier: Tensor | None
     locked: Tensor | bool
-
-
-def _leaves_out(reading: SharpnessReading) -> bool:
-    """Return whether products by double backward are asymmetric, as where a backward pass has no graph."""
-    return reading.method == "autograd" and "rough" in reading.flags
 
 
 def _larger(a: Spectrum, b: Spectrum) -> Spectrum:

@@ -72,9 +72,9 @@ class SharpnessReading:
         err_batch: How far ``value`` exceeds the sharpness of all data because it is the largest of this
             batch: the curvature that this batch has along the previous reading's vector, which does not
             depend on it, is subtracted from ``value``, and the difference averaged over the readings so far.
-            By convexity ``value - err_batch`` and ``value`` enclose the sharpness of all data in the mean. NaN
-            without a previous reading; near 0 where the closure always measures the same batch, of which it
-            then says nothing. No part of ``lo`` and ``hi``.
+            By convexity ``value - err_batch`` and ``value`` enclose the sharpness of all data in the mean.
+            NaN without a previous reading; near 0, and no statement on other batches, where the closure
+            always measures the same one. No part of ``lo`` and ``hi``.
         hvps: Hessian-vector products.
         cost: Gradients of the closure that were computed.
         step: Updates made before the measurement.

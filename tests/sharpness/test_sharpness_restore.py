@@ -81,7 +81,7 @@ MEASURES = {
     "top": lambda loss, opt, ps: top_eigenvalue(loss, ps, iterations=4),
     "top-autograd": lambda loss, opt, ps: top_eigenvalue(loss, ps, iterations=4, method="autograd"),
     "preconditioned": lambda loss, opt, ps: preconditioned(loss, opt, iterations=4),
-    "probe": lambda loss, opt, ps: fw.SharpnessProbe(opt).measure(loss),
+    "probe": lambda loss, opt, ps: fw.SharpnessProbe(opt, method="difference").measure(loss),
     "critical_lr": lambda loss, opt, ps: critical_lr(loss, opt),
     "initial_lr": lambda loss, opt, ps: fw.tuning.initial_lr(loss, opt, target=1.0),
 }
