@@ -44,8 +44,8 @@ class SharpnessProbe:
     comes from the bounds of earlier readings that are on the host already, and is ``max_products`` before
     there is one, and where ranks measure together.
 
-    Call ``measure`` between ``backward()`` and ``step()``. The telemetry records the largest Ritz value in the
-    column ``sharpness``, in the row of the step that follows.
+    Call ``measure`` between ``backward()`` and ``step()``. The telemetry records the largest Ritz value in
+    the column ``sharpness``, in the row of the step that follows.
 
     Args:
         optimizer: As for ``fused_warmup.sharpness.preconditioned``.
@@ -70,7 +70,7 @@ class SharpnessProbe:
         ValueError: If an argument is out of range.
 
     Example:
-        >>> probe = fw.SharpnessProbe(opt, every=240)
+        >>> probe = fw.SharpnessProbe(opt, every=960)
         >>> loss.backward()
         >>> probe.measure(lambda: loss_fn(model(x[:8]), y[:8]))
         >>> opt.step()
@@ -85,7 +85,7 @@ class SharpnessProbe:
         self,
         optimizer: torch.optim.Optimizer,
         loss_fn: Loss | None = None,
-        every: int = 240,
+        every: int = 960,
         budget: float | None = None,
         *,
         steps: int = 3,
