@@ -257,7 +257,7 @@ def to_markdown(where: dict, comparisons: dict[str, Comparison], costs: dict[int
         "",
         "Character GPT (1.06M parameters, contexts of 32), Adam with clipping. Readings use an eighth of the batch; here",
         "one follows each training step, to compare medians. Overhead relative to training without readings, at the",
-        f"default of one reading in {EVERY} steps: over the first 19,200 steps, with the cold reading, and over each 4,800",
+        f"default of one reading in {EVERY} steps: over the first 19,200 steps, with the cold reading, and over each 19,200",
         "steps after that, with one audit. Goal: at most 2 %.",
         "",
         *table(cost_headings, [cost_cells(batch, cost) for batch, cost in costs.items()]),

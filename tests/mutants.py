@@ -399,6 +399,7 @@ FAULTS: dict[tuple[str, str], list[tuple[str, ...]]] = {
         (" or not same_layout(held, local)", ""),
     ],
     ("optim/adam.py", RESIDUES): [("row.value.to(", "row.work.to(")],
+    ("sharpness/probe.py", "sharpness/test_probe.py"): [
         ("a.largest > b.largest", "a.largest < b.largest", f"{GAPS} larger_of"),
         ("torch.where(better, a.residual, b.residual)", "b.residual", f"{GAPS} larger_of"),
         ("torch.zeros_like(spectrum.vector) if old is None else old", "torch.zeros_like(spectrum.vector)", f"{GAPS} vector_survives"),

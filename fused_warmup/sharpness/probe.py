@@ -211,7 +211,7 @@ class SharpnessProbe:
         err_fd = self._calibrate(operators.plain, plain, shorten=not hessian.in_16_bits)
         err_batch = self._batch_error(plain.largest, search.earlier)
         step = self._calls - 1 if isinstance(pending.made, int) else pending.made
-        flags = {
+        flags: dict[str, Tensor | bool] = {
             "unconverged": ~self._is_converged(plain.largest, plain.unseen) & plain.largest.isfinite(),
             "cold": cold,
             "audit": audit,

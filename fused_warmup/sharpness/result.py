@@ -43,9 +43,9 @@ class Flags(Set[str]):
         return f"Flags({list(self)})"
 
     @classmethod
-    def _from_iterable(cls, names: Any) -> set[str]:
+    def _from_iterable(cls, it: Any) -> Any:
         """Return the result of a set operation."""
-        return set(names)
+        return set(it)
 
 
 @dataclass(frozen=True)
