@@ -115,7 +115,7 @@ def _quadrature(operator: Operator, start: Tensor, steps: int) -> tuple[Tensor, 
     Where the space ends early, the largest value is repeated with a weight of 0.
     """
     found = tridiagonalize(operator, start, steps)
-    matrix, alive = found.matrix.cpu(), int(found.alive.sum())
+    matrix, alive = found.matrix.cpu(), int(torch.stack(found.alives).sum())
     nodes, weights = torch.full_like(matrix[0], torch.nan), torch.zeros_like(matrix[0])
     if not matrix.isfinite().all():
         return nodes, weights + torch.nan

@@ -175,8 +175,9 @@ class HessianOperator(CurvatureOperator):
     Args:
         loss_fn: As for ``top_eigenvalue``.
         params: As for ``top_eigenvalue``.
-        method: ``"difference"`` of two gradients for each product, or ``"autograd"`` for double backward,
-            which is exact; columns of a matrix share its graph.
+        method: ``"difference"`` of two gradients for each product; ``"autograd"`` for double backward, which
+            is exact, and whose graph the columns of a matrix share; ``"auto"`` for the latter until an
+            operation without a second derivative raises.
         reduce: As for ``top_eigenvalue``: every rank makes the same products.
 
     Raises:

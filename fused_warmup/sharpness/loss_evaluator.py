@@ -63,6 +63,7 @@ class LossEvaluator:
         vectors: Operations on flat vectors.
         evaluations: Number of evaluations of the closure so far.
         autocast: Whether a module of the closure ran under autocast to 16 bits.
+        batch_size: As for ``SharpnessReading``, after the first evaluation.
     """
 
     vectors: Vectors
@@ -84,6 +85,8 @@ class LossEvaluator:
         self._backend = resolve(backend, self.device)
         self._residues = residues
         self.evaluations, self.autocast = 0, False
+        self.batch_size: int | None = None
+        self._outermost: torch.nn.Module | None = None
         self._loss_fn = loss_fn
         self.shards = Shards(owner, self.params)
         # steps along a line must be the same in all processes that have parts of it
@@ -218,8 +221,14 @@ class LossEvaluator:
             return FusedVectors(self.params, self.snapshot, self.dtype, self._backend, self._residues)
         return Vectors(self.params, self.snapshot, self.dtype, self._residues)
 
-    def _before_forward(self, module: torch.nn.Module) -> None:
-        """Save the state of a module before it runs for the first time, and detect autocast."""
+    def _before_forward(self, module: torch.nn.Module, args: tuple[Any, ...]) -> None:
+        """Save the state of a module before it runs for the first time; detect autocast and the batch."""
+        if self._outermost is None:
+            self._outermost = module
+            self.batch_size = next((len(t) for t in args if isinstance(t, Tensor) and t.dim() > 1), None)
+        elif module is self._outermost:
+            # parts of a batch, or one batch twice
+            self.batch_size = None
         kind = self.device.type
         if torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind).itemsize == 2:
             self.autocast = True
@@ -275,19 +284,20 @@ class LossEvaluator:
         set_random_state(self._random)
 
 
-_watchers: list[Callable[[torch.nn.Module], None]] = []
+_Watcher = Callable[[torch.nn.Module, tuple[Any, ...]], None]
+_watchers: list[_Watcher] = []
 _handles: list[Any] = []
 
 
-def _call_watcher(module: torch.nn.Module, _: Any) -> None:
+def _call_watcher(module: torch.nn.Module, args: Any) -> None:
     # traces to nothing under a compiler
     if not torch.compiler.is_compiling() and _watchers:
-        _watchers[-1](module)
+        _watchers[-1](module, args)
 
 
 @contextlib.contextmanager
-def _watched(watcher: Callable[[torch.nn.Module], None]) -> Iterator[None]:
-    """Call ``watcher`` with each module before it runs.
+def _watched(watcher: _Watcher) -> Iterator[None]:
+    """Call ``watcher`` with each module and its arguments before it runs.
 
     Compiled code has guards on the keys of the global hooks. The same hook under the same key each time
     makes a compiled model recompile once, not at every measurement.

@@ -63,6 +63,15 @@ class Operator:
         found, out = self._product_with(vector / torch.where(norm == 0.0, 1.0, norm))
         return out.mul_((found.factor * norm).to(out.dtype))
 
+    def image(self, vector: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the direction of the product with a unit vector, up to its sign, and its Rayleigh quotient.
+
+        Zeros where the product is zero or not finite.
+        """
+        product, image = self._product_with(vector)
+        length = self.vectors.norm(image)
+        return torch.where((length > 0.0) & length.isfinite(), image / length, 0.0), product.quotient
+
     def _product_with(self, vector: Tensor, times: float = 1.0) -> tuple[Product, Tensor]:
         """Return the product with the unit vector of a vector, and what it has written."""
         basis = self.vectors.basis(2)

@@ -47,7 +47,12 @@ class Shards:
         self._reductions: dict[tuple[int, ...], tuple[Reduction | None, Tensor | None]] = {}
 
     def check_method(self, method: str) -> str:
-        """Return the method of products, or raise ``ValueError`` if DTensors do not take it."""
+        """Return the method of products, or raise ``ValueError`` if DTensors do not take it.
+
+        They take differences for ``"auto"``.
+        """
+        if method == "auto" and self.is_placed:
+            return "difference"
         if method == "autograd" and self.is_placed:
             hint = "FSDP2 has no double backward."
             check.fail(self._owner, "method", "be 'difference' for DTensors", method, hint)

@@ -555,7 +555,8 @@ def test_refused_arguments():
     p, loss, _ = quadratic()
     opt = torch.optim.Adam([p])
     with pytest.raises(
-        ValueError, match="HessianOperator: method must be one of 'difference', 'autograd', got 'exact'"
+        ValueError,
+        match="HessianOperator: method must be one of 'difference', 'autograd', 'auto', got 'exact'",
     ):
         HessianOperator(loss, [p], method="exact")
     with pytest.raises(ValueError, match="HessianOperator: params must hold at least one element"):
