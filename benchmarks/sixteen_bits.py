@@ -55,10 +55,10 @@ class Variant:
     base: str | None = BASE
 
 
-def ours(mode, state_dtype=torch.float32):
+def ours(mode):
     """Return a function that makes our AdamW with a rounding mode, as ``make`` of ``Variant``."""
     return lambda params, lr, seed: fw.AdamW(
-        params, lr=lr, param_rounding=mode, state_dtype=state_dtype, rounding_seed=seed, **OPTIONS
+        params, lr=lr, param_rounding=mode, rounding_seed=seed, **OPTIONS
     )
 
 
@@ -95,9 +95,6 @@ VARIANTS = (
     Variant("kahan", ours("kahan")),
     Variant("split", ours("split")),
     Variant("master", ours("master")),
-    Variant("float32, states bfloat16", ours("nearest", torch.bfloat16), dtype=torch.float32),
-    Variant("stochastic, states bfloat16", ours("stochastic", torch.bfloat16)),
-    Variant("split, states bfloat16", ours("split", torch.bfloat16)),
     Variant("torch AdamW(fused=True)", torch_adamw, "torch"),
     Variant("optimi AdamW, kahan_sum", optimi_adamw, "torch-optimi"),
     Variant("torchao _AdamW, bf16_stochastic_round", torchao_adamw, "torchao"),
@@ -294,9 +291,8 @@ def describe_runs(results):
         "weights, rounded to bfloat16 unless the weights are float32. Activations and gradients have the dtype of the "
         "weights, and attention is computed without torch's fused kernel; the loss is computed in float32.",
         "",
-        "The modes of `param_rounding` are ours, with both moments in float32, or in bfloat16 and rounded stochastically "
-        "where the row says so. torch and the other packages keep them in bfloat16 beside bfloat16 weights, rounded to "
-        "nearest. StableAdamW clips updates, so it is "
+        "The modes of `param_rounding` are ours, with both moments in float32. torch and the other packages keep them in "
+        "bfloat16 beside bfloat16 weights. StableAdamW clips updates, so it is "
         "compared with its own runs on float32 weights.",
         "",
         f"Training loss: mean over the last {LAST} steps. Validation loss: of {results['settings']['windows']} held-out "
