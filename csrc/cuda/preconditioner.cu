@@ -50,34 +50,25 @@ FW_DEVICE void store_scales(const C (&inverse)[N], C factor, V* to) {
 }
 
 template <class Rule, int kStates, int N, class P, class G, class V, class C>
-FW_DEVICE void preconditioner_part(const ChunkPointers<P, G, V>& s, int32_t i, const C* param, const G* grad,
-                                   const ScalarsOf<C>& scalars, C factor) {
+FW_DEVICE void preconditioner_pack(const ChunkPointers<P, G, V>& s, int32_t i, const ScalarsOf<C>& scalars,
+                                   C factor) {
   C inverse[N];
+  ParamPack<N, P> param;
+  G grad[N];
   StatePack<kStates, N, C> states;
+  param.load_from(s, i);
+  load(s.grad + i, grad);
   states.load_from(s, i);
+  param.widen(s);
   states.widen(s);
   for (int k = 0; k < N; ++k) {
     C state[kMaxStates] = {};
     states.read(k, state);
     const C g = static_cast<C>(widen(grad[k]));
-    inverse[k] = inverse_preconditioner<Rule, kStates>(param[k], g, state, scalars);
+    inverse[k] = inverse_preconditioner<Rule, kStates>(param.value[k], g, state, scalars);
   }
   if (s.scale) store_scales(inverse, C(1), s.scale + i);
   if (s.scaled) store_scales(inverse, factor, s.scaled + i);
-}
-
-template <class Rule, int kStates, int N, class P, class G, class V, class C>
-FW_DEVICE void preconditioner_pack(const ChunkPointers<P, G, V>& s, int32_t i, const ScalarsOf<C>& scalars,
-                                   C factor) {
-  constexpr int kPart = N < kPack<C> ? N : kPack<C>;
-  ParamPack<N, P> param;
-  G grad[N];
-  param.load_from(s, i);
-  load(s.grad + i, grad);
-  param.widen(s);
-#pragma unroll
-  for (int k = 0; k < N; k += kPart)
-    preconditioner_part<Rule, kStates, kPart>(s, i + k, param.value + k, grad + k, scalars, factor);
 }
 
 // the scalars of one row, and the factor from its preconditioned sharpness to the edge ratio
@@ -96,7 +87,10 @@ FW_DEVICE void with_states(const ChunkPointers<P, G, V>& s, int32_t n_states, co
 #pragma unroll 1
   for (int32_t i = threadIdx.x * kPack<P>; i < s.count; i += kThreads * kPack<P>) {
     if (s.aligned && i + kPack<P> <= s.count) {
-      preconditioner_pack<Rule, kStates, kPack<P>>(s, i, scalars, factor);
+      // as many elements of 16 bits as of their arithmetic, which the registers have room for
+#pragma unroll 1
+      for (int32_t k = i; k < i + kPack<P>; k += kPack<C>)
+        preconditioner_pack<Rule, kStates, kPack<C>>(s, k, scalars, factor);
     } else {
 #pragma unroll 1
       for (int32_t k = i; k < i + kPack<P> && k < s.count; ++k)
