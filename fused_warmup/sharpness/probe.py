@@ -251,7 +251,9 @@ class SharpnessProbe:
 
     def _needed(self, products: int, reading: SharpnessReading) -> int:
         """Return the products that a reading asks for, in the light of its bound."""
-        share = float(reading.err_krylov) / (self._tolerance * abs(float(reading.value)) or 1.0)
+        # of a copy on the host, so that nothing waits
+        found = reading.asdict()
+        share = found["err_krylov"] / (self._tolerance * abs(found["value"]) or 1.0)
         if not share <= 1.0:
             return products + _MORE
         # the bound falls to about a half with each product; two more are for batches that need them
