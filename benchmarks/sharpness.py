@@ -30,10 +30,9 @@ KNOWN = 2
 # bytes per parameter that our kernels read and write: two perturbations, finish, two combinations
 BYTES = 16 + 16 + 32 + 16 + 20
 BATCHES = (16, 128)
-# the probe's defaults: steps between readings, readings between audits, and early readings of five products
-EVERY = 60
+# the probe's defaults: steps between readings, and readings between audits
+EVERY = 960
 CYCLE = 20
-EARLY = 4
 
 
 class FusedProduct:
@@ -130,21 +129,23 @@ class Cost:
     Attributes:
         step: Median seconds of a training step.
         cold: Seconds of the first reading.
-        early: Median seconds of the next readings, of five products.
         warm: Median seconds of a warm-started reading.
         audit: Median seconds of an audited reading.
+        products: Median products of a warm-started reading.
+        method: How products are computed.
     """
 
     step: float
     cold: float
-    early: float
     warm: float
     audit: float
+    products: float
+    method: str
 
     @property
     def first_cycle(self) -> float:
         """Overhead of a reading in ``EVERY`` steps over the first ``CYCLE`` readings."""
-        total = self.cold + EARLY * self.early + (CYCLE - 1 - EARLY) * self.warm
+        total = self.cold + (CYCLE - 1) * self.warm
         return total / CYCLE / (EVERY * self.step)
 
     @property
@@ -161,8 +162,8 @@ def measure_cost(batch: int, cycles: int) -> Cost:
     opt = fw.Adam(model.parameters(), lr=1e-3, schedule=fw.schedules.warmup(100), max_grad_norm=1.0)
     probe = fw.SharpnessProbe(opt, every=1)
     order = torch.Generator().manual_seed(0)
-    steps, readings = [], []
-    for _ in range(1 + EARLY + CYCLE * cycles):
+    steps, readings, products = [], [], []
+    for _ in range(1 + CYCLE * cycles):
         index = torch.randint(len(data.train.targets), (batch,), generator=order)
         x, y = data.train.inputs[index], data.train.targets[index]
 
@@ -172,17 +173,20 @@ def measure_cost(batch: int, cycles: int) -> Cost:
         opt.zero_grad()
         backward = timed(lambda loss=loss: loss(batch).backward())
         readings.append(timed(lambda loss=loss: probe.measure(lambda: loss(batch // 8))))
+        reading = probe.poll()
+        products.append(reading.hvps)
         steps.append(backward + timed(opt.step))
     warm, audits = [], []
-    for i in range(1 + EARLY, len(readings)):
+    for i in range(1, len(readings)):
         # the probe audits one reading per cycle
         (warm if i % CYCLE else audits).append(readings[i])
     return Cost(
         step=statistics.median(steps),
         cold=readings[0],
-        early=statistics.median(readings[1 : 1 + EARLY]),
         warm=statistics.median(warm),
         audit=statistics.median(audits),
+        products=statistics.median(products[1:]),
+        method=reading.method,
     )
 
 
@@ -204,9 +208,16 @@ def comparison_cells(shape: str, result: Comparison) -> list[str]:
 
 def cost_cells(batch: int, cost: Cost) -> list[str]:
     """Return the table row of the readings for one batch size."""
-    seconds = (cost.step, cost.cold, cost.early, cost.warm, cost.audit)
+    seconds = (cost.step, cost.cold, cost.warm, cost.audit)
     times = [f"{1e3 * x:.0f}" for x in seconds]
-    return [str(batch), *times, f"{cost.first_cycle:.2%}", f"{cost.later:.2%}"]
+    return [
+        str(batch),
+        cost.method,
+        f"{cost.products:.0f}",
+        *times,
+        f"{cost.first_cycle:.2%}",
+        f"{cost.later:.2%}",
+    ]
 
 
 def to_markdown(where: dict, comparisons: dict[str, Comparison], costs: dict[int, Cost]) -> str:
@@ -221,7 +232,17 @@ def to_markdown(where: dict, comparisons: dict[str, Comparison], costs: dict[int
         "quartiles",
         "others",
     ]
-    cost_headings = ["batch", "step, ms", "cold", "early", "warm", "audited", "first 1,200 steps", "later"]
+    cost_headings = [
+        "batch",
+        "method",
+        "products",
+        "step, ms",
+        "cold",
+        "warm",
+        "audited",
+        "first 19,200 steps",
+        "later",
+    ]
     return "\n".join([
         f"# Cost of measuring sharpness: {where['cpu']}, {where['threads']} threads",
         "",
@@ -236,8 +257,8 @@ def to_markdown(where: dict, comparisons: dict[str, Comparison], costs: dict[int
         "",
         "Character GPT (1.06M parameters, contexts of 32), Adam with clipping. Readings use an eighth of the batch; here",
         "one follows each training step, to compare medians. Overhead relative to training without readings, at the",
-        f"default of one reading in {EVERY} steps: over the first 1,200 steps, with the cold reading and the early ones of",
-        "five products, and over each 1,200 steps after that, with one audit. Goal: at most 2 %.",
+        f"default of one reading in {EVERY} steps: over the first 19,200 steps, with the cold reading, and over each 19,200",
+        "steps after that, with one audit. Goal: at most 2 %.",
         "",
         *table(cost_headings, [cost_cells(batch, cost) for batch, cost in costs.items()]),
         "",

@@ -17,6 +17,8 @@ constexpr int kBlocksPerProcessor = 5;
 // float64 needs more registers for as many bytes, and so do rounding modes
 constexpr int kBlocksPerProcessorOfAllKinds = 4;
 constexpr int kBlocksPerProcessorOfSumsOfAllKinds = 3;
+// the bits that states are rounded with stand beside their sums
+constexpr int kBlocksPerProcessorOfMomentsOfAllKinds = 2;
 // sums in double beside the states need more registers too
 constexpr int kBlocksPerProcessorOfSums = 4;
 // the decide stage is one block, whose arithmetic is in double and takes up to 80 registers
@@ -126,8 +128,8 @@ FW_DEVICE auto visit_grad(const Visitor& visitor, const Row& row, uint64_t grad_
 }
 
 // Calls visitor.run with the types of the parameter and the gradient of a row. A kernel is compiled twice:
-// for rows of any kind, and, in fewer registers, for those that are not float64 and have nothing but parameters
-// that are rounded to nearest.
+// for rows of any kind, and, in fewer registers, for those that are not float64 and have nothing but
+// parameters that are rounded to nearest.
 template <bool kAllKinds, class Visitor>
 FW_DEVICE auto visit(const Visitor& visitor, const Row& row, uint64_t grad_address, const Chunk& chunk) {
   if constexpr (kAllKinds)

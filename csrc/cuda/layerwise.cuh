@@ -169,7 +169,8 @@ FW_DEVICE Partial stage1_channels(const Step& step, const Row& row, uint64_t gra
   NormSum<typename ChunkPointers<P, G>::C> norms;
   threads.visit(pieces, row, grad_address, chunk, [&](int32_t piece, const ChunkPointers<P, G>& s) {
     double sums[Rule::kSums] = {};
-    stage1_packs<Rule, kStates>(step, s, threads.lane, threads.width, scalars, sums, accumulates(step), norms);
+    stage1_packs<Rule, kStates>(step, s, threads.lane, threads.width, scalars, sums, accumulates(step),
+                                norms);
     group_sum(sums, threads.width);
     double* out = at<double>(step.sums) + (pieces.first + piece) * Rule::kSums;
     for (int k = 0; k < Rule::kSums; ++k)
@@ -263,8 +264,8 @@ struct Stage1 {
 };
 
 template <class Rule, bool kAllKinds>
-__global__ void __launch_bounds__(kThreads,
-                                  kAllKinds ? kBlocksPerProcessorOfSumsOfAllKinds : kBlocksPerProcessorOfSums)
+__global__ void __launch_bounds__(kThreads, kAllKinds ? kBlocksPerProcessorOfMomentsOfAllKinds
+                                                      : kBlocksPerProcessorOfSums)
     stage1_kernel(const __grid_constant__ Step step) {
   if (at<StepDecision>(step.decision)->skipped) return;
   for (int64_t i = blockIdx.x; i < step.n_chunks; i += gridDim.x) {

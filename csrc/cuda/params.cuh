@@ -43,7 +43,8 @@ template <int N>
 FW_DEVICE void draw_bits(const Row& row, const RandomKey& key, int64_t element,
                          uint32_t (&words)[(N + 1) / 2]) {
   static_assert(kDrawn % N == 0, "one counter");
-  const bool share = N > 1 && is_consecutive(row) && static_cast<uint64_t>(row.first_element + element) % N == 0;
+  const bool share =
+      N > 1 && is_consecutive(row) && static_cast<uint64_t>(row.first_element + element) % N == 0;
   for (uint32_t& word : words) word = 0;
   // one draw in the code for elements that share a counter and for those that do not. These go from the last
   // one on: the words are shifted, because an index in a loop would put them into local memory.
@@ -53,7 +54,8 @@ FW_DEVICE void draw_bits(const Row& row, const RandomKey& key, int64_t element,
     uint32_t drawn[4];
     draw_with(key, number, drawn);
     if (N > 1 && share) {
-      for (int w = 0; w < N / 2; ++w) words[w] = N < kDrawn && static_cast<uint64_t>(number) % kDrawn ? drawn[w + 2] : drawn[w];
+      for (int w = 0; w < N / 2; ++w)
+        words[w] = N < kDrawn && static_cast<uint64_t>(number) % kDrawn ? drawn[w + 2] : drawn[w];
     } else {
       for (int w = (N - 1) / 2; w > 0; --w) words[w] = words[w] << 16 | words[w - 1] >> 16;
       words[0] = words[0] << 16 | bits_among(drawn, number);
@@ -61,7 +63,8 @@ FW_DEVICE void draw_bits(const Row& row, const RandomKey& key, int64_t element,
   }
 }
 
-// the values of N elements of a 16-bit parameter in a mode with a residue, whose element i is that of the first
+// the values of N elements of a 16-bit parameter in a mode with a residue, whose element i is that of the
+// first
 template <int N, class P>
 FW_DEVICE void load_exact(int32_t rounding, uint64_t residue, int64_t i, const P (&param)[N],
                           float (&value)[N]) {

@@ -9,7 +9,7 @@
 namespace fw {
 namespace {
 
-constexpr int kBlocksPerProcessor = 4;
+constexpr int kBlocksPerProcessor = 3;
 
 // pointers to the tensors of a row and the results from the start of a chunk on; null for one that is not
 // given

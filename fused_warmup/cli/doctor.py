@@ -76,7 +76,7 @@ def numbers_table(title: str, headings: Iterable[str], rows: Iterable[list[str]]
     """Return a table whose columns are numbers, other than those that name a row."""
     table = Table(title=title, title_justify="left")
     for heading in headings:
-        named = heading in ("optimizer", "options", "kernel", "parameters", "param_rounding")
+        named = heading in ("optimizer", "options", "kernel", "parameters", "states", "param_rounding")
         table.add_column(heading, justify="left" if named else "right")
     for row in rows:
         table.add_row(*row)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from functools import partial
+from itertools import product
 from typing import Any
 
 import torch
@@ -13,7 +14,7 @@ import fused_warmup as fw
 
 from ..plan.roofline import Device, KernelTime
 from ..plan.traffic import Traffic
-from ..reference.rounding import MODES
+from ..reference.rounding import MODES, STATE_DTYPES
 
 OPTIMIZERS: dict[str, Callable[..., fw.FusedOptimizer]] = {
     "Adam, AdamW, GIAdam": fw.Adam,
@@ -87,24 +88,25 @@ def traffic_rows() -> Iterator[list[str]]:
         yield [name, label, *(f"{x:g}" for x in numbers)]
 
 
-ROUNDING_HEADINGS = ("parameters", "param_rounding", "launches", "held", "moved", "held, 7B")
+ROUNDING_HEADINGS = ("parameters", "states", "param_rounding", "launches", "held", "moved", "held, 7B")
 
 
 def rounding_rows() -> Iterator[list[str]]:
-    """Yield what Adam holds and moves per parameter in each mode of ``param_rounding``, and for a 7B model.
+    """Yield what Adam holds and moves per parameter by dtypes and ``param_rounding``, and for a 7B model.
 
     Held are parameters and states without gradients; the gradients have the dtype of the parameters.
     """
     numel = sum(map(math.prod, MODELS["7B"]))
-    for dtype in (torch.float32, torch.bfloat16):
+    for dtype, state_dtype in product((torch.float32, torch.bfloat16), STATE_DTYPES):
         for mode in MODES if dtype == torch.bfloat16 else ("nearest",):
             param = torch.ones(8, dtype=dtype)
             param.grad = torch.ones(8, dtype=dtype)
-            t = fw.Adam([param], backend="reference", param_rounding=mode).traffic()
+            opt = fw.Adam([param], backend="reference", param_rounding=mode, state_dtype=state_dtype)
+            t = opt.traffic()
             held = t.held / t.numel - dtype.itemsize
-            name = str(dtype).removeprefix("torch.")
+            names = [str(kind).removeprefix("torch.") for kind in (dtype, state_dtype)]
             numbers = (str(t.launches), f"{held:g}", f"{t.per_parameter:g}")
-            yield [name, mode, *numbers, f"{held * numel / 1e9:.1f} GB"]
+            yield [*names, mode, *numbers, f"{held * numel / 1e9:.1f} GB"]
 
 
 STEP_HEADINGS = ("optimizer", "options", *MODELS)

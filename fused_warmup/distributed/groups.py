@@ -106,6 +106,26 @@ def placed(tensor: Tensor, like: Tensor) -> Tensor:
     return found
 
 
+def from_part(part: Tensor, like: Tensor) -> Tensor:
+    """Return the tensor whose part in this process is given, with the placements of another.
+
+    A plain ``like`` gets the part as it is. No message is sent.
+    """
+    placements = getattr(like, "placements", None)
+    if placements is None:
+        return part
+    from torch.distributed.tensor import DTensor
+
+    mesh = getattr(like, "device_mesh")  # noqa: B009
+    return DTensor.from_local(part, mesh, placements, run_check=False, shape=like.shape, stride=like.stride())
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """Return all of a tensor of which this process may have a part; all processes call this."""
+    found: Tensor = tensor.full_tensor() if is_distributed(tensor) else tensor  # type: ignore[attr-defined]
+    return found
+
+
 def reshard(model: torch.nn.Module) -> None:
     """Let the modules of FSDP in a model drop what they have gathered, so that they gather it again."""
     # imported by whoever has made such a module

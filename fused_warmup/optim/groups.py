@@ -20,6 +20,8 @@ from ..schedules.adaptive import AdaptiveSchedule, restored
 SCHEDULE_KEYS = ("schedule", "weight_decay_schedule")
 # arguments of torch's optimizers that are accepted and not used, and what a state dict alone fills
 IGNORED_KEYS = ("foreach", "capturable", "differentiable", "fused", "updates")
+# as state dicts have them: torch.distributed.checkpoint takes no dtype in a group
+_DTYPES = {str(dtype): dtype for dtype in STATE_DTYPES}
 
 
 def make_hyper(owner: str, spec: RuleSpec, group: Mapping[str, Any]) -> Hyper:
@@ -39,7 +41,7 @@ def make_hyper(owner: str, spec: RuleSpec, group: Mapping[str, Any]) -> Hyper:
     hyper.schedule, hyper.weight_decay_schedule = schedule, weight_decay_schedule
     hyper.sphere, hyper.radius = sphere_options(owner, group, hyper.weight_decay)
     hyper.param_rounding = check.one_of(owner, "param_rounding", group["param_rounding"], MODES)
-    hyper.state_dtype = check.one_of(owner, "state_dtype", group["state_dtype"], STATE_DTYPES)
+    hyper.state_dtype = check.one_of(owner, "state_dtype", restored_dtype(group["state_dtype"]), STATE_DTYPES)
     hyper.rounding_seed = check.whole(owner, "rounding_seed", group["rounding_seed"], 0, 2**64 - 1)
     return hyper
 
@@ -54,6 +56,11 @@ def _plain_schedule(owner: str, key: str, schedule: Any) -> Schedule | None:
         hint = "Arbitrary functions of the step go to torch.optim.lr_scheduler.LambdaLR."
         check.fail(owner, key, "be a fused_warmup schedule or None", schedule, hint, TypeError)
     return schedule
+
+
+def restored_dtype(value: Any) -> Any:
+    """Return the dtype that a state dict holds as text; another value as it is."""
+    return _DTYPES.get(value, value) if isinstance(value, str) else value
 
 
 def restore_schedules(group: Any, held: AdaptiveSchedule | None) -> None:

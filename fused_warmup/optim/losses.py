@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from .. import _checks as check
+from ..distributed.groups import whole
 
 
 def checked_loss(owner: str, name: str, loss: Any, *, returned: bool = False) -> Tensor | float:
@@ -40,8 +41,8 @@ def checked_loss(owner: str, name: str, loss: Any, *, returned: bool = False) ->
         check.fail(owner, name, condition, tuple(loss.shape))
     if isinstance(loss, Tensor):
         # every rank has the same DTensor and makes this call
-        whole = loss.full_tensor() if hasattr(loss, "full_tensor") else loss
-        return (whole if whole.layout == torch.strided else whole.to_dense()).detach().reshape(())
+        full = whole(loss)
+        return (full if full.layout == torch.strided else full.to_dense()).detach().reshape(())
     try:
         return float(loss.item() if isinstance(loss, np.ndarray) else loss)
     except OverflowError:

@@ -36,7 +36,7 @@ from ..reference.rounding import MODE_OF_RESIDUE
 from ..schedules.adaptive import AdaptiveSchedule, adaptive_schedules
 from .averaging import EMA, SWA, Average
 from .counts import Counts
-from .groups import IGNORED_KEYS, complete_groups, make_hyper, restore_schedules
+from .groups import IGNORED_KEYS, complete_groups, make_hyper, restore_schedules, restored_dtype
 from .telemetry import Telemetry
 
 # attributes that pickle and deepcopy keep; plan, backend and captured graphs are made anew
@@ -243,6 +243,7 @@ class Session:
     def adopt_group(self, group: Any) -> Hyper:
         """Restore the schedules of a group, and return its hyper-parameters."""
         restore_schedules(group, self.adaptive.get(id(group)))
+        group["state_dtype"] = restored_dtype(group["state_dtype"])
         hyper = make_hyper(self.owner, self.spec, group)
         if isinstance(group["schedule"], AdaptiveSchedule):
             self.adaptive[id(group)] = group["schedule"]

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from .. import _checks as check
+from ..distributed.groups import whole
 from ..plan.build import check_rounding
 from ..plan.spec import RuleSpec
 from ..plan.state_checks import checked_norm, checked_state, whole_count
@@ -21,7 +22,7 @@ from ..plan.tensors import compute_dtype, state_like
 from ..reference.rounding import MODE_OF_RESIDUE, RESIDUES
 from ..schedules import Schedule
 from ..schedules.adaptive import AdaptiveSchedule, restored, to_text
-from .groups import SCHEDULE_KEYS, make_hyper
+from .groups import SCHEDULE_KEYS, make_hyper, restored_dtype
 from .session import Session
 
 _VERSION = 1
@@ -60,6 +61,8 @@ def pack_state(
                 if id(schedule) not in texts:
                     texts[id(schedule)] = to_text(schedule)
                 group[key] = texts[id(schedule)]
+        if "state_dtype" in group:
+            group["state_dtype"] = str(group["state_dtype"])
         group["updates"] = session.shared_updates
     if counts is None:
         _convert_counts(session, state_dict["state"])
@@ -200,6 +203,8 @@ def _loaded_groups(
                 same = value if isinstance(value, str) else id(value)
                 made[same] = made[same] if same in made else restored(value)
                 loaded[key] = made[same]
+            elif key == "state_dtype":
+                loaded[key] = restored_dtype(value)
             elif key != "params":
                 loaded[key] = value.detach().clone() if isinstance(value, Tensor) else copy.deepcopy(value)
         loaded.update(fixed)
@@ -304,13 +309,7 @@ def _loaded_states(
 
 def _is_filled(tensor: Tensor) -> bool:
     """Return whether a state has an element other than zero, on any process."""
-    return bool(_whole(tensor.any()))
-
-
-def _whole(value: Tensor) -> Tensor:
-    """Return a reduction over all processes that have parts of a tensor; each of them makes this call."""
-    whole: Tensor = value.full_tensor() if hasattr(value, "full_tensor") else value
-    return whole
+    return bool(whole(tensor.any()))
 
 
 def _known_states(spec: RuleSpec) -> tuple[str, ...]:
@@ -335,7 +334,7 @@ def _dtype_of(key: str, group: Mapping[str, Any], param: Tensor) -> torch.dtype:
     if key in MODE_OF_RESIDUE:
         return RESIDUES[MODE_OF_RESIDUE[key]][1]
     dtype: torch.dtype = compute_dtype(param.dtype)
-    wanted: torch.dtype = group["state_dtype"]
+    wanted: torch.dtype = restored_dtype(group["state_dtype"])
     return wanted if dtype == torch.float32 and key != "average" else dtype
 
 
@@ -413,7 +412,7 @@ def _drawn_norm_sq(session: Session, states: Mapping[Tensor, Mapping[str, Any]])
         for param in group["params"]:
             state = states.get(param, {})
             if state.get("step") == 0 and not state["initialized"] and name in state["tensors"]:
-                drawn += float(_whole(state["tensors"][name].sum(dtype=torch.float64)))
+                drawn += float(whole(state["tensors"][name].sum(dtype=torch.float64)))
             else:
                 started += param.numel()
     # those that have made a step count by the mean of what was drawn, 1 for each element

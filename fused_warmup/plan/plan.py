@@ -324,8 +324,8 @@ class Plan:
     def _state_dtypes(self, hypers: Sequence[Hyper]) -> np.ndarray:
         """Return the dtype that the states of each row have by the hyper-parameters of its group, int64."""
         codes = np.array([DTYPES[h.state_dtype] for h in hypers], np.int64)[self._columns["group"]]
-        float64 = DTYPES[torch.float64]
-        dtypes: np.ndarray = np.where(self._columns["dtype"] == float64, float64, codes)
+        is_float64 = (self._columns["dtype"] == DTYPES[torch.float64]) & (codes == DTYPES[torch.float32])
+        dtypes: np.ndarray = np.where(is_float64, DTYPES[torch.float64], codes)
         return dtypes
 
     def _are_rounded(self) -> np.ndarray:

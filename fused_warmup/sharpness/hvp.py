@@ -11,7 +11,7 @@ from .. import _checks as check
 from .loss_evaluator import LossEvaluator
 from .vectors import Direction, Product, dot
 
-METHODS = ("difference", "autograd")
+METHODS = ("difference", "autograd", "auto")
 
 
 class Hessian:
@@ -28,11 +28,14 @@ class Hessian:
 
     Args:
         evaluator: An entered ``LossEvaluator``.
-        method: ``"difference"`` or ``"autograd"``.
+        method: ``"difference"``, ``"autograd"``, or ``"auto"``: double backward, and differences from the
+            first product on that raises because an operation has no second derivative.
         sign: -1 for the Hessian of minus the loss.
         stretch: Multiplies the step, a number or 0-dim tensor.
 
     Attributes:
+        method: ``"difference"`` or ``"autograd"``, whichever computes products.
+        is_exact: Whether ``"autograd"`` was asked for.
         products: Number of products so far.
     """
 
@@ -44,9 +47,10 @@ class Hessian:
         stretch: Tensor | float = 1.0,
     ) -> None:
         self.evaluator, self.sign, self.stretch, self.products = evaluator, sign, stretch, 0
-        self.method = evaluator.shards.check_method(check.one_of(evaluator.owner, "method", method, METHODS))
-        norms = [torch.linalg.vector_norm(p, dtype=evaluator.vectors.dtype) for p in evaluator.snapshot]
-        self._params_norm = evaluator.shards.total([n.to(torch.float64).square() for n in norms]).sqrt()
+        asked = evaluator.shards.check_method(check.one_of(evaluator.owner, "method", method, METHODS))
+        self.is_exact, self._may_fail = asked == "autograd", asked == "auto"
+        self.method = "difference" if asked == "difference" else "autograd"
+        self._params_norm = evaluator.shards.norm(evaluator.snapshot, evaluator.dtype)
         # with their graph, for double backward
         self._graph_gradients: Sequence[Tensor | None] = ()
 
@@ -71,9 +75,8 @@ class Hessian:
             times: Multiplies the finite-difference step.
         """
         self.products += 1
-        if self.method == "autograd":
-            found = self._differentiate(direction, out, scale)
-        else:
+        found = self._differentiate_or_none(direction, out, scale) if self.method == "autograd" else None
+        if found is None:
             found = self._difference(direction, out, scale, times)
         return Product(self.sign * found.factor, found.dots, self.sign * found.quotient)
 
@@ -112,6 +115,19 @@ class Hessian:
             if not loss.requires_grad:
                 check.fail(self.evaluator.owner, "loss_fn", "return a loss with a gradient", loss)
             return self.evaluator.gradients(loss, create_graph)
+
+    def _differentiate_or_none(
+        self, direction: Direction, out: Tensor, scale: Tensor | None
+    ) -> Product | None:
+        """Return the product by a second backward pass; None, for ever, if an operation does not have one."""
+        try:
+            return self._differentiate(direction, out, scale)
+        except RuntimeError:
+            # an error of the closure itself comes again
+            if not self._may_fail:
+                raise
+        self.method, self._graph_gradients = "difference", ()
+        return None
 
     def _differentiate(self, direction: Direction, out: Tensor, scale: Tensor | None) -> Product:
         """Return the product by a second backward pass."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -11,6 +13,10 @@ from torch import Tensor
 from .vectors import Direction, Product, Vectors
 
 _SWEEPS = 8
+# share of random starts that may have a smaller component along the top vector than assumed
+_MISSED = 0.05
+# exponent of the smallest distance, over the size of the matrix, that is told from 0
+_FINEST = -20
 
 
 @dataclass
@@ -21,7 +27,7 @@ class Spectrum:
         largest: Largest Ritz value: a lower bound on the largest eigenvalue.
         smallest: Smallest Ritz value.
         residual: Distance from ``largest`` within which there is an eigenvalue, not always the largest one.
-        first: Rayleigh quotient of the start vector.
+        unseen: Distance above ``largest`` beyond which there is no eigenvalue, for 19 of 20 random starts.
         asymmetry: Largest asymmetry among products of basis vectors. Products of an exact Hessian are
             symmetric, so this measures their noise.
         vector: Ritz vector of ``largest``, of unit length, ``[n]``.
@@ -30,9 +36,48 @@ class Spectrum:
     largest: Tensor
     smallest: Tensor
     residual: Tensor
-    first: Tensor
+    unseen: Tensor
     asymmetry: Tensor
     vector: Tensor
+
+
+@dataclass
+class Tridiagonal:
+    """Projection of an operator on a Krylov space, with its basis; float64 on the device.
+
+    Attributes:
+        diagonal: ``m`` numbers, 0-dim; the first is the Rayleigh quotient of the start vector.
+        below: Entries beside them, with the one after the last row; 0 where the space has ended.
+        alives: Whether each row lies inside the space, 0-dim bools.
+        size: Largest magnitude among the numbers, 0-dim.
+        asymmetry: As in ``Spectrum``.
+        basis: Vectors, not normalised, ``[m, n]``.
+        inverses: Their inverse norms, 0-dim.
+    """
+
+    diagonal: list[Tensor]
+    below: list[Tensor]
+    alives: list[Tensor]
+    size: Tensor
+    asymmetry: Tensor
+    basis: Tensor
+    inverses: list[Tensor]
+
+    @property
+    def matrix(self) -> Tensor:
+        """The matrix, ``[m, m]``; rows after the end of the space have eigenvalues below all others."""
+        entries = torch.where(torch.stack(self.alives), torch.stack(self.diagonal), -3.0 * self.size - 1.0)
+        return _tridiagonal(entries, torch.stack(self.below)[:-1])
+
+    def ritz(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Return the Ritz values, ascending, their vectors in columns, and whether all entries are finite."""
+        matrix = self.matrix
+        finite = matrix.isfinite().all() & self.below[-1].isfinite()
+        return *eigh(torch.where(finite, matrix, 0.0)), finite
+
+    def unseen(self, largest: Tensor, overlap: Tensor | float) -> Tensor:
+        """Return the distance above the largest Ritz value without eigenvalues; see the function."""
+        return unseen(largest, self.diagonal, self.below, self.size, overlap)
 
 
 class Symmetric(Protocol):
@@ -52,10 +97,11 @@ class Symmetric(Protocol):
 
 
 def start_direction(vectors: Vectors, basis: Tensor, scale: Tensor | None) -> Direction:
-    """Return the only vector of a basis as a direction."""
+    """Return the only vector of a basis as a direction, one of length 0 for a zero vector."""
     one = vectors.number(1.0)
     _, squares = vectors.combine(basis[0], one, basis[:0], one[None][:0], scale)
-    return Direction(basis, *_lengths(squares, scale))
+    lengths = (torch.where(squares[0] == 0.0, 0.0, length) for length in _lengths(squares, scale))
+    return Direction(basis, *lengths)
 
 
 def _lengths(squares: Tensor, scale: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -64,19 +110,29 @@ def _lengths(squares: Tensor, scale: Tensor | None) -> tuple[Tensor, Tensor]:
     return inverse, torch.ones_like(inverse) if scale is None else squares[1].sqrt() * inverse
 
 
-def lanczos(operator: Symmetric, start: Tensor, steps: int) -> Spectrum:
-    """Search the space of ``start, A start, ..., A**(steps - 1) start``, fully orthogonalised.
+def tridiagonalize(
+    operator: Symmetric,
+    start: Tensor,
+    steps: int,
+    *,
+    least: int = 1,
+    enough: Callable[[Tridiagonal], bool] | None = None,
+) -> Tridiagonal:
+    """Project an operator on the space of ``start, A start, ..., A**(steps - 1) start``.
 
-    Basis vectors are not normalised; their inverse norms are kept beside them.
+    The basis is fully orthogonalised. Its vectors are not normalised; their inverse norms are kept beside
+    them.
 
     Args:
         operator: ``A``.
         start: Vector of ``[n]``, not zero.
         steps: Number of products; no more than ``n`` are made.
+        least: Products before ``enough`` is asked.
+        enough: Gets the projection so far and returns whether it suffices.
 
     Returns:
-        Both ends of the spectrum. If the Krylov space is exhausted early (the zero matrix, for example),
-        later iterations are ignored.
+        The projection. If the Krylov space is exhausted early (the zero matrix, for example), the rows of
+        later iterations are not alive.
     """
     vectors, scale = operator.vectors, operator.scale
     steps = min(steps, vectors.length)
@@ -108,28 +164,109 @@ def lanczos(operator: Symmetric, start: Tensor, steps: int) -> Spectrum:
         # negated, so that NaN continues and reaches the result
         alive = alive & ~(beta <= 16.0 * torch.finfo(start.dtype).eps * size)
         below.append(torch.where(alive, beta, 0.0))
+        found = Tridiagonal(diagonal, below, alives, size, noise, basis[: j + 1], inverses)
+        if enough is not None and least <= j + 1 < steps and enough(found):
+            break
         inverse, length = _lengths(squares, scale)
         direction = Direction(
             basis[: j + 2], torch.where(alive, inverse, 0.0), torch.where(alive, length, 0.0)
         )
-    live = torch.stack(alives)
-    # eigenvalues of rows after the end of the space lie below all others
-    entries = torch.where(live, torch.stack(diagonal), -3.0 * size - 1.0)
-    matrix = _tridiagonal(entries, torch.stack(below)[:-1])
-    finite = matrix.isfinite().all()
-    values, ritz = eigh(torch.where(finite, matrix, 0.0))
-    nan = torch.full_like(size, torch.nan)
+    return found
+
+
+def lanczos(
+    operator: Symmetric,
+    start: Tensor,
+    steps: int,
+    *,
+    overlap: Tensor | float | None = None,
+    least: int = 1,
+    enough: Callable[[Tensor, Tensor], bool] | None = None,
+) -> Spectrum:
+    """Return both ends of the spectrum of an operator on a Krylov space; see ``tridiagonalize``.
+
+    Args:
+        operator: ``A``.
+        start: Vector of ``[n]``, not zero.
+        steps: Number of products; no more than ``n`` are made.
+        overlap: As for ``unseen``; by default that of a normally distributed start, see ``random_overlap``.
+        least: Products before ``enough`` is asked.
+        enough: Gets ``largest`` and ``unseen`` of the products so far and returns whether they suffice.
+    """
+    share = random_overlap(operator.vectors.length) if overlap is None else overlap
+
+    def suffices(so_far: Tridiagonal) -> bool:
+        assert enough is not None
+        values, _, finite = so_far.ritz()
+        return not finite or enough(values[-1], so_far.unseen(values[-1], share))
+
+    found = tridiagonalize(operator, start, steps, least=least, enough=None if enough is None else suffices)
+    values, ritz, finite = found.ritz()
+    nan = torch.full_like(found.size, torch.nan)
     weights = ritz[:, -1]
-    vector = vectors.basis(1)[0]
-    vectors.combine(vector, None, basis[:steps], torch.stack(inverses) * weights, None)
+    vector = operator.vectors.basis(1)[0]
+    operator.vectors.combine(vector, None, found.basis, torch.stack(found.inverses) * weights, None)
+    ended = (~torch.stack(found.alives)).sum()
     return Spectrum(
         largest=torch.where(finite, values[-1], nan),
-        smallest=torch.where(finite, values.gather(0, (~live).sum()[None])[0], nan),
-        residual=torch.where(finite, below[-1] * weights[-1].abs(), nan),
-        first=diagonal[0],
-        asymmetry=torch.where(finite, noise, nan),
+        smallest=torch.where(finite, values.gather(0, ended[None])[0], nan),
+        residual=torch.where(finite, found.below[-1] * weights[-1].abs(), nan),
+        unseen=torch.where(finite, found.unseen(values[-1], share), nan),
+        asymmetry=torch.where(finite, found.asymmetry, nan),
         vector=vector,
     )
+
+
+def random_overlap(length: int) -> float:
+    """Return what a random unit vector's component along a fixed direction exceeds in 19 of 20 draws.
+
+    Args:
+        length: Elements ``n`` of the vector.
+
+    Returns:
+        ``sqrt(pi / (2 n)) / 20``: the density of the component is at most ``sqrt(n / (2 pi))``.
+    """
+    return _MISSED * math.sqrt(math.pi / (2.0 * length))
+
+
+def unseen(
+    largest: Tensor,
+    diagonal: Sequence[Tensor],
+    below: Sequence[Tensor],
+    size: Tensor,
+    overlap: Tensor | float,
+) -> Tensor:
+    """Return the distance above the largest Ritz value beyond which there is no eigenvalue.
+
+    An eigenvalue ``x`` whose vector has the component ``c`` in the start is one mass ``c**2`` of the measure
+    whose orthonormal polynomials ``p_0, ..., p_k`` the recurrence gives, and no such mass exceeds
+    ``1 / (p_0(x)**2 + ... + p_k(x)**2)``. That falls fast beyond the Ritz values: an eigenvalue with at least
+    the component ``overlap`` lies below the point where it falls to ``overlap**2``.
+
+    Args:
+        largest: Largest Ritz value, 0-dim.
+        diagonal: Diagonal of the recurrence, ``k`` numbers.
+        below: Entries beside it, ``k`` with the one after the last row; 0 where the space has ended.
+        size: Largest magnitude among them, 0-dim.
+        overlap: Least component of the start, of unit length, along the eigenvector.
+
+    Returns:
+        0-dim, rounded up by at most 9 %; infinity if it exceeds 16 times ``size``.
+
+    Source: the Christoffel-Markov-Stieltjes inequalities; van Dorsselaer, Hochstenbach & van der Vorst 2000,
+    who bound the component of a random start, as Kuczynski & Wozniakowski 1992 do.
+    """
+    octaves = torch.arange(_FINEST * 8, 4 * 8 + 1, dtype=torch.float64, device=largest.device) / 8.0
+    distances = size * torch.exp2(octaves)
+    at = largest + distances
+    before, polynomial, total = torch.zeros_like(at), torch.ones_like(at), torch.ones_like(at)
+    side = torch.zeros_like(size)
+    for a, b in zip(diagonal, below, strict=True):
+        before, polynomial, side = polynomial, ((at - a) * polynomial - side * before) / b, b
+        total = total + polynomial.square()
+    # beyond the end of the space all polynomials are infinite, and their differences not defined
+    total = torch.nan_to_num(total, nan=torch.inf, posinf=torch.inf)
+    return torch.where(total * overlap * overlap >= 1.0, distances, torch.inf).min()
 
 
 def _asymmetry(overlaps: Tensor, beta: Tensor) -> Tensor:

@@ -58,10 +58,12 @@ class LossEvaluator:
     Attributes:
         params: The parameters.
         shards: Their parts in this process.
+        dtype: Dtype of the vectors: float64 if one of the parameters is, else float32.
         snapshot: The stored values of those parts before the block.
-        vectors: Operations on flat vectors, of float64 if one of the parameters is, else float32.
+        vectors: Operations on flat vectors.
         evaluations: Number of evaluations of the closure so far.
         autocast: Whether a module of the closure ran under autocast to 16 bits.
+        batch_size: As for ``SharpnessReading``, after the first evaluation.
     """
 
     vectors: Vectors
@@ -79,9 +81,12 @@ class LossEvaluator:
             check.fail(owner, "loss_fn", "be a function that returns the loss", loss_fn, error=TypeError)
         self.owner, self.params = owner, check_params(owner, params)
         self.device = self.params[0].device
+        self.dtype = functools.reduce(torch.promote_types, (compute_dtype(p.dtype) for p in self.params))
         self._backend = resolve(backend, self.device)
         self._residues = residues
         self.evaluations, self.autocast = 0, False
+        self.batch_size: int | None = None
+        self._outermost: torch.nn.Module | None = None
         self._loss_fn = loss_fn
         self.shards = Shards(owner, self.params)
         # steps along a line must be the same in all processes that have parts of it
@@ -210,15 +215,20 @@ class LossEvaluator:
 
     def _make_vectors(self) -> Vectors:
         """Return the vector operations of the backend, or plain ones if a parameter is a strided view."""
-        dtype = functools.reduce(torch.promote_types, (compute_dtype(p.dtype) for p in self.params))
         if self.shards.is_placed:
-            return ShardedVectors(self.shards, self.snapshot, dtype, self._residues)
+            return ShardedVectors(self.shards, self.snapshot, self.dtype, self._residues)
         if isinstance(self._backend, VectorBackend) and all(map(is_dense, self.params)):
-            return FusedVectors(self.params, self.snapshot, dtype, self._backend, self._residues)
-        return Vectors(self.params, self.snapshot, dtype, self._residues)
+            return FusedVectors(self.params, self.snapshot, self.dtype, self._backend, self._residues)
+        return Vectors(self.params, self.snapshot, self.dtype, self._residues)
 
-    def _before_forward(self, module: torch.nn.Module) -> None:
-        """Save the state of a module before it runs for the first time, and detect autocast."""
+    def _before_forward(self, module: torch.nn.Module, args: tuple[Any, ...]) -> None:
+        """Save the state of a module before it runs for the first time; detect autocast and the batch."""
+        if self._outermost is None:
+            self._outermost = module
+            self.batch_size = next((len(t) for t in args if isinstance(t, Tensor) and t.dim() > 1), None)
+        elif module is self._outermost:
+            # parts of a batch, or one batch twice
+            self.batch_size = None
         kind = self.device.type
         if torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind).itemsize == 2:
             self.autocast = True
@@ -274,19 +284,20 @@ class LossEvaluator:
         set_random_state(self._random)
 
 
-_watchers: list[Callable[[torch.nn.Module], None]] = []
+_Watcher = Callable[[torch.nn.Module, tuple[Any, ...]], None]
+_watchers: list[_Watcher] = []
 _handles: list[Any] = []
 
 
-def _call_watcher(module: torch.nn.Module, _: Any) -> None:
+def _call_watcher(module: torch.nn.Module, args: Any) -> None:
     # traces to nothing under a compiler
     if not torch.compiler.is_compiling() and _watchers:
-        _watchers[-1](module)
+        _watchers[-1](module, args)
 
 
 @contextlib.contextmanager
-def _watched(watcher: Callable[[torch.nn.Module], None]) -> Iterator[None]:
-    """Call ``watcher`` with each module before it runs.
+def _watched(watcher: _Watcher) -> Iterator[None]:
+    """Call ``watcher`` with each module and its arguments before it runs.
 
     Compiled code has guards on the keys of the global hooks. The same hook under the same key each time
     makes a compiled model recompile once, not at every measurement.

@@ -14,7 +14,7 @@ from .lanczos import Spectrum, lanczos
 from .loss_evaluator import Loss, LossEvaluator
 from .operators import Operator, evaluator_of, random_vector, step_operators
 from .pending_step import PendingStep
-from .result import SharpnessReading, bracket
+from .result import Flags, SharpnessReading
 
 # relative error of finite differences above which a reading is flagged
 _ROUGH = 0.1
@@ -158,16 +158,15 @@ def make_reading(
     **flags: Tensor | bool,
 ) -> SharpnessReading:
     """Return the reading of a spectrum."""
-    # a converged residual is smaller than the rounding of the products
+    # a converged bound is smaller than the rounding of the products
     floor = 16.0 * torch.finfo(spectrum.vector.dtype).eps * spectrum.largest.abs()
-    err_krylov = torch.maximum(spectrum.residual, floor)
-    if hessian.method == "difference":
+    err_krylov = torch.maximum(spectrum.unseen, floor)
+    if not hessian.is_exact:
         err_fd = err_fd + spectrum.asymmetry
-    lo, hi = bracket(spectrum.largest, err_krylov, err_fd, err_batch)
     return SharpnessReading(
         value=spectrum.largest,
-        lo=lo,
-        hi=hi,
+        lo=spectrum.largest - err_fd,
+        hi=spectrum.largest + err_krylov + err_fd,
         edge_ratio=edge_ratio,
         lambda_min=spectrum.smallest,
         err_krylov=err_krylov,
@@ -176,9 +175,11 @@ def make_reading(
         hvps=hessian.products,
         cost=hessian.evaluator.evaluations,
         step=step,
-        flags={
+        flags=Flags({
             "nonfinite": ~spectrum.largest.isfinite(),
             "rough": err_fd > _ROUGH * spectrum.largest.abs(),
             **flags,
-        },
+        }),
+        batch_size=hessian.evaluator.batch_size,
+        method=hessian.method,
     )

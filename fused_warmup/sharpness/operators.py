@@ -24,11 +24,15 @@ class Operator:
         hessian: The Hessian.
         scale: Diagonal of ``C``, ``[n]``, or None.
         decay: Diagonal added to the Hessian, ``[n]``, or None.
+
+    Attributes:
+        evaluator: Evaluator of the loss.
+        vectors: Operations on vectors.
     """
 
     def __init__(self, hessian: Hessian, scale: Tensor | None, decay: Tensor | None) -> None:
         self._hessian, self.scale = hessian, scale
-        self.vectors = hessian.evaluator.vectors
+        self.evaluator, self.vectors = hessian.evaluator, hessian.evaluator.vectors
         self._shift = decay if decay is None or scale is None else scale * scale * decay
 
     def product(self, direction: Direction, out: Tensor, times: float = 1.0) -> Product:
@@ -44,10 +48,36 @@ class Operator:
         return Product(torch.ones_like(found.factor), dots, quotient)
 
     def quotient(self, vector: Tensor, times: float = 1.0) -> Tensor:
-        """Return the Rayleigh quotient of a unit vector of ``[n]``, 0-dim."""
+        """Return the Rayleigh quotient of a vector of ``[n]`` of any length, 0-dim."""
+        return self._product_with(vector, times)[0].quotient
+
+    @property
+    def in_16_bits(self) -> bool:
+        """See ``Hessian.in_16_bits``; only an evaluation shows whether the forward pass is rounded."""
+        return self._hessian.in_16_bits
+
+    def multiply(self, vector: Tensor) -> Tensor:
+        """Return the product with a vector of ``[n]`` of any length, ``[n]``."""
+        # in double, so that the squares of float32 numbers neither overflow nor vanish
+        norm = self.evaluator.shards.norm(self.vectors.split(vector), torch.float64)
+        found, out = self._product_with(vector / torch.where(norm == 0.0, 1.0, norm))
+        return out.mul_((found.factor * norm).to(out.dtype))
+
+    def image(self, vector: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the direction of the product with a unit vector, up to its sign, and its Rayleigh quotient.
+
+        Zeros where the product is zero or not finite.
+        """
+        product, image = self._product_with(vector)
+        length = self.vectors.norm(image)
+        return torch.where((length > 0.0) & length.isfinite(), image / length, 0.0), product.quotient
+
+    def _product_with(self, vector: Tensor, times: float = 1.0) -> tuple[Product, Tensor]:
+        """Return the product with the unit vector of a vector, and what it has written."""
         basis = self.vectors.basis(2)
         basis[0].copy_(vector)
-        return self.product(start_direction(self.vectors, basis[:1], self.scale), basis[1], times).quotient
+        direction = start_direction(self.vectors, basis[:1], self.scale)
+        return self.product(direction, basis[1], times), basis[1]
 
     def difference_error(self, spectrum: Spectrum) -> Tensor:
         """Return the error of finite differences at the Ritz vector, 0-dim; 0 for double backward.
@@ -140,3 +170,9 @@ def random_vector(evaluator: LossEvaluator, seed: int | torch.Generator) -> Tens
     vectors = evaluator.vectors
     drawn = torch.randn(vectors.length, dtype=vectors.dtype, device=vectors.device, generator=generator)
     return vectors.from_params_order(drawn)
+
+
+def random_signs(evaluator: LossEvaluator, generator: torch.Generator) -> Tensor:
+    """Return a vector of ``[n]`` whose elements are 1 or -1 (Rademacher); see ``random_vector``."""
+    drawn = random_vector(evaluator, generator)
+    return torch.where(drawn < 0.0, -1.0, 1.0).to(drawn.dtype)

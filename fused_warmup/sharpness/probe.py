@@ -1,11 +1,12 @@
-"""Sharpness during training: a few Hessian-vector products at a time, warm-started from the last vector."""
+"""Sharpness during training: warm-started searches that end where a bound is met."""
 
 from __future__ import annotations
 
+import math
 import time
 from collections import deque
 from dataclasses import fields, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -13,28 +14,38 @@ from torch import Tensor
 from .. import _checks as check
 from ..optim.base import FusedOptimizer
 from .hvp import METHODS, Hessian
-from .lanczos import Spectrum, lanczos
+from .lanczos import Spectrum, lanczos, random_overlap
 from .loss_evaluator import Loss, LossEvaluator
 from .measure import make_reading
 from .operators import Operator, evaluator_of, random_vector, step_operators
 from .pending_step import PendingStep
-from .result import SharpnessReading
+from .result import Flags, SharpnessReading
 
-_COLD_STEPS, _AUDIT_STEPS, _AUDIT_EVERY = 10, 8, 20
-# the top vector still turns fast at the first measurements of a training
-_EARLY, _EARLY_STEPS = 5, 5
-# noise in a warm start, weight of the past in the smoothed batch error, readings kept for poll()
-_ADMIXTURE, _MEMORY, _WAITING = 0.1, 0.9, 64
+_AUDIT_EVERY = 20
+# length of the noise in a warm start, weight of the past in the batch error, readings kept for poll()
+_ADMIXTURE, _MEMORY, _WAITING = 1.0, 0.9, 64
+# distance from double backward, and spread over it, of differences that show that it leaves out a part
+_MISSED = 0.1
+# readings that a plan looks back on, and products that it adds
+_RECENT, _MORE = 4, 2
 
 
 class SharpnessProbe:
     """Measures the pre-conditioned sharpness while a model trains, without affecting the training.
 
-    The first measurement is cold: 10 products from a random start. The next four take 5 products and later
-    ones 3, warm-started from the previous Ritz vector plus 10 % noise; without noise the iteration can lock
-    on to an eigenvalue that is no longer the largest. Every 20th is audited by 8 products from a random
-    start, and the larger of both results is kept. Call ``measure`` between ``backward()`` and ``step()``. The
-    telemetry records the largest Ritz value in the column ``sharpness``, in the row of the step that follows.
+    A measurement takes products until ``err_krylov``, beyond which there is no larger eigenvalue for 19
+    of 20 random starts, is at most ``tolerance`` times the value; the flag ``unconverged`` is set if
+    ``max_products`` did not suffice. A warm start is the product with the vector of the previous reading,
+    which also shows what this vector is worth on the new batch, plus noise of the same length: without
+    noise there is no bound, and the iteration can lock on to an eigenvalue that is no longer the largest.
+    The first start, and a second one in every 20th reading, an audit, is noise alone; of an audit the
+    larger of both results is kept. ``every`` and ``budget`` set how often is measured, not how well. On
+    the CPU the bound is looked at after each product. Elsewhere nothing waits: the number of products
+    comes from the bounds of earlier readings that are on the host already, and is ``max_products`` before
+    there is one, and where ranks measure together.
+
+    Call ``measure`` between ``backward()`` and ``step()``. The telemetry records the largest Ritz value in
+    the column ``sharpness``, in the row of the step that follows.
 
     Args:
         optimizer: As for ``fused_warmup.sharpness.preconditioned``.
@@ -43,19 +54,23 @@ class SharpnessProbe:
         every: Calls of ``measure`` from one measurement to the next.
         budget: Fraction of the training time that measurements may take, instead of ``every``: the first
             measurement is made at once, each further one as soon as it fits into the budget.
-        steps: Products of a warm measurement, >= 2.
-        method: ``"difference"`` or ``"autograd"``.
+        steps: Fewest products of a search, >= 2.
+        method: ``"auto"``: double backward, which is right for kinks and 16 bits too, and differences of
+            gradients where an operation has no second derivative, or has one that differences contradict at
+            the first measurement; ``"difference"`` or ``"autograd"`` for one of them.
         use_grad: As for ``preconditioned``.
         seed: Seed of the random vectors.
         reduce: As for ``preconditioned``; not with ``budget``, because the clocks of ranks differ. DTensors
             take no ``budget`` either.
+        tolerance: Relative error of Lanczos, > 0, at which a measurement ends.
+        max_products: Most products of a search, at least ``steps``. On a GPU each takes a vector of memory.
 
     Raises:
         TypeError: If the rule of the optimizer is not known, or an argument has a wrong type.
         ValueError: If an argument is out of range.
 
     Example:
-        >>> probe = fw.SharpnessProbe(opt, every=60)
+        >>> probe = fw.SharpnessProbe(opt, every=960)
         >>> loss.backward()
         >>> probe.measure(lambda: loss_fn(model(x[:8]), y[:8]))
         >>> opt.step()
@@ -70,20 +85,24 @@ class SharpnessProbe:
         self,
         optimizer: torch.optim.Optimizer,
         loss_fn: Loss | None = None,
-        every: int = 60,
+        every: int = 960,
         budget: float | None = None,
         *,
         steps: int = 3,
-        method: str = "difference",
+        method: str = "auto",
         use_grad: bool = True,
         seed: int = 0,
         reduce: bool = False,
+        tolerance: float = 0.05,
+        max_products: int = 24,
     ) -> None:
         name = type(self).__name__
         self.loss_fn = loss_fn
         self.every = check.whole(name, "every", every, 1)
         self.budget = None if budget is None else check.number(name, "budget", budget, 0.0, 1.0, ends="()")
         self._steps = check.whole(name, "steps", steps, 2)
+        self._tolerance = check.number(name, "tolerance", tolerance, 0.0, ends="()")
+        self._most = check.whole(name, "max_products", max_products, self._steps)
         self._method = check.one_of(name, "method", method, METHODS)
         self._use_grad = check.flag(name, "use_grad", use_grad)
         self._reduce = check.flag(name, "reduce", reduce)
@@ -91,7 +110,7 @@ class SharpnessProbe:
             check.fail(name, "budget", "be None where reduce is True", budget)
         # raises for an optimizer without a known rule, now rather than at the first measurement
         pending = PendingStep(name, optimizer, use_grad=False)
-        pending.shards.check_method(self._method)
+        self._method = pending.shards.check_method(self._method)
         if pending.shards.is_placed and self.budget is not None:
             check.fail(name, "budget", "be None for DTensors", budget, "The clocks of ranks differ.")
         self.optimizer, self._device = pending.optimizer, pending.params[0].device
@@ -104,6 +123,11 @@ class SharpnessProbe:
         self._gap: Tensor | None = None
         self._relative_error: Tensor | None = None
         self._stretch: Tensor | float = 1.0
+        # where the bound after a product is known on the host at no cost
+        self._looks = self._device.type == "cpu"
+        self._together = self._reduce or pending.shards.is_placed
+        # products of a search, and their readings
+        self._recent: deque[tuple[int, _Copy]] = deque(maxlen=_RECENT)
         self._pending: deque[tuple[SharpnessReading, _Copy]] = deque(maxlen=_WAITING)
 
     def measure(self, loss_fn: Loss | None = None) -> bool:
@@ -127,13 +151,15 @@ class SharpnessProbe:
             check.fail(type(self).__name__, "loss_fn", "be given here or to the probe", None, error=TypeError)
         self._clock.begin()
         try:
-            reading = self._measure(loss_fn)
+            products, reading = self._measure(loss_fn)
         finally:
             self._clock.end()
         self._measured += 1
         if isinstance(self.optimizer, FusedOptimizer):
             self.optimizer.record_sharpness(reading.value)
-        self._pending.append((reading, _Copy(reading)))
+        copy = _Copy(reading)
+        self._pending.append((reading, copy))
+        self._recent.append((products, copy))
         return True
 
     def poll(self) -> SharpnessReading | None:
@@ -157,27 +183,82 @@ class SharpnessProbe:
             return True
         return self._clock.spent + self._clock.last <= self.budget * self._clock.trained
 
-    def _measure(self, loss_fn: Loss) -> SharpnessReading:
-        name = type(self).__name__
-        pending = PendingStep(name, self.optimizer, self._use_grad)
-        audit = self._measured > 0 and self._measured % _AUDIT_EVERY == 0
+    def _measure(self, loss_fn: Loss) -> tuple[int, SharpnessReading]:
+        """Return the products that a search was allowed, and the reading."""
+        pending = PendingStep(type(self).__name__, self.optimizer, self._use_grad)
+        most = self._planned()
         with evaluator_of(pending, loss_fn, self._reduce) as evaluator:
-            hessian = Hessian(evaluator, self._method, pending.sign, self._stretch)
-            operators = step_operators(pending, hessian)
             cold = not self._is_warm(evaluator)
-            plain, locked = self._search(0, operators.plain, evaluator, audit)
-            scaled = None
-            if operators.scaled is not None:
-                scaled, _ = self._search(1, operators.scaled, evaluator, audit)
-            if cold or audit or self._relative_error is None:
-                self._calibrate(operators.plain, plain, shorten=not hessian.in_16_bits)
-            assert self._relative_error is not None
-            err_fd = self._relative_error * plain.largest.abs()
-            err_batch = self._batch_error(plain, cold)
-            edge_ratio = operators.edge_ratio(plain, scaled)
+            reading = self._reading_by(self._method, pending, evaluator, most, cold)
+            if self._measured == 0 and self._leaves_out(reading, pending, evaluator):
+                self._vectors, self._relative_error = [None, None], None
+                reading = self._reading_by("difference", pending, evaluator, most, cold)
+        if reading.method == "difference":
+            self._method = "difference"
+        return most, reading
+
+    def _reading_by(
+        self, method: str, pending: PendingStep, evaluator: LossEvaluator, most: int, cold: bool
+    ) -> SharpnessReading:
+        """Return the reading by products of a method."""
+        audit = self._measured > 0 and self._measured % _AUDIT_EVERY == 0
+        hessian = Hessian(evaluator, method, pending.sign, self._stretch)
+        operators = step_operators(pending, hessian)
+        search = self._search(0, operators.plain, evaluator, most, audit)
+        plain, scaled = search.spectrum, None
+        if operators.scaled is not None:
+            scaled = self._search(1, operators.scaled, evaluator, most, audit).spectrum
+        err_fd = self._calibrate(operators.plain, plain, shorten=not hessian.in_16_bits)
+        err_batch = self._batch_error(plain.largest, search.earlier)
         step = self._calls - 1 if isinstance(pending.made, int) else pending.made
-        flags = {"cold": cold, "audit": audit, "locked": locked}
-        return make_reading(plain, err_fd, err_batch, edge_ratio, hessian, step, **flags)
+        flags: dict[str, Tensor | bool] = {
+            "unconverged": ~self._is_converged(plain.largest, plain.unseen) & plain.largest.isfinite(),
+            "cold": cold,
+            "audit": audit,
+            "locked": search.locked,
+        }
+        return make_reading(
+            plain, err_fd, err_batch, operators.edge_ratio(plain, scaled), hessian, step, **flags
+        )
+
+    def _leaves_out(self, reading: SharpnessReading, pending: PendingStep, evaluator: LossEvaluator) -> bool:
+        """Return whether double backward, unlike differences, leaves out a part; waits for the device.
+
+        So does a backward pass that keeps no graph, as of a kernel outside torch. Differences along the Ritz
+        vector then agree with each other but not with the value. Kinks make them differ between steps.
+        """
+        vector = self._vectors[0]
+        if self._method != "auto" or reading.method != "autograd" or vector is None:
+            return False
+        hessian = Hessian(evaluator, "difference", pending.sign)
+        operator = step_operators(pending, hessian).plain
+        # rounding to 16 bits asks for longer steps
+        first = 4.0 if hessian.in_16_bits else 1.0
+        found = torch.stack([operator.quotient(vector, times * first) for times in (1.0, 2.0, 4.0)])
+        missed = (found - reading.value).abs().min()
+        spread = found.max() - found.min()
+        return bool((missed > _MISSED * found.abs().max()) & (spread < _MISSED * missed))
+
+    def _is_converged(self, largest: Tensor, unseen: Tensor) -> Tensor:
+        return unseen <= self._tolerance * largest.abs()
+
+    def _planned(self) -> int:
+        """Return the most products of a search: what recent readings on the host would have needed."""
+        known = [(n, copy.reading()) for n, copy in self._recent if copy.is_ready()]
+        if self._looks or self._together or not known:
+            return self._most
+        return min(max(self._needed(*pair) for pair in known), self._most)
+
+    def _needed(self, products: int, reading: SharpnessReading) -> int:
+        """Return the products that a reading asks for, in the light of its bound."""
+        # of a copy on the host, so that nothing waits
+        found = reading.asdict()
+        share = found["err_krylov"] / (self._tolerance * abs(found["value"]) or 1.0)
+        if not share <= 1.0:
+            return products + _MORE
+        # the bound falls to about a half with each product; two more are for batches that need them
+        spare = int(-math.log2(share)) if share > 0.0 else products
+        return max(products - max(spare - _MORE, 0), self._steps)
 
     def _is_warm(self, evaluator: LossEvaluator) -> bool:
         """Return whether the previous Ritz vector fits the parameters; forget both vectors if not."""
@@ -191,30 +272,52 @@ class SharpnessProbe:
         return fits
 
     def _search(
-        self, which: int, operator: Operator, evaluator: LossEvaluator, audit: bool
-    ) -> tuple[Spectrum, Tensor | bool]:
-        """Return the spectrum, and whether the warm start had locked on to a smaller eigenvalue."""
-        noise = random_vector(evaluator, self._generator)
-        old = self._vectors[which]
+        self, which: int, operator: Operator, evaluator: LossEvaluator, most: int, audit: bool
+    ) -> _Search:
+        """Search for the largest eigenvalue, and keep its vector for the next search."""
+        vectors, old = evaluator.vectors, self._vectors[which]
+        noise = self._noise(evaluator)
+        earlier: Tensor | None = None
         locked: Tensor | bool = False
         if old is None:
-            spectrum = lanczos(operator, noise, _COLD_STEPS)
+            spectrum = self._lanczos(operator, evaluator, noise, most, 1.0)
         else:
-            start = old + _ADMIXTURE * noise / evaluator.vectors.norm(noise)
-            early = _EARLY_STEPS if self._measured < _EARLY else 0
-            spectrum = lanczos(operator, start, max(self._steps, early))
+            moved, earlier = operator.image(old)
+            start = moved + _ADMIXTURE * noise
+            spectrum = self._lanczos(operator, evaluator, start, most, _ADMIXTURE / vectors.norm(start))
         if audit and old is not None:
-            cold = lanczos(operator, random_vector(evaluator, self._generator), _AUDIT_STEPS)
-            locked = cold.largest > spectrum.largest + spectrum.residual
+            cold = self._lanczos(operator, evaluator, self._noise(evaluator), most, 1.0)
+            margin = torch.maximum(spectrum.residual, self._tolerance * spectrum.largest.abs())
+            locked = cold.largest > spectrum.largest + margin
             spectrum = _larger(cold, spectrum)
         fine = spectrum.largest.isfinite()
         kept = torch.zeros_like(spectrum.vector) if old is None else old
         # after a non-finite batch the next start is the old vector, or noise alone
         self._vectors[which] = torch.where(fine, spectrum.vector, kept)
-        return spectrum, locked
+        return _Search(spectrum, earlier, locked)
 
-    def _calibrate(self, operator: Operator, spectrum: Spectrum, shorten: bool) -> None:
-        """Measure the error of finite differences, and shorten the step if the error is too large."""
+    def _noise(self, evaluator: LossEvaluator) -> Tensor:
+        """Return a random unit vector."""
+        noise = random_vector(evaluator, self._generator)
+        return noise / evaluator.vectors.norm(noise)
+
+    def _lanczos(
+        self, operator: Operator, evaluator: LossEvaluator, start: Tensor, most: int, share: Tensor | float
+    ) -> Spectrum:
+        """Search from a start of which noise is a share."""
+        overlap = share * random_overlap(evaluator.vectors.length)
+
+        def enough(largest: Tensor, unseen: Tensor) -> bool:
+            # ranks must agree, also where they round differently
+            both = torch.stack([largest, unseen])
+            evaluator.share(both)
+            return bool(self._is_converged(both[0], both[1]))
+
+        looks = enough if self._looks else None
+        return lanczos(operator, start, most, overlap=overlap, least=self._steps, enough=looks)
+
+    def _calibrate(self, operator: Operator, spectrum: Spectrum, shorten: bool) -> Tensor:
+        """Return the error of finite differences, and shorten the next step if it is too large."""
         error = operator.difference_error(spectrum) / spectrum.largest.abs()
         error = torch.where(spectrum.largest == 0.0, 0.0, error)
         fine = error.isfinite()
@@ -222,17 +325,31 @@ class SharpnessProbe:
         self._relative_error = torch.where(fine, error, old)
         stretch = torch.where(fine & (error > 1e-2), 0.5 if shorten else 1.0, 1.0) * self._stretch
         self._stretch = stretch.clamp(min=2.0**-4)
+        return self._relative_error * spectrum.largest.abs()
 
-    def _batch_error(self, spectrum: Spectrum, cold: bool) -> Tensor:
-        """Return the smoothed difference between batches; NaN until a warm measurement."""
-        nan = torch.full_like(spectrum.largest, torch.nan)
-        if cold:
-            return nan
-        gap = (spectrum.largest - spectrum.first).clamp(min=0.0)
+    def _batch_error(self, largest: Tensor, earlier: Tensor | None) -> Tensor:
+        """Return the smoothed excess over the quotient of the previous vector; NaN without one."""
+        if earlier is None:
+            return torch.full_like(largest, torch.nan)
+        gap = (largest - earlier).clamp(min=0.0)
         old = gap if self._gap is None else self._gap
         smooth = torch.where(old.isfinite(), _MEMORY * old + (1.0 - _MEMORY) * gap, gap)
         self._gap = torch.where(gap.isfinite(), smooth, old)
         return self._gap
+
+
+class _Search(NamedTuple):
+    """Result of a search.
+
+    Attributes:
+        spectrum: Both ends of the spectrum.
+        earlier: Rayleigh quotient of the previous vector, or None without one.
+        locked: Whether the warm start had locked on to a smaller eigenvalue.
+    """
+
+    spectrum: Spectrum
+    earlier: Tensor | None
+    locked: Tensor | bool
 
 
 def _larger(a: Spectrum, b: Spectrum) -> Spectrum:
@@ -242,7 +359,7 @@ def _larger(a: Spectrum, b: Spectrum) -> Spectrum:
         largest=torch.where(better, a.largest, b.largest),
         smallest=torch.minimum(a.smallest, b.smallest),
         residual=torch.where(better, a.residual, b.residual),
-        first=b.first,
+        unseen=torch.where(better, a.unseen, b.unseen),
         asymmetry=torch.where(better, a.asymmetry, b.asymmetry),
         vector=torch.where(better, a.vector, b.vector),
     )
@@ -254,9 +371,9 @@ class _Copy:
     def __init__(self, reading: SharpnessReading) -> None:
         self._reading = reading
         self._fields = [f.name for f in fields(reading) if isinstance(getattr(reading, f.name), Tensor)]
-        self._flags = [name for name, held in reading.flags.items() if isinstance(held, Tensor)]
+        self._flags = [name for name, held in reading.flags.tensors.items() if isinstance(held, Tensor)]
         tensors = [getattr(reading, name) for name in self._fields]
-        tensors += [reading.flags[name] for name in self._flags]
+        tensors += [reading.flags.tensors[name] for name in self._flags]
         packed = torch.stack([t.to(torch.float64) for t in tensors])
         self._event: Any = None
         if packed.is_cuda:
@@ -276,10 +393,10 @@ class _Copy:
         values: dict[str, Any] = dict(zip(self._fields, numbers, strict=False))
         if "step" in values:
             values["step"] = values["step"].to(torch.int64)
-        flags = dict(self._reading.flags)
+        flags = dict(self._reading.flags.tensors)
         for name, number in zip(self._flags, numbers[len(self._fields) :], strict=True):
             flags[name] = number.bool()
-        return replace(self._reading, **values, flags=flags)
+        return replace(self._reading, **values, flags=Flags(flags))
 
 
 class _Clock:

@@ -47,7 +47,12 @@ class Shards:
         self._reductions: dict[tuple[int, ...], tuple[Reduction | None, Tensor | None]] = {}
 
     def check_method(self, method: str) -> str:
-        """Return the method of products, or raise ``ValueError`` if DTensors do not take it."""
+        """Return the method of products, or raise ``ValueError`` if DTensors do not take it.
+
+        They take differences for ``"auto"``.
+        """
+        if method == "auto" and self.is_placed:
+            return "difference"
         if method == "autograd" and self.is_placed:
             hint = "FSDP2 has no double backward."
             check.fail(self._owner, "method", "be 'difference' for DTensors", method, hint)
@@ -98,6 +103,16 @@ class Shards:
     def total(self, sums: Sequence[Tensor]) -> Tensor:
         """Return the sum of a sum over each parameter, 0-dim float64; all processes call this."""
         return self.add_up(torch.stack(list(sums))[:, None], range(len(self.params)))[0]
+
+    def norm(self, tensors: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
+        """Return the L2 norm of a tensor for each parameter, 0-dim float64; all processes call this.
+
+        Args:
+            tensors: The parts in this process.
+            dtype: Dtype of the sum over one part.
+        """
+        norms = [torch.linalg.vector_norm(t, dtype=dtype) for t in tensors]
+        return self.total([n.to(torch.float64).square() for n in norms]).sqrt()
 
     def parts_of_flat(self, vector: Tensor) -> Tensor:
         """Return the parts of a vector over all whole parameters, one after the other."""

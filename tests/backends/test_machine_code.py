@@ -26,9 +26,10 @@ LIMITS = {"decide": 65536 // 512, "update": 65536 // 640, "update of all kinds":
 LIMITS |= {"measure": 65536 // 640}
 LIMITS |= dict.fromkeys(("rescale", "rescale of all kinds"), 65536 // 640)
 VECTOR_PARTS = ("Perturb", "Finish", "Combine")
-LIMITS |= dict.fromkeys((*VECTOR_PARTS, "preconditioner", "fold"), 65536 // 512) | {"Finish": 65536 // 384}
+LIMITS |= dict.fromkeys((*VECTOR_PARTS, "fold"), 65536 // 512)
+LIMITS |= dict.fromkeys(("Finish", "preconditioner"), 65536 // 384)
 LIMITS |= dict.fromkeys(("stage1", "reduce_layers", "update of layers"), 65536 // 512)
-LIMITS |= dict.fromkeys(("stage1 of all kinds", "update of layers of all kinds"), 65536 // 384)
+LIMITS |= {"stage1 of all kinds": 255, "update of layers of all kinds": 65536 // 384}
 
 
 def find_tool(name):

@@ -74,13 +74,24 @@ def wide_bytes(ptx, operation):
     return sum(sizes)
 
 
-def update(rule, dtype, n_states, full, rounding=0):
+def kinds_of(dtype, n_states, rounding, states):
+    """The only kind of a plan, and the bytes of its states; those of rounded states where there are."""
+    state = states or (F64 if dtype == F64 else F32)
+    return ((dtype, dtype, n_states, state, rounding),), n_states * SIZES[state]
+
+
+def average_of(dtype, full):
+    return full * SIZES[F64 if dtype == F64 else F32]
+
+
+def update(rule, dtype, n_states, full, rounding=0, states=None, spheres=False):
     """A plain update, or one that sums the norms and updates an average."""
-    kinds = ((dtype, dtype, n_states, rounding),)
-    constants = launch.update_constants(rule, kinds, accumulate=full, average=full, tiled=not full)
-    state = SIZES[F64 if dtype == F64 else F32]
-    own = n_states + full
-    return update_kernel, constants, 2 * SIZES[dtype] + own * state, SIZES[dtype] + own * state
+    kinds, state = kinds_of(dtype, n_states, rounding, states)
+    constants = launch.update_constants(
+        rule, kinds, accumulate=full, average=full, spheres=spheres, tiled=not full
+    )
+    own = state + average_of(dtype, full)
+    return update_kernel, constants, 2 * SIZES[dtype] + own, SIZES[dtype] + own
 
 
 def on_sphere(job):
@@ -91,29 +102,29 @@ def on_sphere(job):
 
 def rescale(dtype, full, rounding=0):
     """The rescaling of a parameter to its sphere, with or without an average."""
-    constants = launch.rescale_constants(((dtype, dtype, 2, rounding),), average=full)
-    own = SIZES[dtype] + full * SIZES[F64 if dtype == F64 else F32]
+    constants = launch.rescale_constants(kinds_of(dtype, 2, rounding, None)[0], average=full)
+    own = SIZES[dtype] + average_of(dtype, full)
     return rescale_kernel, constants, own, own
 
 
 def measure(dtype):
-    return measure_kernel, launch.measure_constants(((dtype, dtype, 2, 0),)), SIZES[dtype], 0
+    return measure_kernel, launch.measure_constants(kinds_of(dtype, 2, 0, None)[0]), SIZES[dtype], 0
 
 
-def stage1(rule, dtype, n_states, full, rounding=0):
+def stage1(rule, dtype, n_states, full, rounding=0, states=None):
     """Stage1, with or without norms."""
-    constants = launch.stage1_constants(rule, ((dtype, dtype, n_states, rounding),), accumulate=full)
-    state = n_states * SIZES[F64 if dtype == F64 else F32]
+    kinds, state = kinds_of(dtype, n_states, rounding, states)
+    constants = launch.stage1_constants(rule, kinds, accumulate=full)
     return layerwise.stage1_kernel, constants, 2 * SIZES[dtype] + state, state
 
 
-def stage2(rule, dtype, n_states, full, rounding=0):
+def stage2(rule, dtype, n_states, full, rounding=0, states=None):
     """Stage2; every rule but LAMB may read the gradient again."""
-    constants = launch.stage2_constants(rule, ((dtype, dtype, n_states, rounding),), average=full)
-    state = SIZES[F64 if dtype == F64 else F32]
+    kinds, state = kinds_of(dtype, n_states, rounding, states)
+    constants = launch.stage2_constants(rule, kinds, average=full)
     again = 0 if rule == "LAMB" else SIZES[dtype]
-    own = SIZES[dtype] + full * state
-    return layerwise.stage2_kernel, constants, own + again + n_states * state, own
+    own = SIZES[dtype] + average_of(dtype, full)
+    return layerwise.stage2_kernel, constants, own + again + state, own
 
 
 JOBS = {
@@ -127,6 +138,7 @@ JOBS = {
     "measure-bfloat16": measure(BF16),
     "adam-float32": update("Adam", F32, 2, False),
     "adam-bfloat16": update("Adam", BF16, 2, False),
+    "adam-float32-states": update("Adam", F32, 2, False, states=BF16),
     "adam-float32-full": update("Adam", F32, 2, True),
     "adam-bfloat16-full": update("Adam", BF16, 2, True),
     "amsgrad-float32-full": update("Adam", F32, 3, True),
@@ -180,6 +192,18 @@ RARE |= {
     "lamb-stage2-bfloat16-stochastic-full": rounded((stage2, "LAMB", BF16, 2, True), "stochastic"),
     "rescale-bfloat16-stochastic-full": rounded((rescale, BF16, True), "stochastic"),
     "rescale-bfloat16-kahan-full": rounded((rescale, BF16, True), "kahan"),
+}
+STOCHASTIC = ROUNDINGS["stochastic"]
+# bfloat16 states, in every kernel that rounds or loads them
+RARE |= {
+    "adam-bfloat16-stochastic-states": update("Adam", BF16, 2, False, STOCHASTIC, BF16),
+    "adam-bfloat16-stochastic-states-full": update("Adam", BF16, 2, True, STOCHASTIC, BF16),
+    "amsgrad-float32-states-full": update("Adam", F32, 3, True, states=BF16),
+    "sgd-float16-states": update("SGD", F16, 1, False, states=BF16),
+    "adam-sphere-float32-states": update("Adam", F32, 2, True, states=BF16, spheres=True),
+    "lamb-stage1-float32-states": stage1("LAMB", F32, 2, False, states=BF16),
+    "adamp-stage1-bfloat16-states-full": stage1("AdamP", BF16, 2, True, states=BF16),
+    "adamp-stage2-bfloat16-states-full": stage2("AdamP", BF16, 2, True, states=BF16),
 }
 RELEASE = ".".join(triton.__version__.split(".")[:2])
 # bytes of stack and of spills of one thread, where not 0: another order of instructions needs up to 20 registers
@@ -242,7 +266,8 @@ def test_whole_blocks_move_16_bytes_at_a_time_and_nothing_spills(job, target):
     assert (numbers["stack"], numbers["spills"]) == SPILLED.get((RELEASE, job, target), (0, 0))
     programs = REGISTERS // (numbers["registers"] * THREADS)
     # how many share a multiprocessor
-    wanted = 1 if "float64" in job else 2 if job.endswith("full") else 4 if "measure" in job else 3
+    alone = "float64" in job or constants["maxnreg"] == 255
+    wanted = 1 if alone else 2 if job.endswith("full") else 4 if "measure" in job else 3
     if "stage1" in job or "stage2" in job:
         wanted = min(wanted, 2)
     assert programs >= wanted, numbers
@@ -284,7 +309,7 @@ SPREAD = {
     ),
     "stage1": (
         layerwise.stage1_kernel,
-        launch.stage1_constants("AdamP", ((F32, F32, 2, 0),), accumulate=True, spread=True),
+        launch.stage1_constants("AdamP", ((F32, F32, 2, F32, 0),), accumulate=True, spread=True),
     ),
 }
 
@@ -319,7 +344,7 @@ def test_products_and_sums_round_as_they_are_written(rule, n_states, written):
 
 
 def test_several_kinds_in_one_kernel():
-    kinds = ((F32, F32, 2, 0), (BF16, F32, 2, 0), (BF16, BF16, 2, 0))
+    kinds = ((F32, F32, 2, F32, 0), (BF16, F32, 2, F32, 0), (BF16, BF16, 2, F32, 0))
     constants = launch.update_constants("Adam", kinds, accumulate=True, average=True)
     _, numbers = compile_kernel(update_kernel, constants, 90)
     assert (numbers["stack"], numbers["spills"]) == (0, 0)
@@ -532,7 +557,7 @@ def test_later_steps_launch_the_compiled_kernels(driver, monkeypatch):
 
 CHANGES = {
     "rule": "RAdam",
-    "kinds": ((BF16, BF16, 2, 0),),
+    "kinds": ((BF16, BF16, 2, F32, 0),),
     "n_chunks": 2,
     "n_tiles": 2,
     "rows": [None] * 300,
@@ -551,7 +576,7 @@ def test_kept_launches_follow_the_plan(monkeypatch, name):
     properties = {
         "step_column": lambda: column,
         "device": column.device,
-        **{"rule": "Adam", "kinds": ((F32, F32, 2, 0),), "n_chunks": 1, "n_tiles": 1, "rows": [None]},
+        **{"rule": "Adam", "kinds": ((F32, F32, 2, F32, 0),), "n_chunks": 1, "n_tiles": 1, "rows": [None]},
         **{"record": {"ring_buffer": None}, "average": (None,), "groups": SimpleNamespace(has_spheres=False)},
         "reduction": None,
     }
@@ -583,7 +608,7 @@ def test_vector_operations_move_16_bytes_at_a_time_and_spill_nothing(dtype, oper
 
 @pytest.mark.parametrize(("rule", "n_states"), [("Adam", 2), ("Adam", 3), ("RAdam", 2), ("SGD", 1)])
 def test_the_preconditioner_moves_16_bytes_at_a_time_and_spills_nothing(rule, n_states):
-    constants = launch.preconditioner_constants(rule, ((F32, F32, n_states, 0),), False)
+    constants = launch.preconditioner_constants(rule, ((F32, F32, n_states, F32, 0),), False)
     ptx, numbers = compile_kernel(preconditioner.preconditioner_kernel, constants, 90)
     assert numbers["spills"] == 0, numbers
     assert wide_bytes(ptx, "ld") >= 16 * (2 + n_states if rule != "SGD" else 0)

@@ -349,12 +349,20 @@ def test_doctor_shows_the_ledger():
     assert totals["RAdam", "EMA"] == ("3", "36")
     assert totals["AdamP", "clip"] == ("5", "44")
     # launches, bytes held and moved per parameter; no mode takes a launch more
-    held = {(row[0], row[1]): row[2:5] for row in rows if len(row) == 6}
-    assert held["float32", "nearest"] == ["3", "12", "28"]
-    assert held["bfloat16", "nearest"] == held["bfloat16", "stochastic"] == ["3", "10", "22"]
-    assert held["bfloat16", "kahan"] == held["bfloat16", "split"] == ["3", "12", "26"]
-    assert held["bfloat16", "master"] == ["3", "14", "30"]
-    assert totals["bfloat16", "split"][1] == "80.9 GB"
+    held = {tuple(row[:3]): row[3:] for row in rows if len(row) == 7}
+    assert held["float32", "float32", "nearest"] == ["3", "12", "28", "80.9 GB"]
+    assert held["float32", "bfloat16", "nearest"] == ["3", "8", "20", "53.9 GB"]
+    numbers = {
+        "nearest": (10, 22),
+        "stochastic": (10, 22),
+        "kahan": (12, 26),
+        "split": (12, 26),
+        "master": (14, 30),
+    }
+    for mode, (kept, moved) in numbers.items():
+        assert held["bfloat16", "float32", mode][:3] == ["3", str(kept), str(moved)]
+        assert held["bfloat16", "bfloat16", mode][:3] == ["3", str(kept - 4), str(moved - 8)]
+    assert held["bfloat16", "float32", "split"][3] == "80.9 GB"
 
 
 def test_doctor_predicts_times_on_a_gpu(monkeypatch):

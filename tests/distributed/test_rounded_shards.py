@@ -1,4 +1,4 @@
-"""Rounding of 16-bit parameters that are spread over processes: the bits of one process."""
+"""Rounding of 16-bit parameters and states that are spread over processes: the bits of one process."""
 
 import pytest
 import torch
@@ -38,6 +38,7 @@ for cls, modes in ((fw.Adam, ("stochastic", "kahan", "split", "master")), (fw.LA
                 for v, p in zip(values, own)
             ]
             options = dict(lr=1e-2, param_rounding=mode, rounding_seed=5, backend="{backend}")
+            options["state_dtype"] = torch.bfloat16 if mode in ("stochastic", "kahan") else torch.float32
             opts = [cls(params, **options) for params in (whole, parts)]
             for step in range(3):
                 for param, part, p in zip(whole, parts, own):
@@ -48,18 +49,19 @@ for cls, modes in ((fw.Adam, ("stochastic", "kahan", "split", "master")), (fw.LA
                 if step == 1:
                     # on with a new optimizer, from a state dict
                     saved = opts[1].state_dict()
-                    opts[1] = cls(parts, **dict(options, param_rounding="nearest", rounding_seed=0))
+                    opts[1] = cls(parts, **dict(options, param_rounding="nearest", rounding_seed=0, state_dtype=torch.float32))
                     opts[1].load_state_dict(saved)
             exact = [opt.exact_parameters() for opt in opts]
             for i, (param, part) in enumerate(zip(whole, parts)):
                 name = (cls.__name__, mode, placement, tuple(param.shape))
                 check(name, part.full_tensor(), param)
                 check(name, exact[1][i].full_tensor(), exact[0][i])
-                if mode in RESIDUES:
-                    key = RESIDUES[mode][0]
-                    residue = opts[1].state[part][key]
-                    assert isinstance(residue, DTensor), name
-                    check(name, residue.full_tensor(), opts[0].state[param][key])
+                keys = ("exp_avg", "exp_avg_sq", *([RESIDUES[mode][0]] if mode in RESIDUES else []))
+                assert opts[1].state[part]["exp_avg"].dtype == options["state_dtype"], name
+                for key in keys:
+                    state = opts[1].state[part][key]
+                    assert isinstance(state, DTensor), name
+                    check((name, key), state.full_tensor(), opts[0].state[param][key])
             opts[1].set_exact_parameters(exact[1])
             check("set", opts[1].exact_parameters()[0].full_tensor(), exact[0][0])
             done += 1

@@ -706,7 +706,7 @@ def quadratic(values):
 
 def spectrum(largest, **others):
     """A spectrum of numbers, for parts of a probe."""
-    found = {"smallest": 0.0, "residual": 0.0, "first": 0.0, "asymmetry": 0.0, "vector": [1.0], **others}
+    found = {"smallest": 0.0, "residual": 0.0, "unseen": 0.0, "asymmetry": 0.0, "vector": [1.0], **others}
     found = {name: torch.tensor(value, dtype=torch.float64) for name, value in found.items()}
     return Spectrum(largest=torch.tensor(largest, dtype=torch.float64), **found)
 
@@ -714,8 +714,12 @@ def spectrum(largest, **others):
 def test_audits_and_their_cost():
     """Every twentieth, with products of its own and a new look at the error of differences; cold is the first alone."""
     params, loss = quadratic(torch.linspace(0.0, 1.0, 40, dtype=torch.float64))
-    readings = readings_of(fw.SharpnessProbe(torch.optim.SGD(params, lr=0.1), loss, every=1), 42)
-    assert [r.hvps for r in readings] == [12, 5, 5, 5, 5, *[3] * 15, 13, *[3] * 19, 13, 3]
+    probe = fw.SharpnessProbe(
+        torch.optim.SGD(params, lr=0.1), loss, every=1, steps=7, max_products=7, method="difference"
+    )
+    readings = readings_of(probe, 42)
+    # two for the error of differences, and one for the previous vector
+    assert [r.hvps for r in readings] == [9, *[10] * 19, 17, *[10] * 19, 17, 10]
     flags = [r.asdict()["flags"] for r in readings]
     assert [i for i, names in enumerate(flags) if "audit" in names] == [20, 40]
     assert [i for i, names in enumerate(flags) if "cold" in names] == [0]
@@ -742,13 +746,21 @@ def test_an_audit_says_that_the_search_was_locked(monkeypatch):
     assert readings[20].value.item() == pytest.approx(20.0, rel=1e-3)
     assert readings[21].value.item() == pytest.approx(20.0, rel=1e-3)
     assert {type(held) for r in readings for held in r.asdict()["flags"]} == {str}
-    assert readings[20].flags["locked"].dtype == torch.bool
+    assert readings[20].flags.tensors["locked"].dtype == torch.bool
 
 
-def test_more_products_than_the_first_warm_readings_take():
+def test_products_until_the_bound_meets_the_tolerance():
+    """At least ``steps`` of them."""
     params, loss = quadratic(torch.linspace(0.0, 1.0, 40, dtype=torch.float64))
-    probe = fw.SharpnessProbe(torch.optim.SGD(params, lr=0.1), loss, every=1, steps=7)
-    assert [r.hvps for r in readings_of(probe, 7)] == [12, 7, 7, 7, 7, 7, 7]
+    counts = []
+    for steps, tolerance in ((2, 0.05), (15, 0.05), (2, 1e-4)):
+        probe = fw.SharpnessProbe(
+            torch.optim.SGD(params, lr=0.1), loss, every=1, steps=steps, tolerance=tolerance, max_products=40
+        )
+        readings = readings_of(probe, 7)
+        assert not any("unconverged" in r.flags for r in readings)
+        counts.append(readings[-1].hvps)
+    assert counts[0] < counts[1] == 1 + 15 < counts[2]
 
 
 def test_arguments_of_a_probe_reach_the_measurement():
@@ -790,10 +802,12 @@ def test_other_parameters_make_a_cold_start(change):
             for p in params:
                 p.data = p.data.double()
 
-    probe = fw.SharpnessProbe(torch.optim.SGD(params, lr=0.1), loss, every=1)
+    probe = fw.SharpnessProbe(
+        torch.optim.SGD(params, lr=0.1), loss, every=1, steps=7, max_products=7, method="difference"
+    )
     readings = readings_of(probe, 4, alter)
     assert ["cold" in r.asdict()["flags"] for r in readings] == [True, False, True, False]
-    assert [r.hvps for r in readings] == [12, 5, 12, 5]
+    assert [r.hvps for r in readings] == [9, 10, 9, 10]
     assert math.isnan(readings[2].err_batch)
 
 
@@ -814,22 +828,22 @@ def test_a_vector_survives_a_loss_that_is_not_finite():
 def test_how_batches_differ_is_smoothed():
     params, loss = quadratic(torch.ones(4, dtype=torch.float64))
     probe = fw.SharpnessProbe(torch.optim.SGD(params, lr=0.1), loss)
-    assert math.isnan(probe._batch_error(spectrum(5.0, first=1.0), True))
-    for largest, first, expected in (
+    assert math.isnan(probe._batch_error(torch.tensor(5.0), None))
+    for largest, earlier, expected in (
         (5.0, 3.0, 2.0),
         (5.0, 5.5, 0.9 * 2.0),
         (math.nan, math.nan, 0.9 * 2.0),
         (5.0, 1.0, 0.81 * 2.0 + 0.1 * 4.0),
     ):
-        error = float(probe._batch_error(spectrum(largest, first=first), False))
+        error = float(probe._batch_error(*torch.tensor([largest, earlier], dtype=torch.float64)))
         assert error == pytest.approx(expected, rel=1e-14)
 
 
 def test_the_first_batch_error_may_be_unknown():
     params, loss = quadratic(torch.ones(4, dtype=torch.float64))
     probe = fw.SharpnessProbe(torch.optim.SGD(params, lr=0.1), loss)
-    assert math.isnan(probe._batch_error(spectrum(math.nan, first=1.0), False))
-    assert float(probe._batch_error(spectrum(3.0, first=1.0), False)) == 2.0
+    assert math.isnan(probe._batch_error(*torch.tensor([math.nan, 1.0])))
+    assert float(probe._batch_error(*torch.tensor([3.0, 1.0]))) == 2.0
 
 
 class Known:
@@ -862,14 +876,14 @@ def test_steps_that_are_too_long_are_shortened():
 
 
 def test_the_larger_of_two_spectra():
-    """All that belongs to its top comes along; the start vector is that of the warm search."""
-    low = spectrum(1.0, smallest=-3.0, residual=0.1, first=0.5, asymmetry=0.01, vector=[1.0, 0.0])
-    high = spectrum(2.0, smallest=-1.0, residual=0.2, first=0.7, asymmetry=0.02, vector=[0.0, 1.0])
+    """All that belongs to its top comes along."""
+    low = spectrum(1.0, smallest=-3.0, residual=0.1, unseen=0.5, asymmetry=0.01, vector=[1.0, 0.0])
+    high = spectrum(2.0, smallest=-1.0, residual=0.2, unseen=0.7, asymmetry=0.02, vector=[0.0, 1.0])
     for a, b in ((low, high), (high, low)):
         found = _larger(a, b)
-        for name in ("largest", "residual", "asymmetry", "vector"):
+        for name in ("largest", "residual", "unseen", "asymmetry", "vector"):
             assert torch.equal(getattr(found, name), getattr(high, name)), name
-        assert (found.smallest, found.first) == (-3.0, b.first)
+        assert found.smallest == -3.0
 
 
 # searches for a rate

@@ -47,12 +47,14 @@ def digits():
     return torch.tensor(raw.data / 16, dtype=torch.float32), torch.tensor(raw.target)
 
 
-def final_loss(digits, dtype, mode, seed):
+def final_loss(digits, dtype, mode, seed, state_dtype=torch.float32):
     """Train a perceptron from weights that bfloat16 has exactly, and return its loss on all images."""
     torch.manual_seed(seed)
     model = nn.Sequential(nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, 10)).bfloat16().to(dtype)
     images, labels = digits[0].to(dtype), digits[1]
-    opt = fw.AdamW(model.parameters(), lr=RATE, param_rounding=mode, rounding_seed=seed)
+    opt = fw.AdamW(
+        model.parameters(), lr=RATE, param_rounding=mode, state_dtype=state_dtype, rounding_seed=seed
+    )
     generator = torch.Generator().manual_seed(seed)
     for _ in range(STEPS):
         index = torch.randint(len(labels), (BATCH,), generator=generator)
@@ -80,3 +82,15 @@ def test_losses_after_training(digits, float32_losses, mode):
         assert min(ratios) > 1.25, ratios
     else:
         assert max(abs(ratio - 1) for ratio in ratios) < 0.01, ratios
+
+
+@pytest.mark.parametrize(
+    ("dtype", "mode"),
+    [(torch.float32, "nearest"), (torch.bfloat16, "stochastic"), (torch.bfloat16, "split")],
+    ids=str,
+)
+def test_losses_with_moments_of_16_bits(digits, float32_losses, dtype, mode):
+    """Each seed ends within 1 % of its float32 run."""
+    losses = [final_loss(digits, dtype, mode, seed, torch.bfloat16) for seed in SEEDS]
+    ratios = [loss / base for loss, base in zip(losses, float32_losses, strict=True)]
+    assert max(abs(ratio - 1) for ratio in ratios) < 0.01, ratios

@@ -66,6 +66,27 @@ def test_residues_are_read_and_written_where_the_parameter_is(mode):
     assert sphere.per_parameter == 6 + 4 + 4 * residue
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_bfloat16_states_take_half(dtype):
+    """Each state is read and written with 2 bytes less, and by a rule that sums over layers read once more."""
+    options = {"state_dtype": torch.bfloat16, "telemetry": False}
+    for optimizer, more, saved in (
+        (fw.Adam, {}, 8),
+        (fw.Adam, {"amsgrad": True}, 12),
+        (fw.SGD, {"momentum": 0.9}, 4),
+        (fw.LAMB, {"max_grad_norm": None}, 12),
+    ):
+        plain, light = (
+            ledger(optimizer, dtype, telemetry=False, **more),
+            ledger(optimizer, dtype, **options, **more),
+        )
+        assert light.launches == plain.launches
+        assert light.per_parameter == plain.per_parameter - saved
+    # averages stay float32
+    averaged = ledger(fw.Adam, dtype, **options, average=fw.EMA(0.9))
+    assert averaged.per_parameter == ledger(fw.Adam, dtype, **options).per_parameter + 8
+
+
 # what is read twice: parameter and states, and the gradient where the update needs it again
 LAYERS = {
     "lamb": (fw.LAMB, {}, 40),

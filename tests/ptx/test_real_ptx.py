@@ -119,11 +119,12 @@ def test_options_have_the_bits_of_the_cpu_kernels(side, case, option, monkeypatc
     assert_same(runs)
 
 
-@pytest.mark.rest
-@pytest.mark.parametrize("case", ["adamw", "lamb"])
-def test_rounded_states_have_the_bits_of_the_cpu_kernels(case, monkeypatch):
-    """Beside float32 parameters and those that draw bits themselves."""
-    backends = (backend_of(MAIN[0], monkeypatch), CpuBackend())
+@pytest.mark.parametrize(
+    ("side", "case"), rows(lambda side, case: (side, case) == ("triton-90", "adamw"), MAIN, ("adamw", "lamb"))
+)
+def test_rounded_states_have_the_bits_of_the_cpu_kernels(side, case, monkeypatch):
+    """Beside float32 parameters and those that draw bits of their own."""
+    backends = (backend_of(side, monkeypatch), CpuBackend())
     options = {"state_dtype": torch.bfloat16, "param_rounding": "stochastic", "rounding_seed": 7}
     step_all(runs := make_runs(BY_NAME[case], (torch.float32, torch.bfloat16), backends, **options))
     assert_same(runs)

@@ -55,7 +55,7 @@ def test_crossing_is_recovered(seed, audited, monkeypatch):
             late.append(t - 50)
     assert audits == (4 if audited else 0)
     print(f"crossing, seed {seed}, audited {audited}: readings off by more than 1 %: {late}")
-    assert max(late) <= 16
+    assert max(late, default=0) <= 16
 
 
 @pytest.mark.parametrize(("admixture", "expected"), [(0.0, 10.0), (None, 20.0)])
@@ -142,7 +142,7 @@ def test_training_is_not_affected(cls):
 def test_schedule_telemetry_and_step():
     model, loss = tanh_model(sizes=(4, 5, 3))
     opt = fw.SGD(model.parameters(), lr=0.1)
-    probe = fw.SharpnessProbe(opt, every=4)
+    probe = fw.SharpnessProbe(opt, every=4, method="difference", steps=5, max_products=5)
     made = []
     for _ in range(22):
         opt.zero_grad()
@@ -153,10 +153,10 @@ def test_schedule_telemetry_and_step():
     readings = [probe.poll() for _ in range(7)]
     assert readings.pop() is None
     assert [r.asdict()["step"] for r in readings] == [0, 4, 8, 12, 16, 20]
-    assert readings[0].asdict()["flags"] == ["cold"]
-    # two more products of the cold one measure the error of differences
-    assert [r.hvps for r in readings] == [12, 5, 5, 5, 5, 3]
-    assert [r.cost for r in readings] == [24, 10, 10, 10, 10, 6]
+    assert "cold" in readings[0].asdict()["flags"]
+    # two more products measure the error of differences, and one more the previous vector
+    assert [r.hvps for r in readings] == [7, 8, 8, 8, 8, 8]
+    assert [r.cost for r in readings] == [14, 16, 16, 16, 16, 16]
     assert math.isnan(readings[0].err_batch.item())
     assert readings[1].err_batch.item() >= 0.0
     sharpness = opt.telemetry.history()["sharpness"]
@@ -178,7 +178,7 @@ def test_groups_with_other_rates():
         reading = probe.poll()
         opt.step()
         opt.zero_grad()
-    assert reading.hvps == 10
+    assert reading.hvps >= 2 * (1 + 3)
     assert reading.edge_ratio.item() == pytest.approx(exact.edge_ratio.item(), rel=2e-2)
     assert reading.value.item() == pytest.approx(exact.value.item(), rel=2e-2)
 

@@ -154,7 +154,7 @@ def test_both_ends_of_a_difference_start_at_the_exact_values(mode, backend, monk
             real(self, vector, scale, size)
 
         monkeypatch.setattr(kind, "perturb", perturb)
-    probe = fw.SharpnessProbe(opt, loss)
+    probe = fw.SharpnessProbe(opt, loss, method="difference", steps=10)
     assert probe.measure()
     assert math.isfinite(probe.poll().value)
     assert len(asked) >= 20

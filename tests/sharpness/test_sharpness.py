@@ -441,7 +441,9 @@ def test_errors():
         top_eigenvalue(3, [p])
     with pytest.raises(ValueError, match=r"top_eigenvalue: params must hold at least one element"):
         top_eigenvalue(loss, [])
-    with pytest.raises(ValueError, match=r"method must be one of 'difference', 'autograd', got 'exact'"):
+    with pytest.raises(
+        ValueError, match=r"method must be one of 'difference', 'autograd', 'auto', got 'exact'"
+    ):
         top_eigenvalue(loss, [p], method="exact")
     with pytest.raises(ValueError, match=r"iterations must be >= 1, got 0"):
         top_eigenvalue(loss, [p], iterations=0)

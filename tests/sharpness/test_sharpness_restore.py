@@ -2,6 +2,7 @@
 
 import copy
 import random
+import types
 import warnings
 
 import numpy as np
@@ -12,7 +13,15 @@ from torch import nn
 from torch.nn import functional as F
 
 import fused_warmup as fw
-from fused_warmup.sharpness import critical_lr, preconditioned, top_eigenvalue
+from fused_warmup.sharpness import (
+    HessianOperator,
+    PreconditionedOperator,
+    critical_lr,
+    preconditioned,
+    spectral_density,
+    top_eigenvalue,
+    trace,
+)
 
 
 @pytest.fixture(autouse=True)
@@ -77,12 +86,23 @@ def assert_unchanged(before, after):
     assert before[1] == after[1]
 
 
+def columns(params):
+    return torch.ones(sum(p.numel() for p in params), 3)
+
+
+def value_of(value):
+    return types.SimpleNamespace(value=value)
+
+
 MEASURES = {
     "top": lambda loss, opt, ps: top_eigenvalue(loss, ps, iterations=4),
     "top-autograd": lambda loss, opt, ps: top_eigenvalue(loss, ps, iterations=4, method="autograd"),
     "preconditioned": lambda loss, opt, ps: preconditioned(loss, opt, iterations=4),
-    "probe": lambda loss, opt, ps: fw.SharpnessProbe(opt).measure(loss),
+    "probe": lambda loss, opt, ps: fw.SharpnessProbe(opt, method="difference").measure(loss),
     "critical_lr": lambda loss, opt, ps: critical_lr(loss, opt),
+    "trace": lambda loss, opt, ps: trace(HessianOperator(loss, ps), vectors=3),
+    "density": lambda loss, opt, ps: value_of(spectral_density(HessianOperator(loss, ps), steps=2).largest),
+    "product": lambda loss, opt, ps: value_of((PreconditionedOperator(loss, opt) @ columns(ps)).sum()),
     "initial_lr": lambda loss, opt, ps: fw.tuning.initial_lr(loss, opt, target=1.0),
 }
 

@@ -108,6 +108,107 @@ def test_critical_rate_of_a_quadratic():
     assert 2 / exact < 0.9 * sharpness
 
 
+def batches(*scales):
+    """Closures of quadratics with other curvatures in one parameter of SGD, whose gradient is that of their mean."""
+    x = torch.tensor([1.0], dtype=torch.float64, requires_grad=True)
+    losses = [lambda s=s: 0.5 * s * (x * x).sum() for s in scales]
+    (sum(loss() for loss in losses) / len(losses)).backward()
+    return x, losses
+
+
+@pytest.mark.parametrize("grad", [True, False])
+def test_rates_of_several_batches(grad):
+    """The direction of the mean has gradient m: batch i is critical at 2 / m for any curvature that passes through 0."""
+    x = torch.tensor([1.0], dtype=torch.float64, requires_grad=True)
+    # minima at 0, 0.2 and -0.3, so that the rates are (1 - minimum) * 2 / m
+    minima, curvature = (0.0, 0.2, -0.3), 5.0
+    losses = [lambda m=m: 0.5 * curvature * ((x - m) ** 2).sum() for m in minima]
+    (sum(loss() for loss in losses) / 3).backward()
+    mean = x.grad.item()
+    opt = fw.SGD([x], lr=1e-2)
+    before = x.detach().clone(), x.grad.clone()
+    # without a gradient in .grad the direction is that of the mean, also for each batch
+    found = critical_lr(losses, opt, use_grad=grad)
+    assert found.lo <= 2 * (1 - sum(minima) / 3) / mean <= found.hi
+    exact = [2 * (1 - m) / mean for m in minima]
+    assert len(found.batches) == 3
+    for batch, rate in zip(found.batches, exact, strict=True):
+        assert batch.lo <= rate <= batch.hi
+        assert batch.flags == ()
+    rates = [batch.value for batch in found.batches]
+    distances = [abs(a - b) for a, b in itertools.combinations(rates, 2)]
+    assert found.err_batch == pytest.approx(sum(distances) / 3)
+    assert found.err_batch == pytest.approx(2 / mean * (0.2 + 0.3 + 0.5) / 3, rel=0.2)
+    alone = critical_lr(losses[0], opt)
+    assert found.forwards > 3 * alone.forwards
+    assert_same_bits("param", x.detach(), before[0])
+    assert_same_bits("grad", x.grad, before[1])
+
+
+def test_the_rate_of_one_batch_is_compared_with_the_one_before():
+    x, losses = batches(5.0)
+    opt = fw.SGD([x], lr=1e-2)
+    first = critical_lr(losses[0], opt)
+    assert math.isnan(first.err_batch)
+    assert first.batches == ()
+    assert math.isnan(critical_lr(losses[0], opt, previous=first.value).err_batch)
+    x.grad.mul_(0.5)
+    second = critical_lr(losses[0], opt, previous=first)
+    # half of the direction is critical at twice the rate
+    assert second.err_batch == abs(second.value - first.value)
+    assert second.err_batch == pytest.approx(first.value, rel=0.2)
+
+
+def test_a_batch_without_a_rate_has_an_infinite_distance():
+    x, losses = batches(5.0, 1.0)
+    found = critical_lr([losses[0], lambda: 0.01 * x.sum()], fw.SGD([x], lr=1e-2))
+    assert math.isfinite(found.value)
+    assert found.err_batch == math.inf
+    assert found.batches[1].flags == ("no_increase",)
+
+
+def test_initial_rates_of_several_batches():
+    x, losses = batches(5.0, 4.0, 6.0)
+    opt = fw.SGD([x])
+    found = initial_lr(losses, opt, start=1e-3, target=10.0)
+    one = initial_lr(lambda: sum(loss() for loss in losses) / 3, opt, start=1e-3, target=10.0)
+    assert (found.value, found.lo, found.hi, found.flags) == (one.value, one.lo, one.hi, one.flags)
+    # all minima are at 0, so every batch is critical at 2 / m
+    assert len({batch.value for batch in found.batches}) == 1
+    assert found.err_batch == 0.0
+    assert found.forwards == 3 * one.forwards + sum(batch.forwards for batch in found.batches)
+    assert initial_lr(losses[:1], opt, start=1e-3, target=10.0).batches == ()
+
+
+def test_a_catapult_searches_on_several_batches():
+    x, losses = batches(5.0, 4.0, 6.0)
+    opts = [fw.SGD([x], lr=0.1), fw.SGD([x], lr=0.1)]
+    first, second = (PersistentCatapult(opt, target=1e6, start=1e-3) for opt in opts)
+    assert first.last_search is None
+    rate = first.step(1.0, losses)
+    assert rate == second.step(1.0, lambda: sum(loss() for loss in losses) / 3)
+    assert (first.last_search.value, len(first.last_search.batches)) == (rate, 3)
+    assert first.forwards == first.last_search.forwards > second.forwards
+    assert math.isnan(second.last_search.err_batch)
+
+
+def test_batches_that_do_not_fit_are_named():
+    x, losses = batches(5.0)
+    opt = fw.SGD([x], lr=1e-2)
+    searches = {
+        "critical_lr": lambda each: critical_lr(each, opt),
+        "initial_lr": lambda each: initial_lr(each, opt, target=1.0),
+        "PersistentCatapult": lambda each: PersistentCatapult(opt, target=1.0).step(1.0, each),
+    }
+    for name, search in searches.items():
+        with pytest.raises(ValueError, match=f"{name}: loss_fn must hold at least one closure, got"):
+            search([])
+        with pytest.raises(TypeError, match=rf"{name}: loss_fn\[1\] must be a function"):
+            search([losses[0], 3.0])
+        with pytest.raises(TypeError, match=f"{name}: loss_fn must be a function"):
+            search(3.0)
+
+
 def test_critical_rate_without_one():
     x, _, loss = diagonal((1.0, 1.0, 1.0))
     opt = fw.SGD([x], lr=0.1, momentum=0.9)

@@ -188,7 +188,7 @@ def stage2_constants(rule: str, kinds: Kinds, *, average: bool, spheres: bool = 
 
 def rescale_constants(kinds: Kinds, *, average: bool) -> dict[str, Any]:
     """Return constants and options of ``rescale_kernel``, see ``update_constants``."""
-    own = tuple(sorted({(dtype, rounding) for dtype, _, _, rounding in kinds}))
+    own = tuple(sorted({(dtype, rounding) for dtype, *_, rounding in kinds}))
     constants = {"PARAM_KINDS": own, "AVERAGE": average, "BLOCK": BLOCK, "TAIL": TAIL}
     return {**constants, "maxnreg": 128 if DTYPES[torch.float64] in dict(own) else 80, **_OPTIONS}
 
@@ -204,9 +204,11 @@ def _registers(kinds: Kinds, accumulate: bool, spheres: bool) -> int:
     Without a bound ptxas spills some registers to save others.
     """
     double = any(dtype == DTYPES[torch.float64] for dtype, *_ in kinds)
-    most_states = max((n_states for _, _, n_states, _ in kinds), default=0)
+    most_states = max((n_states for _, _, n_states, *_ in kinds), default=0)
     streams = most_states + len(kinds)
-    drawn = spheres and any(rounding in _DRAWING for *_, rounding in kinds)
+    drawn = spheres and any(
+        state_dtype == DTYPES[torch.bfloat16] or rounding in _DRAWING for *_, state_dtype, rounding in kinds
+    )
     if double or (accumulate and streams + 2 * drawn > 4):
         return 255
     return 128 if accumulate or streams > 3 else 80

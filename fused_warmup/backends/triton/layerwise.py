@@ -16,13 +16,13 @@ from .memory import (
     arithmetic,
     arrives_last,
     as_mask,
+    average_dtype,
     field,
     grad_of,
     item_size,
     load_struct,
     load_tile,
     scalars_of,
-    state_dtype,
     store_struct,
     store_tile,
 )
@@ -44,7 +44,18 @@ from .reduce import (
     zero_products,
     zero_sums,
 )
-from .rounding import UPDATE_PASS, are_rounded, is_of_kind, load_param, store_param, vector_alignment
+from .rounding import (
+    UPDATE_PASS,
+    are_rounded,
+    is_of_kind,
+    load_param,
+    load_states,
+    rounds_anything,
+    state_bits,
+    store_param,
+    store_states,
+    vector_alignment,
+)
 from .rules import CHANNEL_VIEW, NO_VIEW, average_update, coef_in_view, projection_view
 from .sphere import finish_spheres, is_on_sphere, store_sum_sq
 from .totals import combine_slots, fold_norms, number_at, sums_of_layer
@@ -54,6 +65,7 @@ from .totals import combine_slots, fold_norms, number_at, sums_of_layer
 def stage1_tiles(
     step,
     row,
+    key,
     grad,
     chunk,
     row_scalars,
@@ -66,6 +78,7 @@ def stage1_tiles(
     DTYPE: tl.constexpr,
     GRAD_DTYPE: tl.constexpr,
     N_STATES: tl.constexpr,
+    STATE_DTYPE: tl.constexpr,
     ROUNDING: tl.constexpr,
     ACCUMULATE: tl.constexpr,
     PIECES: tl.constexpr,
@@ -78,8 +91,6 @@ def stage1_tiles(
     stored sums of the first ones are added.
     """
     C: tl.constexpr = arithmetic(DTYPE)
-    STATE_DTYPE: tl.constexpr = state_dtype(DTYPE)
-    states = (row.state0, row.state1, row.state2)
     s = scalars_of(row_scalars, C)
     begun = done // PIECE
     skipped = done - begun * PIECE
@@ -91,19 +102,16 @@ def stage1_tiles(
         sums = zero_products(PIECES, COLUMNS, N_SUMS, ALIGNED)
         for column in range(skipped, tl.minimum(part - begun * PIECE, PIECE), COLUMNS):
             places, mask = tile_places(i, column, part, count, COLUMNS, ALIGNED)
+            bits = state_bits(key, chunk.offset, places, N_STATES, STATE_DTYPE, ALIGNED)
             param = load_param(row, chunk.offset, places, mask, DTYPE, ROUNDING, C, ALIGNED)
             at = grad + chunk.offset * item_size(GRAD_DTYPE)
             g = load_tile(at, places, mask, GRAD_DTYPE, C, ALIGNED)
-            state = ()
-            for j in tl.static_range(N_STATES):
-                at = states[j] + chunk.offset * item_size(STATE_DTYPE)
-                state = state + (load_tile(at, places, mask, STATE_DTYPE, C, ALIGNED),)
+            state = load_states(row, chunk.offset, places, mask, N_STATES, STATE_DTYPE, C, ALIGNED)
             if ACCUMULATE:
                 norms = add_products(norms, norm_terms(g.to(tl.float64)), mask)
             state = UPDATE_MOMENTS(param, g, state, s)
-            for j in tl.static_range(N_STATES):
-                at = states[j] + chunk.offset * item_size(STATE_DTYPE)
-                store_tile(at, places, mask, state[j], STATE_DTYPE, ALIGNED)
+            # stage2 recomputes the direction from the moments as they are stored
+            state = store_states(row, bits, chunk.offset, places, mask, state, N_STATES, STATE_DTYPE, ALIGNED)
             update = DIRECTION(param, g, state, s)
             products = REDUCTIONS(param.to(tl.float64), g.to(tl.float64), update.to(tl.float64), row_scalars)
             sums = add_products(sums, products, mask)
@@ -212,16 +220,18 @@ def stage1_chunk(
     row = load_struct(step.rows, chunk.row, "Row")
     grad = tl.load(grad_of(step, chunk.row))
     s = load_struct(step.scalars, chunk.row, "Scalars")
+    key = (step.rows, chunk.row, tl.load(field(step.decision, 0, "StepDecision", "t")))
     part = channel_part(row, chunk)
-    addresses = row.param | grad | row.state0 | row.state1 | vector_alignment(row, KINDS)
+    addresses = row.param | grad | row.state0 | row.state1 | vector_alignment(row, rounds_anything(KINDS))
     whole = vector_part(addresses, chunk, part)
     done, part = (0, whole) if ALIGNED else (whole, part)
     norms = zero_part()
     for k in tl.static_range(len(KINDS)):
         if (grad != 0) & is_of_kind(row, KINDS, k) & (done < part):
             norms = stage1_tiles(
-                step, row, grad, chunk, s, done, part, UPDATE_MOMENTS, DIRECTION, REDUCTIONS, N_SUMS,
-                KINDS[k][0], KINDS[k][1], KINDS[k][2], KINDS[k][3], ACCUMULATE, PIECES, COLUMNS, ALIGNED,
+                step, row, key, grad, chunk, s, done, part, UPDATE_MOMENTS, DIRECTION, REDUCTIONS, N_SUMS,
+                KINDS[k][0], KINDS[k][1], KINDS[k][2], KINDS[k][3], KINDS[k][4], ACCUMULATE, PIECES, COLUMNS,
+                ALIGNED,
             )  # fmt: skip
     if ACCUMULATE:
         if not ALIGNED:
@@ -482,6 +492,7 @@ def stage2_tiles(
     DTYPE: tl.constexpr,
     GRAD_DTYPE: tl.constexpr,
     N_STATES: tl.constexpr,
+    STATE_DTYPE: tl.constexpr,
     ROUNDING: tl.constexpr,
     AVERAGE: tl.constexpr,
     SPHERES: tl.constexpr,
@@ -494,8 +505,7 @@ def stage2_tiles(
     Elements are left out as by ``stage1_tiles``.
     """
     C: tl.constexpr = arithmetic(DTYPE)
-    STATE_DTYPE: tl.constexpr = state_dtype(DTYPE)
-    states = (row.state0, row.state1, row.state2)
+    AVERAGE_DTYPE: tl.constexpr = average_dtype(DTYPE)
     s = scalars_of(row_scalars, C)
     weight = average_weight.to(C)
     begun = done // PIECE
@@ -520,10 +530,7 @@ def stage2_tiles(
                 # a gradient that is not needed is masked out and not read
                 at = grad + chunk.offset * item_size(GRAD_DTYPE)
                 g = load_tile(at, places, mask & needs_grad, GRAD_DTYPE, C, ALIGNED)
-                state = ()
-                for j in tl.static_range(N_STATES):
-                    at = states[j] + chunk.offset * item_size(STATE_DTYPE)
-                    state = state + (load_tile(at, places, mask, STATE_DTYPE, C, ALIGNED),)
+                state = load_states(row, chunk.offset, places, mask, N_STATES, STATE_DTYPE, C, ALIGNED)
                 update = DIRECTION(param, g, state, s)
                 param = APPLY(param, update, projection_coef.to(C)[:, None], s)
                 # the average is of the parameter as it is stored
@@ -536,10 +543,10 @@ def stage2_tiles(
                     sum_sq = add_products(sum_sq, (x * x,), mask)
             if AVERAGE:
                 if weight > 0.0:
-                    at = row.average + chunk.offset * item_size(STATE_DTYPE)
-                    average = load_tile(at, places, mask, STATE_DTYPE, C, ALIGNED)
+                    at = row.average + chunk.offset * item_size(AVERAGE_DTYPE)
+                    average = load_tile(at, places, mask, AVERAGE_DTYPE, C, ALIGNED)
                     average = average_update(average, param, weight)
-                    store_tile(at, places, mask, average, STATE_DTYPE, ALIGNED)
+                    store_tile(at, places, mask, average, AVERAGE_DTYPE, ALIGNED)
     return tl.sum(sum_sq[0])
 
 
@@ -572,7 +579,7 @@ def stage2_kernel(
             s = load_struct(own.scalars, chunk.row, "Scalars")
             needs_grad = as_mask(NEEDS_GRAD(load_struct(own.hypers, row.group, "Hyper"), row.n_states))
             addresses = row.param | grad | row.state0 | row.state1 | row.average
-            addresses = addresses | vector_alignment(row, KINDS)
+            addresses = addresses | vector_alignment(row, are_rounded(KINDS))
             key = (own.rows, chunk.row, decision.t)
             part = channel_part(row, chunk)
             whole = vector_part(addresses, chunk, part)
@@ -593,13 +600,13 @@ def stage2_kernel(
                         sum_sq = stage2_tiles(
                             own, row, key, grad, chunk, s, weight, on_sphere, needs_grad, 0, whole,
                             DIRECTION, APPLY, PROJECTS, KINDS[k][0], KINDS[k][1], KINDS[k][2],
-                            KINDS[k][3], AVERAGE, SPHERES, PIECES, COLUMNS, True,
+                            KINDS[k][3], KINDS[k][4], AVERAGE, SPHERES, PIECES, COLUMNS, True,
                         )  # fmt: skip
                     if whole < part:
                         sum_sq += stage2_tiles(
                             own, row, key, grad, chunk, s, weight, on_sphere, needs_grad, whole, part,
                             DIRECTION, APPLY, PROJECTS, KINDS[k][0], KINDS[k][1], KINDS[k][2],
-                            KINDS[k][3], AVERAGE, SPHERES, PIECES, ODD_COLUMNS, False,
+                            KINDS[k][3], KINDS[k][4], AVERAGE, SPHERES, PIECES, ODD_COLUMNS, False,
                         )  # fmt: skip
             if SPHERES:
                 if on_sphere:

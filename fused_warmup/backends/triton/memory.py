@@ -126,13 +126,13 @@ def item_size(dtype: int) -> int:
 
 @triton.constexpr_function
 def arithmetic(dtype: int) -> Any:
-    """Type of the arithmetic and of the states for parameters of a dtype code."""
+    """Type of the arithmetic for parameters of a dtype code."""
     return tl.float64 if dtype == DTYPES[torch.float64] else tl.float32
 
 
 @triton.constexpr_function
-def state_dtype(dtype: int) -> int:
-    """Dtype code of the states of parameters of a dtype code."""
+def average_dtype(dtype: int) -> int:
+    """Dtype code of the averages of parameters of a dtype code."""
     return DTYPES[torch.float64 if dtype == DTYPES[torch.float64] else torch.float32]
 
 

@@ -18,10 +18,9 @@ from .memory import (
     load_block,
     load_struct,
     scalars_of,
-    state_dtype,
     store_block,
 )
-from .rounding import is_of_kind, load_param, vector_alignment
+from .rounding import are_rounded, is_of_kind, load_param, load_states, vector_alignment
 from .rules import inverse_preconditioner, root
 
 
@@ -50,6 +49,7 @@ def preconditioner_blocks(
     DTYPE: tl.constexpr,
     GRAD_DTYPE: tl.constexpr,
     N_STATES: tl.constexpr,
+    STATE_DTYPE: tl.constexpr,
     ROUNDING: tl.constexpr,
     WIDE: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -57,19 +57,15 @@ def preconditioner_blocks(
 ):
     """Compute the elements from first to last of a chunk, in whole or masked blocks."""
     C: tl.constexpr = arithmetic(DTYPE)
-    STATE_DTYPE: tl.constexpr = state_dtype(DTYPE)
-    states = (row.state0, row.state1, row.state2)
     lanes = tl.arange(0, BLOCK)
     for done in range(first, last, BLOCK):
         own = chunk.offset + done
         there = (place + own) * item_size(WIDE)
         mask = lanes < last - done
-        param = load_param(row, own, lanes, None if WHOLE else mask, DTYPE, ROUNDING, C, WHOLE)
+        inside = None if WHOLE else mask
+        param = load_param(row, own, lanes, inside, DTYPE, ROUNDING, C, WHOLE)
         g = load_block(grad + own * item_size(GRAD_DTYPE), lanes, mask, GRAD_DTYPE, C, WHOLE)
-        state = ()
-        for j in tl.static_range(N_STATES):
-            at = states[j] + own * item_size(STATE_DTYPE)
-            state = state + (load_block(at, lanes, mask, STATE_DTYPE, C, WHOLE),)
+        state = load_states(row, own, lanes, inside, N_STATES, STATE_DTYPE, C, WHOLE)
         inverse = inverse_preconditioner(param, g, state, s, UPDATE)
         if call.scale != 0:
             store_block(call.scale + there, lanes, mask, root(inverse).to(arithmetic(WIDE)), WIDE, WHOLE)
@@ -119,7 +115,7 @@ def preconditioner_kernel(
                 scalars_of_rows(step, decision, row, h, rates, rates.lr, updates, SCALARS)
             )
             addresses = row.param | grad | row.state0 | row.state1 | row.state2 | call.scale | call.scaled
-            addresses = addresses | (place * item_size(WIDE)) | vector_alignment(row, KINDS)
+            addresses = addresses | (place * item_size(WIDE)) | vector_alignment(row, are_rounded(KINDS))
             whole = tl.where(addresses % VECTOR == 0, chunk.count // BLOCK * BLOCK, 0)
             for k in tl.static_range(len(KINDS)):
                 if is_of_kind(row, KINDS, k):
@@ -127,9 +123,11 @@ def preconditioner_kernel(
                     own_factor = factor.to(arithmetic(KINDS[k][0]))
                     preconditioner_blocks(
                         call, row, grad, chunk, place, s, own_factor, 0, whole,
-                        UPDATE, KINDS[k][0], KINDS[k][1], KINDS[k][2], KINDS[k][3], WIDE, BLOCK, True,
+                        UPDATE, KINDS[k][0], KINDS[k][1], KINDS[k][2], KINDS[k][3], KINDS[k][4], WIDE, BLOCK,
+                        True,
                     )  # fmt: skip
                     preconditioner_blocks(
                         call, row, grad, chunk, place, s, own_factor, whole, chunk.count,
-                        UPDATE, KINDS[k][0], KINDS[k][1], KINDS[k][2], KINDS[k][3], WIDE, TAIL, False,
+                        UPDATE, KINDS[k][0], KINDS[k][1], KINDS[k][2], KINDS[k][3], KINDS[k][4], WIDE, TAIL,
+                        False,
                     )  # fmt: skip

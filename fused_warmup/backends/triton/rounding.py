@@ -1,8 +1,8 @@
-"""Rounding of 16-bit parameters and their residues; the statements of ``csrc/rounding.h``.
+"""Rounding of 16-bit parameters and states, and residues; the statements of ``csrc/rounding.h``.
 
 A parameter is loaded as the value before an update and stored as the value after it, in the way of its mode,
-which is part of its kind and so a constant of the kernel. The modes are described in
-``reference/rounding.py``.
+which is part of its kind and so a constant of the kernel; so is the dtype of its states. The modes are
+described in ``reference/rounding.py``.
 """
 
 from __future__ import annotations
@@ -16,13 +16,27 @@ import triton.language as tl
 from ...plan.structs import DTYPES, ROUNDINGS
 from ...reference.rounding import ROUNDS as _ROUNDS
 from ...reference.rounding import SPHERE_PASS as _SPHERE_PASS
+from ...reference.rounding import STATE_PASSES as _STATE_PASSES
 from ...reference.rounding import UPDATE_PASS as _UPDATE_PASS
-from .memory import VECTOR, item_size, load_stored, load_struct, narrow, storage, store_stored, widen
+from .memory import (
+    VECTOR,
+    item_size,
+    load_stored,
+    load_struct,
+    load_tile,
+    narrow,
+    storage,
+    store_stored,
+    store_tile,
+    widen,
+)
 
 NEAREST, STOCHASTIC = tl.constexpr(ROUNDINGS["nearest"]), tl.constexpr(ROUNDINGS["stochastic"])
 KAHAN, SPLIT = tl.constexpr(ROUNDINGS["kahan"]), tl.constexpr(ROUNDINGS["split"])
 MASTER = tl.constexpr(ROUNDINGS["master"])
 UPDATE_PASS, SPHERE_PASS = tl.constexpr(_UPDATE_PASS), tl.constexpr(_SPHERE_PASS)
+# of the first state; those of the others follow
+STATE_PASS = tl.constexpr(_STATE_PASSES[0])
 ROUNDS = tl.constexpr(_ROUNDS)
 BFLOAT16 = tl.constexpr(DTYPES[torch.bfloat16])
 # elements that share the four words of one counter, 16 bits each
@@ -57,8 +71,20 @@ def draws_bits(rounding: int) -> bool:
 
 @triton.constexpr_function
 def are_rounded(kinds: Any) -> bool:
-    """Whether rows of any kind are rounded in another mode than to nearest; the mode ends a kind."""
+    """Whether parameters of any kind are rounded in another mode than to nearest; the mode ends a kind."""
     return any(kind[-1] != ROUNDINGS["nearest"] for kind in kinds)
+
+
+@triton.constexpr_function
+def have_rounded_states(kinds: Any) -> bool:
+    """Whether rows of any of ``Plan.kinds`` have states that are rounded."""
+    return any(kind[3] == DTYPES[torch.bfloat16] for kind in kinds)
+
+
+@triton.constexpr_function
+def rounds_anything(kinds: Any) -> bool:
+    """Whether an update rounds parameters or states of any of ``Plan.kinds``, other than to nearest."""
+    return any(kind[3] == DTYPES[torch.bfloat16] or kind[4] != ROUNDINGS["nearest"] for kind in kinds)
 
 
 @triton.jit
@@ -66,17 +92,19 @@ def is_of_kind(row, KINDS: tl.constexpr, k: tl.constexpr):
     """Return whether a row is of one of ``Plan.kinds``."""
     kind = (row.dtype == KINDS[k][0]) & (row.grad_dtype == KINDS[k][1]) & (row.n_states == KINDS[k][2])
     if are_rounded(KINDS):
-        kind = kind & (row.rounding == KINDS[k][3])
+        kind = kind & (row.rounding == KINDS[k][4])
+    if have_rounded_states(KINDS):
+        kind = kind & (row.state_dtype == KINDS[k][3])
     return kind
 
 
 @triton.jit
-def vector_alignment(row, KINDS: tl.constexpr):
+def vector_alignment(row, ROUNDED: tl.constexpr):
     """Return a number that is a multiple of ``VECTOR`` where rounding allows whole blocks.
 
     There the residue is aligned, and the elements of a vector share a counter.
     """
-    if are_rounded(KINDS):
+    if ROUNDED:
         runs = tl.where(row.run == row.numel, 0, row.run | row.run_stride)
         return row.residue | (row.first_element | runs) * (VECTOR // DRAWN)
     else:
@@ -104,7 +132,8 @@ def draw(row, t, number, STAGE: tl.constexpr):
     ``t`` counts the updates made before this one.
     """
     block = number // DRAWN
-    a, b = block.to(tl.uint32), (block >> 32).to(tl.uint32) | (STAGE << 31)
+    # the bits below the number of the pass are those of the element
+    a, b = block.to(tl.uint32), (block >> 32).to(tl.uint32) | (STAGE << 28)
     c, d = row.number.to(tl.uint32), t.to(tl.uint32)
     k, m = row.seed.to(tl.uint32), (row.seed >> 32).to(tl.uint32)
     for _ in tl.static_range(ROUNDS):
@@ -117,9 +146,8 @@ def draw(row, t, number, STAGE: tl.constexpr):
 
 
 @triton.jit
-def bits_of_elements(row, t, i, STAGE: tl.constexpr):
-    """Return 16 random bits for each of any elements of a row."""
-    number = number_of(row, i)
+def bits_of_elements(row, t, number, STAGE: tl.constexpr):
+    """Return 16 random bits for each of any elements of the whole tensor."""
     a, b, c, d = draw(row, t, number, STAGE)
     place = number % DRAWN
     word = tl.where(place < 4, tl.where(place < 2, a, b), tl.where(place < 6, c, d))
@@ -136,12 +164,30 @@ def every_eighth(x):
 
 
 @triton.jit
-def bits_of_vectors(row, t, place, lanes, STAGE: tl.constexpr):
+def bits_of_vectors(row, t, number, lanes, STAGE: tl.constexpr):
     """Return 16 random bits for each element of a whole block, from one draw for eight neighbours."""
-    a, b, c, d = draw(row, t, number_of(row, place + every_eighth(lanes)), STAGE)
+    a, b, c, d = draw(row, t, number, STAGE)
     # the last dimension of a join is the one that was joined: first the high bit of the number of a word
     words = tl.join(tl.join(a, c), tl.join(b, d))
     return tl.reshape(tl.join(words & 0xFFFF, words >> 16), lanes.shape)
+
+
+@triton.jit
+def drawn_numbers(row, place, lanes, ALIGNED: tl.constexpr):
+    """Return the numbers of the elements of a block for which bits are drawn: each, or every eighth."""
+    if ALIGNED:
+        return number_of(row, place + every_eighth(lanes))
+    else:
+        return number_of(row, place + lanes)
+
+
+@triton.jit
+def drawn_bits(row, t, number, lanes, STAGE: tl.constexpr, ALIGNED: tl.constexpr):
+    """Return 16 random bits for each element of a block, see ``drawn_numbers``."""
+    if ALIGNED:
+        return bits_of_vectors(row, t, number, lanes, STAGE)
+    else:
+        return bits_of_elements(row, t, number, STAGE)
 
 
 @triton.jit
@@ -153,10 +199,7 @@ def bits_of_block(key, place, lanes, STAGE: tl.constexpr, ALIGNED: tl.constexpr)
     rows, index, t = key
     # loaded again, so that a loop over blocks need not keep the keys of all rounds in registers
     row = load_struct(rows, index, "Row")
-    if ALIGNED:
-        return bits_of_vectors(row, t, place, lanes, STAGE)
-    else:
-        return bits_of_elements(row, t, place + lanes, STAGE)
+    return drawn_bits(row, t, drawn_numbers(row, place, lanes, ALIGNED), lanes, STAGE, ALIGNED)
 
 
 # rounding
@@ -322,3 +365,69 @@ def store_param(
         at = row.residue + place * residue_size(ROUNDING)
         store_stored(at, lanes, mask, residue, residue_type(ROUNDING), ALIGNED)
     return value
+
+
+@triton.jit
+def load_states(
+    row,
+    place,
+    lanes,
+    mask,
+    N_STATES: tl.constexpr,
+    STATE_DTYPE: tl.constexpr,
+    C: tl.constexpr,
+    ALIGNED: tl.constexpr,
+):
+    """Load a block of each state in the type of the arithmetic; without a mask all of it."""
+    states = (row.state0, row.state1, row.state2)
+    values = ()
+    for j in tl.static_range(N_STATES):
+        at = states[j] + place * item_size(STATE_DTYPE)
+        values = values + (load_tile(at, lanes, mask, STATE_DTYPE, C, ALIGNED),)
+    return values
+
+
+@triton.jit
+def state_bits(key, place, lanes, N_STATES: tl.constexpr, STATE_DTYPE: tl.constexpr, ALIGNED: tl.constexpr):
+    """Return the random bits for a block of each state, see ``bits_of_block``; none if no state is rounded.
+
+    They are drawn before the block is loaded, while the registers that it takes are free.
+    """
+    bits = ()
+    if STATE_DTYPE == BFLOAT16:
+        rows, index, t = key
+        row = load_struct(rows, index, "Row")
+        numbers = drawn_numbers(row, place, lanes, ALIGNED)
+        for j in tl.static_range(N_STATES):
+            bits = bits + (drawn_bits(row, t, numbers, lanes, STATE_PASS + j, ALIGNED),)
+    return bits
+
+
+@triton.jit
+def store_states(
+    row,
+    bits,
+    place,
+    lanes,
+    mask,
+    values,
+    N_STATES: tl.constexpr,
+    STATE_DTYPE: tl.constexpr,
+    ALIGNED: tl.constexpr,
+):
+    """Write a block of each state, see ``load_states``; returns the values as they are stored.
+
+    The bits are those of ``state_bits``.
+    """
+    states = (row.state0, row.state1, row.state2)
+    kept = ()
+    for j in tl.static_range(N_STATES):
+        at = states[j] + place * item_size(STATE_DTYPE)
+        if STATE_DTYPE == BFLOAT16:
+            stored = round_stochastically(values[j], bits[j], STATE_DTYPE)
+            store_tile(at, lanes, mask, stored, STATE_DTYPE, ALIGNED)
+            kept = kept + (number(stored, STATE_DTYPE),)
+        else:
+            store_tile(at, lanes, mask, values[j], STATE_DTYPE, ALIGNED)
+            kept = kept + (values[j],)
+    return kept

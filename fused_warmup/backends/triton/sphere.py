@@ -12,11 +12,11 @@ from .decide import average_weight_of
 from .memory import (
     VECTOR,
     arithmetic,
+    average_dtype,
     field,
     item_size,
     load_struct,
     load_tile,
-    state_dtype,
     store_tile,
 )
 from .rounding import SPHERE_PASS, are_rounded, load_param, store_param, vector_alignment
@@ -78,7 +78,7 @@ def rescale_blocks(
 ):
     """Rescale and average the elements from first to last of a chunk, in whole or masked blocks."""
     C: tl.constexpr = arithmetic(DTYPE)
-    STATE_DTYPE: tl.constexpr = state_dtype(DTYPE)
+    AVERAGE_DTYPE: tl.constexpr = average_dtype(DTYPE)
     lanes = tl.arange(0, BLOCK)
     for done in range(first, last, BLOCK):
         mask = None if WHOLE else lanes < last - done
@@ -87,10 +87,10 @@ def rescale_blocks(
         param = store_param(row, key, place, lanes, mask, param, DTYPE, ROUNDING, SPHERE_PASS, C, WHOLE)
         if AVERAGE:
             if weight > 0.0:
-                at = row.average + place * item_size(STATE_DTYPE)
-                average = load_tile(at, lanes, mask, STATE_DTYPE, C, WHOLE)
+                at = row.average + place * item_size(AVERAGE_DTYPE)
+                average = load_tile(at, lanes, mask, AVERAGE_DTYPE, C, WHOLE)
                 average = average_update(average, param, weight)
-                store_tile(at, lanes, mask, average, STATE_DTYPE, WHOLE)
+                store_tile(at, lanes, mask, average, AVERAGE_DTYPE, WHOLE)
 
 
 @triton.jit
@@ -106,7 +106,7 @@ def rescale_kernel(
             row = load_struct(step.rows, chunk.row, "Row")
             sphere = load_struct(step.spheres, row.group, "Sphere")
             key = (step.rows, chunk.row, decision.t)
-            addresses = row.param | row.average | vector_alignment(row, PARAM_KINDS)
+            addresses = row.param | row.average | vector_alignment(row, are_rounded(PARAM_KINDS))
             aligned = (addresses % VECTOR == 0) & (chunk.offset % VECTOR == 0)
             whole = tl.where(aligned, chunk.count // BLOCK * BLOCK, 0)
             for k in tl.static_range(len(PARAM_KINDS)):

@@ -20,18 +20,28 @@ from .memory import (
     Partial,
     arithmetic,
     arrives_last,
+    average_dtype,
     field,
     grad_of,
     item_size,
     load_block,
     load_struct,
     scalars_of,
-    state_dtype,
     store_block,
     store_struct,
 )
 from .reduce import accumulate, combine, combine_all, sum_fours, total, zero_norms, zero_part
-from .rounding import UPDATE_PASS, are_rounded, is_of_kind, load_param, store_param, vector_alignment
+from .rounding import (
+    UPDATE_PASS,
+    is_of_kind,
+    load_param,
+    load_states,
+    rounds_anything,
+    state_bits,
+    store_param,
+    store_states,
+    vector_alignment,
+)
 from .rules import average_update
 from .sphere import finish_spheres, is_on_sphere, store_sum_sq
 from .totals import combine_slots
@@ -57,6 +67,7 @@ def update_blocks(
     DTYPE: tl.constexpr,
     GRAD_DTYPE: tl.constexpr,
     N_STATES: tl.constexpr,
+    STATE_DTYPE: tl.constexpr,
     ROUNDING: tl.constexpr,
     ACCUMULATE: tl.constexpr,
     AVERAGE: tl.constexpr,
@@ -66,8 +77,7 @@ def update_blocks(
 ):
     """Update the elements from first to last of a chunk, in whole or masked blocks."""
     C: tl.constexpr = arithmetic(DTYPE)
-    STATE_DTYPE: tl.constexpr = state_dtype(DTYPE)
-    states = (row.state0, row.state1, row.state2)
+    AVERAGE_DTYPE: tl.constexpr = average_dtype(DTYPE)
     lanes = tl.arange(0, BLOCK)
     # the type of the gradient and not of the arithmetic, as in the measure stage
     NORM: tl.constexpr = arithmetic(GRAD_DTYPE)
@@ -79,17 +89,13 @@ def update_blocks(
         own = None if WHOLE else mask
         param = load_param(row, place, lanes, own, DTYPE, ROUNDING, C, WHOLE)
         if grad != 0:
+            bits = state_bits(key, place, lanes, N_STATES, STATE_DTYPE, WHOLE)
             g = load_block(grad + place * item_size(GRAD_DTYPE), lanes, mask, GRAD_DTYPE, C, WHOLE)
-            state = ()
-            for j in tl.static_range(N_STATES):
-                at = states[j] + place * item_size(STATE_DTYPE)
-                state = state + (load_block(at, lanes, mask, STATE_DTYPE, C, WHOLE),)
+            state = load_states(row, place, lanes, own, N_STATES, STATE_DTYPE, C, WHOLE)
             if ACCUMULATE:
                 sums = accumulate(sums, g.to(NORM), WHOLE)
             param, state = UPDATE(param, g, state, s)
-            for j in tl.static_range(N_STATES):
-                at = states[j] + place * item_size(STATE_DTYPE)
-                store_block(at, lanes, mask, state[j], STATE_DTYPE, WHOLE)
+            store_states(row, bits, place, lanes, own, state, N_STATES, STATE_DTYPE, WHOLE)
             # the average is of the parameter as it is stored
             param = store_param(row, key, place, lanes, own, param, DTYPE, ROUNDING, UPDATE_PASS, C, WHOLE)
         if SPHERES:
@@ -98,9 +104,9 @@ def update_blocks(
                 own_sum_sq += sum_fours(x * x)
         if AVERAGE:
             if weight > 0.0:
-                at = row.average + place * item_size(STATE_DTYPE)
-                average = load_block(at, lanes, mask, STATE_DTYPE, C, WHOLE)
-                store_block(at, lanes, mask, average_update(average, param, weight), STATE_DTYPE, WHOLE)
+                at = row.average + place * item_size(AVERAGE_DTYPE)
+                average = load_block(at, lanes, mask, AVERAGE_DTYPE, C, WHOLE)
+                store_block(at, lanes, mask, average_update(average, param, weight), AVERAGE_DTYPE, WHOLE)
     if ACCUMULATE:
         part = combine(part, total(sums))
     if SPHERES:
@@ -142,7 +148,7 @@ def update_kernel(
     if decision.skipped == 0:
         for n in range(tl.program_id(0), step.n_chunks * tiles, tl.num_programs(0)):
             # loaded again where rounding needs the registers
-            own = load_struct(address, 0, "Step") if are_rounded(KINDS) else step
+            own = load_struct(address, 0, "Step") if rounds_anything(KINDS) else step
             i = step.n_chunks - 1 - n // tiles
             chunk = load_struct(own.chunks, i, "Chunk")
             row = load_struct(own.rows, chunk.row, "Row")
@@ -152,7 +158,7 @@ def update_kernel(
             grad = tl.load(grad_of(own, chunk.row))
             all_scalars = load_struct(own.scalars, chunk.row, "Scalars")
             addresses = row.param | grad | row.state0 | row.state1 | row.state2 | row.average
-            addresses = addresses | vector_alignment(row, KINDS)
+            addresses = addresses | vector_alignment(row, rounds_anything(KINDS))
             key = (own.rows, chunk.row, decision.t)
             whole = tl.where(addresses % VECTOR == 0, chunk.count // BLOCK * BLOCK, 0)
             part = zero_part()
@@ -173,13 +179,13 @@ def update_kernel(
                     weight = average_weight.to(arithmetic(KINDS[k][0]))
                     part, sum_sq = update_blocks(
                         part, sum_sq, on_sphere, row, key, grad, chunk, s, weight, 0, whole,
-                        UPDATE, KINDS[k][0], KINDS[k][1], KINDS[k][2], KINDS[k][3], ACCUMULATE, AVERAGE,
-                        SPHERES, BLOCK, True,
+                        UPDATE, KINDS[k][0], KINDS[k][1], KINDS[k][2], KINDS[k][3], KINDS[k][4], ACCUMULATE,
+                        AVERAGE, SPHERES, BLOCK, True,
                     )  # fmt: skip
                     part, sum_sq = update_blocks(
                         part, sum_sq, on_sphere, row, key, grad, chunk, s, weight, whole,
-                        chunk.count, UPDATE, KINDS[k][0], KINDS[k][1], KINDS[k][2], KINDS[k][3], ACCUMULATE,
-                        AVERAGE, SPHERES, TAIL, False,
+                        chunk.count, UPDATE, KINDS[k][0], KINDS[k][1], KINDS[k][2], KINDS[k][3], KINDS[k][4],
+                        ACCUMULATE, AVERAGE, SPHERES, TAIL, False,
                     )  # fmt: skip
                     if ACCUMULATE:
                         part = within_range(part, address, i, KINDS[k][1], TAIL)

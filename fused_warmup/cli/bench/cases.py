@@ -42,23 +42,25 @@ def bytes_moved(
     layered: bool = False,
     itemsize: int = 4,
     residue: int = 0,
+    state_size: int = 4,
 ) -> int:
     """Return the bytes per parameter that a step must move.
 
     Args:
-        states: Number of float32 states of the rule.
+        states: Number of states of the rule.
         clip: The norm reads the gradients once more.
         average: A float32 average is read and written.
         layered: The sums over a layer must be known before the parameter is written, so that a second pass
             reads the parameter and the states once more.
         itemsize: Bytes of a parameter and of its gradient.
         residue: Bytes of what a rounding mode keeps for each parameter.
+        state_size: Bytes of an element of a state.
 
     Returns:
         Parameter, residue and states read and written, gradient read.
     """
-    value = itemsize + residue
-    return 2 * value + itemsize + 8 * states + itemsize * clip + 8 * average + (value + 4 * states) * layered
+    value, held = itemsize + residue, state_size * states
+    return 2 * (value + held) + itemsize + itemsize * clip + 8 * average + (value + held) * layered
 
 
 @dataclass(frozen=True)
@@ -66,11 +68,12 @@ class Columns:
     """What a step reads and writes besides parameters and gradients.
 
     Attributes:
-        states: Number of float32 states of the rule.
+        states: Number of states of the rule.
         clip: Whether the norm reads the gradients once more.
         average: Whether there is a float32 average.
         layered: Whether the rule needs sums over layers.
         residue: Dtype of what the rounding of 16-bit parameters keeps, or None.
+        state_dtype: Dtype of the states.
     """
 
     states: int
@@ -78,6 +81,7 @@ class Columns:
     average: bool = False
     layered: bool = False
     residue: torch.dtype | None = None
+    state_dtype: torch.dtype = torch.float32
 
     def bytes_moved(self, numel: int, itemsize: int) -> int:
         """Return the bytes per parameter that the step must move in tensors of ``numel`` elements."""
@@ -88,6 +92,7 @@ class Columns:
             layered=self.layered and numel > CHUNK,
             itemsize=itemsize,
             residue=0 if self.residue is None else self.residue.itemsize,
+            state_size=self.state_dtype.itemsize,
         )
 
     def passes(self, params: Sequence[Tensor]) -> list[Pass]:
@@ -96,7 +101,7 @@ class Columns:
         A layer of one chunk is in the cache when its sums are known, so it is passed over once.
         """
         grads = [param.grad for param in params if param.grad is not None]
-        states = [_like(params) for _ in range(self.states)]
+        states = [_like(params, self.state_dtype) for _ in range(self.states)]
         averages = [_like(params)] * self.average
         values = [params, *([] if self.residue is None else [_like(params, self.residue)])]
         passes = [Pass([], [grads])] if self.clip else []
@@ -256,6 +261,20 @@ STEP_SPECS = (
         )
         for mode in MODES
         if mode != "nearest"
+    ),
+    *(
+        StepSpec(
+            f"Adam {name}, states bfloat16",
+            ours(fw.Adam, param_rounding=mode, state_dtype=torch.bfloat16),
+            {peer: _ADAM},
+            Columns(2, state_dtype=torch.bfloat16),
+            {"10x2M": None},
+            dtype,
+        )
+        for name, dtype, mode, peer in (
+            ("float32", torch.float32, "nearest", "Adam(fused=True), states in float32"),
+            ("bfloat16, stochastic", torch.bfloat16, "stochastic", "Adam(fused=True), all of bfloat16"),
+        )
     ),
 )
 

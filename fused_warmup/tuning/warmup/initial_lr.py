@@ -7,9 +7,7 @@ import math
 import torch
 
 from ... import _checks as check
-from ...sharpness.line_search import Line
-from ...sharpness.loss_evaluator import Loss
-from ...sharpness.operators import evaluator_of
+from ...sharpness.line_search import Line, Losses, closures_of, search_batches
 from ...sharpness.pending_step import PendingStep
 from ...sharpness.result import RateSearch
 
@@ -18,7 +16,7 @@ _MOST_HALVINGS = 60
 
 
 def initial_lr(
-    loss_fn: Loss,
+    loss_fn: Losses,
     optimizer: torch.optim.Optimizer,
     *,
     start: float = 1e-4,
@@ -36,7 +34,9 @@ def initial_lr(
     loss is searched. No step is made, and all state is restored.
 
     Args:
-        loss_fn: Returns the loss of the batch whose gradient is in ``.grad``, on the same batch each time.
+        loss_fn: Returns the loss of the batch whose gradient is in ``.grad``, on the same batch each time. A
+            sequence of closures, one for each of several batches, searches along their mean loss and then
+            for each alone; the gradients in ``.grad`` should be those of the mean.
         optimizer: One of this package, or ``Adam``, ``AdamW``, ``RAdam`` or ``SGD`` of torch.
         start: First rate to try, > 0.
         target: Rate at the end of the warmup, >= ``start``.
@@ -63,12 +63,16 @@ def initial_lr(
     check.number(owner, "target", target, start)
     check.number(owner, "tolerance", tolerance, ends="()")
     pending = PendingStep(owner, optimizer, check.flag(owner, "use_grad", use_grad))
-    with evaluator_of(pending, loss_fn, reduce) as evaluator:
-        line = Line(evaluator, pending)
-        line.forwards = 0
-        if not math.isfinite(line.start):
-            return RateSearch(math.nan, 0.0, math.inf, 0, ("nonfinite",))
-        return search(line, start, target, tolerance)
+    closures = closures_of(owner, loss_fn)
+    return search_batches(pending, closures, reduce, lambda line: search_step(line, start, target, tolerance))
+
+
+def search_step(line: Line, start: float, target: float, tolerance: float) -> RateSearch:
+    """Search along a line that has just been made, without counting the loss at its begin."""
+    line.forwards = 0
+    if not math.isfinite(line.start):
+        return RateSearch(math.nan, 0.0, math.inf, 0, ("nonfinite",))
+    return search(line, start, target, tolerance)
 
 
 def search(line: Line, start: float, target: float, tolerance: float) -> RateSearch:

@@ -11,11 +11,11 @@ from ... import _checks as check
 from ...distributed.agreement import agreed_group
 from ...distributed.groups import average
 from ...optim.losses import checked_loss
-from ...sharpness.line_search import Line
-from ...sharpness.loss_evaluator import ALONE, Loss
-from ...sharpness.operators import evaluator_of
+from ...sharpness.line_search import Losses, closures_of, search_batches
+from ...sharpness.loss_evaluator import ALONE
 from ...sharpness.pending_step import PendingStep
-from .initial_lr import search
+from ...sharpness.result import RateSearch
+from .initial_lr import search_step
 
 _VERSION = 1
 # attributes saved in a state dict
@@ -50,6 +50,8 @@ class PersistentCatapult:
         lr: Current learning rate of the first group; 0 before the first call.
         forwards: Evaluations of closures so far, counted as for ``initial_lr``.
         searches: Searches so far.
+        last_search: Result of the last search, or None. Its ``err_batch`` says how far the rates of single
+            batches lie apart, where ``step`` gets the closures of several. Not part of a state dict.
 
     Source: Kalra & Barkeshli 2024, arXiv:2406.09405, algorithm 3; the paper leaves the start of each search
     open, ours is the current rate.
@@ -75,20 +77,21 @@ class PersistentCatapult:
         self._given: list[float] = []
         self._take_groups()
         self.lr, self.best, self.forwards, self.searches = 0.0, math.inf, 0, 0
+        self.last_search: RateSearch | None = None
 
     @property
     def done(self) -> bool:
         """Whether the rate has reached the target."""
         return self.lr >= self.target
 
-    def step(self, loss: torch.Tensor | float, loss_fn: Loss) -> float:
+    def step(self, loss: torch.Tensor | float, loss_fn: Losses) -> float:
         """Set the rate for the next step; waits for the device until the target is reached.
 
         Args:
             loss: Loss at the current parameters, a number or a tensor with one element. For small batches
                 pass a smoothed loss or that of a fixed batch: a low loss by chance starts a search.
             loss_fn: Returns the loss of the batch whose gradient is in ``.grad``, on the same batch each
-                time.
+                time; or closures of several batches, as for ``initial_lr``.
 
         Returns:
             The learning rate of the first group.
@@ -130,7 +133,7 @@ class PersistentCatapult:
             shared = [j for j in range(i) if _is_shared(groups[i]["lr"], groups[j]["lr"])]
             self._given.append(self._given[shared[0]] if shared else float(groups[i]["lr"]))
 
-    def _follow(self, value: float, loss_fn: Loss) -> None:
+    def _follow(self, value: float, loss_fn: Losses) -> None:
         """Search for a rate if the loss has recovered; arguments as for ``step``."""
         value = -value if self.optimizer.param_groups[0].get("maximize") else value
         if value < self.best or not self.searches:
@@ -138,18 +141,21 @@ class PersistentCatapult:
             # without a rate so far the next step searches again
             self.best = value if math.isfinite(value) and self.lr > 0.0 else self.best
 
-    def _search(self, loss_fn: Loss) -> None:
+    def _search(self, loss_fn: Losses) -> None:
         """Raise the rate to the critical one, unless that is lower."""
-        name = type(self).__name__
-        pending = PendingStep(name, self.optimizer)
-        with evaluator_of(pending, loss_fn, self.reduce) as evaluator:
-            line = Line(evaluator, pending)
-            line.forwards = 0
-            if math.isfinite(line.start):
-                found = search(line, self.lr or self.start, self.target, self.tolerance)
-                self.lr = max(self.lr, found.value)
-            self.forwards += line.forwards
+        name, start = type(self).__name__, self.lr or self.start
+        closures = closures_of(name, loss_fn)
+        found = search_batches(
+            PendingStep(name, self.optimizer),
+            closures,
+            self.reduce,
+            lambda line: search_step(line, start, self.target, self.tolerance),
+        )
+        if math.isfinite(found.value):
+            self.lr = max(self.lr, found.value)
+        self.forwards += found.forwards
         self.searches += 1
+        self.last_search = found
 
     def state_dict(self) -> dict[str, Any]:
         """Return the state for a resumed run, in plain types."""
