@@ -33,7 +33,8 @@ if platform.machine() in ("x86_64", "AMD64"):
 RULES = re.findall(
     r"\bX\((\w+)\)", re.search("define FW_RULES.*", (ROOT / "csrc/rules.h").read_text(encoding="utf-8"))[0]
 )
-CUDA_ARCHS = "75 80 86 89 90 100 120"
+# devices of the same major version run the machine code of the lowest: 8.6 and 8.9 that of 8.0
+CUDA_ARCHS = "75 80 90 100 120"
 # -fmad: contraction off here too. The rest of the first line are defaults that the results depend on.
 NVCCFLAGS = (
     "-O3 -std=c++17 -fmad=false -ftz=false -prec-div=true -prec-sqrt=true "
@@ -121,13 +122,10 @@ def cuda_lines(target: Path, nvcc: str) -> list[str]:
     wanted = os.environ.get("FUSED_WARMUP_CUDA_ARCHS")
     archs = (wanted or CUDA_ARCHS).replace(",", " ").replace(";", " ").split()
     # The sources do not depend on the device, so one compilation to PTX serves all of them. That PTX is kept:
-    # a driver compiles it for every device of a later kind than the first, also between those of the list.
-    # The PTX of the last is what a driver prefers for later ones.
-    first, last = min(archs, key=int), max(archs, key=int)
+    # a driver compiles it for every device of a later kind than the first that the list does not serve.
+    first = min(archs, key=int)
     machine = ",".join([f"compute_{first}", *(f"sm_{arch}" for arch in archs)])
     gencode = f"-gencode 'arch=compute_{first},code=[{machine}]'"
-    if last != first:
-        gencode += f" -gencode arch=compute_{last},code=compute_{last}"
     built_for = ", ".join(f"{arch[:-1]}.{arch[-1]}" for arch in archs)
     built_for += " and later, limited by FUSED_WARMUP_CUDA_ARCHS" if wanted else " and later"
     define = shlex.quote(f'-DFW_CUDA_ARCHS="{built_for}"')

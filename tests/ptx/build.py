@@ -41,9 +41,8 @@ def setup_constant(name: str) -> str:
     raise KeyError(name)
 
 
-ARCHS = setup_constant("CUDA_ARCHS").split()
-# what all machine code is made from, and what is embedded for devices to come: nvcc has a code generator for each
-OLDEST, NEWEST = min(ARCHS, key=int), max(ARCHS, key=int)
+# what all machine code is made from
+OLDEST = min(setup_constant("CUDA_ARCHS").split(), key=int)
 
 
 def digest(texts: Iterable[str | bytes]) -> str:

@@ -7,6 +7,8 @@ from collections.abc import Iterable
 from typing import Any
 
 INK, OURS, PALE, THEIRS, GREY = "#1f2430", "#2a6fbb", "#9cc3ea", "#c8501e", "#9aa3ad"
+# flags that say how a reading was made, and not that it is in doubt
+_KINDS = {"cold", "audit"}
 # matplotlib's axes overflow not far beyond
 _LARGEST_DRAWN = 1e100
 
@@ -108,6 +110,38 @@ def draw_search(record: dict[str, Any]) -> Any:
     return figure
 
 
+def draw_readings(panel: Any, rows: list[dict[str, Any]], name: str, label: str) -> None:
+    """Draw readings of sharpness with their bounds, and mark audits and readings in doubt.
+
+    Args:
+        panel: Axes of matplotlib.
+        rows: Dictionaries with ``step`` and the entries ``name``, and perhaps ``<name>_lo``, ``<name>_hi``
+            and ``<name>_flags``.
+        name: Which of the readings.
+        label: Their name in the legend.
+    """
+    steps, values, low, high = (
+        points(row.get(key) for row in rows) for key in ("step", name, f"{name}_lo", f"{name}_hi")
+    )
+    panel.plot(steps, values, color=OURS, lw=1.4, marker="o", ms=3, label=label)
+    # a bound that is missing, infinite or on the other side of the value has no bar
+    bars = [
+        [abs(value - end) if math.isfinite(end) else 0.0 for value, end in zip(values, ends, strict=True)]
+        for ends in (low, high)
+    ]
+    panel.errorbar(steps, values, bars, fmt="none", ecolor=PALE, elinewidth=1.6, capsize=2.0, zorder=1)
+    flags = [set(row.get(f"{name}_flags") or ()) for row in rows]
+    marks = (
+        ("audit", [("audit" in found) for found in flags], {"marker": "o", "ms": 8, "color": INK}),
+        ("flagged", [bool(found - _KINDS) for found in flags], {"marker": "x", "ms": 7, "color": THEIRS}),
+    )
+    for text, wanted, style in marks:
+        chosen = [i for i, is_wanted in enumerate(wanted) if is_wanted]
+        if chosen:
+            x, y = [steps[i] for i in chosen], [values[i] for i in chosen]
+            panel.plot(x, y, ls="none", mfc="none", mew=1.2, label=text, **style)
+
+
 def draw_edge(record: dict[str, Any]) -> Any:
     """Draw the loss, and the sharpness with the stability threshold of the current learning rate.
 
@@ -120,8 +154,9 @@ def draw_edge(record: dict[str, Any]) -> Any:
     from matplotlib.figure import Figure
 
     rows, losses = record["edge"], points(record["ours"]["losses"])
-    names = ("step", "sharpness", "preconditioned", "threshold")
-    columns = {name: points(row[name] for row in rows) for name in names}
+    steps, threshold, preconditioned, sharpness = (
+        points(row[name] for row in rows) for name in ("step", "threshold", "preconditioned", "sharpness")
+    )
     figure = Figure(figsize=(7.2, 7.2), layout="constrained", facecolor="white")
     panels = figure.subplots(3, 1, sharex=True, height_ratios=(1.3, 1.6, 1))
     loss, edge, raw = panels
@@ -130,14 +165,14 @@ def draw_edge(record: dict[str, Any]) -> Any:
     logarithmic(loss, losses)
     sgd = record["settings"]["optimizer"] == "sgd"
     label = r"$\lambda_{\max}(H)$" if sgd else r"$\lambda_{\max}(P^{-1}H)$"
-    edge.plot(columns["step"], columns["preconditioned"], color=OURS, lw=1.6, marker="o", ms=3, label=label)
-    edge.plot(columns["step"], columns["threshold"], color=THEIRS, lw=1.2, ls="--", label="threshold")
+    draw_readings(edge, rows, "preconditioned", label)
+    edge.plot(steps, threshold, color=THEIRS, lw=1.2, ls="--", label="threshold")
     edge.set_ylabel("sharpness of the step")
-    logarithmic(edge, [*columns["preconditioned"], *columns["threshold"]])
+    logarithmic(edge, [*preconditioned, *threshold])
     edge.legend(frameon=False, loc="upper right")
-    raw.plot(columns["step"], columns["sharpness"], color=OURS, lw=1.4, marker="o", ms=3)
+    draw_readings(raw, rows, "sharpness", r"$\lambda_{\max}(H)$")
     raw.set(ylabel=r"$\lambda_{\max}(H)$", xlabel="step")
-    logarithmic(raw, columns["sharpness"])
+    logarithmic(raw, sharpness)
     dress(panels, record["settings"]["warmup"])
     figure.suptitle(title_of(record), fontsize=11)
     return figure

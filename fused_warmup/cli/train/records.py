@@ -61,6 +61,7 @@ NUMBER = Condition("be a finite number", lambda x: _is_number(x) and math.isfini
 SECONDS = Condition("be a number of seconds > 0", lambda x: _is_number(x) and 0 < x < math.inf)
 # JSON has no NaN and no infinities; null stands for them
 LOSS = Condition("be a number or null", lambda x: x is None or _is_number(x))
+NAMES = Condition("be a list of printable texts", lambda x: isinstance(x, list) and all(map(TEXT.holds, x)))
 
 _RUN = {
     "name": TEXT,
@@ -85,7 +86,18 @@ _SETTINGS = {
     "param_rounding": OptionalEntry(TEXT),
     "max_grad_norm": NUMBER,
 }
-_EDGE = {"step": POSITIVE, "sharpness": LOSS, "preconditioned": LOSS, "threshold": LOSS}
+_EDGE = {
+    "step": POSITIVE,
+    "sharpness": LOSS,
+    "preconditioned": LOSS,
+    "threshold": LOSS,
+    # records of older versions lack them
+    **{
+        f"{name}_{part}": OptionalEntry(NAMES if part == "flags" else LOSS)
+        for name in ("sharpness", "preconditioned")
+        for part in ("lo", "hi", "flags")
+    },
+}
 _SEARCH = {
     "rates": [LOSS],
     "losses": [LOSS],
