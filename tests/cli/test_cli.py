@@ -118,7 +118,13 @@ def test_sharpness_and_line_search_are_drawn(tmp_path, optimizer):
     assert saved["edge"][0]["threshold"] == pytest.approx(early)
     for row in saved["edge"]:
         assert row["edge_ratio"] == pytest.approx(row["preconditioned"] / row["threshold"])
-        assert (row["sharpness"] == pytest.approx(row["preconditioned"], rel=1e-3)) == (optimizer == "sgd")
+        for name in ("sharpness", "preconditioned"):
+            assert row[f"{name}_lo"] <= row[name] < row[f"{name}_hi"]
+            assert row["preconditioned_flags"] == (["cold"] if row["step"] == 1 else [])
+        apart = (
+            row["sharpness_hi"] < row["preconditioned_lo"] or row["preconditioned_hi"] < row["sharpness_lo"]
+        )
+        assert apart == (optimizer != "sgd")
     found = saved["search"]
     beyond = [loss > found["start"] for loss in found["losses"]]
     assert beyond == sorted(beyond)

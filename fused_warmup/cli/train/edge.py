@@ -18,13 +18,15 @@ Closure = Callable[[], Tensor]
 
 # number of points of the line, and the factors by which it extends below and above the critical rate
 _POINTS, _BELOW, _ABOVE = 33, 100.0, 10.0
+# most products of a reading
+_PRODUCTS = 24
 
 
 class SharpnessRecorder:
     """Records sharpness, preconditioned sharpness and the stability threshold every few steps.
 
-    The preconditioned sharpness is that of a ``SharpnessProbe``; the sharpness itself takes another 16
-    products, from a random vector.
+    The preconditioned sharpness is that of a ``SharpnessProbe``; the sharpness itself takes as many products
+    as that takes at most, from a random vector.
 
     Args:
         opt: The optimizer, with the gradients of the batch in ``.grad`` at each call of ``measure``.
@@ -37,7 +39,7 @@ class SharpnessRecorder:
     def __init__(self, opt: fw.FusedOptimizer, every: int) -> None:
         self._opt = opt
         self._params = [p for group in opt.param_groups for p in group["params"]]
-        self._probe = fw.SharpnessProbe(opt, every=every)
+        self._probe = fw.SharpnessProbe(opt, every=every, max_products=_PRODUCTS)
         self._step = 0
         self.rows: list[dict[str, Any]] = []
 
@@ -49,7 +51,7 @@ class SharpnessRecorder:
         reading = self._probe.poll()
         # a reading on the CPU is finished at once
         assert reading is not None
-        top = fw.sharpness.top_eigenvalue(loss_fn, self._params, method=reading.method)
+        top = fw.sharpness.top_eigenvalue(loss_fn, self._params, iterations=_PRODUCTS, method=reading.method)
         self.rows.append({
             "step": self._step,
             **_columns("sharpness", top),
