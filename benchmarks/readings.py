@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import functools
+import inspect
 import math
 import statistics
 import sys
@@ -25,6 +26,8 @@ import fused_warmup as fw
 from benchmarks.common import RESULTS, table
 from fused_warmup.cli.machine import describe
 from fused_warmup.cli.train.data import load
+from fused_warmup.cli.train.loops import loss_of
+from fused_warmup.cli.train.models import build
 from fused_warmup.sharpness.pending_step import PendingStep
 
 EVERY = 10
@@ -41,6 +44,9 @@ OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
 }
 RATES = {"SGD": 0.05}
 GRID_READINGS, READINGS = 8, 26
+# networks of ``fused-warmup train``, whose steps are long enough to be compared with readings
+TRAINED = ("digits", "gpt")
+SPACING = inspect.signature(fw.SharpnessProbe).parameters["every"].default
 
 
 @functools.cache
@@ -170,6 +176,43 @@ def run(
     return rows
 
 
+def cost(model: str, examples: int, batch: int, *, readings: int) -> list[str]:
+    """Return products of warm readings, how many steps one takes, and their share of the time at the default spacing."""
+    data = load(model)
+    torch.manual_seed(0)
+    network = build(model, data.classes, torch.float32)
+    opt = fw.AdamW(network.parameters(), lr=1e-3)
+    probe = fw.SharpnessProbe(opt, every=EVERY)
+    order = torch.Generator().manual_seed(1)
+    steps, measured, products = [], [], []
+    for _ in range(EVERY * (readings - 1) + 1):
+        index = torch.randint(len(data.train.targets), (batch,), generator=order)
+        x, y = data.train.inputs[index], data.train.targets[index]
+        begin = time.perf_counter()
+        opt.zero_grad()
+        loss_of(network(x), y).backward()
+        middle = time.perf_counter()
+        if probe.measure(lambda x=x[:examples], y=y[:examples]: loss_of(network(x), y)):
+            measured.append(time.perf_counter() - middle)
+            reading = probe.poll()
+            assert reading is not None
+            products.append(reading.hvps)
+            method = reading.method
+        begin += time.perf_counter() - middle
+        opt.step()
+        steps.append(time.perf_counter() - begin)
+    # the first reading is cold
+    ratio = statistics.median(measured[1:]) / statistics.median(steps)
+    return [
+        model,
+        f"{examples} of {batch}",
+        method,
+        f"{statistics.mean(products[1:]):.1f}",
+        f"{ratio:.1f}",
+        f"{ratio / SPACING:.1%}",
+    ]
+
+
 def within(row: dict[str, Any]) -> bool:
     """Return whether a reading is within its bounds or 5 % of the truth."""
     allowed = max(TOLERANCE * abs(row["truth"]), row["err_krylov"] + row["err_fd"])
@@ -211,7 +254,11 @@ HEADINGS = [
 
 
 def to_markdown(
-    where: dict[str, Any], main_rows: list[list[str]], grid: list[list[str]], failed: list[str]
+    where: dict[str, Any],
+    main_rows: list[list[str]],
+    grid: list[list[str]],
+    by_difference: list[list[str]],
+    costs: list[list[str]],
 ) -> str:
     """Return the results page."""
     return "\n".join([
@@ -232,12 +279,18 @@ def to_markdown(
         "",
         'The same by differences of gradients, `method="difference"`, as for operations without a second derivative:',
         "",
-        *table(["model", "forward", *HEADINGS], failed),
+        *table(["model", "forward", *HEADINGS], by_difference),
         "",
         "Two batch sizes, one batch for all steps or another one at each, five optimizers (SGD with momentum at 0.05, others",
         f"at 1e-3), float32, {GRID_READINGS - 1} warm readings in each row:",
         "",
         *table(["model", "batch", "batches", "optimizer", *HEADINGS], grid),
+        "",
+        "What a warm reading costs beside a training step (forward, backward, AdamW), both medians of one process, for the",
+        "networks of `fused-warmup train`; *examples* are those of the closure and of the training's batch, and the share is",
+        f"that of the training time at the default `every={SPACING}`:",
+        "",
+        *table(["model", "examples", "method", "products", "steps", "share"], costs),
         "",
     ])
 
@@ -274,7 +327,8 @@ def main() -> int:
         for fixed in (True, False)
         for name, make in OPTIMIZERS.items()
     ]
-    text = to_markdown(describe(), by_method[0], grid, by_method[1])
+    costs = [cost(model, examples, 64, readings=few) for model in TRAINED for examples in (8, 64)]
+    text = to_markdown(describe(), by_method[0], grid, by_method[1], costs)
     print(text)
     if not quick:
         (RESULTS / "readings.md").write_text(text, encoding="utf-8")
