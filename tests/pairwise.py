@@ -23,6 +23,13 @@ def pairwise(*lists: Sequence[Any]) -> list[tuple[Any, ...]]:
     return [tuple(values[i] for values, i in zip(lists, rows[k], strict=True)) for k in covering(rows)]
 
 
+def singly(*lists: Sequence[Any]) -> list[tuple[Any, ...]]:
+    """Return as many rows as the longest list has values, which hold every value of each list."""
+    return list(
+        zip(*(itertools.islice(itertools.cycle(x), max(map(len, lists))) for x in lists), strict=True)
+    )
+
+
 def covering(rows: Sequence[tuple[Hashable, ...]], strength: int = 2, seed: str = "") -> list[int]:
     """Return the places of rows that hold each value, and each pair if strength is 2, that any row holds.
 

@@ -4,7 +4,7 @@ import itertools
 from types import SimpleNamespace
 
 import pytest
-from pairwise import covering, pairwise, select
+from pairwise import covering, pairwise, select, singly
 
 LISTS = [("a", "b", "c", "d"), (1, 2, 3), (None, 0.5), (False, True)]
 
@@ -35,6 +35,12 @@ def test_rows_of_every_value_are_as_many_as_the_longest_list_has(seed):
     kept = [rows[k] for k in covering(rows, 1, seed)]
     assert [set(column) for column in zip(*kept, strict=True)] == [set(values) for values in LISTS]
     assert len(kept) == 4
+
+
+def test_rows_in_step_hold_every_value():
+    rows = singly(*LISTS)
+    assert [set(column) for column in zip(*rows, strict=True)] == [set(values) for values in LISTS]
+    assert len(rows) == 4
 
 
 def item(name, marked, **params):
