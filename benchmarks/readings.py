@@ -15,7 +15,7 @@ import math
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -42,6 +42,12 @@ OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
     "GIAdam": fw.GIAdam,
     "SGD": functools.partial(fw.SGD, momentum=0.9),
 }
+# gradient descent at a large rate, at which steps cross many kinks, and AdamW; 20 readings in 600 steps
+ALONG: dict[str, tuple[Callable[..., torch.optim.Optimizer], float]] = {
+    "SGD, 0.3": (fw.SGD, 0.3),
+    "AdamW, 3e-3": (fw.AdamW, 3e-3),
+}
+ALONG_EVERY, ALONG_READINGS, ALONG_BATCHES = 30, 20, {"one of 256": (256, True), "others of 64": (64, False)}
 RATES = {"SGD": 0.05}
 GRID_READINGS, READINGS = 8, 26
 # networks of ``fused-warmup train``, whose steps are long enough to be compared with readings
@@ -213,6 +219,74 @@ def cost(model: str, examples: int, batch: int, *, readings: int) -> list[str]:
     ]
 
 
+def flat(tensors: Iterable[torch.Tensor]) -> torch.Tensor:
+    """Return tensors as one vector in float64."""
+    return torch.cat([t.detach().flatten() for t in tensors]).double()
+
+
+def along(model: str, name: str, batches: str, *, readings: int) -> list[tuple[float, ...]]:
+    """Compare directional sharpness, and the curvature at the start of a step, with what the loss does in it.
+
+    Returns:
+        For each reading both curvatures over the sharpness, and the relative errors of the changes of the loss that they
+        predict.
+    """
+    make, lr = ALONG[name]
+    batch, fixed = ALONG_BATCHES[batches]
+    torch.manual_seed(0)
+    network = MODELS[model]()
+    params = list(network.parameters())
+    opt = make(params, lr=lr)
+    order = torch.Generator().manual_seed(1)
+    x, y = digits().train.inputs, digits().train.targets
+    index = torch.randint(len(y), (batch,), generator=order)
+    rows = []
+    for step in range(ALONG_EVERY * readings):
+        if not fixed:
+            index = torch.randint(len(y), (batch,), generator=order)
+
+        def loss(x: torch.Tensor = x[index], y: torch.Tensor = y[index]) -> torch.Tensor:
+            return functional.cross_entropy(network(x), y)
+
+        opt.zero_grad()
+        loss().backward()
+        if step % ALONG_EVERY != 5:
+            opt.step()
+            continue
+        found = fw.sharpness.directional(loss, opt).asdict()["value"]
+        sharpness = truth(loss, opt)
+        pending = PendingStep("along", opt)
+        own = pending.grads or []
+        updates = pending.updates(own)
+        inverse = flat(
+            i.expand_as(u) for i, u in zip(pending.inverse_preconditioners(own), updates, strict=True)
+        )
+        moved, start = -flat(updates), loss()
+        grads = torch.autograd.grad(start, params, create_graph=True)
+        at_start = -flat(torch.autograd.grad(grads, params, updates)) @ moved
+        length, slope = moved / inverse @ moved, flat(grads) @ moved
+        opt.step()
+        change = loss().item() - start.item()
+        both = [found, float(at_start / length)]
+        errors = [abs(float(slope + 0.5 * q * length) - change) / abs(change) for q in both]
+        rows.append((*(q / sharpness for q in both), *errors))
+    return rows
+
+
+def along_cells(model: str, name: str, batches: str, rows: list[tuple[float, ...]]) -> list[str]:
+    """Return the row of a table of what ``along`` has found."""
+    columns = [sorted(column) for column in zip(*rows, strict=True)]
+    medians = [statistics.median(column) for column in columns]
+    worst = [column[int(0.95 * (len(column) - 1))] for column in columns[2:]]
+    return [
+        model,
+        batches,
+        name,
+        *(f"{m:.3f}" for m in medians[:2]),
+        *(f"{m:.3f} ({w:.2f})" for m, w in zip(medians[2:], worst, strict=True)),
+    ]
+
+
 def within(row: dict[str, Any]) -> bool:
     """Return whether a reading is within its bounds or 5 % of the truth."""
     allowed = max(TOLERANCE * abs(row["truth"]), row["err_krylov"] + row["err_fd"])
@@ -259,6 +333,7 @@ def to_markdown(
     grid: list[list[str]],
     by_difference: list[list[str]],
     costs: list[list[str]],
+    steps: list[list[str]],
 ) -> str:
     """Return the results page."""
     return "\n".join([
@@ -285,6 +360,16 @@ def to_markdown(
         f"at 1e-3), float32, {GRID_READINGS - 1} warm readings in each row:",
         "",
         *table(["model", "batch", "batches", "optimizer", *HEADINGS], grid),
+        "",
+        "Along the step that follows (`fw.sharpness.directional`), relative to the largest eigenvalue, medians of",
+        f"{ALONG_READINGS} readings in {ALONG_EVERY * ALONG_READINGS} steps; *at the start* is the quotient of double backward along",
+        "the same displacement. Errors are those of the change of the loss in that step, predicted from the gradient and",
+        "either curvature, relative to the change: the median, and in brackets the second largest.",
+        "",
+        *table(
+            ["model", "batches", "optimizer", "directional", "at the start", "error", "error from the start"],
+            steps,
+        ),
         "",
         "What a warm reading costs beside a training step (forward, backward, AdamW), both medians of one process, for the",
         "networks of `fused-warmup train`; *examples* are those of the closure and of the training's batch, and the share is",
@@ -328,7 +413,15 @@ def main() -> int:
         for name, make in OPTIMIZERS.items()
     ]
     costs = [cost(model, examples, 64, readings=few) for model in TRAINED for examples in (8, 64)]
-    text = to_markdown(describe(), by_method[0], grid, by_method[1], costs)
+    steps = [
+        along_cells(
+            model, name, batches, along(model, name, batches, readings=2 if quick else ALONG_READINGS)
+        )
+        for model in ("gelu", "relu")
+        for name in ALONG
+        for batches in ALONG_BATCHES
+    ]
+    text = to_markdown(describe(), by_method[0], grid, by_method[1], costs, steps)
     print(text)
     if not quick:
         (RESULTS / "readings.md").write_text(text, encoding="utf-8")

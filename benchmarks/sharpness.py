@@ -31,7 +31,7 @@ KNOWN = 2
 BYTES = 16 + 16 + 32 + 16 + 20
 BATCHES = (16, 128)
 # the probe's defaults: steps between readings, and readings between audits
-EVERY = 960
+EVERY = 2400
 CYCLE = 20
 
 

@@ -1,13 +1,15 @@
 """Sharpness, the edge of stability and the critical learning rate, measured during training."""
 
+from .directional_sharpness import directional
 from .estimators import spectral_density, trace
 from .hessian_operator import HessianOperator, PreconditionedOperator
 from .line_search import critical_lr
 from .measure import preconditioned, threshold, top_eigenvalue
 from .probe import SharpnessProbe
-from .result import RateSearch, SharpnessReading, SpectralDensity, TraceEstimate
+from .result import DirectionalReading, RateSearch, SharpnessReading, SpectralDensity, TraceEstimate
 
 __all__ = [
+    "DirectionalReading",
     "HessianOperator",
     "PreconditionedOperator",
     "RateSearch",
@@ -16,6 +18,7 @@ __all__ = [
     "SpectralDensity",
     "TraceEstimate",
     "critical_lr",
+    "directional",
     "preconditioned",
     "spectral_density",
     "threshold",

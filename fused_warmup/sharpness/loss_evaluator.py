@@ -122,8 +122,7 @@ class LossEvaluator:
 
     def __exit__(self, *_: object) -> None:
         """Restore all state."""
-        for local, value in zip(self.shards.locals, self.snapshot, strict=True):
-            local.data.copy_(value)
+        self.vectors.restore()
         for param, grad in zip(self.params, self._grads, strict=True):
             param.grad = grad
         self._reshard()

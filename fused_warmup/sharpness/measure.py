@@ -14,10 +14,7 @@ from .lanczos import Spectrum, lanczos
 from .loss_evaluator import Loss, LossEvaluator
 from .operators import Operator, evaluator_of, random_vector, step_operators
 from .pending_step import PendingStep
-from .result import Flags, SharpnessReading
-
-# relative error of finite differences above which a reading is flagged
-_ROUGH = 0.1
+from .result import ROUGH, Flags, SharpnessReading
 
 
 def top_eigenvalue(
@@ -177,7 +174,7 @@ def make_reading(
         step=step,
         flags=Flags({
             "nonfinite": ~spectrum.largest.isfinite(),
-            "rough": err_fd > _ROUGH * spectrum.largest.abs(),
+            "rough": err_fd > ROUGH * spectrum.largest.abs(),
             **flags,
         }),
         batch_size=hessian.evaluator.batch_size,

@@ -247,10 +247,24 @@ class PendingStep:
         Returns:
             Tensors in the shapes of the parameters; decoupled decay is in them.
         """
+        return self._updates(grads, self.ratios())
+
+    def updates(self, grads: Sequence[Tensor]) -> list[Tensor]:
+        """Return what the step subtracts from each parameter, before rounding.
+
+        Args:
+            grads: Gradients of the loss.
+
+        Returns:
+            Tensors in the shapes of the parameters.
+        """
+        return self._updates(grads, [m.lr for m in self.members])
+
+    def _updates(self, grads: Sequence[Tensor], rates: Sequence[float]) -> list[Tensor]:
         clipping = self._clipping(grads)
         return [
-            self._moved(m, g, self._scalars(m, ratio, *clipping))
-            for m, g, ratio in zip(self.members, grads, self.ratios(), strict=True)
+            self._moved(m, g, self._scalars(m, rate, *clipping))
+            for m, g, rate in zip(self.members, grads, rates, strict=True)
         ]
 
     def _clipping(self, grads: Sequence[Tensor]) -> tuple[float, float]:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from .. import _checks as check
 from ..optim.base import FusedOptimizer
+from .directional_sharpness import secant
 from .hvp import METHODS, Hessian
 from .lanczos import Spectrum, lanczos, random_overlap
 from .loss_evaluator import Loss, LossEvaluator
@@ -64,13 +65,15 @@ class SharpnessProbe:
             take no ``budget`` either.
         tolerance: Relative error of Lanczos, > 0, at which a measurement ends.
         max_products: Most products of a search, at least ``steps``. On a GPU each takes a vector of memory.
+        directional: Measure ``fused_warmup.sharpness.directional`` too, by two more gradients; finding the
+            step waits for the device.
 
     Raises:
         TypeError: If the rule of the optimizer is not known, or an argument has a wrong type.
         ValueError: If an argument is out of range.
 
     Example:
-        >>> probe = fw.SharpnessProbe(opt, every=960)
+        >>> probe = fw.SharpnessProbe(opt, every=2400)
         >>> loss.backward()
         >>> probe.measure(lambda: loss_fn(model(x[:8]), y[:8]))
         >>> opt.step()
@@ -85,7 +88,7 @@ class SharpnessProbe:
         self,
         optimizer: torch.optim.Optimizer,
         loss_fn: Loss | None = None,
-        every: int = 960,
+        every: int = 2400,
         budget: float | None = None,
         *,
         steps: int = 3,
@@ -95,6 +98,7 @@ class SharpnessProbe:
         reduce: bool = False,
         tolerance: float = 0.05,
         max_products: int = 24,
+        directional: bool = False,
     ) -> None:
         name = type(self).__name__
         self.loss_fn = loss_fn
@@ -106,6 +110,7 @@ class SharpnessProbe:
         self._method = check.one_of(name, "method", method, METHODS)
         self._use_grad = check.flag(name, "use_grad", use_grad)
         self._reduce = check.flag(name, "reduce", reduce)
+        self._directional = check.flag(name, "directional", directional)
         if self._reduce and self.budget is not None:
             check.fail(name, "budget", "be None where reduce is True", budget)
         # raises for an optimizer without a known rule, now rather than at the first measurement
@@ -217,9 +222,10 @@ class SharpnessProbe:
             "audit": audit,
             "locked": search.locked,
         }
-        return make_reading(
-            plain, err_fd, err_batch, operators.edge_ratio(plain, scaled), hessian, step, **flags
-        )
+        directional = secant(pending, hessian).value if self._directional else math.nan
+        edge_ratio = operators.edge_ratio(plain, scaled)
+        reading = make_reading(plain, err_fd, err_batch, edge_ratio, hessian, step, **flags)
+        return replace(reading, directional=directional)
 
     def _leaves_out(self, reading: SharpnessReading, pending: PendingStep, evaluator: LossEvaluator) -> bool:
         """Return whether double backward, unlike differences, leaves out a part; waits for the device.

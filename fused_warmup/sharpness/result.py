@@ -14,6 +14,9 @@ from .. import _checks as check
 
 Scalar = Tensor | float
 
+# share of a value above which its `err_fd` sets the flag `rough`
+ROUGH = 0.1
+
 
 class Flags(Set[str]):
     """The names of the flags of a reading that are set, as a set: ``"rough" in reading.flags``.
@@ -90,6 +93,8 @@ class SharpnessReading:
             that it runs, in this process; None if it has fewer than two dimensions, is passed by name, that
             module runs several times, or the closure runs no module.
         method: How products were computed: ``"difference"`` or ``"autograd"``.
+        directional: ``value`` of the ``DirectionalReading`` of the same step, from a probe with
+            ``directional=True``; else NaN.
         lo_includes: Names of the errors that ``lo`` includes.
         hi_includes: Names of the errors that ``hi`` includes.
     """
@@ -108,14 +113,51 @@ class SharpnessReading:
     flags: Flags = field(default_factory=Flags)
     batch_size: int | None = None
     method: str = "difference"
+    directional: Scalar = math.nan
     lo_includes: ClassVar[tuple[str, ...]] = ("err_fd",)
     hi_includes: ClassVar[tuple[str, ...]] = ("err_krylov", "err_fd")
 
     def asdict(self) -> dict[str, Any]:
         """Return plain numbers and the names of the flags that are set; waits for the device."""
-        plain = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "flags"}
-        plain = {k: v.item() if isinstance(v, Tensor) else v for k, v in plain.items()}
-        return {**plain, "step": int(plain["step"]), "flags": list(self.flags)}
+        return _plain(self)
+
+
+@dataclass(frozen=True)
+class DirectionalReading:
+    """Curvature of the loss of one batch over the displacement ``d`` of a step; NaN if that is 0.
+
+    Tensors are 0-dim float64 on the device of the parameters.
+
+    Attributes:
+        value: ``d' (g(theta + d) - g(theta)) / d' P d``, in units of 1 / learning rate, for the
+            pre-conditioner ``P`` of ``preconditioned`` and the gradient ``g``.
+        edge_ratio: ``value`` over the stability threshold at the current learning rate.
+        err_fd: Error from the rounding of both gradients.
+        cost: Gradients of the closure that were computed.
+        step: Updates made before the measurement.
+        flags: Set of names: ``nonfinite``; ``rough`` where ``err_fd`` exceeds a tenth of ``value``, as where
+            the learning rate is close to 0.
+        batch_size: As for ``SharpnessReading``.
+    """
+
+    value: Scalar
+    edge_ratio: Scalar
+    err_fd: Scalar
+    cost: int
+    step: Scalar | int
+    flags: Flags = field(default_factory=Flags)
+    batch_size: int | None = None
+
+    def asdict(self) -> dict[str, Any]:
+        """Return plain numbers and the names of the flags that are set; waits for the device."""
+        return _plain(self)
+
+
+def _plain(reading: SharpnessReading | DirectionalReading) -> dict[str, Any]:
+    """Return the fields of a reading as plain numbers, and the names of its flags."""
+    plain = {f.name: getattr(reading, f.name) for f in fields(reading) if f.name != "flags"}
+    plain = {k: v.item() if isinstance(v, Tensor) else v for k, v in plain.items()}
+    return {**plain, "step": int(plain["step"]), "flags": list(reading.flags)}
 
 
 @dataclass(frozen=True)

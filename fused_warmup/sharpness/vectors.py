@@ -129,6 +129,11 @@ class Vectors:
         for param, value in zip(self.params, self._displaced(vector, scale, size), strict=True):
             param.data.copy_(value)
 
+    def restore(self) -> None:
+        """Restore the parameters as they were stored."""
+        for param, value in zip(self.params, self.snapshot, strict=True):
+            param.data.copy_(value)
+
     def finish(
         self,
         basis: Tensor,
@@ -163,8 +168,7 @@ class Vectors:
             displacement = ends[0] - ends[1]
             moved = self.dots((displacement, difference), displacement)
         out.copy_(difference if scale is None else scale * difference)
-        for param, value in zip(self.params, self.snapshot, strict=True):
-            param.data.copy_(value)
+        self.restore()
         return self.dots(basis, out), moved
 
     def combine(

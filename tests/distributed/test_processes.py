@@ -37,6 +37,7 @@ for method in ("difference", "autograd"):
     # the gradients come from the closure
     found += [fw.sharpness.preconditioned(loss_fn, opt, method=method, **reduce).value]
 found += [fw.sharpness.critical_lr(loss_fn, opt, **reduce).value]
+found += [fw.sharpness.directional(loss_fn, opt, **reduce).value]
 found += [fw.tuning.initial_lr(loss_fn, opt, target=10.0).value]
 loss = loss_fn()
 loss.backward()

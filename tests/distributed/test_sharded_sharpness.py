@@ -57,7 +57,7 @@ def measure(model, run, x, y, opt, steps):
     grads = [None if p.grad is None else whole(p.grad).clone() for p in model.parameters()]
     reading = fw.sharpness.top_eigenvalue(loss_fn, params)
     found += [reading.value, reading.lambda_min, fw.sharpness.preconditioned(loss_fn, opt).value]
-    found += [fw.sharpness.critical_lr(loss_fn, opt).value]
+    found += [fw.sharpness.critical_lr(loss_fn, opt).value, fw.sharpness.directional(loss_fn, opt).value]
     found += [fw.tuning.initial_lr(loss_fn, opt, target=10.0).value]
     restored = same(before, model.parameters()) and same(grads, [p.grad for p in model.parameters()])
     loss = loss_fn()

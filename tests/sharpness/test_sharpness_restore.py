@@ -17,6 +17,7 @@ from fused_warmup.sharpness import (
     HessianOperator,
     PreconditionedOperator,
     critical_lr,
+    directional,
     preconditioned,
     spectral_density,
     top_eigenvalue,
@@ -98,7 +99,10 @@ MEASURES = {
     "top": lambda loss, opt, ps: top_eigenvalue(loss, ps, iterations=4),
     "top-autograd": lambda loss, opt, ps: top_eigenvalue(loss, ps, iterations=4, method="autograd"),
     "preconditioned": lambda loss, opt, ps: preconditioned(loss, opt, iterations=4),
-    "probe": lambda loss, opt, ps: fw.SharpnessProbe(opt, method="difference").measure(loss),
+    "probe": lambda loss, opt, ps: fw.SharpnessProbe(opt, method="difference", directional=True).measure(
+        loss
+    ),
+    "directional": lambda loss, opt, ps: [directional(loss, opt) for _ in range(3)][-1],
     "critical_lr": lambda loss, opt, ps: critical_lr(loss, opt),
     "trace": lambda loss, opt, ps: trace(HessianOperator(loss, ps), vectors=3),
     "density": lambda loss, opt, ps: value_of(spectral_density(HessianOperator(loss, ps), steps=2).largest),
