@@ -25,6 +25,7 @@ BASE = {
     "warmup": 2,
     "dtype": "float32",
     "param_rounding": "nearest",
+    "state_dtype": "float32",
     "max_grad_norm": 1.0,
     "ema": 0.9,
     "seed": 0,

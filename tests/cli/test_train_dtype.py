@@ -100,12 +100,24 @@ def test_a_training_without_this_difference_has_no_note(tmp_path, args):
     assert json.loads((tmp_path / "digits.json").read_text())["note"] == ""
 
 
+@pytest.mark.parametrize("dtype", config.DTYPES)
+def test_states_have_the_dtype_that_is_asked_for(tmp_path, made, dtype):
+    result = train(tmp_path, "--model", "digits", "--dtype", dtype, "--state-dtype", "BFloat16")
+    states = [state["exp_avg_sq"] for state in made[0].opt.state.values()]
+    assert {state.dtype for state in states} == {torch.bfloat16}
+    shown = " ".join(result.output.split())
+    assert "bfloat16 states, so" in shown or "bfloat16 ones, so the losses differ." in shown
+    assert json.loads((tmp_path / "digits.json").read_text())["settings"]["state_dtype"] == "bfloat16"
+    assert ", bfloat16 states" in " ".join(invoke("report", tmp_path).output.split())
+
+
 def test_report_shows_the_dtype_and_reads_records_without_one(tmp_path):
     train(tmp_path, "--model", "digits", "--dtype", "bfloat16", "--param-rounding", "split")
     assert "bfloat16, split" in " ".join(invoke("report", tmp_path).output.split())
     path = tmp_path / "digits.json"
     saved = json.loads(path.read_text())
-    del saved["settings"]["dtype"], saved["settings"]["param_rounding"]
+    for name in ("dtype", "param_rounding", "state_dtype"):
+        del saved["settings"][name]
     path.write_text(json.dumps(saved))
     assert report.title_of(report.read(path)[0]).endswith("cosine")
 
@@ -113,6 +125,7 @@ def test_report_shows_the_dtype_and_reads_records_without_one(tmp_path):
 @pytest.mark.parametrize(
     ("args", "message"),
     [
+        (["--state-dtype", "half"], "train: --state-dtype must be one of 'float32', 'bfloat16', got 'half'."),
         (["--dtype", "int8"], "train: --dtype must be one of 'float32', 'bfloat16', got 'int8'."),
         (
             ["--dtype", "bfloat16", "--param-rounding", "up"],

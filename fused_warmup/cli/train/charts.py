@@ -17,7 +17,9 @@ def title_of(record: dict[str, Any]) -> str:
     """Return the title of a training: model, size, steps, batch size, rate, schedule and dtype."""
     s = record["settings"]
     dtype = s.get("dtype") or "float32"
+    state_dtype = s.get("state_dtype") or "float32"
     sixteen_bits = "" if dtype == "float32" else f", {dtype}, {s['param_rounding']}"
+    sixteen_bits += "" if state_dtype == "float32" else f", {state_dtype} states"
     return (
         f"{s['model']}, {record['parameters']:,} parameters, {s['steps']} steps of {s['batch_size']}, "
         f"lr {s['lr']:g}, warmup {s['warmup']}, {s['schedule']}{sixteen_bits}"

@@ -254,6 +254,12 @@ def _json_values(value: Any) -> Any:
     help=f"How our step rounds bfloat16 parameters: one of {', '.join(MODES)}.",
 )
 @click.option(
+    "--state-dtype",
+    default="float32",
+    show_default=True,
+    help=f"Of the states of our optimizer: {' or '.join(DTYPES)}.",
+)
+@click.option(
     "--max-grad-norm",
     type=float,
     default=1.0,

@@ -85,6 +85,7 @@ class TrainConfig:
         batch_size: Examples per step, >= 1.
         dtype: Dtype of parameters and buffers, a key of ``DTYPES``.
         param_rounding: How our optimizer rounds bfloat16 parameters; ``"nearest"`` for float32.
+        state_dtype: Dtype of the states of our optimizer, a key of ``DTYPES``.
         max_grad_norm: Largest norm of the gradients; 0 disables clipping.
         ema: Decay of the weight average, in [0, 1); 0 disables averaging.
         seed: Seed of the model and of the batch order, in [0, 2**64).
@@ -106,6 +107,7 @@ class TrainConfig:
     batch_size: int
     dtype: str
     param_rounding: str
+    state_dtype: str
     max_grad_norm: float
     ema: float
     seed: int
@@ -135,6 +137,7 @@ class TrainConfig:
         schedule = check.one_of(_OWNER, "--schedule", options["schedule"].lower(), SCHEDULES)
         dtype = check.one_of(_OWNER, "--dtype", options["dtype"].lower(), tuple(DTYPES))
         rounding = check.one_of(_OWNER, "--param-rounding", options["param_rounding"].lower(), MODES)
+        state_dtype = check.one_of(_OWNER, "--state-dtype", options["state_dtype"].lower(), tuple(DTYPES))
         pair = OPTIMIZERS[optimizer]
         defaults = {**_MODEL_DEFAULTS[model], "lr": pair.lr, "weight_decay": pair.weight_decay}
         values = {
@@ -144,6 +147,7 @@ class TrainConfig:
             "schedule": schedule,
             "dtype": dtype,
             "param_rounding": rounding,
+            "state_dtype": state_dtype,
         }
         for name, default in defaults.items():
             if values[name] is None:
@@ -190,7 +194,11 @@ class TrainConfig:
         if self.dtype != "float32":
             notes.append(
                 f"torch rounds {self.dtype} parameters and states to nearest, ours the parameters by "
-                f"{self.param_rounding!r} with float32 states, so the losses differ"
+                f"{self.param_rounding!r} with {self.state_dtype} states, so the losses differ"
+            )
+        elif self.state_dtype != "float32":
+            notes.append(
+                f"torch keeps float32 states, ours keeps {self.state_dtype} ones, so the losses differ"
             )
         return notes if self.compare else []
 

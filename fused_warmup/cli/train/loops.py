@@ -17,7 +17,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn, update_bn
 
 import fused_warmup as fw
 
-from .config import TrainConfig
+from .config import DTYPES, TrainConfig
 from .data import Data, Split
 from .edge import SharpnessRecorder, search_first_step
 
@@ -124,6 +124,7 @@ class FusedLoop(TrainingLoop):
             average=fw.EMA(config.ema) if config.ema else None,
             param_rounding=config.param_rounding,
             rounding_seed=config.seed,
+            state_dtype=DTYPES[config.state_dtype],
             backend=config.backend,
             telemetry="all",
         )

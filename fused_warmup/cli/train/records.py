@@ -84,6 +84,7 @@ _SETTINGS = {
     # records of older versions lack them
     "dtype": OptionalEntry(TEXT),
     "param_rounding": OptionalEntry(TEXT),
+    "state_dtype": OptionalEntry(TEXT),
     "max_grad_norm": NUMBER,
 }
 _EDGE = {
