@@ -39,12 +39,20 @@ FW_HOST_DEVICE float widen(Float16 x) {
 FW_HOST_DEVICE float widen(float x) { return x; }
 FW_HOST_DEVICE double widen(double x) { return x; }
 
-FW_HOST_DEVICE void narrow(float x, BFloat16& out) {
+// the bits of a number without its sign; with a sign of the integer, which AVX2 compares at once
+FW_HOST_DEVICE int32_t magnitude_bits(uint32_t bits) { return static_cast<int32_t>(bits & 0x7fffffffu); }
+
+// writes the nearest number of 16 bits, and returns it as it would be widened
+FW_HOST_DEVICE float narrow_to(float x, BFloat16& out) {
   uint32_t bits = bits_of(x);
-  uint32_t rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
-  bool is_nan = (bits & 0x7fffffffu) > 0x7f800000u;
-  out.bits = static_cast<uint16_t>(is_nan ? 0x7fc0u : rounded);
+  uint32_t rounded = bits + 0x7fffu + ((bits >> 16) & 1u);
+  bool is_nan = magnitude_bits(bits) > 0x7f800000;
+  uint32_t nearest = is_nan ? 0x7fc00000u : rounded & 0xffff0000u;
+  out.bits = static_cast<uint16_t>(nearest >> 16);
+  return float_of(nearest);
 }
+
+FW_HOST_DEVICE void narrow(float x, BFloat16& out) { narrow_to(x, out); }
 
 FW_HOST_DEVICE void narrow(float x, Float16& out) {
   uint32_t bits = bits_of(x);
@@ -57,6 +65,11 @@ FW_HOST_DEVICE void narrow(float x, Float16& out) {
   uint32_t finite = magnitude < 0x38800000u ? subnormal : normal;
   uint32_t half = magnitude >= 0x47800000u ? special : finite;
   out.bits = static_cast<uint16_t>(half | (sign >> 16));
+}
+
+FW_HOST_DEVICE float narrow_to(float x, Float16& out) {
+  narrow(x, out);
+  return widen(out);
 }
 
 FW_HOST_DEVICE void narrow(float x, float& out) { out = x; }

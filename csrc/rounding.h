@@ -44,16 +44,27 @@ struct RandomKey {
         high(static_cast<uint32_t>(pass) << kPassBit) {}
 };
 
-// the four words of kDrawn elements from number kDrawn * block on, whose low word and high word are given
-FW_HOST_DEVICE void draw(const RandomKey& key, uint32_t low, uint32_t high, uint32_t (&word)[4]) {
-  uint32_t a = low, b = high | key.high, c = key.number, d = key.step, k = key.key0, m = key.key1;
+// both words of a product
+FW_HOST_DEVICE void multiply_words(uint32_t a, uint32_t b, uint32_t& high, uint32_t& low) {
+  const uint64_t product = static_cast<uint64_t>(a) * b;
+  high = static_cast<uint32_t>(product >> 32);
+  low = static_cast<uint32_t>(product);
+}
+
+// the four words of kDrawn elements from number kDrawn * block on, whose low word and high word are given; or
+// of several blocks, whose words lie beside each other in a Word
+template <class Word>
+FW_HOST_DEVICE void draw(const RandomKey& key, Word low, Word high, Word (&word)[4]) {
+  Word a = low, b = high | key.high, c = Word() ^ key.number, d = Word() ^ key.step;
+  uint32_t k = key.key0, m = key.key1;
   for (int i = 0; i < kPhiloxRounds; ++i) {
-    const uint64_t first = static_cast<uint64_t>(a) * 0xD2511F53u;
-    const uint64_t second = static_cast<uint64_t>(c) * 0xCD9E8D57u;
-    a = static_cast<uint32_t>(second >> 32) ^ b ^ k;
-    b = static_cast<uint32_t>(second);
-    c = static_cast<uint32_t>(first >> 32) ^ d ^ m;
-    d = static_cast<uint32_t>(first);
+    Word first, second, low_first, low_second;
+    multiply_words(a, 0xD2511F53u, first, low_first);
+    multiply_words(c, 0xCD9E8D57u, second, low_second);
+    a = second ^ b ^ k;
+    b = low_second;
+    c = first ^ d ^ m;
+    d = low_first;
     k += 0x9E3779B9u;
     m += 0xBB67AE85u;
   }
@@ -106,10 +117,12 @@ FW_HOST_DEVICE uint32_t choose(bool condition, uint32_t a, uint32_t b) {
 // a number rounded up in magnitude with the probability of the fraction that is dropped; beyond the largest
 // finite number the nearest one
 FW_HOST_DEVICE void round_stochastically(float x, uint32_t bits, BFloat16& out) {
-  const uint32_t pattern = bits_of(x), magnitude = pattern & 0x7fffffffu;
-  BFloat16 nearest;
-  narrow(x, nearest);
-  out.bits = static_cast<uint16_t>(choose(magnitude < 0x7f7f0000u, (pattern + bits) >> 16, nearest.bits));
+  const uint32_t pattern = bits_of(x);
+  const int32_t magnitude = magnitude_bits(pattern);
+  const uint32_t to_nearest = 0x7fffu + ((pattern >> 16) & 1u);
+  const uint32_t rounded = pattern + choose(magnitude < 0x7f7f0000, bits, to_nearest);
+  // 16 bits last, which vectors pack
+  out.bits = static_cast<uint16_t>(choose(magnitude > 0x7f800000, 0x7fc00000u, rounded) >> 16);
 }
 
 FW_HOST_DEVICE void round_stochastically(float x, uint32_t bits, Float16& out) {
@@ -125,16 +138,12 @@ FW_HOST_DEVICE void round_stochastically(float x, uint32_t bits, Float16& out) {
   out.bits = static_cast<uint16_t>(choose(magnitude < 0x477fe000u, rounded, nearest.bits));
 }
 
-FW_HOST_DEVICE bool same_bits(BFloat16 a, BFloat16 b) { return a.bits == b.bits; }
-FW_HOST_DEVICE bool same_bits(Float16 a, Float16 b) { return a.bits == b.bits; }
-
 // a value, unless it rounds to another number than the parameter, which was then written from outside
 template <class P>
 FW_HOST_DEVICE float checked_value(float value, P param) {
   P rounded;
-  narrow(value, rounded);
   const float plain = widen(param);
-  return widen(rounded) == plain ? value : plain;
+  return narrow_to(value, rounded) == plain ? value : plain;
 }
 
 template <class P>
@@ -142,18 +151,18 @@ FW_HOST_DEVICE float load_kahan(P param, BFloat16 compensation) {
   return checked_value(widen(param) + widen(compensation), param);
 }
 
-// what a rounded parameter lacks of its value; rounded stochastically, so that updates below its own last
-// digit are not lost either, unless the sum would round to another parameter
+// what a parameter of type P, whose value is `plain`, lacks of a value that was rounded to it; rounded
+// stochastically, so that updates below its own last digit are not lost either, unless the sum would round to
+// another parameter
 template <class P>
-FW_HOST_DEVICE BFloat16 compensation_of(float value, P param, uint32_t bits) {
-  const float plain = widen(param);
+FW_HOST_DEVICE BFloat16 compensation_of(float value, float plain, uint32_t bits) {
   const float lacking = magnitude(plain) < INFINITY ? value - plain : 0.0f;
   // far below the largest bfloat16
-  BFloat16 rounded, kept;
-  rounded.bits = static_cast<uint16_t>((bits_of(lacking) + bits) >> 16);
+  const uint32_t rounded = (bits_of(lacking) + bits) & 0xffff0000u;
   P sum;
-  narrow(plain + widen(rounded), sum);
-  kept.bits = static_cast<uint16_t>(choose(same_bits(sum, param), rounded.bits, bits_of(lacking) >> 16));
+  const bool is_same = bits_of(narrow_to(plain + float_of(rounded), sum)) == bits_of(plain);
+  BFloat16 kept;
+  kept.bits = static_cast<uint16_t>(choose(is_same, rounded, bits_of(lacking)) >> 16);
   return kept;
 }
 

@@ -7,9 +7,7 @@
 #include "../dtypes.h"
 #include "../rounding.h"
 #include "../table.h"
-
-// not inlined, because gcc loses __restrict when it inlines the loop into its caller
-#define FW_LEAF __attribute__((noinline))
+#include "random_bits.h"
 
 namespace fw {
 namespace {
@@ -58,40 +56,6 @@ void narrow_all(const float* __restrict from, T* __restrict to, int count) {
   for (int i = 0; i < count; ++i) narrow(from[i], to[i]);
 }
 
-// the random bits of kBlock elements, which begin anywhere among the kDrawn of a counter
-struct BlockBits {
-  alignas(64) uint32_t words[kBlock / kDrawn + 1][4];
-  uint16_t bits[kBlock];
-
-  // draws those of `count` elements of a row from `offset` on
-  void draw(const Row& row, const RandomKey& key, int64_t offset, int count);
-};
-
-inline FW_LEAF void draw_counters(uint32_t (*__restrict words)[4], const RandomKey& key, uint64_t first,
-                                  int count) {
-  const RandomKey k = key;
-  const uint32_t low = static_cast<uint32_t>(first), high = static_cast<uint32_t>(first >> 32);
-#pragma omp simd
-  for (int i = 0; i < count; ++i) {
-    const uint32_t own = low + static_cast<uint32_t>(i);
-    uint32_t word[4];
-    fw::draw(k, own, high + (own < low), word);
-    for (int n = 0; n < 4; ++n) words[i][n] = word[n];
-  }
-}
-
-inline void BlockBits::draw(const Row& row, const RandomKey& key, int64_t offset, int count) {
-  if (!is_consecutive(row)) {
-    for (int i = 0; i < count; ++i)
-      bits[i] = static_cast<uint16_t>(bits_of_element(key, number_of(row, offset + i)));
-    return;
-  }
-  const int64_t first = row.first_element + offset;
-  const int before = static_cast<int>(first % kDrawn);
-  draw_counters(words, key, first / kDrawn, (before + count + kDrawn - 1) / kDrawn);
-  memcpy(bits, reinterpret_cast<const char*>(words) + before * sizeof(uint16_t), count * sizeof(uint16_t));
-}
-
 template <class P>
 FW_LEAF void load_kahan_all(const P* __restrict param, const BFloat16* __restrict compensation,
                             float* __restrict to, int count) {
@@ -124,8 +88,8 @@ FW_LEAF void store_kahan_all(const float* __restrict from, const uint16_t* __res
                              P* __restrict param, BFloat16* __restrict compensation, int count) {
   for (int i = 0; i < count; ++i) {
     P rounded;
-    narrow(from[i], rounded);
-    compensation[i] = compensation_of(from[i], rounded, bits[i]);
+    const float plain = narrow_to(from[i], rounded);
+    compensation[i] = compensation_of<P>(from[i], plain, bits[i]);
     param[i] = rounded;
   }
 }
@@ -163,7 +127,7 @@ C* load_param(const Row& row, int64_t offset, int count, C* scratch) {
 template <class P>
 void store_rounded(const float* block, const Row& row, const RandomKey& key, int64_t offset, int count) {
   P* param = at<P>(row.param) + offset;
-  BlockBits random;
+  RandomBits<kBlock> random;
   if (draws_bits(row.rounding)) random.draw(row, key, offset, count);
   if (row.rounding == kStochastic) return round_all(block, random.bits, param, count);
   if (row.rounding == kKahan)
@@ -200,7 +164,7 @@ struct StateBlocks {
     if (!has_rounded_states(row)) return;
     if constexpr (sizeof(C) == sizeof(float)) {
       const uint64_t columns[kMaxStates] = {row.state0, row.state1, row.state2};
-      BlockBits random;
+      RandomBits<kBlock> random;
       for (int k = 0; k < kStates; ++k) {
         random.draw(row, RandomKey(row, step, static_cast<RoundingPass>(kStatePass + k)), offset, count);
         round_all(state[k], random.bits, at<BFloat16>(columns[k]) + offset, count);

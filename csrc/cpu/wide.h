@@ -4,9 +4,12 @@
 #pragma once
 #include "../platform.h"
 
-#if defined(__AVX__)
+#if defined(__SSE2__)
 #include <immintrin.h>
 #endif
+
+// not inlined, because gcc loses __restrict when it inlines the loop into its caller
+#define FW_LEAF __attribute__((noinline))
 
 namespace fw {
 namespace {
@@ -53,6 +56,9 @@ FW_HOST_DEVICE Wide<double> widened(Wide<float> x) {
   return {typename Wide<double>::Numbers{x.numbers[0], x.numbers[1]}};
 #endif
 }
+
+// beside those of single numbers
+using fw::multiply_add;
 
 FW_HOST_DEVICE Wide<double> multiply_add(Wide<double> a, Wide<double> b, Wide<double> c) {
   Wide<double> sum;

@@ -171,8 +171,8 @@ struct ParamPack<N, P, true> {
         if (s.rounding == kStochastic) {
           round_stochastically(value[k], own, rounded[k]);
         } else {
-          narrow(value[k], rounded[k]);
-          compensation[k] = compensation_of(value[k], rounded[k], own);
+          const float plain = narrow_to(value[k], rounded[k]);
+          compensation[k] = compensation_of<P>(value[k], plain, own);
           stored[k] = load_kahan(rounded[k], compensation[k]);
         }
       }
