@@ -55,10 +55,10 @@ class Variant:
     base: str | None = BASE
 
 
-def ours(mode):
-    """Return a function that makes our AdamW with a rounding mode, as ``make`` of ``Variant``."""
+def ours(mode, state_dtype=torch.float32):
+    """Return a function that makes our AdamW with a rounding mode and a dtype of states, as ``make`` of ``Variant``."""
     return lambda params, lr, seed: fw.AdamW(
-        params, lr=lr, param_rounding=mode, rounding_seed=seed, **OPTIONS
+        params, lr=lr, param_rounding=mode, rounding_seed=seed, state_dtype=state_dtype, **OPTIONS
     )
 
 
@@ -95,6 +95,9 @@ VARIANTS = (
     Variant("kahan", ours("kahan")),
     Variant("split", ours("split")),
     Variant("master", ours("master")),
+    Variant("float32, states bfloat16", ours("nearest", torch.bfloat16), dtype=torch.float32),
+    Variant("stochastic, states bfloat16", ours("stochastic", torch.bfloat16)),
+    Variant("split, states bfloat16", ours("split", torch.bfloat16)),
     Variant("torch AdamW(fused=True)", torch_adamw, "torch"),
     Variant("optimi AdamW, kahan_sum", optimi_adamw, "torch-optimi"),
     Variant("torchao _AdamW, bf16_stochastic_round", torchao_adamw, "torchao"),
@@ -291,7 +294,8 @@ def describe_runs(results):
         "weights, rounded to bfloat16 unless the weights are float32. Activations and gradients have the dtype of the "
         "weights, and attention is computed without torch's fused kernel; the loss is computed in float32.",
         "",
-        "The modes of `param_rounding` are ours, with both moments in float32. torch and the other packages keep them in "
+        "The modes of `param_rounding` are ours, with both moments in float32 unless `states bfloat16` "
+        "(`state_dtype=torch.bfloat16`) is said. torch and the other packages keep them in "
         "bfloat16 beside bfloat16 weights. StableAdamW clips updates, so it is "
         "compared with its own runs on float32 weights.",
         "",

@@ -14,7 +14,7 @@ def code():
     """Disassembly by symbol and instruction set, told apart by the registers it uses."""
     command = ["objdump", "-d", "-C", "--no-show-raw-insn", _cpu.__file__]
     text = subprocess.run(command, check=True, capture_output=True, text=True).stdout
-    leaves = ("update_block<", "stage1_block<", "direction_block<", "sum_part<")
+    leaves = ("update_block<", "stage1_block<", "direction_block<", "sum_part<", "draw_counters(")
     return [
         block for block in re.split(r"\n\n", text) if any(leaf in block.split("\n", 1)[0] for leaf in leaves)
     ]
@@ -59,6 +59,18 @@ def test_both_parts_of_an_update_are_vectors(code, rule, states, leaf, register,
     wanted = [rf"vmov[au]p{suffix[1]} +%{register}\d+,"]
     wanted += [rf"vsqrt{suffix} .*%{register}", rf"vdiv{suffix} .*%{register}"] if rule != "SGDP" else []
     assert any(all(re.search(pattern, block) for pattern in wanted) for block in blocks), len(blocks)
+
+
+@pytest.mark.skipif(
+    "avx2" not in _cpu.instruction_sets(), reason="the binary has x86-64 kernels only on x86-64"
+)
+@pytest.mark.parametrize("register", ["xmm", "ymm", "zmm"])
+def test_random_bits_are_drawn_in_lanes(code, register):
+    """Seven rounds of two products, of which the first and the last may be shorter, of two registers."""
+    blocks = [b for b in code if "draw_counters(" in b.split("\n", 1)[0]]
+    products = [len(re.findall(rf"pmuludq .*%{register}", block)) for block in blocks]
+    assert max(products) >= 24
+    assert not any("imul" in block for block in blocks)
 
 
 @pytest.mark.skipif(
