@@ -128,10 +128,10 @@ template <class P>
 void store_rounded(const float* block, const Row& row, const RandomKey& key, int64_t offset, int count) {
   P* param = at<P>(row.param) + offset;
   RandomBits<kBlock> random;
-  if (draws_bits(row.rounding)) random.draw(row, key, offset, count);
-  if (row.rounding == kStochastic) return round_all(block, random.bits, param, count);
+  const uint16_t* bits = draws_bits(row.rounding) ? random.draw(row, key, offset, count) : nullptr;
+  if (row.rounding == kStochastic) return round_all(block, bits, param, count);
   if (row.rounding == kKahan)
-    return store_kahan_all(block, random.bits, param, at<BFloat16>(row.residue) + offset, count);
+    return store_kahan_all(block, bits, param, at<BFloat16>(row.residue) + offset, count);
   if constexpr (std::is_same_v<P, BFloat16>)
     if (row.rounding == kSplit)
       return store_split_all(block, param, at<int16_t>(row.residue) + offset, count);
@@ -166,8 +166,9 @@ struct StateBlocks {
       const uint64_t columns[kMaxStates] = {row.state0, row.state1, row.state2};
       RandomBits<kBlock> random;
       for (int k = 0; k < kStates; ++k) {
-        random.draw(row, RandomKey(row, step, static_cast<RoundingPass>(kStatePass + k)), offset, count);
-        round_all(state[k], random.bits, at<BFloat16>(columns[k]) + offset, count);
+        const RandomKey key(row, step, static_cast<RoundingPass>(kStatePass + k));
+        const uint16_t* bits = random.draw(row, key, offset, count);
+        round_all(state[k], bits, at<BFloat16>(columns[k]) + offset, count);
       }
     }
   }

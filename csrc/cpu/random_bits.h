@@ -56,32 +56,21 @@ FW_HOST_DEVICE void multiply_words(Words a, uint32_t b, Words& high, Words& low)
   high = low >> 32;
 }
 
-// the random bits of kBlock elements, which begin anywhere among the kDrawn of a counter
-template <int kBlock>
-struct RandomBits {
-  static constexpr int kCounters = kBlock / kDrawn + 1;
-  alignas(64) uint32_t words[kCounters + Words::kCounters][4];
-  uint16_t bits[kBlock];
-
-  // draws those of `count` elements of a row from `offset` on
-  void draw(const Row& row, const RandomKey& key, int64_t offset, int count);
-};
-
 // writes the words of counters one after the other
-inline void store_words(const Words (&word)[4], uint32_t (*to)[4]) {
+inline void store_words(const Words (&word)[4], uint16_t* to) {
   for (int r = 0; r < Words::kRegisters; ++r) {
     const uint64_t half = 0xffffffffu;
     const Words::Lanes first = (word[0].lanes[r] & half) | (word[1].lanes[r] << 32);
     const Words::Lanes last = (word[2].lanes[r] & half) | (word[3].lanes[r] << 32);
     for (int i = 0; i < kWide; ++i) {
       const uint64_t pair[2] = {first[i], last[i]};
-      memcpy(to[r * kWide + i], pair, sizeof pair);
+      memcpy(to + (r * kWide + i) * kDrawn, pair, sizeof pair);
     }
   }
 }
 
-// those of `count` counters from `first` on, and of up to Words::kCounters - 1 more
-inline FW_LEAF void draw_counters(uint32_t (*__restrict words)[4], const RandomKey& key, uint64_t first,
+// the bits of `count` counters from `first` on, and of up to Words::kCounters - 1 more
+inline FW_LEAF void draw_counters(uint16_t* __restrict bits, const RandomKey& key, uint64_t first,
                                   int count) {
   const RandomKey k = key;
   Words block;
@@ -90,23 +79,29 @@ inline FW_LEAF void draw_counters(uint32_t (*__restrict words)[4], const RandomK
   for (int i = 0; i < count; i += Words::kCounters) {
     Words word[4];
     fw::draw(k, block, block >> 32, word);
-    store_words(word, words + i);
+    store_words(word, bits + i * kDrawn);
     for (auto& lanes : block.lanes) lanes += uint64_t{Words::kCounters};
   }
 }
 
-template <int kBlock>
-void RandomBits<kBlock>::draw(const Row& row, const RandomKey& key, int64_t offset, int count) {
-  if (!is_consecutive(row)) {
-    for (int i = 0; i < count; ++i)
-      bits[i] = static_cast<uint16_t>(bits_of_element(key, number_of(row, offset + i)));
-    return;
+// the random bits of a block of up to kSize elements, which begins anywhere among the kDrawn of a counter
+template <int kSize>
+struct RandomBits {
+  alignas(64) uint16_t bits[(kSize / kDrawn + 1 + Words::kCounters) * kDrawn];
+
+  // draws those of `count` elements of a row from `offset` on, and returns them
+  const uint16_t* draw(const Row& row, const RandomKey& key, int64_t offset, int count) {
+    if (!is_consecutive(row)) {
+      for (int i = 0; i < count; ++i)
+        bits[i] = static_cast<uint16_t>(bits_of_element(key, number_of(row, offset + i)));
+      return bits;
+    }
+    const int64_t first = row.first_element + offset;
+    const int before = static_cast<int>(first % kDrawn);
+    draw_counters(bits, key, first / kDrawn, (before + count + kDrawn - 1) / kDrawn);
+    return bits + before;
   }
-  const int64_t first = row.first_element + offset;
-  const int before = static_cast<int>(first % kDrawn);
-  draw_counters(words, key, first / kDrawn, (before + count + kDrawn - 1) / kDrawn);
-  memcpy(bits, reinterpret_cast<const char*>(words) + before * sizeof(uint16_t), count * sizeof(uint16_t));
-}
+};
 
 }  // namespace
 }  // namespace fw
