@@ -324,6 +324,30 @@ def test_bits_are_those_of_the_reference(mode, dtype, backend):
     check_rounded_bits(mode, dtype, backend)
 
 
+@each_pair
+def test_numbers_that_are_not_finite_are_those_of_the_reference(mode, dtype, backend):
+    """Also next to the largest ones; a NaN of any pattern stays one, although adding to it would wrap around."""
+    limit = torch.finfo(dtype)
+    numbers = torch.tensor(
+        [math.nan, math.inf, -math.inf, 0.0, -0.0, limit.max, -limit.max, limit.tiny, 1.0], dtype=dtype
+    )
+    start, grads = (x.flatten() for x in torch.meshgrid(numbers, numbers, indexing="ij"))
+    found = []
+    for name in (backend, "reference"):
+        param = Parameter(start.clone().to(device_of(name)))
+        opt = fw.SGD([param], lr=0.5, momentum=0.5, backend=name, param_rounding=mode)
+        param.grad = grads.to(param.device)
+        opt.step()
+        patterns = torch.tensor([0x7FFFFFFF, -1, 0x7F800001], dtype=torch.int32).view(torch.float32)
+        opt.state[param]["momentum_buffer"][-3:] = patterns
+        opt.step()
+        found.append(param.detach().cpu())
+    assert found[0][-3:].isnan().all()
+    assert torch.equal(found[0].isnan(), found[1].isnan())
+    number = ~found[0].isnan()
+    assert torch.equal(bits(found[0])[number], bits(found[1])[number])
+
+
 # updates that vanish
 
 
