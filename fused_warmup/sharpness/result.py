@@ -132,7 +132,8 @@ class DirectionalReading:
         value: ``d' (g(theta + d) - g(theta)) / d' P d``, in units of 1 / learning rate, for the
             pre-conditioner ``P`` of ``preconditioned`` and the gradient ``g``.
         edge_ratio: ``value`` over the stability threshold at the current learning rate.
-        err_fd: Error from the rounding of both gradients.
+        err_fd: Bound on the error of ``value``, if each element of both gradients is right to the last digit
+            that float32, or bfloat16 where the forward pass or parameters have 16 bits, has for it.
         cost: Gradients of the closure that were computed.
         step: Updates made before the measurement.
         flags: Set of names: ``nonfinite``; ``rough`` where ``err_fd`` exceeds a tenth of ``value``, as where

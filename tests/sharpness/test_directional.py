@@ -199,6 +199,32 @@ def test_rounding_is_within_its_bound(make):
     assert rough[-1] is True
 
 
+class LastDigit(torch.autograd.Function):
+    """The identity, whose gradient of 1 is wrong by a last digit: up at the first pass, down at the next."""
+
+    passes = 0
+
+    @staticmethod
+    def forward(ctx, x):
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, grad):
+        LastDigit.passes += 1
+        return torch.nextafter(grad, grad * (2.0 if LastDigit.passes % 2 else 0.0))
+
+
+def test_half_of_the_bound_would_not_hold():
+    """The gradient is constant, so that all curvature is rounding: a last digit at each end."""
+    LastDigit.passes = 0
+    p = torch.zeros(1, requires_grad=True)
+    opt = fw.SGD([p], lr=0.25)
+    p.grad = torch.ones(1)
+    found = directional(lambda: LastDigit.apply(p).sum(), opt).asdict()
+    assert 0.5 * found["err_fd"] < found["value"] <= found["err_fd"]
+    assert "rough" in found["flags"]
+
+
 @pytest.mark.parametrize("mode", ["nearest", "kahan", "split", "master"])
 @pytest.mark.parametrize("backend", ["cpu", "reference"])
 def test_rounded_parameters_move_as_far_as_they_do(mode, backend):
