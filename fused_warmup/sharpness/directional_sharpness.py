@@ -96,8 +96,9 @@ def secant(pending: PendingStep, hessian: Hessian) -> Secant:
     moved = moved.double()
     weighted = torch.where(moved == 0.0, 0.0, moved / inverse)
     gained = hessian.sign * (far - near) + decay * moved
-    eps = torch.finfo(torch.bfloat16 if hessian.in_16_bits else vectors.dtype).eps
-    rounded = eps * (near.abs() + far.abs())
+    # of the shortest dtype: beside float64 parameters those of float32 have gradients of float32
+    dtypes = [torch.bfloat16] if hessian.in_16_bits else [p.dtype for p in vectors.params]
+    rounded = max(torch.finfo(dtype).eps for dtype in dtypes) * (near.abs() + far.abs())
     curvature, length, limit = vectors.dots((gained, weighted, limits * weighted), moved)
     error = vectors.dots((rounded,), moved.abs())[0]
     return Secant(curvature / length, curvature / limit, error / length.abs())

@@ -133,7 +133,8 @@ class DirectionalReading:
             pre-conditioner ``P`` of ``preconditioned`` and the gradient ``g``.
         edge_ratio: ``value`` over the stability threshold at the current learning rate.
         err_fd: Bound on the error of ``value``, if each element of both gradients is right to the last digit
-            that float32, or bfloat16 where the forward pass or parameters have 16 bits, has for it.
+            of the shortest dtype of a parameter, or of bfloat16 where the forward pass or any of them has 16
+            bits.
         cost: Gradients of the closure that were computed.
         step: Updates made before the measurement.
         flags: Set of names: ``nonfinite``; ``rough`` where ``err_fd`` exceeds a tenth of ``value``, as where

@@ -214,12 +214,17 @@ class LastDigit(torch.autograd.Function):
         return torch.nextafter(grad, grad * (2.0 if LastDigit.passes % 2 else 0.0))
 
 
-def test_half_of_the_bound_would_not_hold():
+@pytest.mark.parametrize("others", [0, 1], ids=["alone", "beside float64"])
+def test_half_of_the_bound_would_not_hold(others):
     """The gradient is constant, so that all curvature is rounding: a last digit at each end."""
     LastDigit.passes = 0
     p = torch.zeros(1, requires_grad=True)
-    opt = fw.SGD([p], lr=0.25)
+    # empty: vectors are in float64 then, and gradients still as they are
+    wide = [torch.zeros(0, dtype=torch.float64, requires_grad=True) for _ in range(others)]
+    opt = fw.SGD([p, *wide], lr=0.25)
     p.grad = torch.ones(1)
+    for other in wide:
+        other.grad = torch.zeros(0, dtype=torch.float64)
     found = directional(lambda: LastDigit.apply(p).sum(), opt).asdict()
     assert 0.5 * found["err_fd"] < found["value"] <= found["err_fd"]
     assert "rough" in found["flags"]
