@@ -129,16 +129,62 @@ py::dict layout() {
   return structs;
 }
 
+// the value of a group under a key
+py::object value_of(PyObject* group, PyObject* key) {
+  FW_CHECK(PyDict_Check(group), "groups must be dictionaries");
+  PyObject* value = PyDict_GetItemWithError(group, key);
+  if (!value && !PyErr_Occurred()) PyErr_SetObject(PyExc_KeyError, key);
+  if (!value) throw py::error_already_set();
+  return py::reinterpret_borrow<py::object>(value);
+}
+
 // whether every group still has the same parameters, compared as objects
 bool groups_unchanged(py::list groups, py::list members) {
   if (groups.size() != members.size()) return false;
+  const py::str name("params");
   for (size_t i = 0; i < members.size(); ++i) {
-    py::list now = py::cast<py::dict>(groups[i])["params"], then = members[i];
-    if (now.size() != then.size()) return false;
-    for (size_t k = 0; k < now.size(); ++k)
-      if (PyList_GET_ITEM(now.ptr(), k) != PyList_GET_ITEM(then.ptr(), k)) return false;
+    const py::object params = value_of(PyList_GET_ITEM(groups.ptr(), i), name.ptr());
+    PyObject* then = PyList_GET_ITEM(members.ptr(), i);
+    const Py_ssize_t size = PyList_GET_SIZE(then);
+    // a list itself, and a copy of anything else
+    const auto now =
+        py::reinterpret_steal<py::object>(PySequence_Fast(params.ptr(), "params must be a list"));
+    if (!now) throw py::error_already_set();
+    if (PySequence_Fast_GET_SIZE(now.ptr()) != size) return false;
+    for (Py_ssize_t k = 0; k < size; ++k)
+      if (PySequence_Fast_GET_ITEM(now.ptr(), k) != PyList_GET_ITEM(then, k)) return false;
   }
   return true;
+}
+
+// whether two values are equal; false for those that cannot be compared, as arrays of many elements
+bool are_equal(PyObject* a, PyObject* b) {
+  const int equal = PyObject_RichCompareBool(a, b, Py_EQ);
+  if (equal >= 0) return equal;
+  for (PyObject* error : {PyExc_RuntimeError, PyExc_TypeError, PyExc_ValueError})
+    if (PyErr_ExceptionMatches(error)) {
+      PyErr_Clear();
+      return false;
+    }
+  throw py::error_already_set();
+}
+
+// the positions of groups whose values under the keys are other ones than in a tuple for each group, or for
+// which there is None
+py::list changed_groups(py::list groups, py::tuple keys, py::list values) {
+  FW_CHECK(groups.size() == values.size(), "the lists must be equally long");
+  py::list found;
+  for (size_t i = 0; i < groups.size(); ++i) {
+    // held, because a comparison may run Python code
+    const py::object group = groups[i], then = values[i];
+    bool changed = then.is_none();
+    for (size_t k = 0; !changed && k < keys.size(); ++k) {
+      const py::object now = value_of(group.ptr(), PyTuple_GET_ITEM(keys.ptr(), k));
+      changed = !are_equal(now.ptr(), PyTuple_GET_ITEM(then.ptr(), k));
+    }
+    if (changed) found.append(i);
+  }
+  return found;
 }
 
 // whether dictionary i still holds object i under key i
@@ -309,6 +355,7 @@ PYBIND11_MODULE(_cpu, m) {
   m.def("stream", &stream, py::arg("isa"), py::arg("columns"), py::arg("chunks"), py::arg("n_chunks"),
         py::arg("item_sizes"), py::arg("rewritten"), py::arg("backwards"), py::arg("threads"));
   m.def("groups_unchanged", &groups_unchanged, py::arg("groups"), py::arg("members"));
+  m.def("changed_groups", &changed_groups, py::arg("groups"), py::arg("keys"), py::arg("values"));
   m.def("states_unchanged", &states_unchanged, py::arg("dicts"), py::arg("keys"), py::arg("objects"));
   m.def("referenced_beyond", &referenced_beyond, py::arg("objects"), py::arg("references"));
   m.def("any_gradient", &any_gradient, py::arg("tensors"));

@@ -7,11 +7,13 @@ import warnings
 from collections import OrderedDict, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import wraps
 from typing import Any, ClassVar, TypedDict
 
 import torch
 from torch import Tensor
-from torch.optim import Optimizer
+from torch.autograd import profiler
+from torch.optim import Optimizer, optimizer
 from torch.optim.optimizer import required
 
 from .. import _checks as check
@@ -279,6 +281,33 @@ class FusedOptimizer(Optimizer):
     def process_group(self, process_group: Any) -> None:
         self._session.set_process_group(process_group)
         self._session.reset()
+
+    # hooks
+
+    @staticmethod
+    def profile_hook_step(func: Callable[..., Any]) -> Callable[..., Any]:
+        """Return ``step`` with hooks as torch's method does, and with its range in the traces of profilers.
+
+        To enter and leave the range takes as long as the rest of a step of a few tensors, and is left out
+        where no profiler of torch runs.
+        """
+        hooked = Optimizer.profile_hook_step(func)
+
+        @wraps(func)
+        def step(self: FusedOptimizer, *args: Any, **kwargs: Any) -> Any:
+            plain = not (profiler._is_profiler_enabled or self._has_step_hooks())
+            return func(self, *args, **kwargs) if plain else hooked(self, *args, **kwargs)
+
+        return step
+
+    def _has_step_hooks(self) -> bool:
+        """Return whether anything is to be called before or after a step."""
+        return bool(
+            self._optimizer_step_pre_hooks
+            or self._optimizer_step_post_hooks
+            or optimizer._global_optimizer_pre_hooks
+            or optimizer._global_optimizer_post_hooks
+        )
 
     # groups
 

@@ -9,6 +9,7 @@ import ctypes
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from functools import cache, partial
+from operator import itemgetter
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -54,6 +55,7 @@ class TensorReader(NamedTuple):
             plain one, a ``Tensor`` or ``Parameter`` with contiguous elements of a supported dtype.
         others: Returns the positions of tensors that are no plain ones.
         groups_unchanged: Returns whether groups still hold the same parameters.
+        changed_groups: Returns the positions of groups with other hyper-parameters than at the last reading.
         states_unchanged: Returns whether dictionaries still hold the same objects under the same keys.
         referenced_beyond: Returns whether any object has more references than a number.
         any_gradient: Returns whether any tensor has a gradient.
@@ -63,9 +65,13 @@ class TensorReader(NamedTuple):
     extents: Callable[[list[Tensor]], np.ndarray]
     others: Callable[[list[Tensor]], list[int]]
     groups_unchanged: Callable[..., bool]
+    changed_groups: Callable[..., list[int]]
     states_unchanged: Callable[..., bool]
     referenced_beyond: Callable[[list[Any], int], bool]
     any_gradient: Callable[[list[Tensor]], bool]
+
+
+_NO_POSITIONS = np.zeros(0, np.int64)
 
 
 class AddressCache:
@@ -90,6 +96,8 @@ class AddressCache:
         """Allocate memory for the addresses of the next comparison."""
         self.now = self.addresses.copy()
         self._out: int = self.now.ctypes.data
+        # bytes compare at once, where numpy makes two arrays
+        self._known = self.addresses.tobytes()
 
     def extend(self, tensors: list[Tensor]) -> None:
         """Add tensors with their present addresses; only these are read."""
@@ -112,6 +120,8 @@ class AddressCache:
         """
         if self._signatures.read(self._tensors, self._out, False, among):
             return None
+        if self.now.tobytes() == self._known:
+            return _NO_POSITIONS
         moved = np.flatnonzero(self.now != self.addresses)
         # perhaps to where one was that has moved, too
         return self.find_moved() if among and len(moved) else moved
@@ -119,6 +129,7 @@ class AddressCache:
     def accept(self) -> None:
         """Keep the addresses that ``find_moved`` has read."""
         self.addresses[:] = self.now
+        self._known = self.addresses.tobytes()
 
 
 def groups_unchanged(groups: Sequence[Mapping[str, Any]], members: Sequence[Sequence[Tensor]]) -> bool:
@@ -127,6 +138,27 @@ def groups_unchanged(groups: Sequence[Mapping[str, Any]], members: Sequence[Sequ
     return [len(a) for a in now] == [len(b) for b in members] and all(
         p is q for a, b in zip(now, members, strict=True) for p, q in zip(a, b, strict=True)
     )
+
+
+def changed_groups(
+    groups: Sequence[Mapping[str, Any]],
+    keys: tuple[str, ...],
+    values: Sequence[tuple[Any, ...] | None],
+) -> list[int]:
+    """Return the positions of groups whose values under the keys are others than those, or for which is None.
+
+    What cannot be compared, as a tensor or array of many elements, is another value.
+    """
+    now = map(itemgetter(*keys), groups)
+    return [i for i, (a, b) in enumerate(zip(now, values, strict=True)) if not are_equal(a, b)]
+
+
+def are_equal(a: Any, b: Any) -> bool:
+    """Return whether values are equal; False for those that cannot be compared."""
+    try:
+        return bool(a == b)
+    except (RuntimeError, TypeError, ValueError):
+        return False
 
 
 def states_unchanged(dicts: Sequence[dict[Any, Any]], keys: Sequence[Any], objects: Sequence[Any]) -> bool:
@@ -231,6 +263,7 @@ PYTHON_READER = TensorReader(
     python_extents,
     _python_others,
     groups_unchanged,
+    changed_groups,
     states_unchanged,
     referenced_beyond,
     any_gradient,
@@ -251,7 +284,7 @@ def select_reader() -> TensorReader:
         from .. import _cpu
     except ImportError:
         return PYTHON_READER
-    names = ("groups_unchanged", "states_unchanged", "referenced_beyond", "any_gradient")
+    names = ("groups_unchanged", "changed_groups", "states_unchanged", "referenced_beyond", "any_gradient")
     compiled = PYTHON_READER._replace(**{name: getattr(_cpu, name) for name in names})
     if not hasattr(Tensor, "__dlpack_c_exchange_api__"):
         return compiled

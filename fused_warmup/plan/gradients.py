@@ -81,7 +81,7 @@ class GradientTable:
             if self.addresses[i] == 0:
                 name = describe(self._rows[i].index, self._rows[i].local)
                 check.fail(self._owner, f"the gradient of {name}", "hold data", "a null address")
-        self.is_complete = bool(self.addresses.all())
+        self.is_complete = np.count_nonzero(self.addresses) == len(self.addresses)
         if not self._adopted and not self._cast:
             return False
         cast = {i: g.dtype for i, g in self._adopted.items() if g.dtype != self._rows[i].work.dtype}

@@ -14,7 +14,7 @@ from torch import Tensor
 from .. import _checks as check
 from ..schedules import Schedule
 from ..schedules.adaptive import AdaptiveSchedule
-from .address_cache import address_of, addresses_of
+from .address_cache import address_of, addresses_of, select_reader
 from .device_buffers import DeviceBuffers, is_capturing
 from .hyper import Hyper, pack_rows, pack_schedules
 from .step_struct import StepStruct
@@ -64,20 +64,23 @@ class GroupReadings:
             New learning rates of groups in which nothing else changed, and hyper-parameters of the other
             groups that changed. Both are in place already.
         """
-        values = list(map(itemgetter("lr", *keys), groups))
-        if _are_equal(values, self._values):
-            return {}, {}
         rates: dict[int, float] = {}
         made: dict[int, Hyper] = {}
-        readings = [*self._values[: len(groups)], *[None] * (len(groups) - len(self._values))]
-        for i, (given, old) in enumerate(zip(values, readings, strict=True)):
-            if _are_equal(given, old):
-                continue
-            readings[i] = now = _read_all(given)
+        readings = self._values
+        if len(readings) != len(groups):
+            readings = [*readings[: len(groups)], *[None] * (len(groups) - len(readings))]
+        changed = select_reader().changed_groups(groups, ("lr", *keys), readings)
+        if not changed and readings is self._values:
+            return rates, made
+        readings = list(readings)
+        values_of = itemgetter("lr", *keys)
+        for i in changed:
+            old = readings[i]
+            readings[i] = now = _read_all(values_of(groups[i]))
             if old is None or now[1:] != old[1:]:
                 made[i] = make(groups[i])
             elif now != old:
-                rates[i] = check.number(owner, "lr", given[0])
+                rates[i] = check.number(owner, "lr", groups[i]["lr"])
         # written only after all values are valid
         self._values = readings
         known = self.hypers
@@ -256,14 +259,6 @@ def _read(value: Any) -> Any:
 def _read_all(values: tuple[Any, ...]) -> tuple[Any, ...]:
     """Return readings of the hyper-parameters of a group."""
     return tuple([value if type(value) in _ATOMS else _read(value) for value in values])
-
-
-def _are_equal(a: Any, b: Any) -> bool:
-    """Return whether values are equal; False for a tensor or array of many elements, which cannot compare."""
-    try:
-        return bool(a == b)
-    except (RuntimeError, TypeError, ValueError):
-        return False
 
 
 def _is_adaptive(values: tuple[Any, ...]) -> bool:

@@ -54,8 +54,7 @@ class Hyper(rules.Hyper):
         return lr, self.weight_decay * decay
 
 
-@dataclass(frozen=True)
-class Settings:
+class Settings(NamedTuple):
     """Per-step settings shared by all parameter groups.
 
     Attributes:

@@ -309,8 +309,9 @@ def private_reads(path):
     return found
 
 
-# of others, where there is no public way: torch marks FSDP's and DTensor's tensors and keeps an operator there
-OF_OTHERS = r"_backward_hooks|torch\.|Optimizer\._|_local_tensor|_version$|sys\._getframe|_fields$|_asdict$|_replace$|ZeroRedundancy|super\(\)\._"
+# of others, where there is no public way: torch marks FSDP's and DTensor's tensors, and keeps an operator, hooks of all
+# optimizers and the state of its profilers there
+OF_OTHERS = r"_backward_hooks|profiler\._is_profiler_enabled|optimizer\._global_optimizer|torch\.|Optimizer\._|_local_tensor|_version$|sys\._getframe|_fields$|_asdict$|_replace$|ZeroRedundancy|super\(\)\._"
 
 
 def test_no_private_attribute_of_another_module():

@@ -139,6 +139,52 @@ def test_step_hooks_run_as_in_torch(case: Case) -> None:
     assert hooked_steps(case.make(small())) == wanted
 
 
+REGISTERS: dict[str, Callable[[Optimizer, Callable[..., Any]], Any]] = {
+    "before": lambda opt, hook: opt.register_step_pre_hook(hook),
+    "after": lambda opt, hook: opt.register_step_post_hook(hook),
+    "all: before": lambda opt, hook: register_optimizer_step_pre_hook(hook),
+    "all: after": lambda opt, hook: register_optimizer_step_post_hook(hook),
+}
+
+
+@each_class
+@pytest.mark.parametrize("kind", REGISTERS)
+def test_one_step_hook_alone_runs(case: Case, kind: str) -> None:
+    """No other hook and no profiler makes the step look for it."""
+    log: list[Any] = []
+    opt = case.make(small())
+    walk(opt, [0])
+    with REGISTERS[kind](opt, step_hook(log, kind)):
+        opt.step()
+    opt.step()
+    assert [name for name, *_ in log] == [kind]
+
+
+@each_class
+@pytest.mark.parametrize("profile", [torch.profiler.profile, torch.autograd.profiler.profile])
+def test_profilers_see_steps_without_hooks(case: Case, profile: Callable[[], Any]) -> None:
+    opt = case.make(small())
+    walk(opt, [0])
+    with profile() as trace:
+        opt.step()
+    opt.step()
+    name = f"Optimizer.step#{type(opt).__name__}.step"
+    assert [event.count for event in trace.key_averages() if event.key == name] == [1]
+
+
+@each_class
+def test_no_range_is_entered_for_a_profiler_that_does_not_run(
+    case: Case, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The range of a step takes as long as the rest of it where tensors are few."""
+    entered = []
+    record = torch.autograd.profiler.record_function
+    monkeypatch.setattr(record, "__enter__", lambda self: entered.append(self.name))
+    monkeypatch.setattr(record, "__exit__", lambda self, *_: None)
+    walk(case.make(small()), [0, 1])
+    assert not [name for name in entered if name.startswith("Optimizer.step")]
+
+
 def replaced_arguments(opt: Optimizer) -> Any:
     calls = []
 

@@ -2,6 +2,7 @@
 
 import collections
 import gc
+import math
 import threading
 import weakref
 
@@ -368,6 +369,19 @@ def test_weight_decay_schedule_counts_in_the_initialisation():
     assert opt.state[x]["exp_avg_sq"].item() == pytest.approx(1.1**2, rel=1e-6)
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_parameter_that_moves_and_returns_is_followed(backend):
+    param = torch.nn.Parameter(torch.ones(3))
+    opt = fw.SGD([param], lr=0.25, backend=backend)
+    param.grad = torch.ones(3)
+    first, second = param.data, torch.full((3,), 5.0)
+    for data in (first, second, first, second):
+        param.data = data
+        opt.step()
+    assert first.tolist() == [0.5] * 3
+    assert second.tolist() == [4.5] * 3
+
+
 READERS = {"python": address_cache.PYTHON_READER, "compiled": address_cache.select_reader()}
 
 
@@ -418,3 +432,56 @@ def test_what_readers_say_of_many_objects(how):
     assert reader.referenced_beyond(objects, 1)
     assert not reader.referenced_beyond(objects, 2)
     assert held is objects[1]
+
+
+GROUPS = {
+    "equal": ({"lr": 0.5 + 0.5, "betas": [0.9, 0.99], "eps": math.inf}, False),
+    "another number": ({"lr": 2.0, "betas": [0.9, 0.99], "eps": math.inf}, True),
+    "another list": ({"lr": 1.0, "betas": [0.9, 0.98], "eps": math.inf}, True),
+    "the last one": ({"lr": 1.0, "betas": [0.9, 0.99], "eps": 1e-8}, True),
+    "a tensor of one element": ({"lr": torch.ones(1), "betas": [0.9, 0.99], "eps": math.inf}, False),
+    "a tensor that cannot be compared": ({"lr": torch.ones(2), "betas": [0.9, 0.99], "eps": math.inf}, True),
+    "an array that cannot be compared": ({"lr": np.ones(2), "betas": [0.9, 0.99], "eps": math.inf}, True),
+}
+
+
+@pytest.mark.parametrize("how", READERS)
+def test_readers_find_groups_with_other_values(how):
+    keys, then = ("lr", "betas", "eps"), (1.0, [0.9, 0.99], math.inf)
+    find = READERS[how].changed_groups
+    for name, (group, changed) in GROUPS.items():
+        assert find([group], keys, [then]) == [0] * changed, name
+    groups = [{**group, "params": []} for group, _ in GROUPS.values()]
+    wanted = [i for i, (_, changed) in enumerate(GROUPS.values()) if changed]
+    assert find(groups, keys, [then] * len(groups)) == wanted
+    # not a number is the same object, or another value
+    assert find([{"lr": math.nan}, {"lr": float("nan")}], ("lr", "lr"), [(math.nan, math.nan)] * 2) == [1]
+    # what must be read again
+    assert find(groups[:1], keys, [None]) == [0]
+    with pytest.raises(KeyError, match="eps"):
+        find([{"lr": 1.0, "betas": [0.9, 0.99]}], keys, [then])
+
+
+class Incomparable:
+    def __eq__(self, other):
+        raise OSError("no comparison")
+
+
+@pytest.mark.parametrize("how", READERS)
+def test_readers_pass_on_what_comparisons_raise(how):
+    with pytest.raises(OSError, match="no comparison"):
+        READERS[how].changed_groups([{"a": Incomparable(), "b": 1}], ("a", "b"), [(1, 1)])
+
+
+@pytest.mark.parametrize("how", READERS)
+def test_readers_compare_the_members_of_groups(how):
+    unchanged = READERS[how].groups_unchanged
+    a, b = torch.nn.Parameter(torch.zeros(2)), torch.nn.Parameter(torch.zeros(2))
+    for params in ([a, b], (a, b)):
+        assert unchanged([{"params": params}], [[a, b]])
+        assert not unchanged([{"params": params}], [[b, a]])
+        assert not unchanged([{"params": params}], [[a]])
+        assert not unchanged([{"params": params}, {"params": []}], [[a, b]])
+    assert unchanged([{"params": []}, {"params": [a]}], [[], [a]])
+    with pytest.raises(KeyError, match="params"):
+        unchanged([{}], [[a]])
