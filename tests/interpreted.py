@@ -73,6 +73,7 @@ from optim.test_sphere import (
 from pairwise import singly
 from plan.test_capture import Training, assert_same_training, capture  # noqa: F401
 from torch.nn import Parameter
+from triton.runtime import interpreter
 from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
 from vector_cases import (
     FusedVectors,
@@ -131,6 +132,17 @@ def products_and_sums_round_once(monkeypatch):
         return TensorHandle(exact.astype(np.float32), a.dtype.scalar)
 
     monkeypatch.setattr(InterpreterBuilder, "create_fma", create_fma)
+
+
+@pytest.fixture(autouse=True)
+def repeated_work_is_left_out(monkeypatch):
+    """Triton's interpreter patches its language in each call of a device function: more than half of the time."""
+    real = interpreter._patch_lang
+
+    def patch_lang(fn):
+        return real(fn) if tl.core.is_builtin(tl.load) else None
+
+    monkeypatch.setattr(interpreter, "_patch_lang", patch_lang)
 
 
 @pytest.fixture
