@@ -41,8 +41,27 @@ SPHERE = "optim/test_sphere.py"
 SOME = "-k 'not -reference and not spawned and not forked and not new_process and not LAMB and not RAdam and not amsgrad'"
 STATES = f"optim/test_state_dict.py {SOME}"
 SUMS, EDGES = "distributed/test_sums.py -k steps_are_those", "distributed/test_sums.py -k edges"
-MODES = f"optim/test_failure_modes.py {SOME}"
-PLACES = f"{MODES[:-1]} and not odd_sizes and not disturb and not empty_tensors and not scalars and not flags_of and not maximize and not turned_on and not schedulers'"
+# what a user may give an optimizer, and do with it between steps
+USES = " ".join(
+    f"optim/test_{name}.py"
+    for name in (
+        "tensor_kinds",
+        "changes_between_steps",
+        "copies",
+        "other_processes",
+        "loaded_states",
+        "hyper_parameters",
+        "shared_memory",
+        "param_groups",
+        "step_counts",
+        "autograd",
+        "closures_and_hooks",
+        "loss_scaling",
+        "dtensors",
+    )
+)
+SOME_USES = f"{USES} {SOME}"
+PLACES = f"{SOME_USES[:-1]} and not odd_sizes and not disturb and not empty_tensors and not scalars and not flags_of and not maximize and not turned_on and not schedulers'"
 PLAN = "plan/test_plan.py"
 ERRORS = "optim/test_errors.py"
 # and a word of the test there that is for the fault
@@ -136,7 +155,7 @@ FAULTS: dict[tuple[str, str], list[tuple[str, ...]]] = {
     ("optim/counts.py", f"{GROWTH} {GAPS} beyond_those"): [
         ("found = held.to(device).index_select(0, send(slots[kept], device))", "found = held[: len(kept)] * 0", f"{GROWTH} {GAPS} beyond_those"),
         ("exact[:, 0] = made", "pass", f"{GAPS} beyond_those"),
-        ("self.steps.get(key) is row.step", "True", f"{MODES}"),
+        ("self.steps.get(key) is row.step", "True", SOME_USES),
         ('self.exact = state["exact"]', "pass", f"{GAPS} beyond_those"),
     ],
     ("plan/overlaps.py", "plan/test_overlaps.py"): [
@@ -216,7 +235,7 @@ FAULTS: dict[tuple[str, str], list[tuple[str, ...]]] = {
 
         ("held.copy_(norm)", 'group["norm"] = norm', SPHERE),
         ("count if float(np.float32(count)) == step else step", "step", f"{GAPS} beyond_those"),
-        ('int("step" not in saved or _is_filled(buffer))', "0", f"{STATES} optim/test_failure_modes.py"),
+        ('int("step" not in saved or _is_filled(buffer))', "0", f"{STATES} {USES}"),
         ('"counted": "step" in saved', '"counted": True', f"{GAPS} counts_of_torch"),
         ('bool(saved.get("initialized", False))', "False", f"{GAPS} unloaded"),
 
@@ -242,8 +261,8 @@ FAULTS: dict[tuple[str, str], list[tuple[str, ...]]] = {
         ("self._kept.append(t)", "pass", f"{GAPS} released"),
         ("return self.find_moved() if among and len(moved) else moved", "return moved", f"{GROWTH} -k gradient"),
         ("if wanted is not None and not wanted[i]:", "if False:", f"{GROWTH} -k gradient"),
-        ("np.flatnonzero(self.now != self.addresses)", "np.zeros(0)", f"{PLAN} {MODES}"),
-        ("self._signatures.read(tensors, added.ctypes.data)", "pass", f"{PLAN} {MODES}"),
+        ("np.flatnonzero(self.now != self.addresses)", "np.zeros(0)", f"{PLAN} {SOME_USES}"),
+        ("self._signatures.read(tensors, added.ctypes.data)", "pass", f"{PLAN} {SOME_USES}"),
         ("[len(a) for a in now] == [len(b) for b in members]", "len(now) == len(members)", f"{GAPS} groups_that"),
         ("p is q for a, b", "p is p for a, b", f"{GAPS} groups_that"),
         ("dict.get(d, key) is value", "key in d", f"{GAPS} entries_that"),
@@ -258,7 +277,7 @@ FAULTS: dict[tuple[str, str], list[tuple[str, ...]]] = {
         ('self.buffers.rewrite("rows", positions)', "pass", "plan/test_capture.py"),
         ("any(local_tensor(row.param) is not row.local for row in self._shards)", "False", f"{GAPS} shard_that"),
         ("            self._kinds = None\n", "            pass\n", "interpreted.py -k dtype_and_back"),
-        ("        if self.groups.has_spheres:\n            changed |=", "        if False:\n            changed |=", f"{SPHERE} {MODES}"),
+        ("        if self.groups.has_spheres:\n            changed |=", "        if False:\n            changed |=", f"{SPHERE} {SOME_USES}"),
         ("grad_scale is self.scaling[0] and found_inf", "found_inf"),
         ("found_inf is self.scaling[1]", "True"),
         ("if settings == self.settings:", "if settings.measure == self.settings.measure:", f"{GAPS} measured_anyway"),
@@ -314,7 +333,7 @@ FAULTS: dict[tuple[str, str], list[tuple[str, ...]]] = {
     ],
     ("optim/base.py", f"{PLAN} {PLACES}"): [
         ("state_dict = state_dict if replaced is None else replaced", "pass", f"{GAPS} hook_before"),
-        ("post_hook(self)", "pass", MODES),
+        ("post_hook(self)", "pass", SOME_USES),
         ("if not self._session.update_captured():\n            warnings", "if False:\n            warnings", "plan/test_capture.py"),
         ("if not self._session.update_captured():\n            raise", "if False:\n            raise", "plan/test_capture.py"),
 
@@ -330,7 +349,7 @@ FAULTS: dict[tuple[str, str], list[tuple[str, ...]]] = {
     ],
     ("plan/build.py", f"{PLAN} {PLACES}"): [
         ("wanted = [every or hyper.sphere for hyper in hypers]", "wanted = [every for hyper in hypers]", SPHERE),
-        ("        row.step.zero_()\n", "        pass\n", f"{PLAN} {MODES} backends/test_reference.py"),
+        ("        row.step.zero_()\n", "        pass\n", f"{PLAN} {SOME_USES} backends/test_reference.py"),
         ("if tensors.fits(state, row.local, spec.by_channel, dtype):", "if True:"),
     ],
     ("optim/averaging.py", "optim/test_averaging.py"): [
@@ -516,7 +535,7 @@ FAULTS: dict[tuple[str, str], list[tuple[str, ...]]] = {
         ("1 if _pool.lost else max(", "max("),
         ("self.lost = self.lost or self.used", "self.lost = True"),
     ],
-    ("backends/reference.py", "optim/test_failure_modes.py -k scaler"): [
+    ("backends/reference.py", "optim/test_loss_scaling.py -k scaler"): [
         ("grad_norm * unscale, grad_norm_l1 * unscale", "grad_norm * unscale, grad_norm_l1", f"{GAPS} scaled_gradients"),
     ],
     ("reference/rules.py", "optim/test_sphere.py"): [

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 from cases import BACKENDS, CASES, assert_same_bits, make_params, set_grads, states_of
-from optim.test_failure_modes import mesh  # noqa: F401
+from optim.test_dtensors import mesh  # noqa: F401
 from plan.test_growth import check_late_gradients
 from torch.nn import Parameter
 from vector_cases import check_preconditioner
