@@ -6,16 +6,15 @@ import subprocess
 import sys
 
 import pytest
-from click.testing import CliRunner
+from cli.commands import FEW, check_one_line, invoke, train
 
 import fused_warmup as fw
 from fused_warmup import cli as package
-from fused_warmup.cli import doctor, group, machine
+from fused_warmup.cli import doctor, machine
 from fused_warmup.cli.train import command as training
 from fused_warmup.cli.train import config, data, loops, report
 from fused_warmup.plan.structs import TELEMETRY
 
-FEW = ["--steps", "6", "--batch-size", "2", "--warmup", "2"]
 BASE = {
     **dict.fromkeys(("lr", "weight_decay", "batch_size")),
     "model": "gpt",
@@ -36,16 +35,6 @@ BASE = {
     "find_lr": False,
     "compare": True,
 }
-
-
-def invoke(*args):
-    return CliRunner().invoke(group.cli, [str(arg) for arg in args], prog_name="fused-warmup")
-
-
-def train(out, *args):
-    result = invoke("train", "--out", out, *FEW, *args)
-    assert result.exit_code == 0, result.output
-    return result
 
 
 def record(out, model):
@@ -281,15 +270,6 @@ def test_report_names_the_error_of_a_file(trained, tmp_path):
     check_one_line(invoke("report", tmp_path / "nothing.json"), "nothing.json")
 
 
-def check_one_line(result, *words):
-    assert result.exit_code == 2, result.output
-    assert isinstance(result.exception, SystemExit)
-    lines = result.stderr.strip().splitlines()
-    assert len(lines) == 1, lines
-    for word in words:
-        assert word in lines[0]
-
-
 @pytest.mark.parametrize(
     ("args", "words"),
     [
@@ -481,7 +461,7 @@ def test_extras_are_imported_when_they_are_used():
 def test_a_missing_extra_is_one_sentence(monkeypatch):
     monkeypatch.setitem(sys.modules, "sklearn", None)
     monkeypatch.setitem(sys.modules, "sklearn.datasets", None)
-    check_one_line(invoke("train", "--model", "digits", *FEW), "pip install 'fused-warmup[cli,plot,data]'")
+    check_one_line(invoke("train", *FEW), "pip install 'fused-warmup[cli,plot,data]'")
 
 
 def test_python_dash_m_runs_the_command(monkeypatch, capsys):

@@ -2,27 +2,19 @@
 
 import json
 import math
+from functools import partial
 
 import pytest
 import torch
-from click.testing import CliRunner
+from cli import commands
+from cli.commands import invoke
 
-from fused_warmup.cli import group
 from fused_warmup.cli.train import command as training
 from fused_warmup.cli.train import config, data, loops, report
 from fused_warmup.reference.rounding import MODES, RESIDUES
 
-FEW = ["--steps", "4", "--batch-size", "2", "--warmup", "1"]
-
-
-def invoke(*args):
-    return CliRunner().invoke(group.cli, [str(arg) for arg in args], prog_name="fused-warmup")
-
-
-def train(out, *args):
-    result = invoke("train", "--out", out, *FEW, *args)
-    assert result.exit_code == 0, result.output
-    return result
+STEPS = ("--steps", 4, "--batch-size", 2, "--warmup", 1)
+train = partial(commands.train, steps=STEPS)
 
 
 @pytest.fixture
@@ -141,7 +133,7 @@ def test_report_shows_the_dtype_and_reads_records_without_one(tmp_path):
     ],
 )
 def test_bad_values_are_one_line(tmp_path, args, message):
-    result = invoke("train", *FEW, *args, "--out", tmp_path / "out")
+    result = invoke("train", *STEPS, *args, "--out", tmp_path / "out")
     assert result.exit_code == 2
     assert result.stderr.strip() == message
     assert not (tmp_path / "out").exists()
