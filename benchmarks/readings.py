@@ -257,10 +257,8 @@ def along(model: str, name: str, batches: str, *, readings: int) -> list[tuple[f
         sharpness = truth(loss, opt)
         pending = PendingStep("along", opt)
         own = pending.grads or []
-        updates = pending.updates(own)
-        inverse = flat(
-            i.expand_as(u) for i, u in zip(pending.inverse_preconditioners(own), updates, strict=True)
-        )
+        updates, inverses = pending.updates_and_inverses(own)
+        inverse = flat(i.expand_as(u) for i, u in zip(inverses, updates, strict=True))
         moved, start = -flat(updates), loss()
         grads = torch.autograd.grad(start, params, create_graph=True)
         at_start = -flat(torch.autograd.grad(grads, params, updates)) @ moved

@@ -38,6 +38,12 @@ def seed_and_threads():
     torch.set_num_threads(threads)
 
 
+@pytest.fixture
+def one_thread(seed_and_threads):
+    """Use one thread: matrices are small, and on a busy machine two threads mostly wait for each other."""
+    torch.set_num_threads(1)
+
+
 def long_first(items, n_workers):
     """Order tests so that each worker of xdist, which gets a stretch of the list, begins with slow ones.
 

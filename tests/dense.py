@@ -1,4 +1,4 @@
-"""Dense Hessians and operators, to test products that never form the matrix."""
+"""Losses with known curvature, and dense Hessians and operators to test products that never form the matrix."""
 
 import itertools
 
@@ -47,6 +47,13 @@ def tanh_model(dtype=torch.float64, seed=0, sizes=(8, 16, 12, 4)):
     model = torch.nn.Sequential(*layers[:-1]).to(dtype)
     x, y = torch.randn(64, sizes[0]).to(dtype), torch.randint(sizes[-1], (64,))
     return model, lambda: torch.nn.functional.cross_entropy(model(x), y)
+
+
+def curved(shift, sign):
+    """Return a quadratic with known critical rates; ascent of its negative is the same as its descent."""
+    h = torch.tensor([10.0, 1.0, 0.1], dtype=torch.float64)
+    x = torch.tensor([1.0, 0.5, -3.0], dtype=torch.float64, requires_grad=True)
+    return x, h, lambda: sign * (0.5 * (h * x * x).sum() - shift)
 
 
 class DenseOperator:

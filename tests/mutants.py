@@ -210,7 +210,7 @@ FAULTS: dict[tuple[str, str], list[tuple[str, ...]]] = {
         ("or self.backend_device != device:", "or False:", "backends/test_cuda_errors.py"),
         ("not 0 < size <= len(rates)", "not size <= len(rates)", f"{GAPS} without_any_group"),
     ],
-    ("optim/losses.py", f"{OUTSIDE} sharpness/test_readings.py -k loss"): [
+    ("optim/losses.py", f"{OUTSIDE} tuning/test_ascent.py tuning/test_loss_forms.py -k losses"): [
         ("loss.numel() > 1 and not", "False and not", OUTSIDE),
         (".double().mean()", ".double().sum()", OUTSIDE),
         ('in "iuf"', 'in "f"'),

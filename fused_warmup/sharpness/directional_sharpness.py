@@ -82,16 +82,16 @@ def secant(pending: PendingStep, hessian: Hessian) -> Secant:
     evaluator, vectors = hessian.evaluator, hessian.evaluator.vectors
     near = vectors.flat(hessian.gradient())
     grads = pending.grads or [g.clone() for g in vectors.split(near)]
-    inverse = vectors.flat(pending.inverse_preconditioners(grads))
-    vectors.perturb(vectors.flat(pending.updates(grads)), None, vectors.number(-1.0))
+    update, inverse = map(vectors.flat, pending.updates_and_inverses(grads))
+    vectors.perturb(update, None, vectors.number(-1.0))
     # as far as rounded parameters really move
     ends = zip(vectors.params, evaluator.snapshot, strict=True)
     moved = vectors.flat([end.detach().to(vectors.dtype) - start for end, start in ends])
     far = vectors.flat(hessian.gradient())
     vectors.restore()
     members = pending.members
-    decay = vectors.flat([vectors.number(m.coupled_decay) for m in members])
-    limits = vectors.flat([vectors.number(m.threshold / m.lr if m.lr > 0.0 else 0.0) for m in members])
+    decay = vectors.flat([m.coupled_decay for m in members])
+    limits = vectors.flat([m.threshold / m.lr if m.lr > 0.0 else 0.0 for m in members])
     # in double, so that the squares of float32 numbers neither overflow nor vanish
     moved = moved.double()
     weighted = torch.where(moved == 0.0, 0.0, moved / inverse)

@@ -148,15 +148,14 @@ def step_operators(pending: PendingStep, hessian: Hessian) -> StepOperators:
     members = pending.members
     inverse = vectors.flat(pending.inverse_preconditioners(pending.grads_of(hessian)))
     scale = inverse.sqrt() if pending.spec.is_preconditioned else None
-    decay = None
-    if any(m.coupled_decay for m in members):
-        decay = vectors.flat([vectors.number(m.coupled_decay) for m in members])
+    decays = [m.coupled_decay for m in members]
+    decay = vectors.flat(decays) if any(decays) else None
     plain = Operator(hessian, scale, decay)
     factors = [m.lr / m.threshold for m in members]
     if len(set(factors)) == 1:
         return StepOperators(plain, None, vectors.number(factors[0]))
-    factor = vectors.flat([vectors.number(factor) for factor in factors])
-    return StepOperators(plain, Operator(hessian, (inverse * factor).sqrt(), decay), vectors.number(0.0))
+    scaled = Operator(hessian, (inverse * vectors.flat(factors)).sqrt(), decay)
+    return StepOperators(plain, scaled, vectors.number(0.0))
 
 
 def random_vector(evaluator: LossEvaluator, seed: int | torch.Generator) -> Tensor:

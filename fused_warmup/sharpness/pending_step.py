@@ -232,11 +232,7 @@ class PendingStep:
         Source: Kalra & Barkeshli 2024, arXiv:2406.09405, equation 6 with the square root of the authors'
             code.
         """
-        clipping = self._clipping(grads)
-        return [
-            self._inverse_preconditioner(m, g, self._scalars(m, 1.0, *clipping))
-            for m, g in zip(self.members, grads, strict=True)
-        ]
+        return self._inverses(grads, self._clipping(grads))
 
     def directions(self, grads: Sequence[Tensor]) -> list[Tensor]:
         """Return the update per unit of the first group's learning rate: ``param - lr * direction``.
@@ -247,24 +243,33 @@ class PendingStep:
         Returns:
             Tensors in the shapes of the parameters; decoupled decay is in them.
         """
-        return self._updates(grads, self.ratios())
+        return self._updates(grads, self.ratios(), self._clipping(grads))
 
-    def updates(self, grads: Sequence[Tensor]) -> list[Tensor]:
-        """Return what the step subtracts from each parameter, before rounding.
+    def updates_and_inverses(self, grads: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+        """Return what the step subtracts from each parameter before rounding, and ``1 / P`` as above.
 
         Args:
-            grads: Gradients of the loss.
+            grads: Gradients of the loss, whose norm is computed once.
 
         Returns:
             Tensors in the shapes of the parameters.
         """
-        return self._updates(grads, [m.lr for m in self.members])
-
-    def _updates(self, grads: Sequence[Tensor], rates: Sequence[float]) -> list[Tensor]:
         clipping = self._clipping(grads)
+        updates = self._updates(grads, [m.lr for m in self.members], clipping)
+        return updates, self._inverses(grads, clipping)
+
+    def _updates(
+        self, grads: Sequence[Tensor], rates: Sequence[float], clipping: tuple[float, float]
+    ) -> list[Tensor]:
         return [
             self._moved(m, g, self._scalars(m, rate, *clipping))
             for m, g, rate in zip(self.members, grads, rates, strict=True)
+        ]
+
+    def _inverses(self, grads: Sequence[Tensor], clipping: tuple[float, float]) -> list[Tensor]:
+        return [
+            self._inverse_preconditioner(m, g, self._scalars(m, 1.0, *clipping))
+            for m, g in zip(self.members, grads, strict=True)
         ]
 
     def _clipping(self, grads: Sequence[Tensor]) -> tuple[float, float]:

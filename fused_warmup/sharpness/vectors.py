@@ -93,14 +93,14 @@ class Vectors:
         """Return views of a vector of ``[n]`` in the shapes of the parameters."""
         return [v.view(p.shape) for v, p in zip(torch.split(vector, self.sizes), self.params, strict=True)]
 
-    def flat(self, tensors: Sequence[Tensor | None]) -> Tensor:
-        """Return tensors as one vector of ``[n]``; None gives zeros, a 0-dim tensor fills its segment."""
+    def flat(self, tensors: Sequence[Tensor | float | None]) -> Tensor:
+        """Return tensors as one vector of ``[n]``; None gives zeros, a number or 0-dim tensor a constant."""
         vector = self.basis(1)[0]
         for view, t in zip(self.split(vector), tensors, strict=True):
             if t is None:
                 view.zero_()
             else:
-                view.copy_(t.detach())
+                view.copy_(t.detach() if isinstance(t, Tensor) else self.number(t))
         return vector
 
     def dots(self, vectors: Sequence[Tensor] | Tensor, other: Tensor) -> Tensor:

@@ -12,6 +12,7 @@ from cases import assert_same_bits
 from dense import symmetric, tanh_model
 from sharpness.test_sharpness_restore import noisy_model, record
 from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import fused_warmup as fw
 from benchmarks.readings import along
@@ -146,6 +147,28 @@ def test_gradients_of_the_closure():
         p.grad.mul_(torch.rand_like(p))
     assert directional(loss, opt).value.item() != pytest.approx(without, rel=1e-3)
     assert directional(loss, opt, use_grad=False).value.item() == without
+
+
+class ReadNumbers(TorchDispatchMode):
+    """Counts the floating-point numbers that are read from tensors, for which a GPU makes the process wait."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func is torch.ops.aten._local_scalar_dense.default:
+            self.count += args[0].is_floating_point()
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_the_norm_of_the_gradients_is_computed_once(name):
+    """No other floating-point number of a reading is read before the reading is."""
+    model, loss = tanh_model()
+    opt = OPTIMIZERS[name](model.parameters())
+    loss().backward()
+    with ReadNumbers() as read:
+        directional(loss, opt)
+    assert read.count == 1
 
 
 def test_groups_with_rates_of_their_own():
