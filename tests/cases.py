@@ -6,6 +6,7 @@ import io
 from dataclasses import dataclass, field
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 
@@ -101,6 +102,7 @@ CASES = [
     _layer("sgdp-nesterov", fw.SGDP, momentum=0.9, nesterov=True, maximize=True),
 ]
 TORCH_CASES = [case for case in CASES if case.torch_cls is not None]
+BY_NAME = {case.name: case for case in CASES}
 
 SCHEDULES = {
     "none": None,
@@ -115,6 +117,17 @@ SCHEDULES = {
 # empty and 0-dim tensors, sizes around the lanes, blocks and chunks of the kernels
 SHAPES = [(0,), (), (1,), (63,), (2, 3, 5), (17, 31), (2047,), (2049,), (32769,), (3, 0)]
 SMALL_SHAPES = [(0,), (), (1,), (63,), (2, 3, 5), (17, 31)]
+# a vector, a matrix and a 0-dim tensor
+THREE_SHAPES = [(63,), (7, 9), ()]
+
+
+@pytest.fixture(params=BACKENDS)
+def every_backend(request: pytest.FixtureRequest) -> str:
+    """Give one backend after the other to the tests of a file in which ``backend = every_backend`` stands.
+
+    A file that imports such tests to run them by another backend has a fixture ``backend`` of its own.
+    """
+    return request.param
 
 
 def device_of(backend: str) -> str:
@@ -144,6 +157,11 @@ def set_grads(params: Any, step: int, scale: float = 1.0) -> None:
 def states_of(opt: fw.FusedOptimizer, param: Tensor) -> dict[str, Tensor]:
     """The tensors that belong to one parameter, by name."""
     return {name: value for name, value in opt.state[param].items() if isinstance(value, Tensor)}
+
+
+def tensors_of(opt: fw.FusedOptimizer, params: Any) -> list[Tensor]:
+    """Parameters, each with all of its states in the order of their names."""
+    return [t for p in params for t in (p.detach(), *(t for _, t in sorted(states_of(opt, p).items())))]
 
 
 def assert_close(name: str, actual: Tensor, expected: Tensor, atol: float, rtol: float = 0.0) -> None:

@@ -16,6 +16,7 @@ import triton.language as tl
 import vector_cases
 from backends.test_backends import EPS, check_pair, check_single_steps, run_pair
 from cases import (
+    BY_NAME,
     CASES,
     SCHEDULES,
     SHAPES,
@@ -27,20 +28,9 @@ from cases import (
 )
 from graphs import Recorder
 from optim import test_layers
-from optim.test_gaps import (
-    check_changing_dtypes,
-    check_first_look,
-    check_late_gradients,
-    test_a_gradient_of_zeros_is_at_right_angles_to_everything,  # noqa: F401
-    test_a_random_start_of_no_element,  # noqa: F401
-    test_a_random_start_of_states_that_stand_already,  # noqa: F401
-    test_a_sphere_that_is_asked_for_before_any_gradient,  # noqa: F401
-    test_an_infinite_gradient_on_a_sphere_spoils_its_element_only,  # noqa: F401
-    test_averages_of_parameters_that_jump,  # noqa: F401
-    test_init_from_gradients_leaves_out_what_has_none,  # noqa: F401
-    test_norms_of_scaled_gradients,  # noqa: F401
-    test_steps_without_any_group,  # noqa: F401
-)
+from optim.test_averaging import test_averages_of_parameters_that_jump  # noqa: F401
+from optim.test_grad_dtypes import check_changing_dtypes
+from optim.test_grad_scaler import test_norms_of_scaled_gradients  # noqa: F401
 from optim.test_layers import (
     INPUTS,
     LAMBS,
@@ -53,12 +43,19 @@ from optim.test_moments import CASES as MOMENT_CASES
 from optim.test_moments import check_moments
 from optim.test_norms import DENORMAL, assert_exact, check_flushed, check_norms, norms_of
 from optim.test_outside import joined_late
+from optim.test_projections import test_a_gradient_of_zeros_is_at_right_angles_to_everything  # noqa: F401
 from optim.test_rounding import (
     check_rounded_bits,
     test_bits_of_an_element_do_not_depend_on_its_neighbours,  # noqa: F401
     test_stochastic_rounding_is_unbiased,  # noqa: F401
 )
 from optim.test_rounding import each_pair as each_rounding
+from optim.test_second_moment_starts import (
+    check_first_look,
+    test_a_random_start_of_no_element,  # noqa: F401
+    test_a_random_start_of_states_that_stand_already,  # noqa: F401
+    test_init_from_gradients_leaves_out_what_has_none,  # noqa: F401
+)
 from optim.test_sphere import (
     RULES,
     check_directions,
@@ -70,8 +67,14 @@ from optim.test_sphere import (
     test_what_has_no_gradient_turns_with_the_rest,  # noqa: F401
     three_groups,
 )
+from optim.test_sphere_norms import (
+    test_a_sphere_that_is_asked_for_before_any_gradient,  # noqa: F401
+    test_an_infinite_gradient_on_a_sphere_spoils_its_element_only,  # noqa: F401
+)
 from pairwise import singly
 from plan.test_capture import Training, assert_same_training, capture  # noqa: F401
+from plan.test_groups import test_steps_without_any_group  # noqa: F401
+from plan.test_growth import check_late_gradients
 from torch.nn import Parameter
 from triton.runtime import interpreter
 from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
@@ -103,7 +106,6 @@ pytestmark = pytest.mark.filterwarnings(
 FEW_SHAPES = [(0,), (), (63,)]
 rest = pytest.mark.rest
 ALL_RULES = {**rules.RULES, **rules.LAYER_RULES}
-BY_NAME = {case.name: case for case in CASES}
 some = pytest.mark.parametrize("name", ["adamw", "radam-l2", "sgd-nesterov"])
 
 

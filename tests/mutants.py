@@ -64,8 +64,6 @@ SOME_USES = f"{USES} {SOME}"
 PLACES = f"{SOME_USES[:-1]} and not odd_sizes and not disturb and not empty_tensors and not scalars and not flags_of and not maximize and not turned_on and not schedulers'"
 PLAN = "plan/test_plan.py"
 ERRORS = "optim/test_errors.py"
-# and a word of the test there that is for the fault
-GAPS = "optim/test_gaps.py -k"
 OUTSIDE = "optim/test_outside.py"
 TORCH = "optim/test_torch_state.py"
 HIDDEN = "optim/test_hidden_state.py"
@@ -74,6 +72,20 @@ RESIDUES = "sharpness/test_residues.py"
 GROWTH = "plan/test_growth.py"
 ROUNDED = "optim/test_rounding.py -k 'not ten_thousand'"
 KEPT = "optim/test_state_dtype.py"
+# and a word of the test there that is for the fault
+AVERAGES = "optim/test_averaging.py -k"
+GRAD_DTYPES = "optim/test_grad_dtypes.py -k"
+SCALER = "optim/test_grad_scaler.py -k"
+STARTS = "optim/test_second_moment_starts.py -k"
+SETTINGS = "optim/test_settings.py -k"
+LOADS = "optim/test_state_dict_contents.py -k"
+RECORD = "optim/test_telemetry_contents.py -k"
+GROUPS = "plan/test_groups.py -k"
+STALE = "plan/test_staleness.py -k"
+PROBE = "sharpness/test_probe_measurements.py -k"
+DECISIONS = "tuning/test_autowu_decisions.py -k"
+REGIMES = "tuning/test_large_lr_regimes.py -k"
+SEARCHES = "tuning/test_rate_searches.py -k"
 
 # by file below fused_warmup or csrc, and the tests that should notice: lines of old text, new text, other tests
 FAULTS: dict[tuple[str, str], list[tuple[str, ...]]] = {
@@ -152,11 +164,11 @@ FAULTS: dict[tuple[str, str], list[tuple[str, ...]]] = {
         ("if value.shape != param.shape:", "if False:"),
         ("local.is_complex() or local.is_quantized", "local.is_quantized"),
     ],
-    ("optim/counts.py", f"{GROWTH} {GAPS} beyond_those"): [
-        ("found = held.to(device).index_select(0, send(slots[kept], device))", "found = held[: len(kept)] * 0", f"{GROWTH} {GAPS} beyond_those"),
-        ("exact[:, 0] = made", "pass", f"{GAPS} beyond_those"),
+    ("optim/counts.py", f"{GROWTH} {LOADS} beyond_those"): [
+        ("found = held.to(device).index_select(0, send(slots[kept], device))", "found = held[: len(kept)] * 0", f"{GROWTH} {LOADS} beyond_those"),
+        ("exact[:, 0] = made", "pass", f"{LOADS} beyond_those"),
         ("self.steps.get(key) is row.step", "True", SOME_USES),
-        ('self.exact = state["exact"]', "pass", f"{GAPS} beyond_those"),
+        ('self.exact = state["exact"]', "pass", f"{LOADS} beyond_those"),
     ],
     ("plan/overlaps.py", "plan/test_overlaps.py"): [
         ("np.maximum.accumulate(begins + reaches[order])", "begins + reaches[order]"),
@@ -176,7 +188,7 @@ FAULTS: dict[tuple[str, str], list[tuple[str, ...]]] = {
         ("return None if moved is None else len(moved) > 0", "return False", f"{PLAN} {PLACES} {GROWTH}"),
         ("        self._cache.accept()\n        self.fill(columns)\n", "        self._cache.accept()\n", GROWTH),
         ("addresses[ends + averaged]", "addresses[ends]", GROWTH),
-        ("row.initialized = bool(dict.get(own, \"initialized\", False))", "pass", f"{GAPS} a_start_from_gradients"),
+        ("row.initialized = bool(dict.get(own, \"initialized\", False))", "pass", f"{STARTS} a_start_from_gradients"),
     ],
     ("plan/tensors.py", "distributed/test_processes.py -k placements"): [("    if wanted == got:\n", "    if True:\n")],
     ("distributed/groups.py", "distributed/test_processes.py -k averages"): [
@@ -204,11 +216,11 @@ FAULTS: dict[tuple[str, str], list[tuple[str, ...]]] = {
     ],
     ("optim/session.py", OUTSIDE): [
         ("if self.average != self.planned_average:", "if False:", f"{PLAN} optim/test_averaging.py"),
-        ("or skip or plan.groups.random_start", "or skip", f"{GAPS} applied"),
-        ("float(row.param.numel()))", "0.0)", f"{GAPS} applied"),
+        ("or skip or plan.groups.random_start", "or skip", f"{STARTS} applied"),
+        ("float(row.param.numel()))", "0.0)", f"{STARTS} applied"),
         ('    "counters",\n', "", "optim/test_state_dict.py optim/test_torch_calls.py"),
         ("or self.backend_device != device:", "or False:", "backends/test_cuda_errors.py"),
-        ("not 0 < size <= len(rates)", "not size <= len(rates)", f"{GAPS} without_any_group"),
+        ("not 0 < size <= len(rates)", "not size <= len(rates)", f"{GROUPS} without_any_group"),
     ],
     ("optim/losses.py", f"{OUTSIDE} tuning/test_ascent.py tuning/test_loss_forms.py -k losses"): [
         ("loss.numel() > 1 and not", "False and not", OUTSIDE),
@@ -228,46 +240,46 @@ FAULTS: dict[tuple[str, str], list[tuple[str, ...]]] = {
         ("max(told, default=0)", "0"),
         ("_is_filled(buffer)", "False"),
         ("drawn + started if drawn else 0.0", "0.0", "distributed/test_checkpoints.py"),
-        ('"counters": session.counters', '"counters": session.counters.clone()', f"{GAPS} saved_state"),
-        ('"init_norm_sq": session.init_norm_sq', '"init_norm_sq": 0.0', f"{GAPS} random_start"),
+        ('"counters": session.counters', '"counters": session.counters.clone()', f"{LOADS} saved_state"),
+        ('"init_norm_sq": session.init_norm_sq', '"init_norm_sq": 0.0', f"{STARTS} random_start"),
         ("made[same] if same in made else restored(", "restored(", AUTOWU),
-        ("value.detach().clone() if isinstance(value, Tensor)", "value if isinstance(value, Tensor)", f"{GAPS} saved_state"),
+        ("value.detach().clone() if isinstance(value, Tensor)", "value if isinstance(value, Tensor)", f"{LOADS} saved_state"),
 
         ("held.copy_(norm)", 'group["norm"] = norm', SPHERE),
-        ("count if float(np.float32(count)) == step else step", "step", f"{GAPS} beyond_those"),
+        ("count if float(np.float32(count)) == step else step", "step", f"{LOADS} beyond_those"),
         ('int("step" not in saved or _is_filled(buffer))', "0", f"{STATES} {USES}"),
-        ('"counted": "step" in saved', '"counted": True', f"{GAPS} counts_of_torch"),
-        ('bool(saved.get("initialized", False))', "False", f"{GAPS} unloaded"),
+        ('"counted": "step" in saved', '"counted": True', f"{LOADS} counts_of_torch"),
+        ('bool(saved.get("initialized", False))', "False", f"{STARTS} unloaded"),
 
-        ('keep.pop("average", None)', "pass", f"{GAPS} does_not_have"),
+        ('keep.pop("average", None)', "pass", f"{LOADS} does_not_have"),
         ('keep["average"], n_averaged = param, 0', "n_averaged = 0"),
-        ("set(state) - set(keep)", "set()", f"{GAPS} does_not_have"),
+        ("set(state) - set(keep)", "set()", f"{LOADS} does_not_have"),
 
-        ("session.state.pop(param, None)", "pass", f"{GAPS} does_not_have"),
-        ("max([updates, *(", "min([updates, *(", f"{GAPS} counts_of_torch"),
-        ("    session.reset()", "    pass", f"{GAPS} unloaded"),
-        ('float(own.get("init_norm_sq", 0.0))', "0.0", f"{GAPS} random_start"),
+        ("session.state.pop(param, None)", "pass", f"{LOADS} does_not_have"),
+        ("max([updates, *(", "min([updates, *(", f"{LOADS} counts_of_torch"),
+        ("    session.reset()", "    pass", f"{STARTS} unloaded"),
+        ('float(own.get("init_norm_sq", 0.0))', "0.0", f"{STARTS} random_start"),
         ('own.get("rule") != rule', "False", ERRORS),
-        ("value.shape != param.shape", "value.numel() != param.numel()", f"{GAPS} rule_or_shape"),
+        ("value.shape != param.shape", "value.numel() != param.numel()", f"{LOADS} rule_or_shape"),
         ("session.telemetry.kept_rows()", "session.telemetry.rows()[:1024]", OUTSIDE),
         ("rows if rows is not None else", "rows if rows is None else"),
-        ("key not in spec.states]", "False]", f"{GAPS} rule_or_shape"),
+        ("key not in spec.states]", "False]", f"{LOADS} rule_or_shape"),
         ("and key not in spec.optional_states]", "and False]", ERRORS),
         ("held.load_state_dict(new.state_dict())", "pass", AUTOWU),
         ('return {**loaded, "schedule": held}', "return loaded", AUTOWU),
     ],
     ("plan/address_cache.py", PLAN): [
         ("type(t) in self._types[i] and", ""),
-        ("self._kept.append(t)", "pass", f"{GAPS} released"),
+        ("self._kept.append(t)", "pass", f"{STALE} released"),
         ("return self.find_moved() if among and len(moved) else moved", "return moved", f"{GROWTH} -k gradient"),
         ("if wanted is not None and not wanted[i]:", "if False:", f"{GROWTH} -k gradient"),
         ("np.flatnonzero(self.now != self.addresses)", "np.zeros(0)", f"{PLAN} {SOME_USES}"),
         ("self._signatures.read(tensors, added.ctypes.data)", "pass", f"{PLAN} {SOME_USES}"),
         ("if self.now.tobytes() == self._known:", "if True:", f"{PLAN} {SOME_USES}"),
         ("self.addresses[:] = self.now\n        self._known = self.addresses.tobytes()", "self.addresses[:] = self.now", f"{PLAN} -k returns"),
-        ("[len(a) for a in now] == [len(b) for b in members]", "len(now) == len(members)", f"{GAPS} groups_that"),
-        ("p is q for a, b", "p is p for a, b", f"{GAPS} groups_that"),
-        ("dict.get(d, key) is value", "key in d", f"{GAPS} entries_that"),
+        ("[len(a) for a in now] == [len(b) for b in members]", "len(now) == len(members)", f"{STALE} groups_that"),
+        ("p is q for a, b", "p is p for a, b", f"{STALE} groups_that"),
+        ("dict.get(d, key) is value", "key in d", f"{STALE} entries_that"),
     ],
     ("plan/plan.py", f"{PLAN} {PLACES}"): [
         ("if check_states and not self.states.has_objects():", "if False:"),
@@ -277,12 +289,12 @@ FAULTS: dict[tuple[str, str], list[tuple[str, ...]]] = {
         ('self._columns["param"] = _work_addresses(self.rows, self._param_cache.addresses)', "pass", GROWTH),
         ("self.arrivals = np.flatnonzero(self.gradients.present & self._reserved)", "pass", GROWTH),
         ('self.buffers.rewrite("rows", positions)', "pass", "plan/test_capture.py"),
-        ("any(local_tensor(row.param) is not row.local for row in self._shards)", "False", f"{GAPS} shard_that"),
+        ("any(local_tensor(row.param) is not row.local for row in self._shards)", "False", f"{STALE} shard_that"),
         ("            self._kinds = None\n", "            pass\n", "interpreted.py -k dtype_and_back"),
         ("        if self.groups.has_spheres:\n            changed |=", "        if False:\n            changed |=", f"{SPHERE} {SOME_USES}"),
         ("grad_scale is self.scaling[0] and found_inf", "found_inf"),
         ("found_inf is self.scaling[1]", "True"),
-        ("if settings == self.settings:", "if settings.measure == self.settings.measure:", f"{GAPS} measured_anyway"),
+        ("if settings == self.settings:", "if settings.measure == self.settings.measure:", f"{SETTINGS} measured_anyway"),
     ],
     ("plan/captured.py", "plan/test_capture.py"): [
         ("if torch.equal(slot, held):", "if True:"),
@@ -306,8 +318,8 @@ FAULTS: dict[tuple[str, str], list[tuple[str, ...]]] = {
     ],
     ("plan/gradients.py", PLAN): [
         ("        self._recast |= recast\n", "        self._recast = recast\n", "plan/test_capture.py -k dtype"),
-        ("recast = cast != self._cast", "recast = bool(cast)", f"{GAPS} dtype_and_back"),
-        ('self._columns["grad_dtype"] = self._columns["dtype"]', "pass", f"{GAPS} dtype_and_back"),
+        ("recast = cast != self._cast", "recast = bool(cast)", f"{GRAD_DTYPES} dtype_and_back"),
+        ('self._columns["grad_dtype"] = self._columns["dtype"]', "pass", f"{GRAD_DTYPES} dtype_and_back"),
     ],
     ("plan/groups.py", PLAN): [
         ("self._values = [None] * len(self._values)", "pass", AUTOWU),
@@ -337,20 +349,20 @@ FAULTS: dict[tuple[str, str], list[tuple[str, ...]]] = {
         ("profiler._is_profiler_enabled or ", "", "optim/test_torch_calls.py -k profilers"),
         ("self._optimizer_step_pre_hooks\n            or ", "", "optim/test_torch_calls.py -k hook_alone"),
         ("or optimizer._global_optimizer_post_hooks", "", "optim/test_torch_calls.py -k hook_alone"),
-        ("state_dict = state_dict if replaced is None else replaced", "pass", f"{GAPS} hook_before"),
+        ("state_dict = state_dict if replaced is None else replaced", "pass", f"{LOADS} hook_before"),
         ("post_hook(self)", "pass", SOME_USES),
         ("if not self._session.update_captured():\n            warnings", "if False:\n            warnings", "plan/test_capture.py"),
         ("if not self._session.update_captured():\n            raise", "if False:\n            raise", "plan/test_capture.py"),
 
-        ("if value is not None:", "if isinstance(value, torch.Tensor):", f"{GAPS} as_a_number"),
+        ("if value is not None:", "if isinstance(value, torch.Tensor):", f"{RECORD} as_a_number"),
         ("session.load_kernels(plan, backend)", "pass", "backends/test_cuda_errors.py"),
         ("        except Exception:\n            plan.release()\n", "        except Exception:\n", "backends/test_cuda_errors.py"),
     ],
     ("optim/adam.py", "backends/test_reference.py"): [
         ("init_exp_avg_sq(param, grad, hyper, weight_decay, clip_coef)", "init_exp_avg_sq(param, grad, hyper, weight_decay, 1.0)"),
         ('self.state[row.param]["initialized"] = True', "pass"),
-        ("if any(row.step is not None and int(row.step) for row, _ in active)", "if any(row.step is not None and int(row.step) for row in plan.rows)", f"{GAPS} init_from_gradients"),
-        ("if grad is not None]\n        if not active", "]\n        if not active", f"{GAPS} init_from_gradients"),
+        ("if any(row.step is not None and int(row.step) for row, _ in active)", "if any(row.step is not None and int(row.step) for row in plan.rows)", f"{STARTS} init_from_gradients"),
+        ("if grad is not None]\n        if not active", "]\n        if not active", f"{STARTS} init_from_gradients"),
     ],
     ("plan/build.py", f"{PLAN} {PLACES}"): [
         ("wanted = [every or hyper.sphere for hyper in hypers]", "wanted = [every for hyper in hypers]", SPHERE),
@@ -360,7 +372,7 @@ FAULTS: dict[tuple[str, str], list[tuple[str, ...]]] = {
     ("optim/averaging.py", "optim/test_averaging.py"): [
         ('"EMA", self.decay, self.every, self.every', '"EMA", self.decay, 1, self.every'),
         ('"SWA", 0.0, self.start, self.every', '"SWA", 0.0, self.every, self.every'),
-        ("dense = param.stride() == average.stride()", "dense = True", f"{GAPS} strided_view"),
+        ("dense = param.stride() == average.stride()", "dense = True", f"{AVERAGES} strided_view"),
         ("param.data if dense else param.data.clone()", "param.data"),
         ("param.data = average.to(param.dtype)", "param.data = average"),
         ("param.data.copy_(average)", "pass"),
@@ -398,7 +410,7 @@ FAULTS: dict[tuple[str, str], list[tuple[str, ...]]] = {
         ('or not header.endswith("\\n")', ""),
         ("@atexit.register", ""),
         ("slot.fill_(value)", "pass"),
-        ("self.pending_scalars.device != device", "False", f"{GAPS} on_a_device"),
+        ("self.pending_scalars.device != device", "False", f"{RECORD} on_a_device"),
     ],
     ("reference/schedules.py", "schedules/test_schedules.py optim/test_averaging.py"): [
         ("and t >= segment.steps:", "and t > segment.steps:"),
@@ -406,7 +418,7 @@ FAULTS: dict[tuple[str, str], list[tuple[str, ...]]] = {
         ("    if not segments:\n        return 1.0", "    if not segments:\n        return 0.0", "backends/test_backends.py -k trajectory"),
         ("and t >= begin + (segments", "and t > begin + (segments"),
         ("step >= start", "step > start"),
-        ("(step - start) % every == 0", "step % every == 0", f"{GAPS} whose_period"),
+        ("(step - start) % every == 0", "step % every == 0", f"{AVERAGES} whose_period"),
         ("1.0 if n_averaged == 1 else 1.0 - decay", "1.0 - decay"),
     ],
     ("distributed/agreement.py", "distributed/test_adaptive.py"): [
@@ -445,24 +457,24 @@ FAULTS: dict[tuple[str, str], list[tuple[str, ...]]] = {
     ],
     ("optim/adam.py", RESIDUES): [("row.value.to(", "row.work.to(")],
     ("sharpness/probe.py", "sharpness/test_probe.py"): [
-        ("a.largest > b.largest", "a.largest < b.largest", f"{GAPS} larger_of"),
-        ("torch.where(better, a.residual, b.residual)", "b.residual", f"{GAPS} larger_of"),
-        ("torch.zeros_like(spectrum.vector) if old is None else old", "torch.zeros_like(spectrum.vector)", f"{GAPS} vector_survives"),
-        ("fine & (error > 1e-2), 0.5 if", "fine & (error > 1e-2), 1.0 if", f"{GAPS} too_long"),
-        ("0.5 if shorten else 1.0", "0.5", f"{GAPS} too_long"),
-        ("torch.where(spectrum.largest == 0.0, 0.0, error)", "error", f"{GAPS} too_long"),
-        ("torch.where(fine, error, old)", "error", f"{GAPS} too_long"),
-        (".clamp(min=0.0)", "", f"{GAPS} is_smoothed"),
-        ("torch.where(old.isfinite(), _MEMORY", "torch.where(old.isnan(), _MEMORY", f"{GAPS} batch_error"),
-        ("torch.where(gap.isfinite(), smooth, old)", "smooth", f"{GAPS} is_smoothed"),
-        ("(vectors.length, vector.dtype) == known", "vector.dtype == known[1]", f"{GAPS} other_parameters"),
-        ("(vectors.length, vector.dtype) == known", "vectors.length == known[0]", f"{GAPS} other_parameters"),
-        ("self.optimizer, self._use_grad)", "self.optimizer, True)", f"{GAPS} arguments_of"),
-        ("pending.sign, self._stretch)", "1.0, self._stretch)", f"{GAPS} arguments_of"),
-        ('manual_seed(check.whole(name, "seed", seed))', "manual_seed(0)", f"{GAPS} arguments_of"),
-        ("self._calls - 1 if isinstance", "self._calls if isinstance", f"{GAPS} audits_and"),
-        ("number.bool()", "number", f"{GAPS} search_was_locked"),
-        ("unseen=torch.where(better, a.unseen, b.unseen)", "unseen=b.unseen", f"{GAPS} larger_of"),
+        ("a.largest > b.largest", "a.largest < b.largest", f"{PROBE} larger_of"),
+        ("torch.where(better, a.residual, b.residual)", "b.residual", f"{PROBE} larger_of"),
+        ("torch.zeros_like(spectrum.vector) if old is None else old", "torch.zeros_like(spectrum.vector)", f"{PROBE} vector_survives"),
+        ("fine & (error > 1e-2), 0.5 if", "fine & (error > 1e-2), 1.0 if", f"{PROBE} too_long"),
+        ("0.5 if shorten else 1.0", "0.5", f"{PROBE} too_long"),
+        ("torch.where(spectrum.largest == 0.0, 0.0, error)", "error", f"{PROBE} too_long"),
+        ("torch.where(fine, error, old)", "error", f"{PROBE} too_long"),
+        (".clamp(min=0.0)", "", f"{PROBE} is_smoothed"),
+        ("torch.where(old.isfinite(), _MEMORY", "torch.where(old.isnan(), _MEMORY", f"{PROBE} batch_error"),
+        ("torch.where(gap.isfinite(), smooth, old)", "smooth", f"{PROBE} is_smoothed"),
+        ("(vectors.length, vector.dtype) == known", "vector.dtype == known[1]", f"{PROBE} other_parameters"),
+        ("(vectors.length, vector.dtype) == known", "vectors.length == known[0]", f"{PROBE} other_parameters"),
+        ("self.optimizer, self._use_grad)", "self.optimizer, True)", f"{PROBE} arguments_of"),
+        ("pending.sign, self._stretch)", "1.0, self._stretch)", f"{PROBE} arguments_of"),
+        ('manual_seed(check.whole(name, "seed", seed))', "manual_seed(0)", f"{PROBE} arguments_of"),
+        ("self._calls - 1 if isinstance", "self._calls if isinstance", f"{PROBE} audits_and"),
+        ("number.bool()", "number", f"{PROBE} search_was_locked"),
+        ("unseen=torch.where(better, a.unseen, b.unseen)", "unseen=b.unseen", f"{PROBE} larger_of"),
     ],
     ("backends/triton/rules.py", "interpreted.py -k 'one_step_from_the_same_state and float32'"): [
         ("near = (x > -1.0) & (u != 1.0)", "near = u != 1.0", "interpreted.py -k scalars"),
@@ -541,7 +553,7 @@ FAULTS: dict[tuple[str, str], list[tuple[str, ...]]] = {
         ("self.lost = self.lost or self.used", "self.lost = True"),
     ],
     ("backends/reference.py", "optim/test_loss_scaling.py -k scaler"): [
-        ("grad_norm * unscale, grad_norm_l1 * unscale", "grad_norm * unscale, grad_norm_l1", f"{GAPS} scaled_gradients"),
+        ("grad_norm * unscale, grad_norm_l1 * unscale", "grad_norm * unscale, grad_norm_l1", f"{SCALER} scaled_gradients"),
     ],
     ("reference/rules.py", "optim/test_sphere.py"): [
         ("sum_sq < math.inf", "True"),
@@ -551,19 +563,19 @@ FAULTS: dict[tuple[str, str], list[tuple[str, ...]]] = {
         ("1.0 if ratio >= 1.0 else ratio", "ratio", "backends/test_reference.py -k separate_batch"),
     ],
     ("tuning/warmup/initial_lr.py", TUNING): [
-        ("min(upper, target) / 2.0", "min(upper, target) / 4.0", f"{GAPS} rates_that"),
-        ("if upper >= target:", "if upper > target:", f"{GAPS} rates_that"),
+        ("min(upper, target) / 2.0", "min(upper, target) / 4.0", f"{SEARCHES} rates_that"),
+        ("if upper >= target:", "if upper > target:", f"{SEARCHES} rates_that"),
         ("rise <= accepted", "rise < line.start"),
         ("    line.forwards = 0\n", ""),
-        ('("target",) if upper == target else ()', "()", f"{GAPS} rates_that"),
-        ("1.0 if target <= critical else", "1.0 if target < critical else", f"{GAPS} target_saves"),
+        ('("target",) if upper == target else ()', "()", f"{SEARCHES} rates_that"),
+        ("1.0 if target <= critical else", "1.0 if target < critical else", f"{SEARCHES} target_saves"),
         ('check.whole("saved_steps", "forwards", forwards) / 2.0', 'check.whole("saved_steps", "forwards", forwards)'),
-        ("line.loss(min(upper, target))", "line.loss(upper)", f"{GAPS} rates_that"),
-        ("if loss < line.start:", "if loss <= line.start:", f"{GAPS} as_high_as"),
-        ("if not rise < line.start:", "if rise > line.start:", f"{GAPS} rates_that"),
+        ("line.loss(min(upper, target))", "line.loss(upper)", f"{SEARCHES} rates_that"),
+        ("if loss < line.start:", "if loss <= line.start:", f"{SEARCHES} as_high_as"),
+        ("if not rise < line.start:", "if rise > line.start:", f"{SEARCHES} rates_that"),
         ('check.number(owner, "target", target, start)', 'check.number(owner, "target", target, 0.0)'),
         ('RateSearch(math.nan, 0.0, math.inf, 0, ("nonfinite",))', 'RateSearch(math.nan, 0.0, math.inf, 0, ())'),
-        ("return RateSearch(target, target, math.inf", "return RateSearch(target, lower, math.inf", f"{GAPS} rates_that"),
+        ("return RateSearch(target, target, math.inf", "return RateSearch(target, lower, math.inf", f"{SEARCHES} rates_that"),
     ],
     ("sharpness/line_search.py", f"{TUNING} -k batch"): [
         ("len(closures) * found.forwards + ", "found.forwards + "),
@@ -572,16 +584,16 @@ FAULTS: dict[tuple[str, str], list[tuple[str, ...]]] = {
         ("own = Line(evaluator, pending, line)", "own = Line(evaluator, pending)"),
     ],
     ("tuning/warmup/persistent_catapult.py", TUNING): [
-        ("value < self.best or not", "value <= self.best or not", f"{GAPS} catapult"),
-        ("type(self).__name__, self.lr or self.start", "type(self).__name__, self.start", f"{GAPS} catapult"),
-        ("value if math.isfinite(value) and", "value if", f"{GAPS} catapult"),
-        ("given / self._given[0] if", "1.0 if", f"{GAPS} catapult"),
-        ('group["lr"].fill_(lr)', 'group["lr"] = lr', f"{GAPS} catapult"),
-        ("average(shared)", "pass", f"{GAPS} catapult"),
-        ("torch.float64, copy=True)", "torch.float64)", f"{GAPS} catapult"),
+        ("value < self.best or not", "value <= self.best or not", f"{SEARCHES} catapult"),
+        ("type(self).__name__, self.lr or self.start", "type(self).__name__, self.start", f"{SEARCHES} catapult"),
+        ("value if math.isfinite(value) and", "value if", f"{SEARCHES} catapult"),
+        ("given / self._given[0] if", "1.0 if", f"{SEARCHES} catapult"),
+        ('group["lr"].fill_(lr)', 'group["lr"] = lr', f"{SEARCHES} catapult"),
+        ("average(shared)", "pass", f"{SEARCHES} catapult"),
+        ("torch.float64, copy=True)", "torch.float64)", f"{SEARCHES} catapult"),
         ("self.forwards += found.forwards", "self.forwards = found.forwards"),
-        ('"target", "start", "tolerance")', '"target", "start")', f"{GAPS} catapult"),
-        ("if math.isfinite(found.value):", "if True:", f"{GAPS} catapult"),
+        ('"target", "start", "tolerance")', '"target", "start")', f"{SEARCHES} catapult"),
+        ("if math.isfinite(found.value):", "if True:", f"{SEARCHES} catapult"),
     ],
     ("_checks.py", "tuning/test_autowu.py -k bad_states"): [
         ('{"version", *keys} - set(value)', "set(keys) - set(value)"),
@@ -603,49 +615,49 @@ FAULTS: dict[tuple[str, str], list[tuple[str, ...]]] = {
     ],
     ("tuning/autowu/loss_buffer.py", AUTOWU): [
         ("self.filled = 0\n        host", "host"),
-        ("self.values = self.values.to(device)", "pass", f"{GAPS} on_a_device"),
+        ("self.values = self.values.to(device)", "pass", f"{RECORD} on_a_device"),
         ("self.values[-1].copy_(made)", "self.values[-1] = 0"),
     ],
     ("tuning/large_lr/geometry.py", LARGE): [
-        (".detach().double() for state in states", ".detach() for state in states", f"{GAPS} means_of"),
-        ("mean[name] = last.clone()", "mean[name] = last", f"{GAPS} means_of"),
+        (".detach().double() for state in states", ".detach() for state in states", f"{REGIMES} means_of"),
+        ("mean[name] = last.clone()", "mean[name] = last", f"{REGIMES} means_of"),
         ("3 * highest // 4", "highest // 2"),
         ("edges != sorted(set(edges))", "edges != sorted(edges)"),
         ("list(a) != list(b)", "False"),
     ],
     ("tuning/large_lr/regimes.py", LARGE): [
-        ("chance + _ABOVE_CHANCE * (1.0 - chance)", "chance", f"{GAPS} above_chance"),
-        ("and len(trial.losses) > 1", "", f"{GAPS} best_rate"),
-        ("near = trial.barrier is None or", "near = trial.barrier is not None and", f"{GAPS} best_rate"),
-        ("near and trial.tuned >= goal", "near and trial.tuned > goal", f"{GAPS} best_rate"),
-        ("max(good, key=lambda p: p.trial.tuned or 0.0)", "max(good, key=lambda p: p.lr)", f"{GAPS} best_rate"),
+        ("chance + _ABOVE_CHANCE * (1.0 - chance)", "chance", f"{REGIMES} above_chance"),
+        ("and len(trial.losses) > 1", "", f"{REGIMES} best_rate"),
+        ("near = trial.barrier is None or", "near = trial.barrier is not None and", f"{REGIMES} best_rate"),
+        ("near and trial.tuned >= goal", "near and trial.tuned > goal", f"{REGIMES} best_rate"),
+        ("max(good, key=lambda p: p.trial.tuned or 0.0)", "max(good, key=lambda p: p.lr)", f"{REGIMES} best_rate"),
         ("min(end, divergence if", "max(end, divergence if"),
-        ("*trial.accuracies[-1:]]", "*trial.accuracies]", f"{GAPS} best_rate"),
-        ("pstdev(tail)", "0.0", f"{GAPS} best_rate"),
+        ("*trial.accuracies[-1:]]", "*trial.accuracies]", f"{REGIMES} best_rate"),
+        ("pstdev(tail)", "0.0", f"{REGIMES} best_rate"),
     ],
     ("tuning/large_lr/pretrain_finetune.py", LARGE): [
-        ('if key != "pretrained")', ")", f"{GAPS} any_order"),
-        ("states[min(rates)], states[max(rates)]", "states[rates[0]], states[rates[1]]", f"{GAPS} any_order"),
+        ('if key != "pretrained")', ")", f"{REGIMES} any_order"),
+        ("states[min(rates)], states[max(rates)]", "states[rates[0]], states[rates[1]]", f"{REGIMES} any_order"),
     ],
     ("tuning/autowu/schedule.py", AUTOWU): [
         ("self._steps - 1 if counters is None", "self._steps if counters is None"),
-        ("math.ceil((1.0 - self._options", "math.floor((1.0 - self._options", f"{GAPS} cooldown"),
+        ("math.ceil((1.0 - self._options", "math.floor((1.0 - self._options", f"{DECISIONS} cooldown"),
         ("waited + 1.0 > self._options", "waited + 1.0 >= self._options"),
-        ("lowest - 1e-4 * abs(lowest)", "lowest", f"{GAPS} plateau"),
+        ("lowest - 1e-4 * abs(lowest)", "lowest", f"{DECISIONS} plateau"),
         ("self.phase, self._epoch.filled = phase, 0", "self.phase = phase"),
-        ("2 * sum(p > self", "1 + sum(p > self", f"{GAPS} votes_decide"),
+        ("2 * sum(p > self", "1 + sum(p > self", f"{DECISIONS} votes_decide"),
         (".mean()) < 0.5", ".mean()) < 0.9"),
-        ('"_source": None, "_alone": False', '"_source": None', f"{GAPS} given_away"),
-        ('new._plateau = list(state_dict["plateau"])', "pass", f"{GAPS} plateau"),
+        ('"_source": None, "_alone": False', '"_source": None', f"{DECISIONS} given_away"),
+        ('new._plateau = list(state_dict["plateau"])', "pass", f"{DECISIONS} plateau"),
         ('new.tests = [WarmupTest(**test) for test in state_dict["tests"]]', "pass"),
         ('new.back_at = state_dict["back_at"]', "pass"),
         ("self._plateau = [lowest, 0.0]", "pass"),
     ],
     ("tuning/autowu/gaussian_process.py", AUTOWU): [
         ("_JITTER = 1e-4", "_JITTER = 1e-2"),
-        ("int(expected[grid <= end].argmin())", "int(expected.argmin())", f"{GAPS} beyond_the_last"),
-        ("if len(y) > 3 else 0.0", "if len(y) > 30 else 0.0", f"{GAPS} four_losses"),
-        ('self._steps = state["steps"]', "pass", f"{GAPS} a_fit_goes_on"),
+        ("int(expected[grid <= end].argmin())", "int(expected.argmin())", f"{DECISIONS} beyond_the_last"),
+        ("if len(y) > 3 else 0.0", "if len(y) > 30 else 0.0", f"{DECISIONS} four_losses"),
+        ('self._steps = state["steps"]', "pass", f"{DECISIONS} a_fit_goes_on"),
     ],
     ("plan/plan.py", LOCKSTEP): [
         ("            and not (self._waiting and self._reader.any_gradient(self._waiting))\n", ""),
@@ -705,10 +717,10 @@ CPP_FAULTS: dict[tuple[str, str], list[tuple[str, ...]]] = {
         ("moved_block<P>(way, value, scale", "moved_block<P>(way, snapshot + done, scale"),
     ],
     ("cpu/layerwise.h", SUMS): [("sums[Rule::kSums] = found.failed;", "sums[Rule::kSums] = 0.0;")],
-    ("decide.h", f"{GAPS} scaled_gradients"): [
+    ("decide.h", f"{SCALER} scaled_gradients"): [
         ("decision.grad_norm_l1 = total.l1 * decision.unscale", "decision.grad_norm_l1 = total.l1"),
     ],
-    ("dlpack.h", f"{GAPS} dtype_and_back"): [
+    ("dlpack.h", f"{GRAD_DTYPES} dtype_and_back"): [
         ("t.dtype_bits != signature.dtype_bits ||", ""),
         ("t.dtype_code != signature.dtype_code ||", ""),
     ],

@@ -33,18 +33,11 @@ from backends.test_bitwise import (  # noqa: F401
     train,
 )
 from cases import CASES, SCHEDULES, assert_close, assert_same_bits, make_params, set_grads, states_of
-from optim.test_gaps import (  # noqa: F401
-    test_a_random_start_of_no_element,
-    test_a_random_start_of_states_that_stand_already,
+from optim.test_averaging import test_averages_of_parameters_that_jump  # noqa: F401
+from optim.test_grad_dtypes import test_gradients_that_change_dtype_and_back  # noqa: F401
+from optim.test_grad_scaler import (  # noqa: F401
     test_a_scale_and_a_decision_are_read_anew_one_by_one,
-    test_a_sphere_that_is_asked_for_before_any_gradient,
-    test_an_infinite_gradient_on_a_sphere_spoils_its_element_only,
-    test_averages_of_parameters_that_jump,
-    test_experts_that_come_one_by_one,
-    test_gradients_that_change_dtype_and_back,
-    test_init_from_gradients_leaves_out_what_has_none,
     test_norms_of_scaled_gradients,
-    test_steps_without_any_group,
 )
 from optim.test_layers import (  # noqa: F401
     test_channels_are_made_orthogonal,
@@ -89,6 +82,11 @@ from optim.test_properties import (  # noqa: F401
     test_strided_views_train_as_the_reference_does,
     test_the_layout_of_memory_does_not_change_a_bit,
 )
+from optim.test_second_moment_starts import (  # noqa: F401
+    test_a_random_start_of_no_element,
+    test_a_random_start_of_states_that_stand_already,
+    test_init_from_gradients_leaves_out_what_has_none,
+)
 from optim.test_sphere import (  # noqa: F401
     test_a_given_radius_changes_no_direction,
     test_a_group_that_other_parameters_join,
@@ -105,6 +103,12 @@ from optim.test_sphere import (  # noqa: F401
     test_the_angle_of_a_step_is_that_of_the_effective_rate,
     test_what_has_no_gradient_turns_with_the_rest,
 )
+from optim.test_sphere_norms import (  # noqa: F401
+    test_a_sphere_that_is_asked_for_before_any_gradient,
+    test_an_infinite_gradient_on_a_sphere_spoils_its_element_only,
+)
+from plan.test_groups import test_steps_without_any_group  # noqa: F401
+from plan.test_growth import test_experts_that_come_one_by_one  # noqa: F401
 from vector_cases import check_operations, check_preconditioner, check_residues, combination, draw, make_pair
 
 import fused_warmup as fw

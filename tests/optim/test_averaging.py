@@ -1,13 +1,27 @@
-"""Averages written by the update: the numbers of swa_utils, and a swap that leaves no trace."""
+"""Averages written by the update: the numbers of swa_utils, and a swap that leaves no trace.
+
+Some tests run once more by CUDA on the host in ``test_cuda_on_host.py``, by Triton in ``interpreted.py``.
+"""
 
 import copy
 
 import pytest
 import torch
-from cases import BACKENDS, assert_close, assert_same_bits, make_params, set_grads
+from cases import (
+    BACKENDS,
+    THREE_SHAPES,
+    assert_close,
+    assert_same_bits,
+    every_backend,
+    make_params,
+    set_grads,
+)
+from torch.nn import Parameter
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn, update_bn
 
 import fused_warmup as fw
+
+backend = every_backend
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -125,3 +139,55 @@ def test_update_bn_works():
         averaged.eval()
         with torch.no_grad():
             assert torch.allclose(model(data[0]), averaged(data[0]), atol=1e-6)
+
+
+def test_an_average_whose_period_does_not_divide_its_start(backend):
+    """The mean of what was there after steps 4, 7 and 10."""
+    params = make_params(torch.float64, THREE_SHAPES)
+    opt = fw.SGD(params, lr=0.1, average=fw.SWA(4, every=3), backend=backend)
+    seen = []
+    for step in range(1, 13):
+        set_grads(params, step)
+        opt.step()
+        if step in (4, 7, 10):
+            seen.append([p.detach().clone() for p in params])
+    for p, *values in zip(params, *seen, strict=True):
+        torch.testing.assert_close(
+            opt.state[p]["average"], torch.stack(values).mean(0), rtol=1e-14, atol=1e-15
+        )
+
+
+def test_averages_of_parameters_that_jump(backend):
+    """The first is the parameter itself, though the difference is rounded; a small weight leaves small averages exact."""
+    param = Parameter(torch.full((70,), 2.0**25))
+    opt = fw.SGD([param], lr=0.25, average=fw.EMA(1.0 - 2.0**-30, every=2), backend=backend)
+    values = []
+    for grad in (2.0**27 - 8.0, 2.8, 0.0, -(2.0**27)):
+        param.grad = torch.full((70,), grad)
+        opt.step()
+        values.append((param.detach().clone(), opt.state[param]["average"].clone()))
+    assert_same_bits("first", values[1][1], values[1][0])
+    assert float(values[1][0][0]) == pytest.approx(1.3)
+    first, last = values[1][0].double(), values[3][0].double()
+    expected = first + 2.0**-30 * (last - first)
+    torch.testing.assert_close(values[3][1].double(), expected, rtol=2.0**-23, atol=0.0)
+
+
+@pytest.mark.parametrize("how", ["columns", "transposed rows"])
+def test_the_base_of_a_strided_view_holds_the_averages_inside_the_block(how, backend):
+    """A model that uses the memory, not the view, must be evaluated with them, and have its own back."""
+    base = make_params(torch.float32, [(6, 8)])[0].detach()
+    view = base[:, ::2] if how == "columns" else base[::2].T
+    rest = base[:, 1::2] if how == "columns" else base[1::2].T
+    param, others = Parameter(view), rest.clone()
+    opt = fw.SGD([param], lr=0.5, average=fw.EMA(0.5), backend=backend)
+    for step in range(3):
+        set_grads([param], step)
+        opt.step()
+    trained = view.clone()
+    with opt.averaged_parameters():
+        assert_same_bits("average", view, opt.state[param]["average"])
+        assert not torch.equal(view, trained)
+        assert torch.equal(rest, others)
+    assert_same_bits("restored", view, trained)
+    assert torch.equal(rest, others)

@@ -10,7 +10,15 @@ import math
 import pytest
 import torch
 from backends.test_backends import EPS
-from cases import BACKENDS, assert_close, assert_same_bits, make_params, set_grads, states_of
+from cases import (
+    BACKENDS,
+    assert_close,
+    assert_same_bits,
+    every_backend,
+    make_params,
+    set_grads,
+    states_of,
+)
 from torch.nn import Parameter
 
 import fused_warmup as fw
@@ -29,11 +37,7 @@ RULES = {
 }
 SHAPES = [(17, 3), (), (2049,)]
 each_rule = pytest.mark.parametrize("rule", RULES)
-
-
-@pytest.fixture(params=BACKENDS)
-def backend(request):
-    return request.param
+backend = every_backend
 
 
 def norm(params):

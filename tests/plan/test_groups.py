@@ -1,11 +1,14 @@
-"""Hyper-parameters of the groups: what a change of them costs, and that it acts in the next step."""
+"""Hyper-parameters of the groups: what a change of them costs, and that it acts in the next step.
+
+Some tests run once more by CUDA on the host in ``test_cuda_on_host.py``, by Triton in ``interpreted.py``.
+"""
 
 from fractions import Fraction
 
 import numpy as np
 import pytest
 import torch
-from cases import BACKENDS, make_params, set_grads
+from cases import BACKENDS, every_backend, make_params, set_grads, tensors_of
 from torch.optim import lr_scheduler
 
 import fused_warmup as fw
@@ -13,6 +16,7 @@ from fused_warmup import schedules
 from fused_warmup.optim import session
 from fused_warmup.plan import device_buffers, groups
 
+backend = every_backend
 N = 6
 # numbers that float32 holds exactly
 LR, OTHER_LR = 0.125, 0.0625
@@ -295,3 +299,49 @@ def test_a_bad_value_is_named_at_each_step_and_changes_nothing(backend):
         assert all(torch.equal(p, q) for p, q in zip(params, before, strict=True))
     opt.step()
     assert not torch.equal(params[0], before[0])
+
+
+# pairs whose numbers can be written in place
+WRITABLE_PAIRS = {
+    "tensors in a tuple": lambda: (torch.tensor(0.9), torch.tensor(0.99)),
+    "arrays in a tuple": lambda: (np.array(0.9), np.array(0.99)),
+    "tensors in a list": lambda: [torch.tensor(0.9), torch.tensor(0.99)],
+}
+
+
+@pytest.mark.parametrize("pair", WRITABLE_PAIRS)
+@pytest.mark.parametrize("which", [0, 1])
+def test_betas_written_in_place_inside_their_pair(pair, which, backend):
+    """The next step takes them, as it would take another pair."""
+    params = make_params(torch.float64, [(5,), (5,)])
+    written, replaced = (
+        fw.Adam([p], lr=0.1, betas=betas, backend=backend)
+        for p, betas in zip(params, (WRITABLE_PAIRS[pair](), (0.9, 0.99)), strict=True)
+    )
+    for step in range(4):
+        if step == 2:
+            held = written.param_groups[0]["betas"][which]
+            held.fill(0.5) if isinstance(held, np.ndarray) else held.fill_(0.5)
+            replaced.param_groups[0]["betas"] = (0.5, 0.99) if which == 0 else (0.9, 0.5)
+        set_grads(params, step)
+        params[1].grad = params[0].grad.clone()
+        written.step()
+        replaced.step()
+    for a, b in zip(tensors_of(written, params[:1])[1:], tensors_of(replaced, params[1:])[1:], strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-6, atol=0.0)
+
+
+def test_steps_without_any_group(backend):
+    """They change nothing, as in torch; there is no rate to report, and the group that comes back goes on."""
+    params = make_params(torch.float64, [(5,), (5,)])
+    params[1].data.copy_(params[0])
+    opt, other = fw.SGD(params[:1], lr=0.1, backend=backend), torch.optim.SGD(params[1:], lr=0.1)
+    for both in (opt, other):
+        held = both.param_groups
+        for empty in (False, True, False, True):
+            both.param_groups = [] if empty else held
+            set_grads([p for g in both.param_groups for p in g["params"]], 0)
+            both.step()
+    torch.testing.assert_close(*params)
+    assert np.array_equal(opt.telemetry.history()["lr"], [0.1, np.nan, 0.1, np.nan], equal_nan=True)
+    assert opt.get_last_lr() == []

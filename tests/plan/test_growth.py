@@ -1,6 +1,6 @@
 """Cost that grows with the work: rows that are filled, states that are checked and bytes that are written, counted.
 
-Times are in ``benchmarks/results/growth.md``.
+Times are in ``benchmarks/results/growth.md``. Some tests run once more by CUDA on the host in ``test_cuda_on_host.py``.
 """
 
 import copy
@@ -10,7 +10,7 @@ from contextlib import contextmanager
 import numpy as np
 import pytest
 import torch
-from cases import BACKENDS, CASES, assert_same_bits, make_params, set_grads
+from cases import BACKENDS, CASES, assert_same_bits, every_backend, make_params, set_grads
 
 import fused_warmup as fw
 from fused_warmup.optim import groups as group_rooms
@@ -24,6 +24,7 @@ SHAPES = [(4, 5), (3,), (33000,), (2, 3, 5), (0, 2), ()]
 ROUTES = [[2], [], [0, 2], [4, 5], [0], [1, 2, 5], [0, 1, 2, 4, 5]]
 
 backends = pytest.mark.parametrize("backend", BACKENDS)
+backend = every_backend
 
 
 @contextmanager
@@ -85,6 +86,13 @@ def check_late_gradients(case, backend, **options):
 @pytest.mark.parametrize("max_grad_norm", [None, 0.5])
 def test_experts_that_come_late(case, backend, max_grad_norm):
     check_late_gradients(case, backend, max_grad_norm=max_grad_norm)
+
+
+@pytest.mark.parametrize("name", ["adam", "lamb", "adamp"])
+def test_experts_that_come_one_by_one(backend, name):
+    """On backends that have no memory of their own for a row without states."""
+    case = next(case for case in CASES if case.name == name)
+    check_late_gradients(case, backend, max_grad_norm=0.5)
 
 
 @pytest.mark.parametrize("mirrored", [False, True])

@@ -8,7 +8,7 @@ from collections import Counter
 
 import pytest
 import torch
-from cases import CASES, SCHEDULES, make_params, set_grads, states_of
+from cases import BY_NAME, SCHEDULES, make_params, set_grads, states_of
 from ptx import run
 from ptx.sides import SIDES, backend_of, make_runs, step_all
 from vector_cases import DTYPES, draw
@@ -18,7 +18,6 @@ from fused_warmup.sharpness.pending_step import PendingStep
 from fused_warmup.sharpness.vectors import FusedVectors
 
 pytestmark = [pytest.mark.slow, pytest.mark.rest]
-BY_NAME = {case.name: case for case in CASES}
 # rows beyond one tile of decide, channels of one element, of many and of several pieces
 SHAPES = [(3,), (0,), (), (5, 7, 9), (2, 2100), (130, 3)]
 MANY = [*SHAPES, *[(2,)] * 600]

@@ -9,7 +9,7 @@ import re
 import folded
 import pytest
 import torch
-from cases import CASES, SCHEDULES, assert_close, assert_same_bits, make_params, states_of
+from cases import BY_NAME, SCHEDULES, assert_close, assert_same_bits, make_params, states_of
 from ptx import run
 from ptx.sides import SHAPES, SIDES, backend_of, make_runs, step_all
 from vector_cases import (
@@ -33,7 +33,6 @@ pytestmark = [
         len(_cpu.instruction_sets()) == 1, reason="this processor rounds products and sums twice"
     ),
 ]
-BY_NAME = {case.name: case for case in CASES}
 # of these make test runs something, and the rest runs most; of the others it runs each kernel
 MAIN = SIDES[:2]
 HALVES = (torch.bfloat16, torch.float16)
