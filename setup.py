@@ -20,6 +20,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent
 # contraction off: the sources fix where a product and a sum round once. errno and traps prevent vectors.
+# Without NDEBUG pybind11 asks for the GIL at each reference.
 CXXFLAGS = (
     "-O3 -std=c++17 -fPIC -fvisibility=hidden -fopenmp -Wall -Wextra "
     "-fno-math-errno -fno-trapping-math -ffp-contract=off -DNDEBUG"
