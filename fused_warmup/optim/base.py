@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections import OrderedDict, defaultdict
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import wraps
@@ -590,6 +590,7 @@ class FusedOptimizer(Optimizer):
 
     # state
 
+    @torch._disable_dynamo  # type: ignore[attr-defined]
     def state_dict(self) -> dict[str, Any]:
         """Return the state in torch's format, tensors and plain types only.
 
@@ -599,17 +600,10 @@ class FusedOptimizer(Optimizer):
         ``torch.distributed.checkpoint`` drops it. As in torch, dictionaries and tensors are those
         of the optimizer and follow its later steps; make a deep copy to keep one of the past in memory.
         """
-        # hooks get the returned dictionary, so they run after the packing
-        hooks = self._optimizer_state_dict_post_hooks
-        self._optimizer_state_dict_post_hooks = OrderedDict()
-        counts = self._session.planned_counts()
-        if counts is None:
-            self._session.drop_counts()
-        try:
-            packed = pack_state(self._session, super().state_dict(), counts)
-        finally:
-            self._optimizer_state_dict_post_hooks = hooks
-        for hook in hooks.values():
+        for pre_hook in self._optimizer_state_dict_pre_hooks.values():
+            pre_hook(self)
+        packed = pack_state(self._session)
+        for hook in self._optimizer_state_dict_post_hooks.values():
             replaced = hook(self, packed)
             packed = packed if replaced is None else replaced
         return packed

@@ -33,7 +33,18 @@ class Counts:
         self.exact: Tensor | None = None
         # held, so that an identity stays that of its parameter
         self._params: dict[int, Tensor] = {}
+        # a view of the exact counts, and those that it belongs to
+        self._made: Tensor | None = None
+        self._made_of: Tensor | None = None
         self._slots: dict[int, int] = {}
+
+    @property
+    def made(self) -> Tensor | None:
+        """Exact number of updates of each row, int64 of ``[rows]``, in the memory where the kernels count."""
+        if self._made_of is not self.exact:
+            self._made_of = self.exact
+            self._made = None if self.exact is None else self.exact.select(1, 0)
+        return self._made
 
     def arrange(self, rows: Sequence[Row], device: torch.device) -> None:
         """Bring the exact counts into the order of the rows; nothing waits."""

@@ -58,6 +58,7 @@ _KEPT = (
 )
 
 
+_STEP = COUNTERS.index("step")
 # entries of a state that no optimizer of torch keeps alone
 _COUNTS = {"step", "n_averaged", "initialized"}
 # counts of a parameter without a state
@@ -139,6 +140,9 @@ class Session:
         self.backend: Backend | None = None
         self.backend_device: torch.device | None = None
         self._rates: Tensor | None = None
+        # a view of the counters, and those that it belongs to
+        self._updates: Tensor | None = None
+        self._counted: Tensor | None = None
         self._loaded: Plan | None = None
         self.reset()
 
@@ -181,7 +185,7 @@ class Session:
     @property
     def updates(self) -> int:
         """Updates that the optimizer has made; waits for the device."""
-        return 0 if self.counters is None else int(self.counters[COUNTERS.index("step")])
+        return 0 if self.counters is None else int(self.counters[_STEP])
 
     def set_process_group(self, process_group: Any) -> None:
         """Set the processes that plain parameters are spread over, or None.
@@ -213,8 +217,10 @@ class Session:
         """Number of updates in the memory where the kernels count, 0-dim int64."""
         counters = self.counters
         if counters is None:
-            counters = torch.zeros(len(COUNTERS), dtype=torch.int64, device="cpu")
-        return counters[COUNTERS.index("step")]
+            return torch.zeros((), dtype=torch.int64, device="cpu")
+        if self._updates is None or self._counted is not counters:
+            self._counted, self._updates = counters, counters[_STEP]
+        return self._updates
 
     def allocate_rates(self, device: torch.device) -> Tensor:
         """Return memory for learning rate and weight decay of each group, float64 of ``[>= groups, 2]``.
@@ -553,25 +559,25 @@ class Session:
         self.counts.set_exact(made)
         if made and self.counters is not None:
             # wrappers may restore states alone: schedules and averages continue from their counts
-            self.counters[COUNTERS.index("step")].clamp_(min=max(made.values()))
+            self.counters[_STEP].clamp_(min=max(made.values()))
 
     def planned_counts(self) -> tuple[list[int], Tensor] | None:
         """Return positions of parameters, and the exact numbers of their updates, int64 on the device.
 
         None if parameters or states are not those of the plan.
         """
-        plan, exact = self.plan, self.counts.exact
+        plan, made = self.plan, self.counts.made
         access = self.state.access if isinstance(self.state, TrackedStates) else None
         noted = access is None or access.noted
         if (
             plan is None
-            or exact is None
+            or made is None
             or not plan.is_current(
                 self.param_groups, check_states=noted, check_owners=access is None or access.replaced
             )
         ):
             return None
-        return list(plan.indices), exact.select(1, 0)
+        return list(plan.indices), made
 
     def drop_counts(self) -> None:
         """Drop the states of parameters that left the groups where they hold counts alone.

@@ -19,6 +19,7 @@ from ..plan.spec import RuleSpec
 from ..plan.state_checks import checked_norm, checked_state, whole_count
 from ..plan.structs import COUNTERS, TELEMETRY
 from ..plan.tensors import compute_dtype, state_like
+from ..plan.tracked_states import entries_of
 from ..reference.rounding import MODE_OF_RESIDUE, RESIDUES
 from ..schedules import Schedule
 from ..schedules.adaptive import AdaptiveSchedule, restored, to_text
@@ -32,40 +33,23 @@ _TORCH_STATES = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq", "momentum_buffer")
 _OWN = (*MODE_OF_RESIDUE, "average", "step", "n_averaged", "initialized")
 
 
-def pack_state(
-    session: Session, state_dict: dict[str, Any], counts: tuple[list[int], Tensor] | None
-) -> dict[str, Any]:
-    """Return torch's state dict in plain types, with one more entry for counters and telemetry.
+def pack_state(session: Session) -> dict[str, Any]:
+    """Return the state dict of an optimizer: that of torch in plain types, and an entry of this package.
 
     Dictionaries and tensors of the parameters are those of the optimizer, as in torch: they follow later
-    steps, counts and moments together.
+    steps, counts and moments together. ``step`` is float32 as torch keeps it; the exact int64 counts are in
+    ``fused_warmup``.
 
     Args:
         session: Session of the optimizer.
-        state_dict: What ``torch.optim.Optimizer.state_dict`` returned for it.
-        counts: ``session.planned_counts()``.
-
-    Returns:
-        The state dict. ``step`` is float32 as torch keeps it; the exact int64 counts are in ``fused_warmup``.
     """
-    groups = [dict(group) for group in state_dict["param_groups"]]
-    # groups may share a schedule with a value for every step
-    texts: dict[int, str] = {}
-    for group in groups:
-        if "norm" in group:
-            # a later step writes it
-            group["norm"] = torch.as_tensor(group["norm"]).clone()
-        for key in SCHEDULE_KEYS:
-            schedule = group.get(key)
-            if isinstance(schedule, (Schedule, AdaptiveSchedule)):
-                if id(schedule) not in texts:
-                    texts[id(schedule)] = to_text(schedule)
-                group[key] = texts[id(schedule)]
-        if "state_dtype" in group:
-            group["state_dtype"] = str(group["state_dtype"])
-        group["updates"] = session.shared_updates
+    counts = session.planned_counts()
     if counts is None:
-        _convert_counts(session, state_dict["state"])
+        session.drop_counts()
+    groups, positions = _pack_groups(session)
+    states = _pack_states(session, positions)
+    if counts is None:
+        _convert_counts(session, states)
         counts = session.counts.select(session.params)
     step_ids, steps = counts
     own = {
@@ -77,7 +61,51 @@ def pack_state(
         "init_norm_sq": session.init_norm_sq,
         "telemetry": session.telemetry.kept_rows() if session.telemetry.enabled else None,
     }
-    return {**state_dict, "param_groups": groups, "fused_warmup": own}
+    return {"state": states, "param_groups": groups, "fused_warmup": own}
+
+
+def _pack_groups(session: Session) -> tuple[list[dict[str, Any]], dict[int, int]]:
+    """Return the groups in plain types with positions of parameters, and these by the identity of each."""
+    groups: list[dict[str, Any]] = []
+    positions: dict[int, int] = {}
+    # groups may share a schedule with a value for every step
+    texts: dict[int, str] = {}
+    updates, first = session.shared_updates, 0
+    for group in session.param_groups:
+        ids = list(map(id, group["params"]))
+        own = dict(zip(ids, range(first, first + len(ids)), strict=True))
+        # a parameter of two groups has the position in the first one, as in torch
+        positions |= own if positions.keys().isdisjoint(own) else {**own, **positions}
+        first += len(ids)
+        packed = {**group, "updates": updates}
+        # the last entry in torch
+        del packed["params"]
+        packed["params"] = [positions[key] for key in ids]
+        if "norm" in packed:
+            # a later step writes it
+            packed["norm"] = torch.as_tensor(packed["norm"]).clone()
+        for key in SCHEDULE_KEYS:
+            schedule = packed.get(key)
+            if schedule is not None and isinstance(schedule, (Schedule, AdaptiveSchedule)):
+                if id(schedule) not in texts:
+                    texts[id(schedule)] = to_text(schedule)
+                packed[key] = texts[id(schedule)]
+        if "state_dtype" in packed:
+            packed["state_dtype"] = str(packed["state_dtype"])
+        groups.append(packed)
+    return groups, positions
+
+
+def _pack_states(session: Session, positions: Mapping[int, int]) -> dict[Any, Any]:
+    """Return the states by the position of their parameter; other keys are those of the user.
+
+    Raises:
+        KeyError: If a parameter with a state is in no group, as in torch.
+    """
+    return {
+        positions[id(key)] if id(key) in positions or isinstance(key, Tensor) else key: own
+        for key, own in entries_of(session.state)
+    }
 
 
 def _convert_counts(session: Session, packed: dict[Any, Any]) -> None:

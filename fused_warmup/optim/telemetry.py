@@ -51,6 +51,8 @@ class Telemetry:
 
     # on the class, because an object whose construction failed is deleted too
     _stream: _CsvStream | None = None
+    # the ring buffer that was read last, and its numbers if it is on the CPU
+    _view: tuple[Tensor | None, np.ndarray | None] = (None, None)
 
     def __init__(self, enabled: bool = True, keep_all: bool = False) -> None:
         self.enabled, self._keep_all = enabled, keep_all
@@ -67,9 +69,9 @@ class Telemetry:
         self._loaded = 0
 
     def __getstate__(self) -> dict[str, Any]:
-        """Return the attributes for pickle and deepcopy, without the file; waits for the device."""
+        """Return the attributes for pickle and deepcopy, without file and view; waits for the device."""
         self._collect()
-        return {name: value for name, value in self.__dict__.items() if name != "_stream"}
+        return {name: value for name, value in self.__dict__.items() if name not in ("_stream", "_view")}
 
     def __del__(self) -> None:
         """Complete the file."""
@@ -140,10 +142,20 @@ class Telemetry:
         if self.ring_buffer is not None and self._stream is None and not self._keep_all:
             calls = self._wait()
             if not self._loaded or calls - self._loaded >= _CAPACITY:
-                rows = _between(_on_host(self.ring_buffer), max(0, calls - _CAPACITY), calls)
+                rows = _between(self._numbers(), max(0, calls - _CAPACITY), calls)
                 return torch.from_numpy(rows.copy())
         self._collect()
         return self._rows.last(None if self._keep_all else _CAPACITY)
+
+    def _numbers(self) -> np.ndarray:
+        """Return the ring buffer on the host; on the CPU always the same view of it."""
+        ring_buffer, (viewed, view) = self.ring_buffer, self._view
+        assert ring_buffer is not None
+        if view is None or viewed is not ring_buffer:
+            view = _on_host(ring_buffer)
+            if ring_buffer.device.type == "cpu":
+                self._view = (ring_buffer, view)
+        return view
 
     def _wait(self) -> int:
         """Wait for the device, take the rows of the copies, and return the count of calls."""

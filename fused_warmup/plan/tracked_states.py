@@ -138,6 +138,16 @@ def peek(states: Mapping[Any, Any], key: Any) -> dict[str, Any] | None:
     return own if isinstance(own, dict) else None
 
 
+def entries_of(states: Mapping[Any, Any]) -> list[tuple[Any, Any]]:
+    """Return the keys with their states; all of them together are one access."""
+    if not isinstance(states, TrackedStates):
+        return list(states.items())
+    # the list holds the states before the access is noted, see _noting()
+    entries = list(dict.items(states))
+    states.access.noted = True
+    return entries
+
+
 _READING = ("__getitem__", "get")
 _WRITING = ("__setitem__", "__delitem__", "__ior__", "pop", "popitem", "setdefault", "update", "clear")
 for _name in (*_READING, *_WRITING):

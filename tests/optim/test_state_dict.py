@@ -137,6 +137,90 @@ def test_format_is_that_of_torch():
     assert set(peer.state_dict()["param_groups"][0]) <= set(saved["param_groups"][0])
 
 
+def named(opt, params):
+    opt.add_param_group({"params": [("head", torch.nn.Parameter(torch.ones(2)))]})
+
+
+def tied(opt, params):
+    opt.param_groups[0]["params"].append(params[0])
+    opt.add_param_group({"params": [torch.nn.Parameter(torch.ones(2))]})
+
+
+def in_two_groups(opt, params):
+    opt.add_param_group({"params": [torch.nn.Parameter(torch.ones(2))]})
+    opt.param_groups[1]["params"] = [*opt.param_groups[1]["params"], params[1], params[0]]
+
+
+def of_the_user(opt, params):
+    opt.state["note"] = {"epoch": 3}
+    opt.state[params[1]]["mine"] = torch.ones(3)
+
+
+def without_states(opt, params):
+    del opt.state[params[0]]
+
+
+@pytest.mark.parametrize("stepped", [True, False])
+@pytest.mark.parametrize("arrange", [named, tied, in_two_groups, of_the_user, without_states])
+def test_positions_are_those_of_torch(arrange, stepped):
+    """The packing of ``torch.optim.Optimizer`` decides, keys and groups in its order."""
+    params = [("a", torch.nn.Parameter(torch.ones(3))), ("b", torch.nn.Parameter(torch.ones(4)))]
+    opt = fw.Adam(params if arrange is named else [p for _, p in params], backend="cpu")
+    params = [p for _, p in params]
+    if stepped or arrange in (of_the_user, without_states):
+        set_grads(params, 0)
+        opt.step()
+    arrange(opt, params)
+    wanted, packed = torch.optim.Optimizer.state_dict(opt), opt.state_dict()
+    assert list(packed["state"]) == list(wanted["state"])
+    for key, own in wanted["state"].items():
+        assert packed["state"][key] is own
+    for ours, theirs in zip(packed["param_groups"], wanted["param_groups"], strict=True):
+        assert list(ours) == list(theirs)
+        assert ours["params"] == theirs["params"]
+
+
+def test_a_state_without_a_group_is_refused_as_by_torch():
+    params = make_params(torch.float32, [(3,), (4,)])
+    opt = fw.Adam(params, backend="cpu")
+    set_grads(params, 0)
+    opt.step()
+    del opt.param_groups[0]["params"][0]
+    for pack in (opt.state_dict, lambda: torch.optim.Optimizer.state_dict(opt)):
+        with pytest.raises(KeyError, match=str(id(params[0]))):
+            pack()
+
+
+def test_counts_are_those_of_the_memory_in_use():
+    """A group that is added moves the exact counts, another device all of them."""
+    params = make_params(torch.float32, [(3,), (4,)])
+    opt = fw.Adam(params[:1], backend="cpu")
+    for added in (False, True):
+        if added:
+            opt.add_param_group({"params": params[1:]})
+        set_grads(params, 0)
+        opt.step()
+        packed = opt.state_dict()
+        assert packed["fused_warmup"]["steps"].tolist() == [int(opt.state[p]["step"]) for p in opt.state]
+    session = opt.session
+    session.counters, session.telemetry.ring_buffer = session.counters.clone(), torch.ones(1024, 9).double()
+    packed = opt.state_dict()
+    assert packed["param_groups"][0]["updates"].data_ptr() == session.counters.data_ptr()
+    assert bool((packed["fused_warmup"]["telemetry"] == 1.0).all())
+
+
+def test_a_state_dict_is_an_access_to_the_states():
+    """Entries that are replaced in what it returns are those of the next step."""
+    params = make_params(torch.float32, [(3,)])
+    opt = fw.Adam(params, backend="cpu")
+    set_grads(params, 0)
+    opt.step()
+    opt.state_dict()["state"][0]["exp_avg"] = torch.full((3,), 7.0)
+    params[0].grad = torch.zeros(3)
+    opt.step()
+    torch.testing.assert_close(opt.state[params[0]]["exp_avg"], torch.full((3,), 6.3))
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("case", TORCH_CASES, ids=lambda case: case.name)
 def test_exchange_with_torch_both_ways(case, backend):
