@@ -15,10 +15,7 @@ from benchmarks.readings import MODELS, run, within
 from fused_warmup.sharpness.lanczos import lanczos, unseen
 from fused_warmup.sharpness.result import Flags
 
-
-@pytest.fixture(autouse=True)
-def one_thread(seed_and_threads):
-    torch.set_num_threads(1)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def recurrence(diagonal, below):

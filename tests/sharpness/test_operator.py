@@ -16,10 +16,7 @@ from torch.nn import functional as F
 import fused_warmup as fw
 from fused_warmup.sharpness import HessianOperator, PreconditionedOperator, spectral_density, trace
 
-
-@pytest.fixture(autouse=True)
-def one_thread(seed_and_threads):
-    torch.set_num_threads(1)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 methods = pytest.mark.parametrize("method", ["difference", "autograd"])

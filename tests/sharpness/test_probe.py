@@ -14,10 +14,7 @@ from sharpness.test_sharpness_restore import noisy_model
 import fused_warmup as fw
 from fused_warmup.sharpness import preconditioned
 
-
-@pytest.fixture(autouse=True)
-def one_thread(seed_and_threads):
-    torch.set_num_threads(1)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def quadratic_of(matrix):

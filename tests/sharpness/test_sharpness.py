@@ -33,10 +33,7 @@ SPECTRA = {
 }
 
 
-@pytest.fixture(autouse=True)
-def one_thread(seed_and_threads):
-    """Use one thread: matrices are small, and on a busy machine two threads mostly wait for each other."""
-    torch.set_num_threads(1)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 methods = pytest.mark.parametrize("method", ["difference", "autograd"])

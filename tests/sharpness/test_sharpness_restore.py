@@ -24,10 +24,7 @@ from fused_warmup.sharpness import (
     trace,
 )
 
-
-@pytest.fixture(autouse=True)
-def one_thread(seed_and_threads):
-    torch.set_num_threads(1)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 class Replacing(nn.Module):

@@ -29,9 +29,7 @@ TRACES = {
 }
 
 
-@pytest.fixture(autouse=True)
-def one_thread(seed_and_threads):
-    torch.set_num_threads(1)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def valley(lr, z, scale=1.0):

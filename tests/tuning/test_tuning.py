@@ -13,10 +13,7 @@ from fused_warmup import schedules
 from fused_warmup.sharpness import critical_lr, top_eigenvalue
 from fused_warmup.tuning import PersistentCatapult, initial_lr, reach_steps, saved_steps
 
-
-@pytest.fixture(autouse=True)
-def one_thread(seed_and_threads):
-    torch.set_num_threads(1)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def diagonal(x0, h=(10.0, 1.0, 0.1)):
