@@ -76,13 +76,3 @@ def test_spawned_processes_take_an_optimizer(tmp_path: Path) -> None:
 def test_forked_processes_make_steps(tmp_path: Path) -> None:
     """A process forked after a parallel step can make one of its own, on one thread."""
     assert run_script(FORK, tmp_path) == "0"
-
-
-def test_importing_does_not_load_the_compiler() -> None:
-    """Dynamo takes more than a second to import, and no step needs it."""
-    root = str(Path(fw.__file__).parents[1])
-    code = "import sys, fused_warmup; print('torch._dynamo' in sys.modules)"
-    result = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, check=True, env={"PYTHONPATH": root}
-    )
-    assert result.stdout.strip() == "False"
