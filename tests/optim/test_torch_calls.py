@@ -167,22 +167,48 @@ def test_profilers_see_steps_without_hooks(case: Case, profile: Callable[[], Any
     walk(opt, [0])
     with profile() as trace:
         opt.step()
+        opt.zero_grad()
     opt.step()
-    name = f"Optimizer.step#{type(opt).__name__}.step"
-    assert [event.count for event in trace.key_averages() if event.key == name] == [1]
+    opt.zero_grad()
+    counts = {event.key: event.count for event in trace.key_averages()}
+    for method in ("step", "zero_grad"):
+        assert counts[f"Optimizer.{method}#{type(opt).__name__}.{method}"] == 1
 
 
 @each_class
 def test_no_range_is_entered_for_a_profiler_that_does_not_run(
     case: Case, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The range of a step takes as long as the rest of it where tensors are few."""
+    """A range takes as long as the rest of a step where tensors are few."""
     entered = []
     record = torch.autograd.profiler.record_function
     monkeypatch.setattr(record, "__enter__", lambda self: entered.append(self.name))
     monkeypatch.setattr(record, "__exit__", lambda self, *_: None)
-    walk(case.make(small()), [0, 1])
-    assert not [name for name in entered if name.startswith("Optimizer.step")]
+    opt = case.make(small())
+    walk(opt, [0, 1])
+    opt.zero_grad()
+    assert not [name for name in entered if name.startswith("Optimizer.")]
+
+
+@each_class
+@pytest.mark.parametrize("set_to_none", [True, False])
+def test_gradients_are_let_go_or_filled_with_zeros(case: Case, set_to_none: bool) -> None:
+    """Also those of groups that were added, and not what is no longer a parameter of the optimizer."""
+    params, added, gone = small(), torch.nn.Parameter(torch.ones(2)), torch.nn.Parameter(torch.ones(2))
+    opt = case.make([*params, gone])
+    opt.add_param_group({"params": [added]})
+    opt.param_groups[0]["params"].pop()
+    for param in (*params[1:], added, gone):
+        param.grad = torch.ones_like(param)
+    held = added.grad
+    opt.zero_grad(set_to_none)
+    assert params[0].grad is None
+    assert float(gone.grad.sum()) == 2.0
+    if set_to_none:
+        assert all(param.grad is None for param in (*params, added))
+    else:
+        assert added.grad is held
+        assert all(float(param.grad.abs().sum()) == 0.0 for param in (*params[1:], added))
 
 
 def replaced_arguments(opt: Optimizer) -> Any:
