@@ -262,10 +262,15 @@ def test_copies_go_on_by_themselves(copy_of):
     run(a, alone, range(10))
     run(b, first, range(5))
     frozen = [p.detach().clone() for p in b]
+    # what it keeps of this call is not that of the copy
+    first.state_dict()
     second = copy_of(first)
     params = [p for group in second.param_groups for p in group["params"]]
     run(params, second, range(5, 10))
     assert_same_run(a, alone, params, second)
+    for name in ("steps", "counters", "telemetry"):
+        rows = [opt.state_dict()["fused_warmup"][name] for opt in (second, alone)]
+        assert_same_bits(name, *rows)
     for p, q in zip(b, frozen, strict=True):
         assert_same_bits("the original", p, q)
 
