@@ -169,20 +169,36 @@ bool are_equal(PyObject* a, PyObject* b) {
   throw py::error_already_set();
 }
 
+// whether a group has other values under the keys than those of a tuple
+bool is_changed(const py::object& group, const py::tuple& keys, const py::tuple& then) {
+  FW_CHECK(PyDict_Check(group.ptr()), "groups must be dictionaries");
+  FW_CHECK(then.size() == keys.size(), "values must be as many as the keys");
+  const auto is_other = [&](PyObject* value, size_t k) {
+    PyObject* old = PyTuple_GET_ITEM(then.ptr(), k);
+    if (value == old) return false;
+    // held, because a comparison may run Python code
+    const auto now = py::reinterpret_borrow<py::object>(value);
+    return !are_equal(now.ptr(), old);
+  };
+  const size_t count = keys.size();
+  size_t k = 0;
+  PyObject *key, *value;
+  // a group usually has the keys in their order, where none is looked up
+  for (Py_ssize_t place = 0; k < count && PyDict_Next(group.ptr(), &place, &key, &value);)
+    if (key == PyTuple_GET_ITEM(keys.ptr(), k) && is_other(value, k++)) return true;
+  for (; k < count; ++k)
+    if (is_other(value_of(group.ptr(), PyTuple_GET_ITEM(keys.ptr(), k)).ptr(), k)) return true;
+  return false;
+}
+
 // the positions of groups whose values under the keys are other ones than in a tuple for each group, or for
 // which there is None
 py::list changed_groups(py::list groups, py::tuple keys, py::list values) {
   FW_CHECK(groups.size() == values.size(), "the lists must be equally long");
   py::list found;
   for (size_t i = 0; i < groups.size(); ++i) {
-    // held, because a comparison may run Python code
     const py::object group = groups[i], then = values[i];
-    bool changed = then.is_none();
-    for (size_t k = 0; !changed && k < keys.size(); ++k) {
-      const py::object now = value_of(group.ptr(), PyTuple_GET_ITEM(keys.ptr(), k));
-      changed = !are_equal(now.ptr(), PyTuple_GET_ITEM(then.ptr(), k));
-    }
-    if (changed) found.append(i);
+    if (then.is_none() || is_changed(group, keys, py::reinterpret_borrow<py::tuple>(then))) found.append(i);
   }
   return found;
 }

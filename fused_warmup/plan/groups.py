@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from numbers import Number
-from operator import itemgetter
+from operator import is_, itemgetter
 from typing import Any
 
 import numpy as np
@@ -250,7 +250,9 @@ def _read(value: Any) -> Any:
     if isinstance(value, (Tensor, np.ndarray)):
         return check.on_host(value, object())
     if isinstance(value, tuple):
-        return tuple(map(_read, value))
+        read = tuple(map(_read, value))
+        # itself if nothing in it can change, which takes the shortest comparison
+        return value if all(map(is_, value, read)) else read
     if isinstance(value, _PLAIN):
         return value
     return list(map(_read, value)) if isinstance(value, Sequence) else object()

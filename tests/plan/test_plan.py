@@ -2,6 +2,7 @@
 
 import collections
 import gc
+import itertools
 import math
 import threading
 import weakref
@@ -460,6 +461,43 @@ def test_readers_find_groups_with_other_values(how):
     assert find(groups[:1], keys, [None]) == [0]
     with pytest.raises(KeyError, match="eps"):
         find([{"lr": 1.0, "betas": [0.9, 0.99]}], keys, [then])
+
+
+@pytest.mark.parametrize("how", READERS)
+def test_readers_find_values_in_any_order_of_the_keys(how):
+    find, keys, then = READERS[how].changed_groups, ("lr", "betas", "eps"), (1.0, (0.9, 0.99), 1e-8)
+    known = dict(zip(keys, then, strict=True))
+    for order in itertools.permutations((*keys, "params")):
+        group = {key: known.get(key, []) for key in order}
+        # equal keys that are other objects, as pickle makes
+        if order[0] == "eps":
+            group = {"".join(list(key)): value for key, value in group.items()}
+        assert find([group], keys, [then]) == []
+        for key in keys:
+            assert find([{**group, key: 7.0}], keys, [then]) == [0]
+            with pytest.raises(KeyError, match=key):
+                find([{k: v for k, v in group.items() if k != key}], keys, [then])
+
+
+class Forgetful:
+    """Takes entries out of the group when it is compared."""
+
+    def __init__(self, group):
+        self.group = group
+
+    def __eq__(self, other):
+        self.group.clear()
+        self.group.update({f"key {i}": i for i in range(1000)}, eps=1e-8)
+        return True
+
+
+@pytest.mark.parametrize("how", ["compiled"])
+def test_readers_survive_comparisons_that_change_the_group(how):
+    group = {"eps": 1e-8}
+    group = {"lr": Forgetful(group), "betas": (0.9, 0.99), "eps": 1e-8}
+    group["lr"].group = group
+    with pytest.raises(KeyError, match="betas"):
+        READERS[how].changed_groups([group], ("lr", "betas", "eps"), [(1.0, (0.9, 0.99), 1e-8)])
 
 
 class Incomparable:
