@@ -332,7 +332,6 @@ FAULTS: dict[tuple[str, str], list[tuple[str, ...]]] = {
         ("return list(map(_read, value)) if isinstance(value, Sequence) else object()", "return value", HIDDEN),
         ("if not changed and readings is self._values:", "if readings is self._values:", HIDDEN),
         ("return check.on_host(value, object())", "return object()", "plan/test_groups.py"),
-        ("return tuple(map(_read, value))", "return value", "plan/test_groups.py"),
         ("if old is None or now[1:] != old[1:]:", "if True:", "plan/test_groups.py"),
         ("if any(_schedules(h) != _schedules(old[i]) for i, h in made.items()):", "if made:", "plan/test_groups.py"),
         ("if any((h.sphere, h.radius) != (old[i].sphere, old[i].radius)", "if any(False", "plan/test_groups.py"),
