@@ -19,6 +19,7 @@ enum RoundingPass : uint32_t { kUpdatePass = 0, kStatePass = 1, kSpherePass = 8 
 
 // whether parameters of a mode have a residue, and whether they need random bits
 FW_HOST_DEVICE bool has_residue(int32_t rounding) { return rounding > kStochastic; }
+FW_HOST_DEVICE bool has_short_residue(int32_t rounding) { return rounding == kKahan || rounding == kSplit; }
 FW_HOST_DEVICE bool draws_bits(int32_t rounding) { return rounding == kStochastic || rounding == kKahan; }
 FW_HOST_DEVICE bool has_rounded_states(const Row& row) { return row.state_dtype == kBFloat16; }
 

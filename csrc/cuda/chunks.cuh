@@ -91,6 +91,7 @@ struct Tile {
 template <class P, class G>
 struct ChunkPointers {
   using C = typename Arithmetic<P>::type;
+  static constexpr bool kStaged = false;
   const Row* row;
   P* param;
   const G* grad;
@@ -118,6 +119,46 @@ struct ChunkPointers {
   // whether the pack at i may be accessed as vectors; otherwise its elements are taken singly, up to end(i)
   FW_DEVICE bool whole(int32_t i) const { return aligned && i + kPack<P> <= count; }
   FW_DEVICE int32_t end(int32_t i) const { return i + kPack<P> < count ? i + kPack<P> : count; }
+};
+
+// the same where the pack at hand has been staged
+template <class P, class G>
+struct StagedPointers : ChunkPointers<P, G> {
+  static constexpr bool kStaged = sizeof(P) == 2;
+
+  FW_DEVICE explicit StagedPointers(const ChunkPointers<P, G>& s) : ChunkPointers<P, G>(s) {}
+
+  FW_DEVICE void stage_in(int32_t i) const {
+    if constexpr (kStaged) {
+      stage(kParamPlace, this->param + i);
+      if constexpr (sizeof(G) == 2) stage(kGradPlace, this->grad + i);
+      if (has_short_residue(this->rounding)) stage(kResiduePlace, residue(i));
+      if (this->states.rounded) each_state(i, [](int place, uint16_t* state) { stage(place, state); });
+    }
+  }
+
+  FW_DEVICE void unstage_param(int32_t i) const {
+    if constexpr (kStaged) {
+      unstage(kParamPlace, this->param + i);
+      if (has_short_residue(this->rounding)) unstage(kResiduePlace, residue(i));
+    }
+  }
+
+  FW_DEVICE void unstage_states(int32_t i) const {
+    if constexpr (kStaged)
+      if (this->states.rounded) each_state(i, [](int place, uint16_t* state) { unstage(place, state); });
+  }
+
+ private:
+  FW_DEVICE uint16_t* residue(int32_t i) const { return residue_of<uint16_t>(*this->row, this->param + i); }
+
+  template <class Visit>
+  FW_DEVICE void each_state(int32_t i, const Visit& visit) const {
+    auto* states = &this->states;
+    if (states->state0) visit(kStatePlace, reinterpret_cast<uint16_t*>(states->state0) + i);
+    if (states->state1) visit(kStatePlace + 1, reinterpret_cast<uint16_t*>(states->state1) + i);
+    if (states->state2) visit(kStatePlace + 2, reinterpret_cast<uint16_t*>(states->state2) + i);
+  }
 };
 
 // a gradient has the type of its parameter, or is float32

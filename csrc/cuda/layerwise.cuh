@@ -23,8 +23,9 @@ struct LayerPack {
   G grad[N] = {};
   ParamPack<N, P> param;
 
-  FW_DEVICE void load_from(const ChunkPointers<P, G>& s, int32_t i, bool needs_grad) {
-    if (needs_grad) load(s.grad + i, grad);
+  template <class Pointers>
+  FW_DEVICE void load_from(const Pointers& s, int32_t i, bool needs_grad) {
+    if (needs_grad) load_half<Pointers::kStaged>(kGradPlace, s.grad, i, grad);
     param.load_from(s, i);
     states.load_from(s, i);
   }
@@ -39,8 +40,9 @@ struct LayerPack {
 // updates the moments of kPacks packs from i on, a stride apart, and sums over the direction of the update
 // and over the gradient; all loads come before the first result. The direction is that of stage2, from the
 // moments as they are stored.
-template <class Rule, int kStates, int kPacks, int N, bool kRounds, class P, class G, class C>
-FW_DEVICE void stage1_part(const Step& step, const ChunkPointers<P, G>& s, int32_t i, int32_t stride,
+template <class Rule, int kStates, int kPacks, int N, bool kRounds, template <class, class> class Pointers,
+          class P, class G, class C>
+FW_DEVICE void stage1_part(const Step& step, const Pointers<P, G>& s, int32_t i, int32_t stride,
                            const ScalarsOf<C>& scalars, double (&sums)[Rule::kSums], bool accumulate,
                            NormSum<C>& norms) {
   LayerPack<kStates, N, P, G, kRounds> packs[kPacks];
@@ -110,12 +112,17 @@ FW_DEVICE void stage1_packs(const Step& step, const ChunkPointers<P, G>& s, int3
       s, thread, threads,
       [&](int32_t i, int32_t stride, auto packs) {
         if constexpr (kStates > 0 && kMayRoundStates<C>) {
-          // rounding takes more registers, so that one pack of float32 goes at a time
+          // rounding takes more registers, so that one pack of float32 goes at a time, and half a pack of 16
+          // bits
           if (s.states.rounded) {
+            const StagedPointers<P, G> staged(s);
+            staged.stage_in(i);
 #pragma unroll 1
             for (int32_t k = 0; k < decltype(packs)::value * kPack<P>; k += kPack<C>)
-              stage1_part<Rule, kStates, 1, kPack<C>, true>(step, s, i + k / kPack<P> * stride + k % kPack<P>,
-                                                            0, scalars, sums, accumulate, norms);
+              stage1_part<Rule, kStates, 1, kPack<C>, true>(step, staged,
+                                                            i + k / kPack<P> * stride + k % kPack<P>, 0,
+                                                            scalars, sums, accumulate, norms);
+            staged.unstage_states(i);
             return;
           }
         }

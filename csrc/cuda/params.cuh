@@ -38,6 +38,12 @@ FW_DEVICE int64_t element_at(const Row& row, const P* param) {
   return param - at<const P>(row.param);
 }
 
+// the residue that belongs to a parameter
+template <class T, class P>
+FW_DEVICE T* residue_of(const Row& row, const P* param) {
+  return at<T>(row.residue) + element_at(row, param);
+}
+
 // the random bits of N elements of a row from one on, 16 each
 template <int N>
 FW_DEVICE void draw_bits(const Row& row, const RandomKey& key, int64_t element,
@@ -63,9 +69,45 @@ FW_DEVICE void draw_bits(const Row& row, const RandomKey& key, int64_t element,
   }
 }
 
+// Whole packs of 16 bits of each thread in shared memory, which is where an update that rounds takes halves
+// of them from: two would need too many registers, and registers have no index.
+enum Place { kParamPlace, kResiduePlace, kGradPlace, kStatePlace, kPlaces = kStatePlace + kMaxStates };
+
+FW_DEVICE uint4& staged(int place) {
+  __shared__ uint4 packs[kPlaces][kThreads];
+  return packs[place][threadIdx.x];
+}
+
+template <class T>
+FW_DEVICE void stage(int place, const T* from) {
+  staged(place) = *global(reinterpret_cast<const uint4*>(from));
+}
+
+template <class T>
+FW_DEVICE void unstage(int place, T* to) {
+  *global(reinterpret_cast<uint4*>(to)) = staged(place);
+}
+
+// loads half a pack from element i on, of a staged pack if kStaged
+template <bool kStaged, int N, class T>
+FW_DEVICE void load_half(int place, const T* from, int64_t i, T (&to)[N]) {
+  if constexpr (kStaged && sizeof(T) == 2)
+    memcpy(to, reinterpret_cast<const uint2*>(&staged(place)) + i / N % 2, sizeof to);
+  else
+    load(from + i, to);
+}
+
+template <bool kStaged, int N, class T>
+FW_DEVICE void store_half(const T (&from)[N], int place, T* to, int64_t i) {
+  if constexpr (kStaged && sizeof(T) == 2)
+    memcpy(reinterpret_cast<uint2*>(&staged(place)) + i / N % 2, from, sizeof from);
+  else
+    store(from, to + i);
+}
+
 // the values of N elements of a 16-bit parameter in a mode with a residue, whose element i is that of the
 // first
-template <int N, class P>
+template <bool kStaged = false, int N, class P>
 FW_DEVICE void load_exact(int32_t rounding, uint64_t residue, int64_t i, const P (&param)[N],
                           float (&value)[N]) {
   if (rounding == kMaster) {
@@ -73,11 +115,11 @@ FW_DEVICE void load_exact(int32_t rounding, uint64_t residue, int64_t i, const P
     for (int k = 0; k < N; ++k) value[k] = load_master(param[k], value[k]);
   } else if (rounding == kKahan) {
     BFloat16 compensation[N];
-    load(at<const BFloat16>(residue) + i, compensation);
+    load_half<kStaged>(kResiduePlace, at<const BFloat16>(residue), i, compensation);
     for (int k = 0; k < N; ++k) value[k] = load_kahan(param[k], compensation[k]);
   } else if constexpr (std::is_same<P, BFloat16>::value) {
     int16_t remainder[N];
-    load(at<const int16_t>(residue) + i, remainder);
+    load_half<kStaged>(kResiduePlace, at<const int16_t>(residue), i, remainder);
     for (int k = 0; k < N; ++k) value[k] = load_split(param[k], remainder[k]);
   }
 }
@@ -111,9 +153,10 @@ struct ParamPack<N, P, true> {
   template <class Pointers>
   FW_DEVICE void load_from(const Pointers& s, int32_t i) {
     P param[N];
-    load(s.param + i, param);
+    load_half<Pointers::kStaged>(kParamPlace, s.param, i, param);
     if (has_residue(s.rounding))
-      load_exact(s.rounding, s.row->residue, element_at(*s.row, s.param + i), param, value);
+      load_exact<Pointers::kStaged>(s.rounding, s.row->residue, element_at(*s.row, s.param + i), param,
+                                    value);
     else
       pack(param, value);
   }
@@ -135,23 +178,23 @@ struct ParamPack<N, P, true> {
       store_drawn(s, i, RandomKey(*s.row, at<StepDecision>(step.decision)->t, pass), param);
     } else if (s.rounding != kSplit) {
       for (int k = 0; k < N; ++k) narrow(value[k], param[k]);
-      if (s.rounding == kMaster) store(value, residue<float>(s, i));
+      if (s.rounding == kMaster) store(value, residue<float>(s) + i);
     } else if constexpr (std::is_same<P, BFloat16>::value) {
       int16_t remainder[N];
       for (int k = 0; k < N; ++k) {
         store_split(value[k], param[k], remainder[k]);
         value[k] = load_split(param[k], remainder[k]);
       }
-      store(remainder, residue<int16_t>(s, i));
+      store_half<Pointers::kStaged>(remainder, kResiduePlace, residue<int16_t>(s), i);
     }
-    store(param, s.param + i);
+    store_half<Pointers::kStaged>(param, kParamPlace, s.param, i);
     if (!has_residue(s.rounding)) pack(param, value);
   }
 
  private:
   template <class T, class Pointers>
-  FW_DEVICE static T* residue(const Pointers& s, int32_t i) {
-    return at<T>(s.row->residue) + element_at(*s.row, s.param + i);
+  FW_DEVICE static T* residue(const Pointers& s) {
+    return residue_of<T>(*s.row, s.param);
   }
 
   // the modes that draw bits, in a loop over pairs of elements, whose registers and code are those of one
@@ -185,7 +228,7 @@ struct ParamPack<N, P, true> {
     if (s.rounding == kStochastic) return;
     BFloat16 half[N];
     memcpy(half, compensations, sizeof half);
-    store(half, residue<BFloat16>(s, i));
+    store_half<Pointers::kStaged>(half, kResiduePlace, residue<BFloat16>(s), i);
   }
 };
 

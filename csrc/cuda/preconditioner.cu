@@ -17,6 +17,7 @@ template <class P, class G, class V>
 struct ChunkPointers {
   using C = typename Arithmetic<P>::type;
   const Row* row;
+  static constexpr bool kStaged = false;
   const P* param;
   const G* grad;
   StatePointers<C> states;

@@ -88,9 +88,9 @@ struct StatePack<kStates, N, float, true> : StatePack<kStates, N, float, false> 
   template <class Pointers>
   FW_DEVICE void load_from(const Pointers& s, int32_t i) {
     if (!s.states.rounded) return Plain::load_from(s, i);
-    if constexpr (kStates > 0) load_packed(s.states.state0, i, state0);
-    if constexpr (kStates > 1) load_packed(s.states.state1, i, state1);
-    if constexpr (kStates > 2) load_packed(s.states.state2, i, state2);
+    if constexpr (kStates > 0) load_packed<Pointers::kStaged>(kStatePlace + 0, s.states.state0, i, state0);
+    if constexpr (kStates > 1) load_packed<Pointers::kStaged>(kStatePlace + 1, s.states.state1, i, state1);
+    if constexpr (kStates > 2) load_packed<Pointers::kStaged>(kStatePlace + 2, s.states.state2, i, state2);
   }
 
   // makes the values those that were loaded
@@ -128,9 +128,9 @@ struct StatePack<kStates, N, float, true> : StatePack<kStates, N, float, false> 
   template <class Pointers>
   FW_DEVICE void store_to(const Pointers& s, int32_t i) const {
     if (!s.states.rounded) return Plain::store_to(s, i);
-    if constexpr (kStates > 0) store_packed(state0, s.states.state0, i);
-    if constexpr (kStates > 1) store_packed(state1, s.states.state1, i);
-    if constexpr (kStates > 2) store_packed(state2, s.states.state2, i);
+    if constexpr (kStates > 0) store_packed<Pointers::kStaged>(state0, kStatePlace + 0, s.states.state0, i);
+    if constexpr (kStates > 1) store_packed<Pointers::kStaged>(state1, kStatePlace + 1, s.states.state1, i);
+    if constexpr (kStates > 2) store_packed<Pointers::kStaged>(state2, kStatePlace + 2, s.states.state2, i);
   }
 
  private:
@@ -138,9 +138,10 @@ struct StatePack<kStates, N, float, true> : StatePack<kStates, N, float, false> 
   using Bits = uint32_t[(N + 1) / 2];
   Bits bits0 = {}, bits1 = {}, bits2 = {};
 
-  FW_DEVICE static void load_packed(const float* from, int32_t i, float (&to)[N]) {
+  template <bool kStaged>
+  FW_DEVICE static void load_packed(int place, const float* from, int32_t i, float (&to)[N]) {
     BFloat16 packed[N];
-    load(reinterpret_cast<const BFloat16*>(from) + i, packed);
+    load_half<kStaged>(place, reinterpret_cast<const BFloat16*>(from), i, packed);
     pack(packed, to);
   }
 
@@ -150,11 +151,12 @@ struct StatePack<kStates, N, float, true> : StatePack<kStates, N, float, false> 
     widen_all(packed, value);
   }
 
-  FW_DEVICE static void store_packed(const float (&from)[N], float* to, int32_t i) {
+  template <bool kStaged>
+  FW_DEVICE static void store_packed(const float (&from)[N], int place, float* to, int32_t i) {
     BFloat16 packed[N];
 #pragma unroll
     for (int k = 0; k < N; ++k) packed[k].bits = static_cast<uint16_t>(bits_of(from[k]) >> 16);
-    store(packed, reinterpret_cast<BFloat16*>(to) + i);
+    store_half<kStaged>(packed, place, reinterpret_cast<BFloat16*>(to), i);
   }
 
   FW_DEVICE static void round_all(float (&value)[N], const Bits& bits) {

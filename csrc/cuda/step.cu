@@ -36,17 +36,18 @@ FW_DEVICE void update_part(StatePack<kStates, N, C, kRounds>& states, const Scal
 }
 
 // updates kPacks packs of N elements from i on, a stride apart; all loads come before the first result
-template <class Rule, int kStates, int kPacks, int N, bool kRounds, class P, class G, class C>
-FW_DEVICE void update_packs(const Step& step, const ChunkPointers<P, G>& s, int32_t i,
-                            const ScalarsOf<C>& scalars, C weight, bool accumulate, NormSum<C>& sum,
-                            SumSq& sum_sq) {
+template <class Rule, int kStates, int kPacks, int N, bool kRounds, template <class, class> class Pointers,
+          class P, class G, class C>
+FW_DEVICE void update_packs(const Step& step, const Pointers<P, G>& s, int32_t i, const ScalarsOf<C>& scalars,
+                            C weight, bool accumulate, NormSum<C>& sum, SumSq& sum_sq) {
   constexpr int kPart = kStates == 3 && N > kPack<C> ? kPack<C> : N, kStride = kThreads * N;
   static_assert(!kRounds || kPart == N, "one draw for a pack");
   StatePack<kStates, kPart, C, kRounds> states[kPacks];
   G grad[kPacks][N];
   ParamPack<N, P, kRounds && kIsRounded<P>> param[kPacks];
   for (int p = 0; p < kPacks; ++p) states[p].draw(s, i + p * kStride, step);
-  for (int p = 0; p < kPacks; ++p) load(s.grad + i + p * kStride, grad[p]);
+  for (int p = 0; p < kPacks; ++p)
+    load_half<Pointers<P, G>::kStaged>(kGradPlace, s.grad, i + p * kStride, grad[p]);
   for (int p = 0; p < kPacks; ++p) param[p].load_from(s, i + p * kStride);
   for (int k = 0; k < N; k += kPart) {
     for (int p = 0; p < kPacks; ++p) states[p].load_from(s, i + p * kStride + k);
@@ -82,13 +83,20 @@ FW_DEVICE Partial update_states(const Step& step, const ChunkPointers<P, G>& s, 
 #pragma unroll 1
   for (; i < s.count; i += kStride) {
     if (s.whole(i)) {
-      // values with residues, and states while they are rounded, take more registers, so that half a pack of
-      // 16 bits goes at a time
-      constexpr int kLength = kRounds ? kPack<C> : N;
+      if constexpr (kRounds) {
+        // values with residues, and states while they are rounded, take more registers, so that half a pack
+        // of 16 bits goes at a time
+        const StagedPointers<P, G> staged(s);
+        staged.stage_in(i);
 #pragma unroll 1
-      for (int32_t k = i; k < i + N; k += kLength)
-        update_packs<Rule, kStates, 1, kLength, kRounds>(step, s, k, scalars, weight, accumulate, sum,
-                                                         sum_sq);
+        for (int32_t k = i; k < i + N; k += kPack<C>)
+          update_packs<Rule, kStates, 1, kPack<C>, kRounds>(step, staged, k, scalars, weight, accumulate, sum,
+                                                            sum_sq);
+        staged.unstage_param(i);
+        staged.unstage_states(i);
+      } else {
+        update_packs<Rule, kStates, 1, N, kRounds>(step, s, i, scalars, weight, accumulate, sum, sum_sq);
+      }
     } else {
       if (accumulate) add_partial_pack(sum, s, i);
 #pragma unroll 1

@@ -194,6 +194,26 @@ def test_vectors_of_16_bytes(code):
             )
 
 
+def test_rounding_takes_whole_packs_of_16_bits(code):
+    """Halves are taken from shared memory, where whole packs wait; per kind of 16 bits and of its gradients."""
+    states = {"Adam": (2, 3), "RAdam": (2,), "SGD": (0, 1), "LAMB": (2,), "AdamP": (2,), "SGDP": (1,)}
+    for symbol, body in code.items():
+        stage, rule = kernel_of(symbol)
+        staged, stores = (sum(op.startswith(name) for op in body) for name in ("STS.128", "STG.E.128"))
+        # parameter, residue and states, and the gradient unless it is float32
+        packs = sum(2 * (2 * (2 + n) + 1) for n in states.get(rule, ()))
+        if stage == "update of all kinds" and rule not in LAYER_RULES:
+            assert staged >= packs, (symbol, staged)
+            # float64 and two ways of float32; 16 bits to nearest; rounded, with what is float32 beside them
+            wanted = sum((3 if n else 2) * (n + 2) + 4 * (2 * n + 3) + 4 * (2 * n + 4) for n in states[rule])
+            assert stores >= wanted, (symbol, stores)
+        elif stage == "stage1 of all kinds":
+            # chunks of one channel, and of several where there are channels
+            times = 1 if rule == "LAMB" else 2
+            assert staged >= times * packs, (symbol, staged)
+            assert stores >= times * sum(3 * n + 4 * 2 * n + 4 * n for n in states[rule]), (symbol, stores)
+
+
 def test_library_stands_alone():
     """No CUDA runtime to find, no symbol to clash, and it loads where there is no driver."""
     assert LIBRARY is not None, "nvcc is on PATH, but the extension fused_warmup._cuda is not built"
