@@ -17,7 +17,7 @@ enum Rounding : int32_t { kNearest = 0, kStochastic = 1, kKahan = 2, kSplit = 3,
 // sphere
 enum RoundingPass : uint32_t { kUpdatePass = 0, kStatePass = 1, kSpherePass = 8 };
 
-// whether parameters of a mode have a residue, and whether they need random bits
+// whether parameters of a mode have a residue, whether it has 16 bits, and whether they need random bits
 FW_HOST_DEVICE bool has_residue(int32_t rounding) { return rounding > kStochastic; }
 FW_HOST_DEVICE bool has_short_residue(int32_t rounding) { return rounding == kKahan || rounding == kSplit; }
 FW_HOST_DEVICE bool draws_bits(int32_t rounding) { return rounding == kStochastic || rounding == kKahan; }

@@ -116,6 +116,7 @@ FW_DEVICE void stage1_packs(const Step& step, const ChunkPointers<P, G>& s, int3
           // bits
           if (s.states.rounded) {
             const StagedPointers<P, G> staged(s);
+            static_assert(!staged.kStaged || decltype(packs)::value == 1, "one pack is staged");
             staged.stage_in(i);
 #pragma unroll 1
             for (int32_t k = 0; k < decltype(packs)::value * kPack<P>; k += kPack<C>)

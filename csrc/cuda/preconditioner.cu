@@ -16,8 +16,8 @@ constexpr int kBlocksPerProcessor = 3;
 template <class P, class G, class V>
 struct ChunkPointers {
   using C = typename Arithmetic<P>::type;
-  const Row* row;
   static constexpr bool kStaged = false;
+  const Row* row;
   const P* param;
   const G* grad;
   StatePointers<C> states;
