@@ -749,6 +749,14 @@ CPP_FAULTS: dict[tuple[str, str], list[tuple[str, ...]]] = {
         ("round_all(state1, kStates == 2 ? bits2 : bits1)", "round_all(state1, bits1)"),
         ("round_stochastically(value[k], (bits[k / 2] >> (16 * (k % 2))) & 0xffffu, rounded);", "narrow(value[k], rounded);"),
     ],
+    ("cuda/params.cuh", "backends/test_cuda_on_host.py -k 'rounded_parameters_have and Adam'"): [
+        ("reinterpret_cast<const uint2*>(&staged(place)) + i / N % 2", "reinterpret_cast<const uint2*>(&staged(place))"),
+        ("reinterpret_cast<uint2*>(&staged(place)) + i / N % 2", "reinterpret_cast<uint2*>(&staged(place))"),
+    ],
+    ("cuda/chunks.cuh", "backends/test_cuda_on_host.py -k 'rounded_states_of_rounded'"): [
+        ("[](int place, uint16_t* state) { unstage(place, state); }", "[](int, uint16_t*) {}"),
+        ("      if (has_short_residue(this->rounding)) unstage(kResiduePlace, residue(i));\n", ""),
+    ],
     ("cuda/layerwise.cuh", "backends/test_cuda_on_host.py -k 'rounded_states_have and AdamP'"): [
         ("    pack.states.round(s);\n", ""),
     ],
