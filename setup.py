@@ -28,8 +28,10 @@ CXXFLAGS = (
 ISA_FLAGS = {"baseline": ""}
 if platform.machine() in ("x86_64", "AMD64"):
     CXXFLAGS += " -DFW_X86_64"
-    ISA_FLAGS["avx2"] = "-mavx2 -mfma -mbmi2"
-    ISA_FLAGS["avx512"] = "-mavx512f -mavx512bw -mavx512dq -mavx512vl -mfma -mbmi2 -mprefer-vector-width=512"
+    ISA_FLAGS["avx2"] = "-mavx2 -mfma -mbmi2 -mf16c"
+    ISA_FLAGS["avx512"] = (
+        ISA_FLAGS["avx2"] + " -mavx512f -mavx512bw -mavx512dq -mavx512vl -mprefer-vector-width=512"
+    )
 # one object per rule of the list that all kernels iterate over
 RULES = re.findall(
     r"\bX\((\w+)\)", re.search("define FW_RULES.*", (ROOT / "csrc/rules.h").read_text(encoding="utf-8"))[0]

@@ -52,27 +52,30 @@ FW_HOST_DEVICE void multiply_words(uint32_t a, uint32_t b, uint32_t& high, uint3
   low = static_cast<uint32_t>(product);
 }
 
-// the four words of kDrawn elements from number kDrawn * block on, whose low word and high word are given; or
-// of several blocks, whose words lie beside each other in a Word
-template <class Word>
-FW_HOST_DEVICE void draw(const RandomKey& key, Word low, Word high, Word (&word)[4]) {
-  Word a = low, b = high | key.high, c = Word() ^ key.number, d = Word() ^ key.step;
-  uint32_t k = key.key0, m = key.key1;
-  for (int i = 0; i < kPhiloxRounds; ++i) {
-    Word first, second, low_first, low_second;
+// the rounds of Philox that are left. Words may have types of their own: those of several blocks lie beside
+// each other in a vector, and what all of them share is a number.
+template <int kLeft, class A, class B, class C, class D, class Word>
+FW_HOST_DEVICE void draw_rounds(A a, B b, C c, D d, uint32_t k, uint32_t m, Word (&word)[4]) {
+  if constexpr (kLeft == 0) {
+    word[0] = a;
+    word[1] = b;
+    word[2] = c;
+    word[3] = d;
+  } else {
+    A first, low_first;
+    C second, low_second;
     multiply_words(a, 0xD2511F53u, first, low_first);
     multiply_words(c, 0xCD9E8D57u, second, low_second);
-    a = second ^ b ^ k;
-    b = low_second;
-    c = first ^ d ^ m;
-    d = low_first;
-    k += 0x9E3779B9u;
-    m += 0xBB67AE85u;
+    draw_rounds<kLeft - 1>(second ^ (b ^ k), low_second, first ^ (d ^ m), low_first, k + 0x9E3779B9u,
+                           m + 0xBB67AE85u, word);
   }
-  word[0] = a;
-  word[1] = b;
-  word[2] = c;
-  word[3] = d;
+}
+
+// the four words of kDrawn elements from number kDrawn * block on, whose low word and high word are given; or
+// of several blocks with the same high word
+template <class Word>
+FW_HOST_DEVICE void draw(const RandomKey& key, Word low, uint32_t high, Word (&word)[4]) {
+  draw_rounds<kPhiloxRounds>(low, high | key.high, key.number, key.step, key.key0, key.key1, word);
 }
 
 // those that one element of the whole tensor shares
@@ -116,12 +119,11 @@ FW_HOST_DEVICE uint32_t choose(bool condition, uint32_t a, uint32_t b) {
 }
 
 // a number rounded up in magnitude with the probability of the fraction that is dropped; beyond the largest
-// finite number the nearest one
+// finite number the nearest one, of which a half decides
 FW_HOST_DEVICE void round_stochastically(float x, uint32_t bits, BFloat16& out) {
   const uint32_t pattern = bits_of(x);
   const int32_t magnitude = magnitude_bits(pattern);
-  const uint32_t to_nearest = 0x7fffu + ((pattern >> 16) & 1u);
-  const uint32_t rounded = pattern + choose(magnitude < 0x7f7f0000, bits, to_nearest);
+  const uint32_t rounded = pattern + choose(magnitude < 0x7f7f0000, bits, 0x8000u);
   // 16 bits last, which vectors pack
   out.bits = static_cast<uint16_t>(choose(magnitude > 0x7f800000, 0x7fc00000u, rounded) >> 16);
 }

@@ -8,6 +8,7 @@
 #include "../rounding.h"
 #include "../table.h"
 #include "random_bits.h"
+#include "wide.h"
 
 namespace fw {
 namespace {
@@ -27,7 +28,7 @@ inline int block_size(const Chunk& chunk, int32_t done) {
 
 template <class T, class C>
 void load_as(const T* __restrict from, C* __restrict to, int count) {
-  for (int i = 0; i < count; ++i) to[i] = static_cast<C>(widen(from[i]));
+  for (int i = widen_wide(from, to, count); i < count; ++i) to[i] = static_cast<C>(widen(from[i]));
 }
 
 // a block of a column in the type of the arithmetic: the column itself, or a widened copy in scratch
@@ -53,7 +54,7 @@ C* load(uint64_t column, int32_t dtype, int64_t offset, int count, C* scratch) {
 
 template <class T>
 void narrow_all(const float* __restrict from, T* __restrict to, int count) {
-  for (int i = 0; i < count; ++i) narrow(from[i], to[i]);
+  for (int i = narrow_wide(from, to, count); i < count; ++i) narrow(from[i], to[i]);
 }
 
 template <class P>

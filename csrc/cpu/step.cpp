@@ -7,6 +7,10 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "step.h"
 
+#if defined(__x86_64__)
+#include <cpuid.h>
+#endif
+
 #include "../decide.h"
 #include "blocks.h"
 #include "layerwise.h"
@@ -163,13 +167,21 @@ void run(const Step& step, int threads, int stages) {
 const StepFunction kSteps[] = {FW_RULES(FW_ENTRY)};
 #undef FW_ENTRY
 
+#if defined(__x86_64__)
+// __builtin_cpu_supports() knows this one with recent compilers only
+bool converts_halves() {
+  unsigned a, b, c, d;
+  return __get_cpuid(1, &a, &b, &c, &d) && (c & bit_F16C);
+}
+#endif
+
 #define FW_IS_baseline() true
-#define FW_IS_avx2() \
-  (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi2"))
-#define FW_IS_avx512()                                                         \
-  (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("fma") &&       \
-   __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") && \
-   __builtin_cpu_supports("avx512vl"))
+#define FW_IS_avx2()                                                                                    \
+  (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi2") && \
+   converts_halves())
+#define FW_IS_avx512()                                                                        \
+  (FW_IS_avx2() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && \
+   __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl"))
 
 bool supported() { return FW_JOIN(FW_IS_, FW_ISA)(); }
 
