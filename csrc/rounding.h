@@ -120,14 +120,18 @@ FW_HOST_DEVICE uint32_t choose(bool condition, uint32_t a, uint32_t b) {
 
 // a number rounded up in magnitude with the probability of the fraction that is dropped; beyond the largest
 // finite number the nearest one, of which a half decides
+template <bool kOrdinary = false>
 FW_HOST_DEVICE void round_stochastically(float x, uint32_t bits, BFloat16& out) {
   const uint32_t pattern = bits_of(x);
   const int32_t magnitude = magnitude_bits(pattern);
-  const uint32_t rounded = pattern + choose(magnitude < 0x7f7f0000, bits, 0x8000u);
+  const bool is_ordinary = kOrdinary || magnitude < kLargest<BFloat16>;
+  const bool is_nan = !kOrdinary && magnitude > 0x7f800000;
+  const uint32_t rounded = pattern + choose(is_ordinary, bits, 0x8000u);
   // 16 bits last, which vectors pack
-  out.bits = static_cast<uint16_t>(choose(magnitude > 0x7f800000, 0x7fc00000u, rounded) >> 16);
+  out.bits = static_cast<uint16_t>(choose(is_nan, 0x7fc00000u, rounded) >> 16);
 }
 
+template <bool kOrdinary = false>
 FW_HOST_DEVICE void round_stochastically(float x, uint32_t bits, Float16& out) {
   const uint32_t pattern = bits_of(x), magnitude = pattern & 0x7fffffffu;
   const bool is_small = magnitude < 0x38800000u;
@@ -137,33 +141,39 @@ FW_HOST_DEVICE void round_stochastically(float x, uint32_t bits, Float16& out) {
   const uint32_t normal = (magnitude - 0x38000000u + (bits & 0x1fffu)) >> 13;
   const uint32_t rounded = choose(is_small, small, normal) | ((pattern & 0x80000000u) >> 16);
   Float16 nearest;
-  narrow(x, nearest);
-  out.bits = static_cast<uint16_t>(choose(magnitude < 0x477fe000u, rounded, nearest.bits));
+  narrow<kOrdinary>(x, nearest);
+  const bool is_ordinary = kOrdinary || static_cast<int32_t>(magnitude) < kLargest<Float16>;
+  out.bits = static_cast<uint16_t>(choose(is_ordinary, rounded, nearest.bits));
 }
 
 // a value, unless it rounds to another number than the parameter, which was then written from outside
-template <class P>
+template <bool kOrdinary = false, class P>
 FW_HOST_DEVICE float checked_value(float value, P param) {
   P rounded;
   const float plain = widen(param);
-  return narrow_to(value, rounded) == plain ? value : plain;
+  return narrow_to<kOrdinary>(value, rounded) == plain ? value : plain;
+}
+
+template <class P>
+FW_HOST_DEVICE float compensated(P param, BFloat16 compensation) {
+  return widen(param) + widen(compensation);
 }
 
 template <class P>
 FW_HOST_DEVICE float load_kahan(P param, BFloat16 compensation) {
-  return checked_value(widen(param) + widen(compensation), param);
+  return checked_value(compensated(param, compensation), param);
 }
 
 // what a parameter of type P, whose value is `plain`, lacks of a value that was rounded to it; rounded
 // stochastically, so that updates below its own last digit are not lost either, unless the sum would round to
 // another parameter
-template <class P>
+template <class P, bool kOrdinary = false>
 FW_HOST_DEVICE BFloat16 compensation_of(float value, float plain, uint32_t bits) {
-  const float lacking = magnitude(plain) < INFINITY ? value - plain : 0.0f;
+  const float lacking = kOrdinary || magnitude(plain) < INFINITY ? value - plain : 0.0f;
   // far below the largest bfloat16
   const uint32_t rounded = (bits_of(lacking) + bits) & 0xffff0000u;
   P sum;
-  const bool is_same = bits_of(narrow_to(plain + float_of(rounded), sum)) == bits_of(plain);
+  const bool is_same = bits_of(narrow_to<kOrdinary>(plain + float_of(rounded), sum)) == bits_of(plain);
   BFloat16 kept;
   kept.bits = static_cast<uint16_t>(choose(is_same, rounded, bits_of(lacking)) >> 16);
   return kept;
@@ -176,14 +186,16 @@ FW_HOST_DEVICE float load_master(P param, float master) {
 
 FW_HOST_DEVICE float load_split(BFloat16 param, int16_t remainder) {
   // nothing rounds to 0 from below
-  const int32_t own = ((param.bits & 0x7fffu) == 0) & (remainder < 0) ? 0 : remainder;
-  return float_of((static_cast<uint32_t>(param.bits) << 16) + static_cast<uint32_t>(own));
+  const bool is_zero = static_cast<uint16_t>(param.bits << 1) == 0;
+  const int16_t own = is_zero && remainder < 0 ? int16_t{0} : remainder;
+  return float_of((static_cast<uint32_t>(param.bits) << 16) + static_cast<uint32_t>(int32_t{own}));
 }
 
 // the nearest bfloat16, halves away from 0, and the bits that it lacks
+template <bool kOrdinary = false>
 FW_HOST_DEVICE void store_split(float value, BFloat16& param, int16_t& remainder) {
   const uint32_t bits = bits_of(value), rounded = (bits + 0x8000u) >> 16;
-  const bool is_nan = (bits & 0x7fffffffu) > 0x7f800000u;
+  const bool is_nan = !kOrdinary && (bits & 0x7fffffffu) > 0x7f800000u;
   param.bits = static_cast<uint16_t>(is_nan ? 0x7fc0u : rounded);
   remainder = static_cast<int16_t>(is_nan ? 0u : bits - (rounded << 16));
 }

@@ -52,15 +52,45 @@ C* load(uint64_t column, int32_t dtype, int64_t offset, int count, C* scratch) {
   }
 }
 
-template <class T>
-void narrow_all(const float* __restrict from, T* __restrict to, int count) {
-  for (int i = narrow_wide(from, to, count); i < count; ++i) narrow(from[i], to[i]);
+// Whether all numbers that went by are ordinary ones of a 16-bit type. The loops below convert them as such
+// and tell afterwards, in fewer instructions than each number takes that may be of any kind.
+template <class P>
+struct OrdinaryCheck {
+  int32_t largest = 0;
+
+  FW_HOST_DEVICE void add(float x) {
+    const int32_t magnitude = magnitude_bits(bits_of(x));
+    largest = magnitude > largest ? magnitude : largest;
+  }
+  FW_HOST_DEVICE bool passed() const { return largest < kLargest<P>; }
+};
+
+// calls a loop over a block for ordinary numbers, and where it returns false for those of any kind
+template <class Loop>
+void convert(const Loop& loop) {
+  if (!loop(std::true_type())) loop(std::false_type());
 }
 
-template <class P>
-FW_LEAF void load_kahan_all(const P* __restrict param, const BFloat16* __restrict compensation,
+template <bool kOrdinary, class P>
+FW_LEAF bool narrow_all(const float* __restrict from, P* __restrict to, int count) {
+  OrdinaryCheck<P> check;
+  for (int i = narrow_wide(from, to, count); i < count; ++i) {
+    check.add(from[i]);
+    narrow<kOrdinary>(from[i], to[i]);
+  }
+  return check.passed();
+}
+
+template <bool kOrdinary, class P>
+FW_LEAF bool load_kahan_all(const P* __restrict param, const BFloat16* __restrict compensation,
                             float* __restrict to, int count) {
-  for (int i = 0; i < count; ++i) to[i] = load_kahan(param[i], compensation[i]);
+  OrdinaryCheck<P> check;
+  for (int i = 0; i < count; ++i) {
+    const float value = compensated(param[i], compensation[i]);
+    check.add(value);
+    to[i] = checked_value<kOrdinary>(value, param[i]);
+  }
+  return check.passed();
 }
 
 inline FW_LEAF void load_split_all(const BFloat16* __restrict param, const int16_t* __restrict remainder,
@@ -68,44 +98,66 @@ inline FW_LEAF void load_split_all(const BFloat16* __restrict param, const int16
   for (int i = 0; i < count; ++i) to[i] = load_split(param[i], remainder[i]);
 }
 
-template <class P>
-FW_LEAF void load_master_all(const P* __restrict param, const float* __restrict master, float* __restrict to,
+template <bool kOrdinary, class P>
+FW_LEAF bool load_master_all(const P* __restrict param, const float* __restrict master, float* __restrict to,
                              int count) {
-  for (int i = 0; i < count; ++i) to[i] = load_master(param[i], master[i]);
+  OrdinaryCheck<P> check;
+  for (int i = 0; i < count; ++i) {
+    check.add(master[i]);
+    to[i] = checked_value<kOrdinary>(master[i], param[i]);
+  }
+  return check.passed();
 }
 
-template <class P>
-FW_LEAF void round_all(const float* __restrict from, const uint16_t* __restrict bits, P* __restrict to,
+template <bool kOrdinary, class P>
+FW_LEAF bool round_all(const float* __restrict from, const uint16_t* __restrict bits, P* __restrict to,
                        int count) {
+  OrdinaryCheck<P> check;
   for (int i = 0; i < count; ++i) {
     P rounded;
-    round_stochastically(from[i], bits[i], rounded);
+    check.add(from[i]);
+    round_stochastically<kOrdinary>(from[i], bits[i], rounded);
     to[i] = rounded;
   }
+  return check.passed();
 }
 
-template <class P>
-FW_LEAF void store_kahan_all(const float* __restrict from, const uint16_t* __restrict bits,
+template <bool kOrdinary, class P>
+FW_LEAF bool store_kahan_all(const float* __restrict from, const uint16_t* __restrict bits,
                              P* __restrict param, BFloat16* __restrict compensation, int count) {
+  OrdinaryCheck<P> check;
   for (int i = 0; i < count; ++i) {
     P rounded;
-    const float plain = narrow_to(from[i], rounded);
-    compensation[i] = compensation_of<P>(from[i], plain, bits[i]);
+    check.add(from[i]);
+    const float plain = narrow_to<kOrdinary>(from[i], rounded);
+    compensation[i] = compensation_of<P, kOrdinary>(from[i], plain, bits[i]);
     param[i] = rounded;
   }
+  return check.passed();
 }
 
-inline FW_LEAF void store_split_all(const float* __restrict from, BFloat16* __restrict param,
-                                    int16_t* __restrict remainder, int count) {
-  for (int i = 0; i < count; ++i) store_split(from[i], param[i], remainder[i]);
+template <bool kOrdinary>
+FW_LEAF bool store_split_all(const float* __restrict from, BFloat16* __restrict param,
+                             int16_t* __restrict remainder, int count) {
+  OrdinaryCheck<BFloat16> check;
+  for (int i = 0; i < count; ++i) {
+    check.add(from[i]);
+    store_split<kOrdinary>(from[i], param[i], remainder[i]);
+  }
+  return check.passed();
 }
 
 template <class P>
 void load_exact(const Row& row, int64_t offset, int count, float* scratch) {
   const P* param = at<P>(row.param) + offset;
   if (row.rounding == kKahan)
-    return load_kahan_all(param, at<BFloat16>(row.residue) + offset, scratch, count);
-  if (row.rounding == kMaster) return load_master_all(param, at<float>(row.residue) + offset, scratch, count);
+    return convert([&](auto ordinary) {
+      return load_kahan_all<ordinary>(param, at<BFloat16>(row.residue) + offset, scratch, count);
+    });
+  if (row.rounding == kMaster)
+    return convert([&](auto ordinary) {
+      return load_master_all<ordinary>(param, at<float>(row.residue) + offset, scratch, count);
+    });
   if constexpr (std::is_same_v<P, BFloat16>)
     load_split_all(param, at<int16_t>(row.residue) + offset, scratch, count);
 }
@@ -130,13 +182,18 @@ void store_rounded(const float* block, const Row& row, const RandomKey& key, int
   P* param = at<P>(row.param) + offset;
   RandomBits<kBlock> random;
   const uint16_t* bits = draws_bits(row.rounding) ? random.draw(row, key, offset, count) : nullptr;
-  if (row.rounding == kStochastic) return round_all(block, bits, param, count);
+  if (row.rounding == kStochastic)
+    return convert([&](auto ordinary) { return round_all<ordinary>(block, bits, param, count); });
   if (row.rounding == kKahan)
-    return store_kahan_all(block, bits, param, at<BFloat16>(row.residue) + offset, count);
+    return convert([&](auto ordinary) {
+      return store_kahan_all<ordinary>(block, bits, param, at<BFloat16>(row.residue) + offset, count);
+    });
   if constexpr (std::is_same_v<P, BFloat16>)
     if (row.rounding == kSplit)
-      return store_split_all(block, param, at<int16_t>(row.residue) + offset, count);
-  narrow_all(block, param, count);
+      return convert([&](auto ordinary) {
+        return store_split_all<ordinary>(block, param, at<int16_t>(row.residue) + offset, count);
+      });
+  convert([&](auto ordinary) { return narrow_all<ordinary>(block, param, count); });
   if (row.rounding == kMaster) memcpy(at<float>(row.residue) + offset, block, count * sizeof(float));
 }
 
@@ -169,7 +226,8 @@ struct StateBlocks {
       for (int k = 0; k < kStates; ++k) {
         const RandomKey key(row, step, static_cast<RoundingPass>(kStatePass + k));
         const uint16_t* bits = random.draw(row, key, offset, count);
-        round_all(state[k], bits, at<BFloat16>(columns[k]) + offset, count);
+        BFloat16* to = at<BFloat16>(columns[k]) + offset;
+        convert([&](auto ordinary) { return round_all<ordinary>(state[k], bits, to, count); });
       }
     }
   }

@@ -169,7 +169,7 @@ const StepFunction kSteps[] = {FW_RULES(FW_ENTRY)};
 
 #if defined(__x86_64__)
 // __builtin_cpu_supports() knows this one with recent compilers only
-bool converts_halves() {
+[[maybe_unused]] bool converts_halves() {
   unsigned a, b, c, d;
   return __get_cpuid(1, &a, &b, &c, &d) && (c & bit_F16C);
 }

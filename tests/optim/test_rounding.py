@@ -348,6 +348,33 @@ def test_numbers_that_are_not_finite_are_those_of_the_reference(mode, dtype, bac
     assert torch.equal(bits(found[0])[number], bits(found[1])[number])
 
 
+@each_pair
+def test_one_special_number_among_ordinary_ones_is_that_of_the_reference(mode, dtype, backend):
+    """Wherever it lies: kernels that convert a block of ordinary numbers alike must notice the one."""
+    limit = torch.finfo(dtype).max
+    specials = [math.nan, math.inf, -math.inf, limit, -limit]
+    sides = []
+    for name in (backend, "reference"):
+        params = make_params(dtype, [(261,)] * 4 * len(specials), device=device_of(name))
+        opt = fw.SGD(params, lr=0.5, momentum=0.5, backend=name, param_rounding=mode)
+        set_grads(params, 0)
+        opt.step()
+        set_grads(params, 1)
+        for k, param in enumerate(params):
+            place = (0, 100, 255, 260)[k % 4]
+            param.grad[place] = math.copysign(limit, specials[k // 4])
+            opt.state[param]["momentum_buffer"][place] = specials[k // 4]
+        opt.step()
+        values = opt.exact_parameters()
+        set_grads(params, 2)
+        opt.step()
+        found = [x.detach().cpu() for x in (*values, *params)]
+        # of a NaN the sign is that of the instruction
+        sides.append([torch.where(x.isnan(), 7.0, x) for x in found])
+    for x, y in zip(*sides, strict=True):
+        assert_same_bits("value", x, y)
+
+
 # updates that vanish
 
 
