@@ -352,7 +352,9 @@ def test_numbers_that_are_not_finite_are_those_of_the_reference(mode, dtype, bac
 def test_one_special_number_among_ordinary_ones_is_that_of_the_reference(mode, dtype, backend):
     """Wherever it lies: kernels that convert a block of ordinary numbers alike must notice the one."""
     limit = torch.finfo(dtype).max
-    specials = [math.nan, math.inf, -math.inf, limit, -limit]
+    # a NaN of all ones, to whose bits nothing can be added
+    ones = torch.tensor([0x7FFFFFFF], dtype=torch.int32).view(torch.float32)
+    specials = [*ones, *torch.tensor([math.inf, -math.inf, limit, -limit])]
     sides = []
     for name in (backend, "reference"):
         params = make_params(dtype, [(261,)] * 4 * len(specials), device=device_of(name))
