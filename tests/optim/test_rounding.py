@@ -380,6 +380,25 @@ def test_one_special_number_among_ordinary_ones_is_that_of_the_reference(mode, d
         assert_same_bits("value", x, y)
 
 
+@each_pair
+def test_what_was_written_from_outside_is_the_value_of_the_next_step(mode, dtype, backend):
+    """Zeros of both signs beside what other numbers lacked, and numbers that belong to other ones."""
+    values = []
+    for name in (backend, "reference"):
+        (param,) = params = make_params(dtype, [(261,)], device=device_of(name))
+        opt = fw.SGD(params, lr=0.1, backend=name, param_rounding=mode)
+        set_grads(params, 0)
+        opt.step()
+        place = torch.arange(261, device=param.device) % 3
+        with torch.no_grad():
+            param.copy_(torch.where(place == 0, 0.0, torch.where(place == 1, -0.0, param.roll(1))))
+        param.grad.zero_()
+        opt.step()
+        (value,) = opt.exact_parameters()
+        values.append(value.cpu())
+    assert torch.equal(*values)
+
+
 # updates that vanish
 
 
