@@ -207,6 +207,18 @@ def test_stochastic_rounding_is_unbiased(backend, dtype):
     assert ((variance - p * (1 - p)).abs() <= spread + 1e-12).all()
 
 
+@pytest.mark.parametrize("dtype", [BF16, F16], ids=str)
+def test_beyond_the_largest_number_the_nearest_one_is_taken(backend, dtype):
+    limit, digit = torch.finfo(dtype).max, 2.0**120 if dtype == BF16 else 2.0**5
+    for fraction, expected in ((0.25, limit), (0.75, math.inf), (-0.75, -math.inf)):
+        sign = math.copysign(1.0, fraction)
+        param = Parameter(torch.full((261,), sign * limit, dtype=dtype, device=device_of(backend)))
+        opt = fw.SGD([param], lr=1.0, backend=backend, param_rounding="stochastic")
+        param.grad = torch.full_like(param, -fraction * digit)
+        opt.step()
+        assert (param == expected).all()
+
+
 def trained(case, mode, dtype, backend, steps=4, *, threads=2, seed=11, shapes=SHAPES, **options):
     torch.set_num_threads(threads)
     params = make_params(dtype, shapes, device=device_of(backend))
