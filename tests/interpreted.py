@@ -5,6 +5,7 @@ this file in processes of its own. The interpreter takes tens of milliseconds fo
 are covered and sizes are few.
 """
 
+import functools
 import math
 
 import folded
@@ -46,8 +47,9 @@ from optim.test_outside import joined_late
 from optim.test_projections import test_a_gradient_of_zeros_is_at_right_angles_to_everything  # noqa: F401
 from optim.test_rounding import (
     check_rounded_bits,
+    test_beyond_the_largest_number_the_nearest_one_is_taken,  # noqa: F401
     test_bits_of_an_element_do_not_depend_on_its_neighbours,  # noqa: F401
-    test_stochastic_rounding_is_unbiased,  # noqa: F401
+    test_stochastic_rounding_is_unbiased,
 )
 from optim.test_rounding import each_pair as each_rounding
 from optim.test_second_moment_starts import (
@@ -105,6 +107,8 @@ pytestmark = pytest.mark.filterwarnings(
 )
 FEW_SHAPES = [(0,), (), (63,)]
 rest = pytest.mark.rest
+# it takes two minutes, and the bits are those of the reference
+test_stochastic_rounding_is_unbiased = rest(test_stochastic_rounding_is_unbiased)
 ALL_RULES = {**rules.RULES, **rules.LAYER_RULES}
 some = pytest.mark.parametrize("name", ["adamw", "radam-l2", "sgd-nesterov"])
 
@@ -138,13 +142,21 @@ def products_and_sums_round_once(monkeypatch):
 
 @pytest.fixture(autouse=True)
 def repeated_work_is_left_out(monkeypatch):
-    """Triton's interpreter patches its language in each call of a device function: more than half of the time."""
-    real = interpreter._patch_lang
+    """Triton's interpreter patches its language in each call of a device function, more than half of the time.
+
+    It also makes the table of numpy's types again at each operation.
+    """
+    patch, find = interpreter._patch_lang, functools.cache(interpreter._get_np_dtype)
 
     def patch_lang(fn):
-        return real(fn) if tl.core.is_builtin(tl.load) else None
+        return patch(fn) if tl.core.is_builtin(tl.load) else None
+
+    def get_np_dtype(dtype):
+        # pointers have no hash
+        return np.dtype(np.uint64) if isinstance(dtype.scalar, tl.pointer_type) else find(dtype.scalar)
 
     monkeypatch.setattr(interpreter, "_patch_lang", patch_lang)
+    monkeypatch.setattr(interpreter, "_get_np_dtype", get_np_dtype)
 
 
 @pytest.fixture

@@ -71,7 +71,8 @@ def test_random_bits_are_drawn_in_lanes(code, register):
     loops = [b[b.find("pmuludq") : b.rfind("pmuludq")] for b in blocks if f"%{register}" in b]
     products = [len(re.findall(rf"pmuludq .*%{register}", block)) for block in blocks]
     assert max(products) == 2 * (2 * 7 - 2)
-    assert loops and not any("imul" in loop for loop in loops)
+    assert loops
+    assert not any("imul" in loop for loop in loops)
 
 
 @pytest.mark.skipif(
