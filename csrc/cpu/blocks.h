@@ -52,8 +52,8 @@ C* load(uint64_t column, int32_t dtype, int64_t offset, int count, C* scratch) {
   }
 }
 
-// Whether all numbers that went by are ordinary ones of a 16-bit type. The loops below convert them as such
-// and tell afterwards, in fewer instructions than each number takes that may be of any kind.
+// Whether all numbers that went by are ordinary ones of a 16-bit type. The loops below convert a block as if
+// it had no others, which takes fewer instructions, and check it on the way.
 template <class P>
 struct OrdinaryCheck {
   int32_t largest = 0;
